@@ -1,0 +1,142 @@
+"""Batches, and how rows become one. All token tensors are [batch, time], padded on the right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf.data.encode import EncodedAnswer
+from rlhf.data.records import Prompt
+from rlhf.tensors import pad_right
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """What every batch knows.
+
+    share: this batch's part in the optimizer step, so that the mean over the step does not depend on how it was cut
+        into batches: terms of the loss here x batches in the step / terms of the loss in the step.
+    """
+
+    share: float = 1.0
+
+    @property
+    def loss_terms(self) -> int:
+        """How many terms the mean of the loss is taken over: tokens or pairs."""
+        raise NotImplementedError
+
+    @property
+    def token_count(self) -> int:
+        """Real tokens, for throughput."""
+        raise NotImplementedError
+
+    @property
+    def sequence_count(self) -> int:
+        raise NotImplementedError
+
+
+@dataclass
+class TextBatch(Batch):
+    """Prompts with answers.
+
+    tokens: [batch, time] token ids.
+    mask: [batch, time] bool, True on real tokens.
+    answer: [batch, time] bool, True from the first token of the answer to its EOS.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    answer: Tensor
+    terms: int = 0
+
+    @classmethod
+    def collate(cls, rows: Sequence[EncodedAnswer]) -> "TextBatch":
+        tokens, mask = pad_right([row.tokens for row in rows])
+        starts = torch.tensor([row.start for row in rows])
+        answer = mask & (torch.arange(tokens.shape[1]) >= starts[:, None])
+        answer[:, 0] = False  # nothing stands before the first token
+        return cls(tokens, mask, answer, terms=int(answer.sum()))
+
+    @property
+    def loss_terms(self) -> int:
+        return self.terms
+
+    @property
+    def token_count(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def sequence_count(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class PairBatch(Batch):
+    """Preference pairs, as one batch of 2 x pairs rows: first all chosen answers, then all rejected ones.
+
+    texts: [2 x pairs, time].
+    margin: [pairs], reward units.
+    reference: [2 x pairs] summed log-probs of the answers under the reference, nats, where they are known already.
+    """
+
+    texts: TextBatch
+    margin: Tensor
+    reference: Tensor | None = None
+
+    def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected part of [2 x pairs] values: [pairs] each."""
+        chosen, rejected = values.chunk(2)
+        return chosen, rejected
+
+    @property
+    def loss_terms(self) -> int:
+        return len(self.margin)
+
+    @property
+    def token_count(self) -> int:
+        return self.texts.token_count
+
+    @property
+    def sequence_count(self) -> int:
+        return self.texts.sequence_count
+
+
+@dataclass
+class RatingBatch(Batch):
+    """Answers with what they are worth. rewards: [batch], reward units."""
+
+    texts: TextBatch
+    rewards: Tensor
+
+    @property
+    def loss_terms(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def token_count(self) -> int:
+        return self.texts.token_count
+
+    @property
+    def sequence_count(self) -> int:
+        return self.texts.sequence_count
+
+
+@dataclass
+class PromptBatch(Batch):
+    """Prompts to answer. tokens: one list of token ids a prompt; prompts: the records they come from."""
+
+    tokens: list[list[int]]
+    prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def loss_terms(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def token_count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def sequence_count(self) -> int:
+        return len(self.tokens)

@@ -1,0 +1,121 @@
+"""From records to tokens: prompt and answer in one encoding, one BOS, an EOS that is learned."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.records import Message
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """Tokens of a prompt and its answer; the answer begins at ``start`` and ends with EOS unless it was cut."""
+
+    tokens: list[int]
+    start: int
+
+
+class Encoder:
+    """Joins prompts and answers by the tokenizer's chat template and turns them into tokens.
+
+    Args:
+        tokenizer: carries a chat template.
+        max_length: longest prompt with answer, tokens. What is longer loses the beginning of its prompt first; only an
+            answer that is too long by itself is cut, and then does not end in EOS.
+
+    ``counts`` says how many prompts and answers were cut.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.counts: Counter[str] = Counter()
+        self._bos = tokenizer.bos_token_id
+        self._adds_bos = self._bos is not None and self._encode("x", special=True)[0][:1] == [self._bos]
+
+    def prompt(self, messages: Sequence[Message], *, room: int = 0) -> list[int]:
+        """Tokens of a prompt, ready to be answered; ``room`` tokens of max_length are kept free for the answer."""
+        tokens = self._one_bos(self._encode(self._render(messages, answer=None))[0])
+        self.counts["prompts cut"] += len(tokens) > self.max_length - room
+        return self._cut_prompt(tokens, self.max_length - room)
+
+    def answer(self, messages: Sequence[Message], answer: str) -> EncodedAnswer:
+        """Tokens of a prompt and its answer, encoded as one text."""
+        return self.answers(messages, [answer])[0]
+
+    def answers(self, messages: Sequence[Message], answers: Sequence[str]) -> list[EncodedAnswer]:
+        """Tokens of a prompt with each of several answers; where the prompt must be cut, it is cut alike for all."""
+        opening = self._render(messages, answer=None)
+        parts = [self._parts(opening, self._render(messages, answer=answer)) for answer in answers]
+        longest = max(len(reply) for _, reply in parts)
+        if longest > self.max_length - 1:
+            self.counts["answers cut"] += sum(len(reply) > self.max_length - 1 for _, reply in parts)
+            longest = self.max_length - 1
+        room = self.max_length - longest
+        self.counts["prompts cut"] += any(len(prompt) > room for prompt, _ in parts)
+        coded = []
+        for prompt, reply in parts:
+            prompt = self._cut_prompt(prompt, room)
+            coded.append(EncodedAnswer(prompt + reply[: self.max_length - 1], len(prompt)))
+        return coded
+
+    def _parts(self, opening: str, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a whole text, parted where the answer begins."""
+        boundary = len(opening) if text.startswith(opening) else _shared_prefix(opening, text)
+        tokens, ends = self._encode(text)
+        # a token that straddles the boundary already speaks of the answer
+        start = next((i for i, end in enumerate(ends) if end > boundary), len(tokens))
+        return self._one_bos(tokens[:start]), self._one_eos(tokens[start:])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special tokens and the space the template puts before it."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def _render(self, messages: Sequence[Message], answer: str | None) -> str:
+        conversation = list(messages) if answer is None else [*messages, {"role": "assistant", "content": answer}]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer is None)
+            )
+        except Exception as error:  # templates raise whatever their author wrote
+            raise UserError(
+                f"the tokenizer's chat template refuses a conversation of {[m['role'] for m in conversation]}: {error}",
+                'another template: data.template="{prompt}\\n"',
+            ) from error
+
+    def _encode(self, text: str, special: bool = False) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and for each the place in the text where it ends."""
+        if self.tokenizer.is_fast:
+            coded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+            return list(coded["input_ids"]), [end for _, end in coded["offset_mapping"]]
+        tokens = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return tokens, [len(self.tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))]
+
+    def _one_bos(self, prompt: list[int]) -> list[int]:
+        """Exactly one BOS for a tokenizer or template that uses it, and none for others."""
+        count = 0
+        while self._bos is not None and count < len(prompt) and prompt[count] == self._bos:
+            count += 1
+        return [self._bos] * (count > 0 or self._adds_bos) + prompt[count:]
+
+    def _one_eos(self, answer: list[int]) -> list[int]:
+        """The answer up to its closing EOS; what a template writes after that (a line feed) is left off."""
+        eos = self.tokenizer.eos_token_id
+        last = max((i for i, token in enumerate(answer) if token == eos), default=None)
+        if last is not None and not self.tokenizer.decode(answer[last + 1 :]).strip():
+            return answer[: last + 1]
+        return [*answer, eos]
+
+    def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
+        """The end of a prompt, with its BOS: what was said last matters most to the answer."""
+        if len(prompt) <= room:
+            return prompt
+        bos = prompt[:1] if prompt[:1] == [self._bos] and room > 1 else []
+        return bos + prompt[len(prompt) - (room - len(bos)) :]
+
+
+def _shared_prefix(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,68 @@
+"""Mistakes a user can mend, and how they are shown: where, what, why, and what to type."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake in what was typed or given: shown as plain text, without a traceback, with exit code 2.
+
+    The message says where, what and why; ``hint`` says what to type instead.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n  {self.hint}" if self.hint else message
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Show a user's mistake in plain words and leave with exit code 2; anything else is a bug and keeps its traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"{message}\n")
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """The text to show for a user's mistake; None for anything else."""
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} has no value\n  type {cause.full_key}=<value>"
+        if type(cause).__name__ == "MisconfigurationException":  # Lightning's; not imported, it would load torch
+            return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
+    if isinstance(error, InstantiationException):
+        cause = error.__cause__
+        return f"{cause or error}\n  the keys are those of the class: see conf/" if isinstance(cause, TypeError) else None
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"{str(error).strip()}\n  {_hint(str(error))}"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _hint(message: str) -> str:
+    if "Could not override 'stage." in message and "Key 'stage'" in message:
+        return "the pipeline runs several stages: choose one (stage=ppo), or type pipeline.overrides.ppo=[stage.<key>=<value>]"
+    return "python train.py stage=<stage> --cfg job   shows every key"

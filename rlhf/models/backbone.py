@@ -1,0 +1,144 @@
+"""A causal language model as the stages see it: hidden states in one place, log-probs in one place."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from rlhf.tensors import scatter, states_before
+
+PIECE = 4096  # tokens whose logits are held at once where no gradient is kept
+
+
+def hidden_states(trunk: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden state of every token, the same whatever the padding, the batch size or the neighbours.
+
+    The trunk only ever sees right-padded text, where causality alone keeps padding out of every real token. No mask is
+    passed: attention and state-space models agree, and positions count from the first real token.
+
+    Args:
+        trunk: the body of a causal model, transformer or state-space.
+        tokens: [batch, time] token ids.
+        mask: [batch, time] bool, True on real tokens; they stand together, padding left or right of them.
+
+    Returns:
+        [batch, time, width]; what stands on padding means nothing.
+    """
+    left_padded = not bool(mask[:, 0].all())
+    if left_padded:
+        order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        tokens = tokens.gather(1, order)
+    hidden: Tensor = trunk(input_ids=tokens, use_cache=False).last_hidden_state
+    if left_padded:
+        hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
+    return hidden
+
+
+@dataclass
+class TokenScores:
+    """What a policy says of given tokens.
+
+    logprobs: [batch, time] log pi(token), nats; 0 outside the mask.
+    entropy: [batch, time] entropy of the distribution the token was drawn from, nats; no gradient.
+    hits: [batch, time] bool, True where the token is the most likely one.
+    hidden: [batch, time, width] last hidden states.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    hits: Tensor
+    hidden: Tensor
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal language model that gives log-probs of chosen tokens."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self._plain_head: bool | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.lm.get_input_embeddings().num_embeddings)
+
+    @property
+    def width(self) -> int:
+        """Size of the last hidden state."""
+        return int(self.lm.config.get_text_config().hidden_size)
+
+    def forward(self, tokens: Tensor, mask: Tensor, chosen: Tensor, temperature: float = 1.0) -> TokenScores:
+        """Log-probs of the chosen tokens, each given the tokens before it.
+
+        Args:
+            tokens: [batch, time] token ids.
+            mask: [batch, time] bool, True on real tokens.
+            chosen: [batch, time] bool, the tokens to score; logits are computed for these only.
+            temperature: divides the logits, as it did when the tokens were sampled.
+        """
+        hidden = hidden_states(self.lm.base_model, tokens, mask)
+        states, targets = states_before(hidden, chosen), tokens[chosen]
+        step = len(targets) if torch.is_grad_enabled() else PIECE
+        parts = [
+            self._score(states[i : i + step], targets[i : i + step], temperature)
+            for i in range(0, len(targets), max(step, 1))
+        ]
+        logprobs, entropy, hits = (torch.cat(part) for part in zip(*parts, strict=True))
+        return TokenScores(scatter(logprobs, chosen), scatter(entropy, chosen), scatter(hits, chosen), hidden)
+
+    def _score(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(states).float() / temperature
+        logprobs = -F.cross_entropy(logits, targets, reduction="none")
+        with torch.no_grad():
+            shifted = logits - logits.amax(dim=-1, keepdim=True)
+            weights = shifted.exp()
+            total = weights.sum(dim=-1)
+            entropy = total.log() - (weights * shifted).sum(dim=-1) / total
+            hits = shifted.gather(-1, targets[:, None])[:, 0] == 0
+        return logprobs, entropy, hits
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Next-token logits of chosen hidden states: [tokens, width] to [tokens, vocabulary]."""
+        if self._plain_head is None:
+            self._plain_head = self._head_is_plain()
+        if self._plain_head:
+            return self.lm.get_output_embeddings()(states)
+        return self._logits_by_model(states)
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """True if the logits are the output embedding of the last hidden state and nothing else (no cap, no scale)."""
+        was_training = self.lm.training
+        self.lm.eval()
+        tokens = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
+        states = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        plain = torch.allclose(
+            self.lm.get_output_embeddings()(states), self.lm(input_ids=tokens, use_cache=False).logits, atol=1e-4
+        )
+        self.lm.train(was_training)
+        return plain
+
+    def _logits_by_model(self, states: Tensor) -> Tensor:
+        """The model's own road from states to logits, with its body replaced by the states already computed."""
+        body = _Replay(states)
+        name = self.lm.base_model_prefix
+        original = getattr(self.lm, name)
+        self.lm._modules[name] = body
+        try:
+            return self.lm(input_ids=torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
+        finally:
+            self.lm._modules[name] = original
+
+
+class _Replay(nn.Module):
+    """Stands in for a model's body and answers with states that are already known."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return BaseModelOutputWithPast(last_hidden_state=self.states[None])

@@ -1,0 +1,94 @@
+"""Experience: rollouts cut into minibatches, handed out several times."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data import Batch, BatchLoader, PromptBatch
+from rlhf.data.loader import weighed
+from rlhf.errors import UserError
+
+
+@dataclass
+class Minibatch(Batch):
+    """A part of a rollout to learn from. All tensors are [minibatch, time].
+
+    tokens, mask, answer: as in Rollout.
+    old_logprobs: log pi(token) when sampled, nats.
+    old_values: critic's estimates then, reward units.
+    advantages: whitened over the rollout: standard deviations.
+    returns: what the critic should say, reward units.
+    numbers: of the whole rollout, to be logged with its last minibatch; None on the others.
+    fresh: tokens and sequences that are new, on the first minibatch of a rollout.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    answer: Tensor
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    numbers: dict[str, Any] | None = None
+    fresh: tuple[int, int] = (0, 0)
+
+    @property
+    def loss_terms(self) -> int:
+        return int(self.answer.sum())
+
+    @property
+    def token_count(self) -> int:
+        return self.fresh[0]
+
+    @property
+    def sequence_count(self) -> int:
+        return self.fresh[1]
+
+
+def partition(rows: int, size: int) -> list[Tensor]:
+    """Row indices in a random order, in parts of ``size``."""
+    return list(torch.randperm(rows).split(size))
+
+
+class ExperienceLoader:
+    """What Lightning iterates over in PPO: for every batch of prompts, all minibatches of all passes.
+
+    A rollout is made when its first minibatch is asked for, so it is always sampled from the present policy, and each
+    optimizer step is one batch of Lightning's own loop: clipping, accumulation, precision and schedules apply as ever.
+
+    Args:
+        prompts: batches of prompts.
+        iterate: one PPO iteration: a batch of prompts to its minibatches.
+        minibatches: how many of them an iteration has.
+    """
+
+    def __init__(
+        self, prompts: BatchLoader, iterate: Callable[[PromptBatch], Iterator[Minibatch]], minibatches: int
+    ) -> None:
+        if minibatches % prompts.per_step:
+            raise UserError(
+                f"trainer.accumulate_grad_batches={prompts.per_step} does not divide the {minibatches} minibatches of an "
+                "iteration, so an optimizer step would mix two policies' answers",
+                "change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size",
+            )
+        self.prompts = prompts
+        self.iterate = iterate
+        self.minibatches = minibatches
+        self.batch_sampler = prompts.batch_sampler  # Lightning tells it the epoch
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.minibatches
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        world = self.batch_sampler.world
+        for batch in self.prompts:
+            yield from weighed(self.iterate(batch), self.prompts.per_step, world)  # type: ignore[misc, arg-type]
+
+    def state_dict(self) -> dict[str, int]:
+        return self.prompts.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.prompts.load_state_dict(state)

@@ -1,0 +1,76 @@
+"""Preference pairs or ratings as batches, and demonstrations to centre the scores on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf.data import (
+    BatchLoader,
+    Demonstration,
+    EncodedAnswer,
+    Encoder,
+    Preference,
+    PreferenceDataModule,
+    Rating,
+    RatingBatch,
+    TextBatch,
+)
+from rlhf.data.files import read_rows
+from rlhf.data.loader import LengthBuckets
+
+
+@dataclass
+class EncodedRating:
+    """An answer with its prompt, and what it is worth."""
+
+    text: EncodedAnswer
+    reward: float
+
+
+class RewardDataModule(PreferenceDataModule):
+    """Pairs, or ratings: the fields of the first row decide. See RecordDataModule for the other keys.
+
+    Args:
+        demonstrations: file of SFT records; the mean score of their answers is stored and subtracted; null for none.
+        demonstration_rows: how many of them are scored.
+    """
+
+    forms = (Preference, Rating)
+
+    def __init__(self, *, demonstrations: str | None = None, demonstration_rows: int = 512, **keys: Any) -> None:
+        super().__init__(**keys)
+        self.demonstrations = demonstrations
+        self.demonstration_rows = demonstration_rows
+
+    def text_of(self, record: Any) -> list[str]:
+        if isinstance(record, Preference):
+            return super().text_of(record)
+        return [*(message["content"] for message in record.prompt.messages), record.answer]
+
+    def encode(self, encoder: Encoder, record: Any) -> Any:
+        if isinstance(record, Preference):
+            return super().encode(encoder, record)
+        return EncodedRating(encoder.answer(record.prompt.messages, record.answer), record.reward)
+
+    def length(self, row: Any) -> int:
+        return len(row.text.tokens) if isinstance(row, EncodedRating) else super().length(row)
+
+    def collate(self, rows: list[Any]) -> Any:
+        if not isinstance(rows[0], EncodedRating):
+            return super().collate(rows)
+        return RatingBatch(TextBatch.collate([row.text for row in rows]), torch.tensor([row.reward for row in rows]))
+
+    def demonstration_batches(self) -> Iterator[TextBatch]:
+        """The demonstrations whose mean score becomes 0, in batches; none if no file is given."""
+        if self.demonstrations is None:
+            return
+        rows = read_rows(self.demonstrations)
+        encoder = self.encoder()
+        coded = []
+        for number in range(min(self.demonstration_rows, len(rows))):
+            record = self.reader.read(rows[number], Demonstration)
+            coded.append(encoder.answer(record.prompt.messages, record.answer))
+        order = LengthBuckets([len(row.tokens) for row in coded], self.eval_batch_size, shuffle=False)
+        yield from BatchLoader(coded, TextBatch.collate, order)  # type: ignore[misc]

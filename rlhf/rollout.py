@@ -1,0 +1,166 @@
+"""Sampling: prompts in, answers out. Works without a trainer; used by PPO and by evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+from rlhf.tensors import pad_right
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        max_new_tokens: longest answer, tokens; one that has not ended by then is cut and counts as truncated.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens; 0 for all.
+        top_p: draw from the fewest tokens that hold this share of the probability.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} is below 0", "0 takes the most likely token, 1 samples")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} is no share of the probability, above 0 and up to 1")
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Draw one token a row: [batch, vocabulary] logits to [batch] token ids, by inverting the distribution."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = self.keep_likely(logits.float() / self.temperature)
+        rising = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        # the draw lies below the total, so rounding can never choose a token past the last one
+        draw = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * rising[:, -1:]
+        return torch.searchsorted(rising, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+    def keep_likely(self, logits: Tensor) -> Tensor:
+        """Logits with those outside top-k and top-p set to minus infinity: [batch, vocabulary] to the same."""
+        if 0 < self.top_k < logits.shape[-1]:
+            smallest = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        if self.top_p < 1:
+            ordered, place = logits.sort(dim=-1, descending=True)
+            share = ordered.softmax(dim=-1)
+            drop = share.cumsum(dim=-1) - share >= self.top_p  # the first token always stays
+            logits = logits.masked_fill(drop.scatter(-1, place, drop), -torch.inf)
+        return logits
+
+
+@dataclass
+class Rollout:
+    """Answers to a batch of prompts, ready to be scored.
+
+    tokens: [batch, time] prompt and answer, padded on the right.
+    mask: [batch, time] bool, True on real tokens.
+    answer: [batch, time] bool, True from the first token of the answer to its EOS.
+    finished: [batch] bool, True where the answer ended with EOS.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    answer: Tensor
+    finished: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch] tokens of each answer, EOS included."""
+        return self.answer.sum(dim=1)
+
+    def answers(self) -> list[list[int]]:
+        """Token ids of each answer."""
+        return [row[chosen].tolist() for row, chosen in zip(self.tokens, self.answer, strict=True)]
+
+
+@torch.no_grad()
+def roll_out(
+    lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: int | Sequence[int]
+) -> Rollout:
+    """Answer prompts token by token, with the model's own cache of keys and values or of states.
+
+    Prompts are padded on the left for this, with a mask and positions that count from the first real token; a row
+    leaves the cache as soon as its answer has ended.
+
+    Args:
+        lm: causal language model; sampled in eval mode.
+        prompts: token ids of each prompt, at least one each.
+        sampling: how tokens are drawn; the global random state of torch is used.
+        eos: the token that ends an answer, or several.
+    """
+    training = lm.training
+    lm.eval()
+    try:
+        answers = _decode(lm, [list(prompt) for prompt in prompts], sampling, eos)
+    finally:
+        lm.train(training)
+    stops = {eos} if isinstance(eos, int) else set(eos)
+    tokens, mask = pad_right([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    answer_mask = mask & (torch.arange(tokens.shape[1]) >= starts[:, None])
+    finished = torch.tensor([answer[-1] in stops for answer in answers])
+    return Rollout(*(tensor.to(lm.device) for tensor in (tokens, mask, answer_mask, finished)))
+
+
+def _decode(
+    lm: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, eos: int | Sequence[int]
+) -> list[list[int]]:
+    _check_room(lm, max(map(len, prompts)) + sampling.max_new_tokens)
+    device = lm.device
+    stops = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=device)
+    flipped, mask = pad_right([prompt[::-1] for prompt in prompts])
+    tokens, mask = flipped.flip(1).to(device), mask.flip(1).to(device)  # padding stands left
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    padded = not bool(mask.all())
+    accepted = signature(lm.forward).parameters
+    cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+
+    alive = torch.arange(len(prompts), device=device)  # rows of the batch that still go on
+    written = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    cache = None
+    for step in range(sampling.max_new_tokens):
+        inputs = {"input_ids": tokens, "use_cache": True, cache_name: cache}
+        if padded:
+            inputs["attention_mask"] = mask.long()
+        if "position_ids" in accepted:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = 1
+        output = lm(**inputs)
+        cache = getattr(output, cache_name)
+        chosen = sampling.choose(output.logits[:, -1])
+        written[alive, step] = chosen
+        lengths[alive] += 1
+
+        going = ~torch.isin(chosen, stops)
+        if not bool(going.any()):
+            break
+        if not bool(going.all()):
+            rows = going.nonzero()[:, 0]
+            cache.reorder_cache(rows)
+            alive, chosen, mask, positions = alive[rows], chosen[rows], mask[rows], positions[rows]
+        tokens = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [row[:length].tolist() for row, length in zip(written, lengths, strict=True)]
+
+
+def _check_room(lm: PreTrainedModel, needed: int) -> None:
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and needed > longest:
+        raise UserError(
+            f"a prompt with its answer may take {needed} tokens, and the model reads {longest}",
+            f"data.max_length={longest}, or a smaller stage.max_new_tokens",
+        )

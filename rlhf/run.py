@@ -1,0 +1,215 @@
+"""One stage from configuration to result: seed, build, fit, export. The one place that instantiates."""
+
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from rlhf import __version__
+from rlhf.errors import UserError
+from rlhf.export import FINAL, RL_TRAINED, describe, hash_file, open_source, save_huggingface, save_result
+from rlhf.logs import log_file, quiet_libraries
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> float:
+    """What ``train.py`` does: one stage, or the pipeline. Returns the figure of merit, for sweeps."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        cfg.paths.output = HydraConfig.get().runtime.output_dir
+    if cfg.stage_name == "pipeline":
+        from rlhf.pipeline import run_pipeline
+
+        return run_pipeline(cfg)
+    return run_stage(cfg)
+
+
+def run_stage(cfg: DictConfig) -> float:
+    """Run one stage and write what it leaves behind."""
+    quiet_libraries()
+    output = Path(cfg.paths.output)
+    with log_file(output / f"{cfg.stage_name}.log"):
+        started = time.perf_counter()
+        lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+        merit = evaluate(cfg) if cfg.stage_name == "evaluate" else train(cfg, output)
+        log.info("%s took %.0f s; everything lies in %s", cfg.stage_name, time.perf_counter() - started, output)
+        return merit
+
+
+def train(cfg: DictConfig, output: Path) -> float:
+    """Fit one stage; the number it is judged by."""
+    parents = {"policy": _policy(cfg)}
+    if "reward_model" in cfg.stage:
+        parents["reward_model"] = _parent(cfg, "reward_model", "reward")
+    checkpoint = _checkpoint(cfg, output)
+
+    datamodule = instantiate(cfg.data)
+    module = instantiate(cfg.stage, _partial_=True)(**parents)
+    module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
+    provenance = _provenance(cfg, parents)
+    trainer = _trainer(cfg, [_ExportHeader(provenance)])
+    trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    if module.figure_of_merit not in trainer.callback_metrics and datamodule.records("val"):
+        trainer.validate(module, datamodule, verbose=False)
+
+    if trainer.fast_dev_run:
+        log.warning("trainer.fast_dev_run: nothing is exported")
+    elif trainer.is_global_zero:
+        _export(cfg, output, module.result(), provenance)
+    merit = trainer.callback_metrics.get(module.figure_of_merit)
+    log.info("%s = %s", module.figure_of_merit, "none" if merit is None else f"{float(merit):.4f}")
+    return float("nan") if merit is None else float(merit)
+
+
+def evaluate(cfg: DictConfig) -> float:
+    """Compare the models of a run on held-out prompts, and print the table."""
+    policies = _policies(cfg)
+    reward = _existing(cfg, "reward")
+    chosen = cfg.stage.reward_model
+    reward_model = open_source(chosen) if chosen else open_source(str(reward)) if reward else None
+    settings = OmegaConf.masked_copy(cfg.stage, [key for key in cfg.stage if key not in ("models", "reward_model")])
+    datamodule = instantiate(cfg.data)
+    module = instantiate(settings, _partial_=True)(policies=policies, reward_model=reward_model)
+    if module.baseline not in policies:
+        raise UserError(
+            f"stage.baseline={module.baseline} is not among the models: {', '.join(policies)}",
+            f"stage.baseline={next(iter(policies))}",
+        )
+    tokenizers = {name: source.tokenizer(()) for name, source in policies.items()}
+    module.tokenizer = datamodule.tokenizer = tokenizers[module.baseline]
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.get_vocab() != module.tokenizer.get_vocab():
+            raise UserError(f"model {name} has another vocabulary than {module.baseline}: their log-probs cannot be compared")
+    trainer = _trainer(cfg, [])
+    if trainer.world_size > 1:
+        raise UserError("stage=evaluate runs on one device", "trainer.devices=1 trainer.strategy=auto")
+    trainer.test(module, datamodule, verbose=False)
+    Console().print(module.table())
+    return module.merit
+
+
+# where models come from
+
+
+def _policy(cfg: DictConfig) -> Any:
+    """What the stage starts from: what was typed, the run's SFT model, or the base model of ``model=``."""
+    if cfg.stage.policy:
+        return open_source(cfg.stage.policy)
+    if cfg.stage_name == "sft":
+        return instantiate(cfg.model)
+    if sft := _existing(cfg, "sft"):
+        return open_source(str(sft))
+    if "path" in cfg.model:
+        log.warning("run=%s has no SFT model: starting from model.path=%s itself", cfg.run, cfg.model.path)
+        return instantiate(cfg.model)
+    return _parent(cfg, "policy", "sft")
+
+
+def _parent(cfg: DictConfig, key: str, stage: str) -> Any:
+    """What was typed as ``stage.<key>``, or what an earlier stage of this run made."""
+    typed, made = cfg.stage[key], _existing(cfg, stage)
+    if typed:
+        return open_source(typed)
+    if made is None:
+        raise UserError(
+            f"run={cfg.run}: stage={cfg.stage_name} needs the result of stage={stage}, and there is no "
+            f"{Path(cfg.paths.run) / stage / FINAL[stage]}",
+            f"python train.py stage={stage} run={cfg.run}   or name one: stage.{key}=<path>",
+        )
+    return open_source(str(made))
+
+
+def _existing(cfg: DictConfig, stage: str) -> Path | None:
+    path = Path(cfg.paths.run) / stage / FINAL[stage]
+    return path if path.is_file() else None
+
+
+def _policies(cfg: DictConfig) -> dict[str, Any]:
+    """The models to compare: those of ``stage.models``, by default every policy of the run."""
+    if cfg.stage.models:
+        listed = OmegaConf.to_container(cfg.stage.models)
+        pairs = listed.items() if isinstance(listed, dict) else ((name, name) for name in listed)
+        chosen = {str(name): str(path) for name, path in pairs}
+    else:
+        chosen = {name: name for name in ("sft", "ppo", "dpo") if _existing(cfg, name)}
+        if not chosen:
+            raise UserError(f"run={cfg.run}: no model to evaluate in {cfg.paths.run}", f"python train.py run={cfg.run}")
+    sources = {}
+    for name, path in chosen.items():
+        made = _existing(cfg, path) if path in FINAL else None
+        if path in FINAL and made is None:
+            raise UserError(f"run={cfg.run} has no {path} model", f"python train.py stage={path} run={cfg.run}")
+        sources[name] = open_source(str(made or path))
+    return sources
+
+
+def _checkpoint(cfg: DictConfig, output: Path) -> str | None:
+    if not cfg.resume:
+        return None
+    last = output / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(f"resume=true, but there is no {last}", "leave resume=true off to start anew")
+    return str(last)
+
+
+# what the stage leaves behind
+
+
+def _export(cfg: DictConfig, output: Path, result: Any, provenance: dict[str, Any]) -> None:
+    stage = cfg.stage_name
+    path = output / FINAL[stage]
+    save_result(result, path, provenance)
+    log.info("saved %s", path)
+    run_folder = Path(cfg.paths.run)
+    ppo_ran = (run_folder / "ppo" / FINAL["ppo"]).is_file()
+    if output == run_folder / stage and (stage == "ppo" or (stage == "dpo" and not ppo_ran)):
+        save_result(result, run_folder / RL_TRAINED, provenance)
+        log.info("saved %s, what load_model('rl_trained') opens", run_folder / RL_TRAINED)
+    if cfg.save_hf:
+        if stage == "reward":
+            log.warning("save_hf: a reward model has no Hugging Face form with its head; only the policies get a folder")
+        else:
+            save_huggingface(str(path), str(output / "hf"))
+            log.info("saved %s, a folder for transformers", output / "hf")
+
+
+def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
+    paths = {name: path for name in ("train", "val") if (path := cfg.data.get(name))}
+    return {
+        "stage": cfg.stage_name,
+        "parents": {name: {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))} for name, source in parents.items()},
+        "data": {name: {"path": path, "sha256": hash_file(path)} for name, path in paths.items()},
+        "config": OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True),
+        "versions": {
+            "rlhf": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "lightning")},
+        },
+    }  # fmt: skip
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
+    configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
+    trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
+    return trainer
+
+
+class _ExportHeader(Callback):
+    """Puts into every checkpoint what is needed to open its model without the run: config, tokenizer, provenance."""
+
+    def __init__(self, provenance: dict[str, Any]) -> None:
+        self.provenance = provenance
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rlhf"] = describe(module.result(), self.provenance)

@@ -1,0 +1,71 @@
+"""The supervised stage."""
+
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.data import Prompt, TextBatch
+from rlhf.models import ModelSource, Policy
+from rlhf.rollout import Sampling, roll_out
+from rlhf.sft.objective import cross_entropy_loss
+from rlhf.stage import Result, StageModule, as_fraction
+
+
+class SFTModule(StageModule):
+    """Learns demonstrations.
+
+    Args:
+        policy: what to start from; null: the base model of ``model=``. A run's ``*_final.pt`` or a folder works too.
+        samples: validation prompts answered after each epoch, shown in TensorBoard; 0 for none.
+        max_new_tokens: longest of those answers, tokens.
+        optimizer keys: see StageModule.
+    """
+
+    figure_of_merit = "val/loss"
+
+    def __init__(self, *, policy: ModelSource, samples: int = 4, max_new_tokens: int = 64, **optimizer: Any) -> None:
+        super().__init__(**optimizer)
+        self.source = policy
+        self.samples = samples
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.policy: Policy | None = None
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = Policy(self.source.language_model(self.tokenizer))
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        scores = self.policy(batch.tokens, batch.mask, batch.answer)
+        loss = cross_entropy_loss(scores.logprobs, batch.answer)
+        self.log_train(
+            {
+                "train/loss": loss,
+                "train/token_accuracy": as_fraction(scores.hits, batch.answer),
+                "train/entropy": scores.entropy[batch.answer].mean(),
+            }
+        )
+        return loss * batch.share
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        scores = self.policy(batch.tokens, batch.mask, batch.answer)
+        self.log_val(
+            {
+                "loss": cross_entropy_loss(scores.logprobs, batch.answer),
+                "token_accuracy": as_fraction(scores.hits, batch.answer),
+            },
+            batch.loss_terms,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        if self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.show_samples(self._answers(self.trainer.datamodule.samples(self.samples)))
+
+    def _answers(self, prompts: list[tuple[list[int], Prompt]]) -> list[tuple[str, str]]:
+        rollout = roll_out(self.policy.lm, [tokens for tokens, _ in prompts], self.sampling, self.tokenizer.eos_token_id)
+        return [
+            (prompt.source, self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+            for (_, prompt), answer in zip(prompts, rollout.answers(), strict=True)
+        ]
+
+    def result(self) -> Result:
+        return Result(self.policy.lm, self.tokenizer)
