@@ -111,9 +111,9 @@ class Writer:
 
 WRITERS = (
     Writer(omits=0.02, invents=0.02, wordy=0.05),
-    Writer(omits=0.15, invents=0.10, wordy=0.35),
-    Writer(omits=0.35, invents=0.25, wordy=0.60),
-    Writer(omits=0.55, invents=0.10, wordy=0.15),
+    Writer(omits=0.15, invents=0.05, wordy=0.2),
+    Writer(omits=0.30, invents=0.15, wordy=0.5),
+    Writer(omits=0.40, invents=0.05, wordy=0.1),
 )
 
 
@@ -128,7 +128,7 @@ def draw_facts(rng: random.Random, domain: Domain) -> dict[str, str]:
         "what": pick(rng, domain.things),
         "where": pick(rng, PLACES),
         "when": pick(rng, domain.times),
-        "count": str(12 + int(rng.random() * 978)),
+        "count": str(20 + 10 * int(rng.random() * 40)),
     }
 
 

@@ -9,20 +9,14 @@ A fact is a name, place, thing, day, month or number. Training never sees this f
 import re
 from collections.abc import Sequence
 
-FIRST = """Ada Alma Anton Bela Boris Carla Cora Dana Dario Edda Elio Emil Erika Fabio Felix Flora Gerd Greta Hanna Hugo
-Ida Igor Ines Ivan Jana Jonas Karla Kira Lars Lena Leo Lina Marco Mara Milo Mona Nadia Nils Nora Olaf Olga Oskar Paula
-Petra Rita Rosa Ruth Selma Simon Sven Tara Theo Tilda Tom Ursula Vera Viktor Wanda Yara Zeno""".split()
+FIRST = """Ada Alma Anton Bela Boris Carla Cora Dana Dario Edda Elio Emil Erika Fabio Felix Flora Gerd Greta Hanna
+Hugo Ida Igor Ines Ivan Jana Jonas Karla Kira Lars Lena Leo Lina Marco Mara Milo Mona Nadia Nils Nora Olaf""".split()
 LAST = """Abel Adler Amsel Arnold Bauer Becker Behrens Berger Binder Bloch Boll Brandt Bruns Busch Conrad Decker Dietz
-Dorn Ebert Eder Egger Engel Ernst Faber Falk Fink Fischer Frank Fuchs Gabler Geiger Graf Gruber Haas Hahn Hartmann Heller
-Henning Herzog Huber Jahn Jansen Keller Kern Kessler Koch Kraus Kuhn Lang Lehmann Lenz Linde Lorenz Ludwig Maier Marx
-Merkel Moser Neumann Noll Otto Paulsen Peters Pohl Rauch Reuter Richter Ritter Roth Sander Sauer Schenk Seidel Sommer
-Stein Stolz Storm Strauss Thiel Unger Vogel Voss Wagner Weber Weiss Wirth Wolff Ziegler Zimmer Zorn""".split()
+Dorn Ebert Eder Egger Engel Ernst Faber Falk Fink Fischer Frank Fuchs Gabler Geiger Graf Gruber Haas Hahn Hartmann
+Heller Henning Herzog Huber""".split()
 PLACES = """Aldford Ashby Barton Belmont Birkdale Blackwell Bramley Brookfield Burnham Caldwell Camden Carlton Clayton
-Clifton Colby Corby Crawford Dalton Danbury Darley Denby Dunmore Easton Elmhurst Fairview Farley Felton Fenwick Garston
-Glenwood Granby Halton Hampden Harwick Hatfield Hayden Hilton Holbrook Hurley Kelby Kendal Kirkby Langley Lawton Leyton
-Linwood Malton Marlow Melrose Milford Moreton Newbury Norwood Oakley Orford Oxley Paxton Preston Radley Ripley Rosedale
-Rugby Selby Shelby Shipley Stanton Sutton Tilbury Upton Walton Warley Wembury Weston Whitby Wilton Winslow Woodley
-Wootton Yardley Yarmouth""".split()
+Clifton Colby Corby Crawford Dalton Danbury Darley Denby Dunmore Easton Elmhurst Fairview Farley Felton Fenwick
+Garston Glenwood Granby Halton Hampden Harwick Hatfield Hayden Hilton Holbrook Hurley Kelby""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 THINGS = """bakery library museum cinema gallery school theatre clinic concert parade lecture festival workshop contest

@@ -77,7 +77,9 @@ def evaluate(cfg: DictConfig) -> float:
     reward = _existing(cfg, "reward")
     chosen = cfg.stage.reward_model
     reward_model = open_source(chosen) if chosen else open_source(str(reward)) if reward else None
-    settings = OmegaConf.masked_copy(cfg.stage, [key for key in cfg.stage if key not in ("models", "reward_model")])
+    settings: Any = OmegaConf.to_container(cfg.stage, resolve=True)
+    for key in ("models", "reward_model"):
+        del settings[key]
     datamodule = instantiate(cfg.data)
     module = instantiate(settings, _partial_=True)(policies=policies, reward_model=reward_model)
     if module.baseline not in policies:

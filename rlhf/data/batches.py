@@ -1,10 +1,11 @@
 """Batches, and how rows become one. All token tensors are [batch, time], padded on the right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from rlhf.data.encode import EncodedAnswer
 from rlhf.data.records import Prompt
@@ -20,6 +21,15 @@ class Batch:
     """
 
     share: float = 1.0
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on a device; what is no tensor stays."""
+        moved = {
+            part.name: value.to(device)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), Tensor | Batch)
+        }
+        return replace(self, **moved)
 
     @property
     def loss_terms(self) -> int:

@@ -43,14 +43,16 @@ class Transformer:
         intermediate_size: width of the feed-forward layer.
         max_length: longest text it can read, tokens.
         vocab_size: most tokens of the tokenizer that is trained on the SFT data.
+        initializer_range: standard deviation of the random weights.
     """
 
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 384
+    hidden_size: int = 192
+    num_layers: int = 2
+    num_heads: int = 3
+    intermediate_size: int = 512
     max_length: int = 1024
-    vocab_size: int = 1024
+    vocab_size: int = 2048
+    initializer_range: float = 0.04
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         return train_tokenizer(texts, self.vocab_size)
@@ -66,6 +68,7 @@ class Transformer:
             num_attention_heads=self.num_heads,
             num_key_value_heads=self.num_heads,
             max_position_embeddings=self.max_length,
+            initializer_range=self.initializer_range,
             tie_word_embeddings=True,
             **_special_tokens(tokenizer),
         )
@@ -83,14 +86,16 @@ class Mamba:
         state_size: numbers of state a channel: what it can remember.
         chunk_size: tokens the scan handles at once; 64 is fastest on a CPU.
         vocab_size: most tokens of the tokenizer that is trained on the SFT data.
+        initializer_range: standard deviation of the random weights.
     """
 
-    hidden_size: int = 128
-    num_layers: int = 4
+    hidden_size: int = 192
+    num_layers: int = 2
     head_dim: int = 32
     state_size: int = 64
     chunk_size: int = 64
-    vocab_size: int = 1024
+    vocab_size: int = 2048
+    initializer_range: float = 0.05
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         return train_tokenizer(texts, self.vocab_size)
@@ -107,7 +112,7 @@ class Mamba:
             state_size=self.state_size,
             chunk_size=self.chunk_size,
             n_groups=1,
-            initializer_range=0.02,
+            initializer_range=self.initializer_range,
             tie_word_embeddings=True,
             **_special_tokens(tokenizer),
         )
