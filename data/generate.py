@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gold import DAYS, FIRST, LAST, MONTHS, PLACES, THINGS, score
+from gold import DAYS, MONTHS, NAMES, PLACES, THINGS, score
 
 SEED = 20261122
 LABEL_NOISE = 0.1  # share of preference labels that are flipped
 RATING_NOISE = 0.1  # standard deviation of the noise on scalar rewards, gold points
-SMALLEST_GAP = 0.12  # gold points; closer pairs are not shown to the annotator
+SMALLEST_GAP = 0.15  # gold points; closer pairs are not shown to the annotator
 ROWS = {
     "rl_train": 5000, "rl_val": 300, "rl_test": 300,
     "prefs_train": 4000, "prefs_val": 500,
@@ -26,59 +26,61 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of document: how it tells each fact, and which things and times it is about."""
+    """A kind of document: what it is about, and how it tells each fact."""
 
     things: Sequence[str]
-    times: Sequence[str]
+    times: Sequence[str]  # with the preposition that goes with them
     units: str
-    who: Sequence[str]
     what: Sequence[str]
     when: Sequence[str]
+    who: Sequence[str]
     count: Sequence[str]
 
 
+ON_DAYS = [f"on {day}" for day in DAYS]
+DURING_MONTHS = [f"during {month}" for month in MONTHS]
 DOMAINS = (
     Domain(
-        THINGS[0:8], MONTHS, "guests",
-        who=("{who} has worked on the plan for years.", "The idea came from {who}.", "{who} will cut the ribbon."),
-        what=("A new {what} will open in {where}.", "{where} is going to get a {what}.", "People in {where} can soon visit the {what}."),
-        when=("The doors open in {when}.", "It should be ready by {when}.", "The first day falls in {when}."),
-        count=("Around {count} guests are invited.", "There is room for {count} guests.", "The owners count on {count} guests."),
+        THINGS[0:8], DURING_MONTHS, "guests",
+        what=("Everybody can visit the {what} in {where} soon.", "At last the {what} in {where} will open.", "Work on the {what} in {where} is done."),
+        when=("The doors open {when}.", "It should be ready {when}.", "The first day falls {when}."),
+        who=("The plan was made by {who}.", "The ribbon is cut by {who}.", "The speech is given by {who}."),
+        count=("There is room for about {count} guests.", "The owners expect about {count} guests.", "Seats stand ready for about {count} guests."),
     ),
     Domain(
-        THINGS[8:16], DAYS, "visitors",
-        who=("{who} is in charge of the programme.", "Everything was organised by {who}.", "The host of the day is {who}."),
-        what=("The {what} takes place in {where}.", "{where} looks forward to its {what}.", "Once more there is a {what} in {where}."),
-        when=("It starts on {when} after lunch.", "Those who want to come should keep {when} free.", "The gates open on {when}."),
-        count=("Last time {count} visitors came.", "Up to {count} visitors are expected.", "The square holds {count} visitors."),
+        THINGS[8:16], ON_DAYS, "visitors",
+        what=("Soon the {what} in {where} takes place.", "Many look forward to the {what} in {where}.", "Once more the {what} in {where} is at hand."),
+        when=("It starts {when} after lunch.", "The gates open {when}.", "Those who want to come should keep free {when}."),
+        who=("Everything was organised by {who}.", "The programme was chosen by {who}.", "Guests are welcomed by {who}."),
+        count=("Last time about {count} visitors came.", "The square holds about {count} visitors.", "Friends hope for about {count} visitors."),
     ),
     Domain(
-        THINGS[16:24], DAYS, "calls",
-        who=("{who} was the first to raise the alarm.", "The report was written by {who}.", "{who} spoke to the press."),
-        what=("A {what} has shaken {where}.", "In {where} the damage after the {what} is being counted.", "The {what} hit {where} without warning."),
-        when=("It happened on {when} before dawn.", "The night to {when} was a long one.", "Work went on until {when}."),
-        count=("The station took {count} calls.", "More than {count} calls came in.", "Helpers answered {count} calls."),
+        THINGS[16:24], ON_DAYS, "calls",
+        what=("Nobody was ready for the {what} in {where}.", "The damage after the {what} in {where} is being counted.", "Without warning came the {what} in {where}."),
+        when=("It happened {when} before dawn.", "Helpers were busy {when} until late.", "It all began {when}."),
+        who=("The alarm was raised by {who}.", "The report was written by {who}.", "Questions were answered by {who}."),
+        count=("The station took about {count} calls.", "In one night came about {count} calls.", "Helpers answered about {count} calls."),
     ),
     Domain(
-        THINGS[24:32], MONTHS, "euros",
-        who=("The design is by {who}.", "{who} built the first model at home.", "Behind the product stands {who}."),
-        what=("A {what} from {where} is on its way to the shops.", "The workshop in {where} shows a {what}.", "Made in {where}, the {what} is said to last."),
-        when=("It goes on sale in {when}.", "Orders are taken from {when}.", "The shops will have it in {when}."),
-        count=("The price is {count} euros.", "Buyers will pay {count} euros.", "It costs {count} euros."),
+        THINGS[24:32], DURING_MONTHS, "euros",
+        what=("Buyers wait for the {what} made in {where}.", "A fair shows the {what} made in {where}.", "Said to last is the {what} made in {where}."),
+        when=("It goes on sale {when}.", "Orders are taken {when}.", "The shops will have it {when}."),
+        who=("The design is by {who}.", "The first model was built by {who}.", "The idea was sold by {who}."),
+        count=("The price is about {count} euros.", "Buyers will pay about {count} euros.", "It costs about {count} euros."),
     ),
     Domain(
-        THINGS[32:40], MONTHS, "workers",
-        who=("{who} leads the works.", "The engineer in charge is {who}.", "{who} signed the contract."),
-        what=("Repairs of the {what} near {where} are about to begin.", "{where} has waited long for its {what}.", "The {what} at {where} will be rebuilt."),
-        when=("The site closes in {when}.", "If all goes well it ends in {when}.", "First machines arrive in {when}."),
-        count=("It keeps {count} workers busy.", "The firm sends {count} workers.", "On the site {count} workers are needed."),
+        THINGS[32:40], DURING_MONTHS, "workers",
+        what=("Repairs of the {what} in {where} will begin.", "The town needs the {what} in {where}.", "Rust has eaten the {what} in {where}."),
+        when=("The site closes {when}.", "If all goes well it ends {when}.", "First machines arrive {when}."),
+        who=("The works are led by {who}.", "The contract was signed by {who}.", "Everything is checked by {who}."),
+        count=("It keeps busy about {count} workers.", "The firm sends about {count} workers.", "On the site are needed about {count} workers."),
     ),
     Domain(
-        THINGS[40:48], DAYS, "runners",
-        who=("The winner was {who}.", "Nobody could keep up with {who}.", "{who} took the first place."),
-        what=("The {what} of {where} is over.", "Rain could not stop the {what} in {where}.", "{where} cheered at the {what}."),
-        when=("It was held on {when}.", "On {when} the streets were full.", "Since {when} the town talks of nothing else."),
-        count=("In all {count} runners took part.", "The list names {count} runners.", "At the start stood {count} runners."),
+        THINGS[40:48], ON_DAYS, "runners",
+        what=("Over is the {what} in {where} at last.", "Rain could not stop the {what} in {where}.", "The whole town cheered at the {what} in {where}."),
+        when=("It was held {when}.", "The streets were full {when}.", "The start was {when}."),
+        who=("The first place was taken by {who}.", "The race was won by {who}.", "A record was broken by {who}."),
+        count=("In all took part about {count} runners.", "The list names about {count} runners.", "At the start stood about {count} runners."),
     ),
 )  # fmt: skip
 FILLERS = (
@@ -90,13 +92,13 @@ FILLERS = (
 
 # how an answer words a fact: short first, then ways that say no more in more words
 WORDINGS = {
-    "who": ("{who}", "it is about {who}", "the person named is {who}"),
-    "what": ("{what}", "there is word of a {what}", "the subject is the {what}"),
-    "where": ("{where}", "the place is {where}", "all this is in {where}"),
-    "when": ("{when}", "the time given is {when}", "as for the time, {when}"),
-    "count": ("{count} {units}", "the number is {count} {units}", "a total of {count} {units}"),
-}
-OPENINGS = ("In short, ", "The text says this: ", "To sum it up, ")
+    "what": ("the {what}", "this is about the {what}", "the text tells of the {what}"),
+    "where": ("in {where}", "all this is in {where}", "to be exact in {where}"),
+    "when": ("{when}", "the time given is {when}", "as far as we know {when}"),
+    "who": ("by {who}", "and that by {who}", "it seems by {who}"),
+    "count": ("about {count} {units}", "the number given is about {count} {units}", "with a total of about {count} {units}"),
+}  # fmt: skip
+OPENINGS = ("in short, ", "the text says this: ", "to sum it up, ")
 CLOSINGS = (" More will follow soon.", " That is all we know.", " The rest is not known yet.")
 
 
@@ -105,15 +107,20 @@ class Writer:
     """An author of answers: with which probability each fault appears."""
 
     omits: float  # per fact
-    invents: float  # per answer: one fact is replaced by another of its kind
+    invents: float  # per fact: another of its kind stands in its place
     wordy: float  # per fact, for the opening and for the closing
 
 
-WRITERS = (
-    Writer(omits=0.02, invents=0.02, wordy=0.05),
-    Writer(omits=0.15, invents=0.05, wordy=0.2),
-    Writer(omits=0.30, invents=0.15, wordy=0.5),
-    Writer(omits=0.40, invents=0.05, wordy=0.1),
+DEMONSTRATORS = (  # careful, but often incomplete and long-winded: what SFT learns from
+    Writer(omits=0.10, invents=0.01, wordy=0.10),
+    Writer(omits=0.35, invents=0.01, wordy=0.50),
+    Writer(omits=0.55, invents=0.01, wordy=0.15),
+    Writer(omits=0.30, invents=0.01, wordy=0.75),
+)
+CANDIDATES = (  # whose answers are compared and rated
+    *DEMONSTRATORS,
+    Writer(omits=0.02, invents=0.00, wordy=0.02),
+    Writer(omits=0.10, invents=0.25, wordy=0.10),
 )
 
 
@@ -124,11 +131,11 @@ def pick(rng: random.Random, options: Sequence):
 
 def draw_facts(rng: random.Random, domain: Domain) -> dict[str, str]:
     return {
-        "who": f"{pick(rng, FIRST)} {pick(rng, LAST)}",
+        "who": pick(rng, NAMES),
         "what": pick(rng, domain.things),
         "where": pick(rng, PLACES),
         "when": pick(rng, domain.times),
-        "count": str(20 + 10 * int(rng.random() * 40)),
+        "count": str(10 + 10 * int(rng.random() * 30)),
     }
 
 
@@ -138,15 +145,15 @@ def shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
 
 def write_document(rng: random.Random, domain: Domain, values: dict[str, str]) -> str:
     told = [pick(rng, ways).format(**values) for ways in (domain.who, domain.what, domain.when, domain.count)]
-    fillers = shuffled(rng, FILLERS)[: 1 + int(rng.random() * 3)]
+    fillers = shuffled(rng, FILLERS)[: int(rng.random() * 3)]
     return " ".join(shuffled(rng, told + fillers))
 
 
 def write_answer(rng: random.Random, domain: Domain, values: dict[str, str], writer: Writer) -> str:
     values = dict(values)
-    if rng.random() < writer.invents:
-        wrong = pick(rng, list(values))
-        values[wrong] = draw_facts(rng, domain)[wrong]
+    for fact, other in draw_facts(rng, domain).items():
+        if rng.random() < writer.invents:
+            values[fact] = other
     kept = [fact for fact in WORDINGS if rng.random() >= writer.omits] or ["what"]
     parts = [pick(rng, WORDINGS[fact][1:]) if rng.random() < writer.wordy else WORDINGS[fact][0] for fact in kept]
     opening = pick(rng, OPENINGS) if rng.random() < writer.wordy else ""
@@ -158,7 +165,7 @@ def write_answer(rng: random.Random, domain: Domain, values: dict[str, str], wri
 def write_pair(rng: random.Random, document: str, domain: Domain, values: dict[str, str]) -> tuple[str, str]:
     """Two answers by two authors, the better one first, further apart than the smallest gap."""
     while True:
-        pair = [write_answer(rng, domain, values, pick(rng, WRITERS)) for _ in range(2)]
+        pair = [write_answer(rng, domain, values, pick(rng, CANDIDATES)) for _ in range(2)]
         first, second = score([document, document], pair)
         if abs(first - second) >= SMALLEST_GAP:
             return (pair[0], pair[1]) if first > second else (pair[1], pair[0])
@@ -174,13 +181,13 @@ def rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator
             document = write_document(rng, domain, values := draw_facts(rng, domain))
         seen.add(document)
         if split.startswith("rl"):
-            yield {"document": document, "target": write_answer(rng, domain, values, pick(rng, WRITERS))}
+            yield {"document": document, "target": write_answer(rng, domain, values, pick(rng, DEMONSTRATORS))}
         elif split.startswith("prefs"):
             better, worse = write_pair(rng, document, domain, values)
             chosen, rejected = (worse, better) if rng.random() < LABEL_NOISE else (better, worse)
             yield {"document": document, "chosen": chosen, "rejected": rejected}
         else:
-            response = write_answer(rng, domain, values, pick(rng, WRITERS))
+            response = write_answer(rng, domain, values, pick(rng, CANDIDATES))
             noise = RATING_NOISE * (sum(rng.random() for _ in range(12)) - 6)  # near normal, and portable
             yield {"document": document, "response": response, "reward": round(score([document], [response])[0] + noise, 2)}
 

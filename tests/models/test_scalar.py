@@ -1,0 +1,125 @@
+"""One number a sequence, read at its last real token, and a head that is never made up."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+from rlhf.models import ScalarHead, ScalarModel
+
+ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # an EOS (2) in the middle too
+
+
+def scalar_model(lm: PreTrainedModel, mean: float = 0.0) -> ScalarModel:
+    torch.manual_seed(1)
+    return ScalarModel(lm.base_model, ScalarHead(32), reward_mean=mean)
+
+
+def by_hand(lm: PreTrainedModel, model: ScalarModel, row: Tensor) -> Tensor:
+    """w . h + b of the last token of the row alone."""
+    hidden = lm.base_model(input_ids=row[None]).last_hidden_state[0, -1]
+    (layer,) = model.head.layers
+    return hidden @ layer.weight[0] + layer.bias[0]
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 4), (4, 0), (2, 2)])
+@pytest.mark.parametrize("garbage", [0, 2, 77])
+def test_the_score_is_read_at_the_last_real_token(lm: PreTrainedModel, left: int, right: int, garbage: int) -> None:
+    """Padding of either side, pad = eos included, leaves the score at w . h + b of the last token."""
+    model = scalar_model(lm)
+    tokens = torch.nn.functional.pad(ROW[None], (left, right), value=garbage)
+    mask = torch.nn.functional.pad(torch.ones_like(ROW[None], dtype=torch.bool), (left, right))
+    torch.testing.assert_close(model(tokens, mask)[0], by_hand(lm, model, ROW))
+
+
+def test_a_score_does_not_depend_on_neighbours(lm: PreTrainedModel) -> None:
+    """A row of 7 beside rows of 3 and of 9: the scores of the three rows alone."""
+    model = scalar_model(lm)
+    rows = [ROW, ROW[:3], torch.arange(20, 29)]
+    tokens, mask = torch.full((3, 9), 2), torch.zeros(3, 9, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        start = 9 - len(row) if index == 1 else 0  # the second stands right, after padding
+        tokens[index, start : start + len(row)], mask[index, start : start + len(row)] = row, True
+    torch.testing.assert_close(model(tokens, mask), torch.stack([by_hand(lm, model, row) for row in rows]))
+
+
+def test_reward_mean_is_subtracted_from_scores_and_values(lm: PreTrainedModel) -> None:
+    """The same model with mean 1.5 scores 1.5 less, at the end and at every token."""
+    plain, centred = scalar_model(lm), scalar_model(lm, mean=1.5)
+    mask = torch.ones_like(ROW[None], dtype=torch.bool)
+    torch.testing.assert_close(centred(ROW[None], mask), plain(ROW[None], mask) - 1.5)
+    hidden = torch.randn(2, 3, 32)
+    torch.testing.assert_close(centred.values(hidden), plain.head(hidden) - 1.5)
+
+
+def test_the_value_at_the_last_token_is_the_score(lm: PreTrainedModel) -> None:
+    """A critic that starts from the reward model says the score where the score is read."""
+    model, mask = scalar_model(lm, mean=0.5), torch.ones_like(ROW[None], dtype=torch.bool)
+    hidden = lm.base_model(input_ids=ROW[None]).last_hidden_state
+    assert model.values(hidden).shape == (1, 7)
+    torch.testing.assert_close(model.values(hidden)[:, -1], model(ROW[None], mask))
+
+
+@pytest.mark.parametrize(("num_layers", "fan_in"), [(1, 4095), (2, 1023), (3, 1023)])
+def test_the_last_layer_starts_as_published(num_layers: int, fan_in: int) -> None:
+    """N(0, 1/sqrt(d + 1)), bias 0: sqrt(4096) = 64 and sqrt(1024) = 32, so std 1/64 and 1/32 (detail 11 of N+)."""
+    torch.manual_seed(0)
+    head = ScalarHead(4095, hidden_dim=1023, num_layers=num_layers)
+    last = head.layers[-1]
+    assert last.in_features == fan_in
+    # the standard error of a standard deviation over d draws is 1 / sqrt(2 d): 1.1 % and 2.2 %; four of them
+    assert last.weight.std().item() * (fan_in + 1) ** 0.5 == pytest.approx(1, abs=4 / (2 * fan_in) ** 0.5)
+    assert last.bias.item() == 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_num_layers_are_linear_layers_with_gelu_between(num_layers: int) -> None:
+    """The head equals the chain of its own matrices, with x * Phi(x) between them."""
+    torch.manual_seed(0)
+    head = ScalarHead(6, hidden_dim=5, num_layers=num_layers)
+    linear = [layer for layer in head.layers if isinstance(layer, torch.nn.Linear)]
+    widths = [6] + [5] * (num_layers - 1) + [1]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == list(pairwise(widths))
+    x = torch.randn(3, 6)
+    expected = x
+    for layer in linear[:-1]:
+        expected = expected @ layer.weight.T + layer.bias
+        expected = expected * 0.5 * (1 + torch.erf(expected / 2**0.5))
+    expected = (expected @ linear[-1].weight.T + linear[-1].bias)[:, 0]
+    torch.testing.assert_close(head(x), expected)
+
+
+def test_a_head_without_layers_is_refused() -> None:
+    with pytest.raises(UserError, match="num_layers=0"):
+        ScalarHead(4, num_layers=0)
+
+
+def test_scores_are_float32_whatever_the_precision_of_the_body() -> None:
+    """A bfloat16 state goes through; so does a head that was moved to bfloat16 with its body."""
+    hidden = torch.randn(2, 4, dtype=torch.bfloat16)
+    assert ScalarHead(4)(hidden).dtype == torch.float32
+    assert ScalarHead(4).to(torch.bfloat16)(hidden).dtype == torch.float32
+
+
+def test_loading_refuses_a_missing_head(lm: PreTrainedModel) -> None:
+    """A body alone is no reward model: its head would be made up."""
+    weights = scalar_model(lm).state_dict()
+    without = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    assert 0 < len(without) < len(weights)
+    with pytest.raises(RuntimeError, match=r"head\.layers\.0\.weight"):
+        scalar_model(lm).load_state_dict(without)
+    with pytest.raises(RuntimeError, match="reward_mean"):
+        scalar_model(lm).load_state_dict({name: value for name, value in weights.items() if name != "reward_mean"})
+
+
+def test_weights_and_mean_survive_state_dict(lm: PreTrainedModel) -> None:
+    """Stored and loaded into a model of other weights, the score is the same: the mean travels too."""
+    first, mask = scalar_model(lm, mean=0.7), torch.ones_like(ROW[None], dtype=torch.bool)
+    expected = first(ROW[None], mask)
+    second = ScalarModel(lm.base_model, ScalarHead(32))
+    assert not torch.allclose(second(ROW[None], mask), expected)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(ROW[None], mask), expected)

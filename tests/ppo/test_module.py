@@ -1,0 +1,287 @@
+"""The PPO stage in Lightning's own loop, for both architectures."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rlhf.errors import UserError
+from rlhf.models import ScalarHead, ScalarModel
+from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
+from rlhf.ppo.experience import Minibatch
+from rlhf.rollout import Sampling
+
+PROMPTS = [
+    "The bridge opens.",
+    "It rains.",
+    "Nadia Falk sells a camera in Dunmore.",
+    "May",
+    "Who won?",
+    "A",
+    "B b",
+    "See",
+]
+
+
+class Fixed:
+    """A source of one model: every copy has the same weights, as with the file of an earlier stage."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def language_model(self, tokenizer: Any) -> Any:
+        return deepcopy(self.model)
+
+    scalar_model = language_model
+
+
+class Record(lightning.Callback):
+    """Keeps what training did: the minibatches, the rollouts' numbers, and the gradient each optimizer step used."""
+
+    def __init__(self) -> None:
+        self.parts: list[Minibatch] = []
+        self.numbers: list[dict[str, Any]] = []
+        self.norms: list[float] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, module: PPOModule) -> None:
+        trainer.optimizers[0].register_step_post_hook(self.note_step)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, part: Minibatch, batch_idx: int) -> None:
+        self.parts.append(part)
+        if part.numbers is not None:
+            self.numbers.append(part.numbers)
+
+    def note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])))
+
+
+@pytest.fixture
+def policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Fixed:
+    """A model that ends an answer at about every fifth token, so that answers have different lengths."""
+    with torch.no_grad():
+        embedding = lm.get_output_embeddings().weight
+        embedding += 0.1  # now hidden states share a direction; all logits move alike, so nothing else changes
+        tokens = torch.arange(3, len(tokenizer))[None, :64]
+        common = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].mean(dim=0)
+        # the logit of EOS is then about 3 above those of the other 300; at temperature 0.7: e^4.3 / (e^4.3 + 300) = 0.2
+        embedding[tokenizer.eos_token_id] += 3 * common / common.square().sum()
+    return Fixed(lm)
+
+
+@pytest.fixture
+def judge(lm: PreTrainedModel) -> Fixed:
+    torch.manual_seed(1)
+    return Fixed(ScalarModel(deepcopy(lm.base_model), ScalarHead(32)))
+
+
+class Setting:
+    """Builds and trains a tiny PPO run; every call starts from the same models and seed."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> None:
+        self.tokenizer, self.policy, self.judge = tokenizer, policy, judge
+        self.prompts = folder / "prompts.jsonl"
+        self.prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+
+    def module(self, **keys: Any) -> PPOModule:
+        given = {
+            "sampling": Sampling(max_new_tokens=8, temperature=0.7), "scores": ScoreShaping(),
+            "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3, "schedule": "constant", **keys,
+        }  # fmt: skip
+        module = PPOModule(policy=self.policy, reward_model=self.judge, **given)
+        module.tokenizer = self.tokenizer
+        return module
+
+    def train(
+        self, *, trainer: dict[str, Any] | None = None, resume: Path | None = None, **keys: Any
+    ) -> tuple[PPOModule, Record]:
+        module, record = self.module(**keys), Record()
+        data = PromptDataModule(train=str(self.prompts), val_fraction=0, max_length=64, batch_size=8)
+        data.tokenizer = self.tokenizer
+        lightning.seed_everything(7, verbose=False)
+        self.trainer = lightning.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
+            **{"max_epochs": 1, **(trainer or {})},
+        )  # fmt: skip
+        self.trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        return module, record
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> Setting:
+    return Setting(tmp_path, tokenizer, policy, judge)
+
+
+def assert_same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), **tolerance)
+
+
+def changed(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been learned yet: log-probs of the update equal those of the rollout bit for bit, and the KL is 0.
+
+    The second minibatch comes after a step, so there they differ.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    note = PPOModule._note_update
+
+    def noting(self: PPOModule, part: Minibatch, scores: Any, *rest: Any) -> None:
+        seen.append((scores.logprobs.detach(), part.old_logprobs))
+        note(self, part, scores, *rest)
+
+    monkeypatch.setattr(PPOModule, "_note_update", noting)
+    _, record = setting.train(kl_coef=0.1)
+    assert torch.equal(*seen[0])
+    assert not torch.equal(*seen[1])
+    assert record.numbers[0]["objective/kl"] == 0.0
+    lengths = record.parts[0].answer.sum(dim=1)
+    assert lengths.min() < lengths.max(), "answers of one length would not show what padding does"
+
+
+def test_old_logprobs_and_values_are_those_of_the_models_alone(setting: Setting) -> None:
+    """Each answer of the first minibatch through the bare model, without padding or neighbours: log softmax of the
+    logits over the temperature, 0.7, at which it was sampled, and the judge's number before each token.
+    """
+    _, record = setting.train()
+    part = record.parts[0]
+    lm, judge = setting.policy.model, setting.judge.model
+    for row in range(len(part.tokens)):
+        length, answer = int(part.mask[row].sum()), part.answer[row]
+        ids = part.tokens[row : row + 1, :length]
+        with torch.no_grad():
+            logprobs = (lm(ids).logits[0, :-1] / 0.7).log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+            values = judge.head(judge.trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1])
+        chosen = answer[1:length]
+        torch.testing.assert_close(part.old_logprobs[row][answer], logprobs[chosen])
+        torch.testing.assert_close(part.old_values[row][answer], values[chosen])
+
+
+def test_only_policy_and_critic_learn(setting: Setting) -> None:
+    """The reference and the reward model keep every bit, stay in eval mode and out of the optimizer and checkpoint."""
+    module, _ = setting.train()
+    assert_same(module.reference.model.lm, setting.policy.model, rtol=0.0, atol=0.0)
+    assert_same(module.reward_model.model, setting.judge.model, rtol=0.0, atol=0.0)
+    assert changed(module.policy.lm, setting.policy.model)
+    assert changed(module.critic, setting.judge.model)
+    frozen = [*module.reference.model.modules(), *module.reward_model.model.modules()]
+    assert not any(part.training for part in frozen)
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores"}
+
+
+def test_shared_critic_is_a_head_that_learns(setting: Setting) -> None:
+    """The head and the policy under it both take part; there is no second body."""
+    module, _ = setting.train(critic="shared", value_coef=1.0)
+    assert isinstance(module.critic, ScalarHead)
+    fresh = ScalarHead(32)  # its bias starts at 0
+    assert torch.equal(fresh.layers[-1].bias, torch.zeros(1))
+    assert not torch.equal(module.critic.layers[-1].bias, torch.zeros(1))
+    assert changed(module.policy.lm, setting.policy.model)
+
+
+def test_gradient_clip_val_bounds_the_gradient_of_every_step(setting: Setting) -> None:
+    """Without clipping the norm is above 0.01; with 0.01 no step sees more, and all of it is used."""
+    _, free = setting.train(trainer={"max_steps": 2})
+    _, clipped = setting.train(trainer={"max_steps": 2, "gradient_clip_val": 0.01})
+    assert len(free.norms) == len(clipped.norms) == 2
+    assert min(free.norms) > 0.01
+    assert clipped.norms == pytest.approx([0.01, 0.01], rel=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm it divides by
+
+
+def test_max_steps_counts_optimizer_steps(setting: Setting) -> None:
+    """8 answers in minibatches of 4, two passes: 4 minibatches an iteration, 2 steps with accumulation over 2."""
+    _, record = setting.train(trainer={"max_steps": 3, "max_epochs": -1})
+    assert (setting.trainer.global_step, len(record.norms), len(record.parts)) == (3, 3, 3)
+    _, record = setting.train(trainer={"max_steps": 3, "max_epochs": -1, "accumulate_grad_batches": 2})
+    assert (setting.trainer.global_step, len(record.norms), len(record.parts)) == (3, 3, 6)
+
+
+def test_accumulation_is_the_bigger_minibatch(setting: Setting) -> None:
+    """4 minibatches of 2 answers make the step that 1 of 8 makes, although the answers have different lengths.
+
+    AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
+    of tiny gradients into whole steps. Tolerances are the defaults.
+    """
+    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0, "scores": ScoreShaping(clip=None)}
+    big, seen = setting.train(minibatch_size=8, trainer={"max_steps": 1}, **keys)
+    keys["scores"] = ScoreShaping(clip=None)
+    small, parts = setting.train(minibatch_size=2, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys)
+    counts = [int(part.answer.sum()) for part in parts.parts]
+    assert len(set(counts)) > 1
+    assert sum(counts) == int(seen.parts[0].answer.sum())
+    assert changed(big.policy.lm, setting.policy.model)
+    assert_same(small.policy.lm, big.policy.lm)
+    assert_same(small.critic, big.critic)
+
+
+def test_accumulation_across_iterations_is_refused(setting: Setting) -> None:
+    """4 minibatches an iteration cannot be shared out in steps of 3."""
+    with pytest.raises(UserError, match=r"trainer\.accumulate_grad_batches=3 does not divide the 4 minibatches"):
+        setting.train(trainer={"accumulate_grad_batches": 3})
+
+
+def test_padding_of_a_minibatch_is_never_seen(setting: Setting) -> None:
+    """Random tokens and NaN on every slot that is no answer token change neither the loss nor any gradient."""
+    module, record = setting.train()
+    part = next(part for part in record.parts if not part.mask.all())
+    nan = torch.tensor(float("nan"))
+    garbage = {
+        name: torch.where(part.answer, getattr(part, name), nan)
+        for name in ("old_logprobs", "old_values", "advantages", "returns")
+    }
+    noise = torch.randint(3, 300, part.tokens.shape, generator=torch.Generator().manual_seed(0))
+    spoiled = replace(part, tokens=torch.where(part.mask, part.tokens, noise), **garbage)
+    assert not torch.equal(spoiled.tokens, part.tokens)
+
+    def loss_and_gradients(batch: Minibatch) -> tuple[Tensor, ...]:
+        loss = module.training_step(batch, 0)
+        learned = [p for trained, _ in module.trained_parts() for p in trained.parameters()]
+        return loss, *torch.autograd.grad(loss, learned, allow_unused=True)
+
+    expected, got = loss_and_gradients(part), loss_and_gradients(spoiled)
+    assert expected[0].isfinite()
+    used = [gradient for gradient in expected[1:] if gradient is not None]
+    assert max(float(gradient.abs().max()) for gradient in used) > 0
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(setting: Setting, tmp_path: Path) -> None:
+    """Two epochs in one go, against one epoch, a checkpoint, and the second epoch in a new module and trainer.
+
+    The random state travels with the checkpoint, so the second epoch samples the same answers; weights agree exactly.
+    """
+    whole, _ = setting.train(trainer={"max_epochs": 2})
+    setting.train(trainer={"max_epochs": 1})
+    setting.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, record = setting.train(trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt")
+    assert (setting.trainer.global_step, len(record.norms)) == (8, 4)
+    assert_same(resumed, whole, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(("key", "there"), [("obs_dim", 32), ("action_dim", 300)])
+def test_dimensions_are_checked_against_the_model(setting: Setting, key: str, there: int) -> None:
+    """The width of the tiny model is 32 and its vocabulary 300: these may be said, 77 may not."""
+    setting.module(**{key: there}).configure_model()
+    with pytest.raises(UserError, match=rf"stage\.{key}=77, but the model has {there}"):
+        setting.module(**{key: 77}).configure_model()
+
+
+def test_what_cannot_work_is_refused(setting: Setting) -> None:
+    """Greedy sampling, an unknown critic, and a learning rate for a critic that has none of its own."""
+    with pytest.raises(UserError, match=r"stage\.sampling\.temperature=0"):
+        setting.module(sampling=Sampling(temperature=0.0))
+    with pytest.raises(UserError, match=r"stage\.critic=both"):
+        setting.module(critic="both")
+    with pytest.raises(UserError, match=r"stage\.critic_learning_rate .* stage\.critic=shared"):
+        setting.module(critic="shared", critic_learning_rate=1e-4)

@@ -1,0 +1,250 @@
+"""Files a stage leaves behind: they open again, exactly, in a new process, and only if they are whole."""
+
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from rlhf import load_model
+from rlhf.errors import UserError
+from rlhf.export import FINAL, describe, open_source, save_huggingface, save_result
+from rlhf.models import ModelSource, ScalarHead, ScalarModel
+from rlhf.sft import SFTDataModule, SFTModule
+from rlhf.stage import Result
+
+TEXT = "<bos>It rains.\nSummary: May<eos>"
+MESSAGES = [{"role": "user", "content": "It rains."}]
+
+
+@pytest.fixture
+def reward_model(lm: PreTrainedModel) -> ScalarModel:
+    """A scalar model with a head of two layers and a stored mean."""
+    torch.manual_seed(1)
+    return ScalarModel(deepcopy(lm.base_model), ScalarHead(32, hidden_dim=7, num_layers=2), reward_mean=0.25).eval()
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, outputs: Path, stage: str = "sft") -> Path:
+    path = outputs / "rlhf" / stage / FINAL[stage]
+    save_result(Result(model, tokenizer), path, {"stage": stage, "parents": {}})
+    return path
+
+
+@torch.no_grad()
+def logits(model: Any, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return model(ids).logits
+
+
+@torch.no_grad()
+def scores(model: ScalarModel, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return model(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change the content of an export as a program outside this project would."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def test_an_export_holds_no_code(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """weights_only=True opens it; weights are tensors, everything else is text and numbers; provenance is JSON."""
+    path = save(lm, tokenizer, tmp_path)
+    content = torch.load(path, weights_only=True)
+    assert json.loads(content["provenance"]) == {"stage": "sft", "parents": {}}
+    assert content["weights"].keys() == lm.state_dict().keys()
+    assert all(isinstance(weight, torch.Tensor) for weight in content["weights"].values())
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing is left beside it"
+
+
+def test_a_policy_opens_again_with_its_tokenizer(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The same logits bit for bit, the same tokens, the same chat template, in eval mode on the device asked for."""
+    save(lm, tokenizer, tmp_path)
+    model, opened, device = load_model("sft", device="cpu", outputs=str(tmp_path))
+    assert torch.equal(logits(model, opened), logits(lm, tokenizer))
+    assert opened.get_vocab() == tokenizer.get_vocab()
+    special = ("bos_token", "eos_token", "pad_token", "chat_template")
+    assert [getattr(opened, name) for name in special] == [getattr(tokenizer, name) for name in special]
+    assert (device, model.training) == (torch.device("cpu"), False)
+
+
+def test_a_reward_model_scores_as_before(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Head, hidden layer and stored mean come back: equal scores, and 0.25 less than without the mean."""
+    save(reward_model, tokenizer, tmp_path, "reward")
+    model, opened, _ = load_model("reward", device="cpu", outputs=str(tmp_path))
+    assert torch.equal(scores(model, opened), scores(reward_model, tokenizer))
+    reward_model.reward_mean.zero_()
+    torch.testing.assert_close(scores(model, opened), scores(reward_model, tokenizer) - 0.25)
+
+
+@pytest.mark.parametrize("lost", ["head.layers.2.weight", "reward_mean", "trunk"])
+def test_missing_weights_are_refused(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, lost: str
+) -> None:
+    """A head that is not there is never made up anew (trl#1379)."""
+    path = save(reward_model, tokenizer, tmp_path, "reward")
+
+    def lose(content: dict[str, Any]) -> None:
+        content["weights"] = {name: w for name, w in content["weights"].items() if not name.startswith(lost)}
+
+    rewrite(path, lose)
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{lost}"):
+        load_model(str(path))
+
+
+def test_a_policy_is_no_reward_model(
+    lm: PreTrainedModel, reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Each is refused in the other's place, in words."""
+    policy, reward = save(lm, tokenizer, tmp_path), save(reward_model, tokenizer, tmp_path, "reward")
+    with pytest.raises(UserError, match="holds a language model, not a scalar model"):
+        open_source(str(policy)).scalar_model(tokenizer)
+    with pytest.raises(UserError, match="holds a scalar model, not a language model"):
+        open_source(str(reward)).language_model(tokenizer)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, source: ModelSource, tmp_path: Path
+) -> None:
+    """It would read other words than the policy wrote."""
+    path = save(reward_model, tokenizer, tmp_path, "reward")
+    other = source.tokenizer(["quite another text about something else"])
+    with pytest.raises(UserError, match=r"its tokenizer .* is not the policy's"):
+        open_source(str(path)).scalar_model(other)
+
+
+def test_a_hugging_face_folder_opens_in_plain_transformers(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Identical logits, tied embeddings included, and the chat template; it also opens here by its path."""
+    path, folder = save(lm, tokenizer, tmp_path), tmp_path / "hf"
+    save_huggingface(str(path), str(folder))
+    plain, opened = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert torch.equal(logits(plain, opened), logits(lm, tokenizer))
+    assert opened.chat_template == tokenizer.chat_template
+    prompt = opened.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<bos>It rains.\nSummary:"
+    model, opened, _ = load_model(str(folder), device="cpu")
+    assert torch.equal(logits(model, opened), logits(lm, tokenizer))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])
+def test_a_broken_file_says_so(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
+) -> None:
+    """Cut in the middle, no archive at all, empty, or an archive of something else: its name, in plain words."""
+    path = save(lm, tokenizer, tmp_path)
+    whole = path.read_bytes()
+    if damage == "foreign":
+        torch.save({"weights": {}}, path)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage])
+    with pytest.raises(UserError, match=rf"{path.name}: not a (whole )?file of this project"):
+        load_model(str(path))
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    """A pickle that would write a file when opened is refused, and writes nothing."""
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"format": 1, "bomb": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"bomb\.pt"):
+        load_model(str(tmp_path / "bomb.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_crash_while_writing_leaves_the_old_file_whole(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up halfway: what was there before still opens, byte for byte."""
+    path = save(lm, tokenizer, tmp_path)
+    old = path.read_bytes()
+
+    def fill_the_disk(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save(lm, tokenizer, tmp_path)
+    assert path.read_bytes() == old
+
+
+def test_what_is_not_there_names_the_command(tmp_path: Path) -> None:
+    """A stage that has not run: the command that runs it; a word that is no name: the names there are."""
+    outputs = str(tmp_path)
+    with pytest.raises(UserError, match=r"python train\.py .*run=qwen"):
+        load_model("rl_trained", run="qwen", outputs=outputs)
+    with pytest.raises(UserError, match=r"names: rl_trained, sft, reward, ppo, dpo"):
+        load_model("sfft", outputs=outputs)
+    with pytest.raises(UserError, match=r"nothing\.pt: no such file\n  python train\.py stage="):
+        open_source(str(tmp_path / "nothing.pt"))
+
+
+def test_a_lightning_checkpoint_opens_without_its_run(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The model of a checkpoint of SFT, with the header that run.py puts into it, after one step of training."""
+
+    class Header(lightning.Callback):
+        def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["rlhf"] = describe(module.result(), {"stage": "sft"})
+
+    class Fixed:
+        def language_model(self, tokenizer: Any) -> Any:
+            return deepcopy(lm)
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "It rains.", "completion": "May"}\n')
+    module = SFTModule(policy=Fixed(), learning_rate=0.1, samples=0)
+    data = SFTDataModule(train=str(rows), val_fraction=0)
+    module.tokenizer = data.tokenizer = tokenizer
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, max_steps=1, callbacks=[Header()],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model, opened, _ = load_model(str(tmp_path / "last.ckpt"), device="cpu")
+    assert torch.equal(logits(model, opened), logits(module.policy.lm.eval(), tokenizer))
+    assert not torch.equal(logits(model, opened), logits(lm, tokenizer)), "training changed nothing"
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch
+from rlhf import load_model
+outputs, ids = sys.argv[1], torch.load(sys.argv[2])
+policy, reward = (load_model(name, device="cpu", outputs=outputs)[0] for name in ("sft", "reward"))
+with torch.no_grad():
+    torch.save([policy(ids).logits, reward(ids, torch.ones_like(ids, dtype=torch.bool))], sys.argv[3])
+"""
+
+
+def test_a_new_process_computes_the_same(
+    lm: PreTrainedModel, reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, repo: Path
+) -> None:
+    """Logits and scores bit for bit: nothing that matters lived only in the memory of the process that saved it."""
+    save(lm, tokenizer, tmp_path)
+    save(reward_model, tokenizer, tmp_path, "reward")
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    torch.save(ids, tmp_path / "ids")
+    files = [str(tmp_path), str(tmp_path / "ids"), str(tmp_path / "answer")]
+    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *files], check=True, cwd=repo)
+    got_logits, got_scores = torch.load(tmp_path / "answer")
+    assert torch.equal(got_logits, logits(lm, tokenizer))
+    assert torch.equal(got_scores, scores(reward_model, tokenizer))
