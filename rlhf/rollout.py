@@ -33,6 +33,8 @@ class Sampling:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} is below 0", "0 takes the most likely token, 1 samples")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} is below 0", "0 draws from all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} is no share of the probability, above 0 and up to 1")
 

@@ -81,6 +81,8 @@ class RecordDataModule(lightning.LightningDataModule):
 
     def records(self, split: str) -> list[Any]:
         """The records of ``train``, ``val`` or ``test``, in file order; none where the split has no file."""
+        if split == "val" and self.paths["val"] is None:
+            self.records("train")  # which holds some out
         if split not in self._records:
             self._records[split] = self._read(split)
             if split == "train" and self.paths["val"] is None and self.val_fraction > 0:
@@ -133,7 +135,8 @@ class RecordDataModule(lightning.LightningDataModule):
             shown.append(f"... and {len(errors) - SHOWN} more of {len(rows)} records.")
         hints = []
         if missing := errors[0][1].missing:
-            other = [key for key in rows[errors[0][0]] if key not in ("prompt", "document", "target", "chosen", "rejected")]
+            row = rows[errors[0][0]]
+            other = [key for key in row if row[key] is not None and key not in ("prompt", "document", "target", "chosen", "rejected")]
             hints.append(f"If the column only has another name: data.columns.{missing}={(other or ['<name>'])[-1]}")
         hints.append(f"Expected form: {EXPECTED[form]}")
         hints.append("To leave such records out: data.on_error=skip")

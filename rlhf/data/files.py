@@ -33,6 +33,8 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
             raise UserError(f"{path}: cannot tell its format from '{ending}'", f"endings read: {' '.join(BUILDERS)}")
         if not Path(path).stat().st_size:
             raise UserError(f"{path}: the file is empty")
+        if ending in LINE_PER_ROW:
+            _check_encoding(path)
         options = {"sep": "\t"} if ending == ".tsv" else {}
         try:
             return load_dataset(BUILDERS[ending], data_files=path, split="train", **options)
@@ -63,6 +65,15 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
+
+
+def _check_encoding(path: str) -> None:
+    """The reader would only stumble over other bytes once their row is asked for."""
+    try:
+        for _ in _lines(path):
+            pass
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _find_bad_line(path: str, ending: str) -> None:

@@ -90,11 +90,14 @@ class Reader:
     def demonstration(self, row: Mapping[str, Any]) -> Demonstration:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
-            return Demonstration(_conversation(messages[:-1]), _closing_answer(messages, "messages"))
-        answer = self._answer(row, "completion" if self.has(row, "completion") else "target", "demonstration")
+            answer = self._closing_answer(messages, "messages")
+            prompt = _conversation(messages[:-1])
+        else:
+            answer = self._answer(row, "completion" if self.has(row, "completion") else "target", "demonstration")
+            prompt = self._prompt_of(row, "demonstration")
         if not answer.strip():
             raise RecordError("the answer is empty: there is nothing to learn")
-        return Demonstration(self._prompt_of(row, "demonstration"), answer)
+        return Demonstration(prompt, answer)
 
     def preference(self, row: Mapping[str, Any]) -> Preference:
         margin = self._number(row, "margin", "preference") if self.has(row, "margin") else 0.0
@@ -136,7 +139,7 @@ class Reader:
         value = self._get(row, name, kind)
         if isinstance(value, str):
             if not value.strip():
-                raise RecordError(f"field '{name}' is empty")
+                raise RecordError(f"field '{self.columns.get(name, name)}' is empty")
             return Prompt([{"role": "user", "content": value}], value)
         return _conversation(self._messages(row, name))
 
@@ -144,7 +147,7 @@ class Reader:
         value = self._get(row, name, kind)
         if isinstance(value, str):
             return value
-        return _closing_answer(self._messages(row, name), name)
+        return self._closing_answer(self._messages(row, name), name)
 
     def _transcripts(self, row: Mapping[str, Any]) -> tuple[Prompt, str, str]:
         """Two whole conversations that part at the last answer."""
@@ -157,21 +160,26 @@ class Reader:
         chosen, rejected = sides
         if chosen[:-1] != rejected[:-1]:
             raise RecordError("'chosen' and 'rejected' part before their last answer: they do not share a prompt")
-        return _conversation(chosen[:-1]), _closing_answer(chosen, "chosen"), _closing_answer(rejected, "rejected")
+        return _conversation(chosen[:-1]), self._closing_answer(chosen, "chosen"), self._closing_answer(rejected, "rejected")
 
     def _messages(self, row: Mapping[str, Any], name: str) -> list[Message]:
         value = row[self.columns.get(name, name)]
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise RecordError(f"field '{name}' is neither text nor a list of messages")
+            raise RecordError(f"field '{self.columns.get(name, name)}' is neither text nor a list of messages")
         for message in value:
             if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise RecordError(f"field '{name}': a message needs 'role' and 'content', both text")
+                raise RecordError(f"field '{self.columns.get(name, name)}': a message needs 'role' and 'content', both text")
         return [{"role": message["role"], "content": message["content"]} for message in value]
+
+    def _closing_answer(self, messages: Sequence[Message], name: str) -> str:
+        if messages[-1]["role"] != "assistant":
+            raise RecordError(f"field '{self.columns.get(name, name)}' does not end with an answer by 'assistant'")
+        return messages[-1]["content"]
 
     def _number(self, row: Mapping[str, Any], name: str, kind: str) -> float:
         value = self._get(row, name, kind)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RecordError(f"field '{name}' is {value!r}, not a finite number")
+            raise RecordError(f"field '{self.columns.get(name, name)}' is {value!r}, not a finite number")
         return float(value)
 
     def _get(self, row: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -192,12 +200,6 @@ def _conversation(messages: Sequence[Message]) -> Prompt:
     if len(messages) == 1:
         return Prompt(messages, messages[0]["content"])
     return Prompt(messages, "\n\n".join(f"{message['role']}: {message['content']}" for message in messages))
-
-
-def _closing_answer(messages: Sequence[Message], name: str) -> str:
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(f"field '{name}' does not end with an answer by 'assistant'")
-    return messages[-1]["content"]
 
 
 def _parse_transcript(text: str) -> list[Message]:

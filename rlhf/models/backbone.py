@@ -84,7 +84,7 @@ class Policy(nn.Module):
         step = len(targets) if torch.is_grad_enabled() else PIECE
         parts = [
             self._score(states[i : i + step], targets[i : i + step], temperature)
-            for i in range(0, len(targets), max(step, 1))
+            for i in range(0, max(len(targets), 1), max(step, 1))
         ]
         logprobs, entropy, hits = (torch.cat(part) for part in zip(*parts, strict=True))
         return TokenScores(scatter(logprobs, chosen), scatter(entropy, chosen), scatter(hits, chosen), hidden)
@@ -114,12 +114,20 @@ class Policy(nn.Module):
         was_training = self.lm.training
         self.lm.eval()
         tokens = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
-        states = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        plain = torch.allclose(
-            self.lm.get_output_embeddings()(states), self.lm(input_ids=tokens, use_cache=False).logits, atol=1e-4
-        )
+        states: list[Tensor] = []
+
+        def enlarge(module: nn.Module, inputs: object, output: BaseModelOutputWithPast) -> None:
+            # a cap does not show on the small logits of a young model
+            output.last_hidden_state = output.last_hidden_state * 1000
+            states.append(output.last_hidden_state)
+
+        hook = self.lm.base_model.register_forward_hook(enlarge)
+        try:
+            logits = self.lm(input_ids=tokens, use_cache=False).logits
+        finally:
+            hook.remove()
         self.lm.train(was_training)
-        return plain
+        return torch.allclose(self.lm.get_output_embeddings()(states[0]).float(), logits.float(), rtol=1e-3)
 
     def _logits_by_model(self, states: Tensor) -> Tensor:
         """The model's own road from states to logits, with its body replaced by the states already computed."""

@@ -38,7 +38,8 @@ def switch_off_dropout(model: M) -> M:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for settings in (module, getattr(module, "config", None)):  # some layers read the configuration as they run
+            for name, value in list(vars(settings).items()) if settings is not None else ():
+                if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
+                    setattr(settings, name, 0.0)
     return model

@@ -164,13 +164,13 @@ class Pretrained:
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         """A sequence classifier with one label, as a reward model."""
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=False, dtype=torch.float32
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, KeyError) as error:
             raise self._cannot_open("reward model", error) from error
         head = getattr(model, "score", None)
-        if not isinstance(head, nn.Linear) or head.out_features != 1:
+        if not isinstance(head, nn.Linear) or head.out_features != 1 or found["missing_keys"]:
             raise UserError(f"{self.path}: a reward model has one linear 'score' for one label")
         ours = ScalarHead(head.in_features)
         ours.load_state_dict(
