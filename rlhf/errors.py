@@ -49,9 +49,12 @@ def explain(error: BaseException) -> str | None:
             return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
     if isinstance(error, InstantiationException):
         cause = error.__cause__
-        return f"{cause or error}\n  the keys are those of the class: see conf/" if isinstance(cause, TypeError) else None
+        if isinstance(cause, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
+            return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
+        return f"{cause}\n  the keys are those of the class: see conf/" if isinstance(cause, TypeError) else None
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"{str(error).strip()}\n  {_hint(str(error))}"
+        typed = f"{error.override}: " if getattr(error, "override", None) else ""
+        return f"{typed}{_what(str(error))}\n  {_hint(error)}"
     return None
 
 
@@ -62,7 +65,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _hint(message: str) -> str:
-    if "Could not override 'stage." in message and "Key 'stage'" in message:
-        return "the pipeline runs several stages: choose one (stage=ppo), or type pipeline.overrides.ppo=[stage.<key>=<value>]"
+def _what(message: str) -> str:
+    """Hydra's message without its advice to force a key in, and without its search path."""
+    lines = message.split("Config search path")[0].strip().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("To append to your config use"))
+
+
+def _hint(error: BaseException) -> str:
+    if any("Key 'stage' is not in struct" in str(cause) for cause in _causes(error)):
+        return "the pipeline runs several stages: choose one (stage=ppo), or type 'pipeline.overrides.ppo=[\"stage.<key>=<value>\"]'"
     return "python train.py stage=<stage> --cfg job   shows every key"

@@ -182,8 +182,9 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _config(text: str) -> Any:
-    values = json.loads(text)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    with tempfile.TemporaryDirectory() as folder:  # the way transformers reads it back, infinities included
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        return AutoConfig.from_pretrained(folder)
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def run_pipeline(cfg: DictConfig) -> float:
     steps = list(cfg.pipeline.steps)
     if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in STEPS]:
         raise UserError(f"pipeline: there is no step {', '.join(unknown)}", f"steps: {', '.join(STEPS)}")
-    if idle := [step for step in cfg.pipeline.overrides if step not in steps]:
+    if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in steps]:
         raise UserError(f"pipeline.overrides.{idle[0]} changes a step that pipeline.steps={steps} leaves out")
     folder = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
     configs = {step: step_config(cfg, step, folder) for step in steps}

@@ -4,13 +4,14 @@ import logging
 import platform
 import time
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -48,6 +49,8 @@ def run_stage(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig, output: Path) -> float:
     """Fit one stage; the number it is judged by."""
+    for part in ("stage", "data", "model"):
+        _check_numbers(OmegaConf.to_container(cfg[part], resolve=False), part)
     parents = {"policy": _policy(cfg)}
     if "reward_model" in cfg.stage:
         parents["reward_model"] = _parent(cfg, "reward_model", "reward")
@@ -71,6 +74,20 @@ def train(cfg: DictConfig, output: Path) -> float:
     return float("nan") if merit is None else float(merit)
 
 
+def _check_numbers(node: Any, path: str) -> None:
+    """Refuse text where a class wants a number, before anything is loaded; ``node`` is a plain, unresolved dict."""
+    if not isinstance(node, dict):
+        return
+    classes = get_class(node["_target_"]).__mro__ if "_target_" in node else ()
+    wanted = {p.name: get_args(p.annotation) or (p.annotation,) for c in classes for p in signature(c.__init__).parameters.values()}
+    for key, value in node.items():
+        types = wanted.get(key, ())
+        number = (int in types or float in types) and str not in types
+        if number and isinstance(value, str) and value != "???" and not value.startswith("${"):
+            raise UserError(f"{path}.{key}={value} is not a number", f"{path}.{key}=<number>")
+        _check_numbers(value, f"{path}.{key}")
+
+
 def evaluate(cfg: DictConfig) -> float:
     """Compare the models of a run on held-out prompts, and print the table."""
     policies = _policies(cfg)
@@ -78,10 +95,8 @@ def evaluate(cfg: DictConfig) -> float:
     chosen = cfg.stage.reward_model
     reward_model = open_source(chosen) if chosen else open_source(str(reward)) if reward else None
     settings: Any = OmegaConf.to_container(cfg.stage, resolve=True)
-    for key in ("models", "reward_model"):
-        del settings[key]
     datamodule = instantiate(cfg.data)
-    module = instantiate(settings, _partial_=True)(policies=policies, reward_model=reward_model)
+    module = instantiate(settings, _partial_=True)(models=policies, reward_model=reward_model)
     if module.baseline not in policies:
         raise UserError(
             f"stage.baseline={module.baseline} is not among the models: {', '.join(policies)}",

@@ -81,7 +81,8 @@ class StageModule(lightning.LightningModule):
         scaled = self.trainer.precision == "16-mixed"  # its gradient scaler and a fused step exclude clipping
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=not scaled)
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.schedule, optimizer, int(self.warmup_ratio * steps), steps)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, int(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # numbers
@@ -97,6 +98,7 @@ class StageModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._since = _Tally()
+        self.restore_random_state()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Batch):

@@ -39,7 +39,7 @@ class EvaluateModule(lightning.LightningModule):
     """Answers held-out prompts with every model and compares the answers.
 
     Args:
-        policies: name to model; run.py fills it from ``stage.models``.
+        models: name to model; null: every policy of the run.
         baseline: name of the model that the others are compared with, and that KL is measured to.
         reward_model: scores the answers; null for none.
         gold: ``file.py:function`` that scores them too; null for none.
@@ -49,11 +49,11 @@ class EvaluateModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, *, policies: Mapping[str, ModelSource], baseline: str, reward_model: Any, gold: str | None,
+        self, *, models: Mapping[str, ModelSource], baseline: str, reward_model: Any, gold: str | None,
         sampling: Sampling, output: str, bootstrap: int = 2000,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.sources = dict(policies)
+        self.sources = dict(models)
         self.baseline = baseline
         self.reward_source = reward_model
         self.gold = load_scorer(gold) if gold else None
