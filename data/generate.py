@@ -16,7 +16,7 @@ from gold import DAYS, MONTHS, NAMES, PLACES, THINGS, score
 SEED = 20261122
 LABEL_NOISE = 0.1  # share of preference labels that are flipped
 RATING_NOISE = 0.1  # standard deviation of the noise on scalar rewards, gold points
-SMALLEST_GAP = 0.15  # gold points; closer pairs are not shown to the annotator
+SMALLEST_GAP = 0.25  # gold points; closer pairs are not shown to the annotator
 ROWS = {
     "rl_train": 5000, "rl_val": 300, "rl_test": 300,
     "prefs_train": 4000, "prefs_val": 500,
@@ -112,15 +112,15 @@ class Writer:
 
 
 DEMONSTRATORS = (  # careful, but often incomplete and long-winded: what SFT learns from
-    Writer(omits=0.10, invents=0.01, wordy=0.10),
-    Writer(omits=0.35, invents=0.01, wordy=0.50),
-    Writer(omits=0.55, invents=0.01, wordy=0.15),
-    Writer(omits=0.30, invents=0.01, wordy=0.75),
+    Writer(omits=0.10, invents=0.005, wordy=0.10),
+    Writer(omits=0.35, invents=0.005, wordy=0.50),
+    Writer(omits=0.55, invents=0.005, wordy=0.15),
+    Writer(omits=0.30, invents=0.005, wordy=0.75),
 )
 CANDIDATES = (  # whose answers are compared and rated
     *DEMONSTRATORS,
     Writer(omits=0.02, invents=0.00, wordy=0.02),
-    Writer(omits=0.10, invents=0.25, wordy=0.10),
+    Writer(omits=0.10, invents=0.03, wordy=0.20),
 )
 
 
