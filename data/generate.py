@@ -41,48 +41,116 @@ ON_DAYS = [f"on {day}" for day in DAYS]
 DURING_MONTHS = [f"during {month}" for month in MONTHS]
 DOMAINS = (
     Domain(
-        THINGS[0:8], DURING_MONTHS, "guests",
-        what=("Everybody can visit the {what} in {where} soon.", "At last the {what} in {where} will open.", "Work on the {what} in {where} is done."),
+        THINGS[0:8],
+        DURING_MONTHS,
+        "guests",
+        what=(
+            "Everybody can visit the {what} in {where} soon.",
+            "At last the {what} in {where} will open.",
+            "Work on the {what} in {where} is done.",
+        ),
         when=("The doors open {when}.", "It should be ready {when}.", "The first day falls {when}."),
         who=("The plan was made by {who}.", "The ribbon is cut by {who}.", "The speech is given by {who}."),
-        count=("There is room for about {count} guests.", "The owners expect about {count} guests.", "Seats stand ready for about {count} guests."),
+        count=(
+            "There is room for about {count} guests.",
+            "The owners expect about {count} guests.",
+            "Seats stand ready for about {count} guests.",
+        ),
     ),
     Domain(
-        THINGS[8:16], ON_DAYS, "visitors",
-        what=("Soon the {what} in {where} takes place.", "Many look forward to the {what} in {where}.", "Once more the {what} in {where} is at hand."),
-        when=("It starts {when} after lunch.", "The gates open {when}.", "Those who want to come should keep free {when}."),
-        who=("Everything was organised by {who}.", "The programme was chosen by {who}.", "Guests are welcomed by {who}."),
-        count=("Last time about {count} visitors came.", "The square holds about {count} visitors.", "Friends hope for about {count} visitors."),
+        THINGS[8:16],
+        ON_DAYS,
+        "visitors",
+        what=(
+            "Soon the {what} in {where} takes place.",
+            "Many look forward to the {what} in {where}.",
+            "Once more the {what} in {where} is at hand.",
+        ),
+        when=(
+            "It starts {when} after lunch.",
+            "The gates open {when}.",
+            "Those who want to come should keep free {when}.",
+        ),
+        who=(
+            "Everything was organised by {who}.",
+            "The programme was chosen by {who}.",
+            "Guests are welcomed by {who}.",
+        ),
+        count=(
+            "Last time about {count} visitors came.",
+            "The square holds about {count} visitors.",
+            "Friends hope for about {count} visitors.",
+        ),
     ),
     Domain(
-        THINGS[16:24], ON_DAYS, "calls",
-        what=("Nobody was ready for the {what} in {where}.", "The damage after the {what} in {where} is being counted.", "Without warning came the {what} in {where}."),
+        THINGS[16:24],
+        ON_DAYS,
+        "calls",
+        what=(
+            "Nobody was ready for the {what} in {where}.",
+            "The damage after the {what} in {where} is being counted.",
+            "Without warning came the {what} in {where}.",
+        ),
         when=("It happened {when} before dawn.", "Helpers were busy {when} until late.", "It all began {when}."),
         who=("The alarm was raised by {who}.", "The report was written by {who}.", "Questions were answered by {who}."),
-        count=("The station took about {count} calls.", "In one night came about {count} calls.", "Helpers answered about {count} calls."),
+        count=(
+            "The station took about {count} calls.",
+            "In one night came about {count} calls.",
+            "Helpers answered about {count} calls.",
+        ),
     ),
     Domain(
-        THINGS[24:32], DURING_MONTHS, "euros",
-        what=("Buyers wait for the {what} made in {where}.", "A fair shows the {what} made in {where}.", "Said to last is the {what} made in {where}."),
+        THINGS[24:32],
+        DURING_MONTHS,
+        "euros",
+        what=(
+            "Buyers wait for the {what} made in {where}.",
+            "A fair shows the {what} made in {where}.",
+            "Said to last is the {what} made in {where}.",
+        ),
         when=("It goes on sale {when}.", "Orders are taken {when}.", "The shops will have it {when}."),
         who=("The design is by {who}.", "The first model was built by {who}.", "The idea was sold by {who}."),
-        count=("The price is about {count} euros.", "Buyers will pay about {count} euros.", "It costs about {count} euros."),
+        count=(
+            "The price is about {count} euros.",
+            "Buyers will pay about {count} euros.",
+            "It costs about {count} euros.",
+        ),
     ),
     Domain(
-        THINGS[32:40], DURING_MONTHS, "workers",
-        what=("Repairs of the {what} in {where} will begin.", "The town needs the {what} in {where}.", "Rust has eaten the {what} in {where}."),
+        THINGS[32:40],
+        DURING_MONTHS,
+        "workers",
+        what=(
+            "Repairs of the {what} in {where} will begin.",
+            "The town needs the {what} in {where}.",
+            "Rust has eaten the {what} in {where}.",
+        ),
         when=("The site closes {when}.", "If all goes well it ends {when}.", "First machines arrive {when}."),
         who=("The works are led by {who}.", "The contract was signed by {who}.", "Everything is checked by {who}."),
-        count=("It keeps busy about {count} workers.", "The firm sends about {count} workers.", "On the site are needed about {count} workers."),
+        count=(
+            "It keeps busy about {count} workers.",
+            "The firm sends about {count} workers.",
+            "On the site are needed about {count} workers.",
+        ),
     ),
     Domain(
-        THINGS[40:48], ON_DAYS, "runners",
-        what=("Over is the {what} in {where} at last.", "Rain could not stop the {what} in {where}.", "The whole town cheered at the {what} in {where}."),
+        THINGS[40:48],
+        ON_DAYS,
+        "runners",
+        what=(
+            "Over is the {what} in {where} at last.",
+            "Rain could not stop the {what} in {where}.",
+            "The whole town cheered at the {what} in {where}.",
+        ),
         when=("It was held {when}.", "The streets were full {when}.", "The start was {when}."),
         who=("The first place was taken by {who}.", "The race was won by {who}.", "A record was broken by {who}."),
-        count=("In all took part about {count} runners.", "The list names about {count} runners.", "At the start stood about {count} runners."),
+        count=(
+            "In all took part about {count} runners.",
+            "The list names about {count} runners.",
+            "At the start stood about {count} runners.",
+        ),
     ),
-)  # fmt: skip
+)
 FILLERS = (
     "The mayor had no comment.", "Local papers have followed the story.", "Many people asked for details.",
     "The weather should stay mild.", "Nobody expected so much interest.", "A short film will be shown later.",
@@ -96,8 +164,12 @@ WORDINGS = {
     "where": ("in {where}", "all this is in {where}", "to be exact in {where}"),
     "when": ("{when}", "the time given is {when}", "as far as we know {when}"),
     "who": ("by {who}", "and that by {who}", "it seems by {who}"),
-    "count": ("about {count} {units}", "the number given is about {count} {units}", "with a total of about {count} {units}"),
-}  # fmt: skip
+    "count": (
+        "about {count} {units}",
+        "the number given is about {count} {units}",
+        "with a total of about {count} {units}",
+    ),
+}
 OPENINGS = ("in short, ", "the text says this: ", "to sum it up, ")
 CLOSINGS = (" More will follow soon.", " That is all we know.", " The rest is not known yet.")
 
@@ -189,7 +261,11 @@ def rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator
         else:
             response = write_answer(rng, domain, values, pick(rng, CANDIDATES))
             noise = RATING_NOISE * (sum(rng.random() for _ in range(12)) - 6)  # near normal, and portable
-            yield {"document": document, "response": response, "reward": round(score([document], [response])[0] + noise, 2)}
+            yield {
+                "document": document,
+                "response": response,
+                "reward": round(score([document], [response])[0] + noise, 2),
+            }
 
 
 def main() -> None:

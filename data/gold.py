@@ -16,10 +16,10 @@ Clifton Colby Corby Crawford Dalton Danbury Darley Denby Dunmore Easton Elmhurst
 Garston Glenwood Granby Halton Hampden Harwick Hatfield Hayden Hilton Holbrook Hurley Kelby""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-THINGS = """bakery library museum cinema gallery school theatre clinic concert parade lecture festival workshop contest
-reunion auction flood fire storm blackout burglary landslide avalanche crash lamp kettle bicycle camera toaster piano
-telescope printer bridge tunnel harbour stadium railway airport fountain lighthouse marathon regatta tournament relay
-triathlon rally derby sprint""".split()
+THINGS = """bakery library museum cinema gallery school theatre clinic concert parade lecture festival workshop
+contest reunion auction flood fire storm blackout burglary landslide avalanche crash lamp kettle bicycle camera
+toaster piano telescope printer bridge tunnel harbour stadium railway airport fountain lighthouse marathon regatta
+tournament relay triathlon rally derby sprint""".split()
 
 _FACT_WORDS = frozenset(NAMES + PLACES + DAYS + MONTHS + THINGS)
 

@@ -23,7 +23,7 @@ class UserError(Exception):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show a user's mistake in plain words and leave with exit code 2; anything else is a bug and keeps its traceback."""
+    """Show a user's mistake in plain words and leave with exit code 2; a bug keeps its traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
     try:
         yield
@@ -48,13 +48,13 @@ def explain(error: BaseException) -> str | None:
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; not imported, it would load torch
             return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
     if isinstance(error, InstantiationException):
-        cause = error.__cause__
-        if isinstance(cause, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
-            return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
-        return f"{cause}\n  the keys are those of the class: see conf/" if isinstance(cause, TypeError) else None
+        reason = error.__cause__
+        if isinstance(reason, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
+            return f"the Trainer refuses this: {reason}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
+        return f"{reason}\n  the keys are those of the class: see conf/" if isinstance(reason, TypeError) else None
     if isinstance(error, HydraException | OmegaConfBaseException):
-        typed = f"{error.override}: " if getattr(error, "override", None) else ""
-        return f"{typed}{_what(str(error))}\n  {_hint(error)}"
+        override = getattr(error, "override", None)
+        return f"{f'{override}: ' if override else ''}{_what(str(error))}\n  {_hint(error)}"
     return None
 
 
@@ -73,5 +73,8 @@ def _what(message: str) -> str:
 
 def _hint(error: BaseException) -> str:
     if any("Key 'stage' is not in struct" in str(cause) for cause in _causes(error)):
-        return "the pipeline runs several stages: choose one (stage=ppo), or type 'pipeline.overrides.ppo=[\"stage.<key>=<value>\"]'"
+        return (
+            "the pipeline runs several stages: choose one (stage=ppo), or type "
+            "'pipeline.overrides.ppo=[\"stage.<key>=<value>\"]'"
+        )
     return "python train.py stage=<stage> --cfg job   shows every key"

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.errors import UserError
 from rlhf.models import Pretrained, ScalarHead, ScalarModel
@@ -28,15 +34,15 @@ def load_model(
     """Open a trained model: (model, tokenizer, device), the model in eval mode on that device.
 
     Args:
-        name: ``rl_trained`` (what PPO made; DPO's result if PPO did not run), ``sft``, ``reward``, ``ppo``, ``dpo``, or a
-            path to a ``*_final.pt``, a checkpoint or a Hugging Face folder.
+        name: ``rl_trained`` (what PPO made; DPO's result if PPO did not run), ``sft``, ``reward``, ``ppo``, ``dpo``, or
+        a     path to a ``*_final.pt``, a checkpoint or a Hugging Face folder.
         run: which experiment, a folder of ``outputs``.
         device: null takes a GPU if there is one.
         outputs: the folder of all runs.
 
     Returns:
-        A ``transformers`` causal language model, or for a reward model a ``ScalarModel``, whose call on tokens and mask,
-        [batch, time] each, gives [batch] scores.
+        A ``transformers`` causal language model, or for a reward model a ``ScalarModel``, whose call on tokens and
+        mask, [batch, time] each, gives [batch] scores.
 
     Raises:
         UserError: there is no such file.

@@ -62,6 +62,7 @@ def quiet_libraries() -> None:
         "Checkpoint directory .* exists and is not empty",
         "The `srun` command is available",
         "Found .* module.* in eval mode at the start of training",
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "You're resuming from a checkpoint that ended before the epoch ended",
     ):
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")

@@ -46,7 +46,11 @@ def run_pipeline(cfg: DictConfig) -> float:
 
 def step_config(cfg: DictConfig, step: str, folder: Path) -> DictConfig:
     """The configuration of one step: what was typed for all, then what was typed for this step."""
-    typed = [override for override in HydraConfig.get().overrides.task if override.split("=")[0].lstrip("+~") not in ("stage",)]
+    typed = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if override.split("=")[0].lstrip("+~") not in ("stage",)
+    ]
     shared = [override for override in typed if not override.lstrip("+~").startswith("pipeline.")]
     own = list(cfg.pipeline.overrides.get(step, []))
     return compose("config", overrides=[f"stage={step}", *shared, f"paths.run={folder}", *own])

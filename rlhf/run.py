@@ -79,7 +79,11 @@ def _check_numbers(node: Any, path: str) -> None:
     if not isinstance(node, dict):
         return
     classes = get_class(node["_target_"]).__mro__ if "_target_" in node else ()
-    wanted = {p.name: get_args(p.annotation) or (p.annotation,) for c in classes for p in signature(c.__init__).parameters.values()}
+    wanted = {
+        p.name: get_args(p.annotation) or (p.annotation,)
+        for c in classes
+        for p in signature(c.__init__).parameters.values()
+    }
     for key, value in node.items():
         types = wanted.get(key, ())
         number = (int in types or float in types) and str not in types
@@ -106,7 +110,9 @@ def evaluate(cfg: DictConfig) -> float:
     module.tokenizer = datamodule.tokenizer = tokenizers[module.baseline]
     for name, tokenizer in tokenizers.items():
         if tokenizer.get_vocab() != module.tokenizer.get_vocab():
-            raise UserError(f"model {name} has another vocabulary than {module.baseline}: their log-probs cannot be compared")
+            raise UserError(
+                f"model {name} has another vocabulary than {module.baseline}: their log-probs cannot be compared"
+            )
     trainer = _trainer(cfg, [])
     if trainer.world_size > 1:
         raise UserError("stage=evaluate runs on one device", "trainer.devices=1 trainer.strategy=auto")
@@ -194,7 +200,9 @@ def _export(cfg: DictConfig, output: Path, result: Any, provenance: dict[str, An
         log.info("saved %s, what load_model('rl_trained') opens", run_folder / RL_TRAINED)
     if cfg.save_hf:
         if stage == "reward":
-            log.warning("save_hf: a reward model has no Hugging Face form with its head; only the policies get a folder")
+            log.warning(
+                "save_hf: a reward model has no Hugging Face form with its head; only the policies get a folder"
+            )
         else:
             save_huggingface(str(path), str(output / "hf"))
             log.info("saved %s, a folder for transformers", output / "hf")
@@ -204,9 +212,12 @@ def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
     paths = {name: path for name in ("train", "val") if (path := cfg.data.get(name))}
     return {
         "stage": cfg.stage_name,
-        "parents": {name: {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))} for name, source in parents.items()},
+        "parents": {
+            name: {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))}
+            for name, source in parents.items()
+        },
         "data": {name: {"path": path, "sha256": hash_file(path)} for name, path in paths.items()},
-        "config": OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True),
+        "config": OmegaConf.to_container(cfg, resolve=True),
         "versions": {
             "rlhf": __version__,
             "python": platform.python_version(),

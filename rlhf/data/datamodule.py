@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -52,7 +52,11 @@ class RecordDataModule(lightning.LightningDataModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.check_choice("on_error", on_error, ("stop", "skip"))
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length - 1}.items():
+        for name, value in {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_length": max_length - 1,
+        }.items():
             if value < 1:
                 raise UserError(f"data.{name} is too small to hold anything")
         self.paths = {"train": train, "val": val, "test": test}
@@ -136,7 +140,11 @@ class RecordDataModule(lightning.LightningDataModule):
         hints = []
         if missing := errors[0][1].missing:
             row = rows[errors[0][0]]
-            other = [key for key in row if row[key] is not None and key not in ("prompt", "document", "target", "chosen", "rejected")]
+            other = [
+                key
+                for key in row
+                if row[key] is not None and key not in ("prompt", "document", "target", "chosen", "rejected")
+            ]
             hints.append(f"If the column only has another name: data.columns.{missing}={(other or ['<name>'])[-1]}")
         hints.append(f"Expected form: {EXPECTED[form]}")
         hints.append("To leave such records out: data.on_error=skip")
@@ -193,6 +201,9 @@ class RecordDataModule(lightning.LightningDataModule):
         return self._rows[split]
 
     def setup(self, stage: str) -> None:
+        needed = {"fit": "train", "test": "test"}.get(stage)
+        if needed and self.paths[needed] is None:
+            raise UserError(f"data.{needed} names no file, and this stage reads it", f"data.{needed}=<file>")
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self.encoded(split)
 
@@ -227,5 +238,3 @@ class RecordDataModule(lightning.LightningDataModule):
 
     def test_dataloader(self) -> Any:
         return self.loader("test")
-
-

@@ -91,7 +91,12 @@ def _find_bad_line(path: str, ending: str) -> None:
                 raise UserError(f"{path}:{number}: a line holds one JSON object, this is {type(row).__name__}")
             for key, value in row.items():
                 kind, first = kinds.setdefault(key, (type(value), number))
-                if value is not None and kind is not type(None) and kind is not type(value) and {kind, type(value)} != {int, float}:
+                if (
+                    value is not None
+                    and kind is not type(None)
+                    and kind is not type(value)
+                    and {kind, type(value)} != {int, float}
+                ):
                     raise UserError(
                         f"{path}:{number}: field '{key}' is {type(value).__name__}, but {kind.__name__} in line {first}"
                     )

@@ -53,7 +53,9 @@ class LengthBuckets:
         order = torch.randperm(count, generator=draw) if self.shuffle else torch.arange(count)
         if self.bucket:
             window = whole * min(WINDOW, max(count // (4 * whole), 1)) if self.shuffle else count
-            order = torch.cat([part[self.lengths[part].argsort(descending=True, stable=True)] for part in order.split(window)])
+            order = torch.cat(
+                [part[self.lengths[part].argsort(descending=True, stable=True)] for part in order.split(window)]
+            )
         batches = [batch for batch in order.split(whole) if len(batch) == whole or not self.whole_only]
         if self.shuffle:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=draw)]

@@ -21,7 +21,8 @@ class PromptRecordDataModule(RecordDataModule):
         room = self.trainer.lightning_module.sampling.max_new_tokens
         if room >= self.max_length:
             raise UserError(
-                f"data.max_length={self.max_length} leaves no room for a prompt beside stage.sampling.max_new_tokens={room}",
+                f"data.max_length={self.max_length} leaves no room for a prompt beside "
+                f"stage.sampling.max_new_tokens={room}",
                 f"data.max_length={2 * room}",
             )
         return encoder.prompt(record.messages, room=room), record

@@ -58,7 +58,7 @@ class Rating:
 
 
 EXPECTED = {
-    Demonstration: '{"document": "...", "target": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}',
+    Demonstration: '{"document": "...", "target": "..."}, {"prompt": "...", "completion": "..."}, {"messages": [...]}',
     Preference: '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     Rating: '{"prompt": "...", "response": "...", "reward": 0.5}',
     Prompt: '{"prompt": "..."} or {"document": "..."}',
@@ -145,8 +145,8 @@ class Reader:
 
     def _answer(self, row: Mapping[str, Any], name: str, kind: str) -> str:
         value = self._get(row, name, kind)
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str | int | float):
+            return str(value)  # a column of numbers in a CSV file
         return self._closing_answer(self._messages(row, name), name)
 
     def _transcripts(self, row: Mapping[str, Any]) -> tuple[Prompt, str, str]:
@@ -160,15 +160,23 @@ class Reader:
         chosen, rejected = sides
         if chosen[:-1] != rejected[:-1]:
             raise RecordError("'chosen' and 'rejected' part before their last answer: they do not share a prompt")
-        return _conversation(chosen[:-1]), self._closing_answer(chosen, "chosen"), self._closing_answer(rejected, "rejected")
+        return (
+            _conversation(chosen[:-1]),
+            self._closing_answer(chosen, "chosen"),
+            self._closing_answer(rejected, "rejected"),
+        )
 
     def _messages(self, row: Mapping[str, Any], name: str) -> list[Message]:
         value = row[self.columns.get(name, name)]
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise RecordError(f"field '{self.columns.get(name, name)}' is neither text nor a list of messages")
         for message in value:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise RecordError(f"field '{self.columns.get(name, name)}': a message needs 'role' and 'content', both text")
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise RecordError(
+                    f"field '{self.columns.get(name, name)}': a message needs 'role' and 'content', both text"
+                )
         return [{"role": message["role"], "content": message["content"]} for message in value]
 
     def _closing_answer(self, messages: Sequence[Message], name: str) -> str:

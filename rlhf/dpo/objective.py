@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# fmt: off
 def sigmoid_loss(
     chosen: Tensor,              # [pairs] log pi(better answer), nats; carries the gradient
     rejected: Tensor,            # [pairs] log pi(other answer), nats; carries the gradient
@@ -15,6 +16,7 @@ def sigmoid_loss(
     """DPO: the negative log-likelihood of the labels under the implicit reward ``beta * (log pi - log reference)``.
 
     Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
-    """  # fmt: skip
+    """
+    # fmt: on
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -F.logsigmoid(margins).mean()

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -110,7 +111,9 @@ class EvaluateModule(lightning.LightningModule):
         coded = [encoder.answer(prompt.messages, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
         tokens, mask = (tensor.to(self.device) for tensor in pad_right([row.tokens for row in coded]))
         lengths = [float(len(row.tokens) - row.start) for row in coded]
-        self.answers.setdefault(TARGET, Answers()).add(texts, length=lengths, **self._scores(batch, texts, tokens, mask))
+        self.answers.setdefault(TARGET, Answers()).add(
+            texts, length=lengths, **self._scores(batch, texts, tokens, mask)
+        )
 
     def _scores(self, batch: PromptBatch, texts: list[str], tokens: Tensor, mask: Tensor) -> dict[str, Any]:
         scores: dict[str, Any] = {}
@@ -137,13 +140,13 @@ class EvaluateModule(lightning.LightningModule):
             logger.log_metrics({name: value for name, value in self._flat().items() if value == value}, step=0)
 
     def _metrics_of(self, name: str, answers: Answers) -> dict[str, Any]:
-        metrics: dict[str, Any] = {
-            number: self._interval(values, "mean") for number, values in answers.numbers.items()
-        }
+        metrics: dict[str, Any] = {number: self._interval(values, "mean") for number, values in answers.numbers.items()}
         for other in (self.baseline, TARGET):
             if other != name and other in self.answers:
                 metrics[f"win_rate_vs_{other}"] = {
-                    scorer: self._interval(wins(_tensor(answers, scorer), _tensor(self.answers[other], scorer)), "value")
+                    scorer: self._interval(
+                        wins(_tensor(answers, scorer), _tensor(self.answers[other], scorer)), "value"
+                    )
                     for scorer in ("gold", "reward")
                     if scorer in answers.numbers
                 }
@@ -157,7 +160,7 @@ class EvaluateModule(lightning.LightningModule):
         flat = {}
         for model, metrics in self.metrics["models"].items():
             for name, value in metrics.items():
-                for scorer, interval in (value.items() if name.startswith("win_rate") else [("", value)]):
+                for scorer, interval in value.items() if name.startswith("win_rate") else [("", value)]:
                     middle = interval["value"] if "value" in interval else interval["mean"]
                     flat["/".join(part for part in (model, name, scorer) if part)] = middle
         return flat
@@ -168,35 +171,53 @@ class EvaluateModule(lightning.LightningModule):
         with open(self.output / "samples.jsonl", "w", encoding="utf-8") as file:
             for row, prompt in enumerate(self.prompts):
                 answers = {
-                    name: {"text": said.texts[row], **{key: round(values[row], 4) for key, values in said.numbers.items()}}
+                    name: {
+                        "text": said.texts[row],
+                        **{key: round(values[row], 4) for key, values in said.numbers.items()},
+                    }
                     for name, said in self.answers.items()
                     if name != TARGET
                 }
-                file.write(json.dumps({"prompt": prompt, "target": self.targets[row], "answers": answers}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"prompt": prompt, "target": self.targets[row], "answers": answers}, ensure_ascii=False)
+                    + "\n"
+                )
 
     @property
     def merit(self) -> float:
         """Win rate of the last model against the baseline: by the gold score, or by the reward model without one."""
-        rates = [metrics.get(f"win_rate_vs_{self.baseline}", {}) for name, metrics in self.metrics["models"].items() if name != TARGET]
+        rates = [
+            metrics.get(f"win_rate_vs_{self.baseline}", {})
+            for name, metrics in self.metrics["models"].items()
+            if name != TARGET
+        ]
         last = next((rate for rate in reversed(rates) if rate), {})
         return next((last[scorer]["value"] for scorer in ("gold", "reward") if scorer in last), float("nan"))
 
     def table(self) -> Table:
         """The comparison as a table for the terminal."""
-        table = Table(title=f"{self.metrics['prompts']} held-out prompts; 95 % bootstrap intervals; ties count half")
+        table = Table(
+            title=f"{self.metrics['prompts']} held-out prompts; 95 % bootstrap intervals; ties count half",
+            caption=f"wins by gold or reward score; KL to {self.baseline} in nats an answer; more in {self.output}",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
         columns = {
-            "gold": ("gold",), "reward": ("reward",), "win rate vs baseline (gold)": (f"win_rate_vs_{self.baseline}", "gold"),
-            "win rate vs baseline (reward)": (f"win_rate_vs_{self.baseline}", "reward"),
-            "win rate vs target (gold)": (f"win_rate_vs_{TARGET}", "gold"),
-            "KL": (f"kl_to_{self.baseline}",), "tokens": ("length",), "ROUGE-L": ("rougeL",),
+            "gold\nscore": ("gold",), "reward\nscore": ("reward",),
+            f"gold wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "gold"),
+            f"reward wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "reward"),
+            f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
+            "KL": (f"kl_to_{self.baseline}",), "tokens": ("length",), "ROUGE\nL": ("rougeL",),
         }  # fmt: skip
         models = self.metrics["models"]
-        shown = {title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())}
+        shown = {
+            title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())
+        }
         table.add_column("model")
         for title in shown:
-            table.add_column(title.replace("baseline", self.baseline), justify="right")
+            table.add_column(title, justify="right", no_wrap=True)
         for name, metrics in models.items():
-            table.add_row(name, *(_show(_dig(metrics, keys)) for keys in shown.values()))
+            table.add_row(name, *(_show(_dig(metrics, keys), short=len(title) < 8) for title, keys in shown.items()))
         return table
 
 
@@ -210,8 +231,8 @@ def _dig(metrics: dict[str, Any], keys: tuple[str, ...]) -> dict[str, float]:
     return metrics
 
 
-def _show(interval: dict[str, float]) -> str:
+def _show(interval: dict[str, float], short: bool) -> str:
     if not interval:
         return ""
     middle = interval["value"] if "value" in interval else interval["mean"]
-    return f"{middle:.2f}\n[{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{middle:.2f}" if short else f"{middle:.2f}\n{interval['low']:.2f}..{interval['high']:.2f}"

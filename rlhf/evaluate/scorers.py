@@ -21,7 +21,8 @@ def load_scorer(name: str) -> Scorer:
     if not path or not Path(path).is_file():
         raise UserError(f"gold={name}: no such file", "gold=<file.py>:<function>")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None  # it is a file
+    assert spec is not None  # it is a file
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, function_name, None)
@@ -31,7 +32,9 @@ def load_scorer(name: str) -> Scorer:
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         scores = [float(value) for value in function(prompts, answers)]
         if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
-            raise UserError(f"gold={name}: {len(answers)} answers, but {len(scores)} numbers, or not all of them finite")
+            raise UserError(
+                f"gold={name}: {len(answers)} answers, but {len(scores)} numbers, or not all of them finite"
+            )
         return scores
 
     return score

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf.tensors import scatter, states_before
 
-PIECE = 4096  # tokens whose logits are held at once where no gradient is kept
+PIECE = 4096  # tokens whose logits are computed at once, so that without a gradient no more are held
 
 
 def hidden_states(trunk: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -81,10 +81,9 @@ class Policy(nn.Module):
         """
         hidden = hidden_states(self.lm.base_model, tokens, mask)
         states, targets = states_before(hidden, chosen), tokens[chosen]
-        step = len(targets) if torch.is_grad_enabled() else PIECE
         parts = [
-            self._score(states[i : i + step], targets[i : i + step], temperature)
-            for i in range(0, max(len(targets), 1), max(step, 1))
+            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature)
+            for i in range(0, max(len(targets), 1), PIECE)
         ]
         logprobs, entropy, hits = (torch.cat(part) for part in zip(*parts, strict=True))
         return TokenScores(scatter(logprobs, chosen), scatter(entropy, chosen), scatter(hits, chosen), hidden)

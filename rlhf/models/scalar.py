@@ -1,5 +1,6 @@
 """One number a token: the head of reward models and critics."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class ScalarHead(nn.Module):
             raise UserError(f"num_layers={num_layers}: a head has at least one layer", "stage.num_layers=1")
         widths = [input_dim] + [hidden_dim] * (num_layers - 1)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
         last = nn.Linear(widths[-1], 1)
         nn.init.normal_(last.weight, std=(widths[-1] + 1) ** -0.5)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a fresh transformer or Mamba, or a folder or hub id. ``conf/model/`` names these classes."""
+"""Where a model comes from: a fresh transformer or Mamba, a folder or a hub id. ``conf/model/`` names these classes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class Transformer:
         max_length: longest text it can read, tokens.
         vocab_size: most tokens of the tokenizer that is trained on the SFT data.
         initializer_range: standard deviation of the random weights.
-        rope_theta: base of the rotary positions (Su et al. 2021, arXiv:2104.09864); short texts learn to copy faster with
-            a small one.
+        rope_theta: base of the rotary positions (Su et al. 2021, arXiv:2104.09864); a small one learns
+            to copy within short texts faster.
     """
 
     hidden_size: int = 256
@@ -62,7 +62,9 @@ class Transformer:
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.hidden_size % self.num_heads:
-            raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.num_heads={self.num_heads}")
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} is not a multiple of model.num_heads={self.num_heads}"
+            )
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
@@ -106,7 +108,9 @@ class Mamba:
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if 2 * self.hidden_size % self.head_dim:
-            raise UserError(f"2 x model.hidden_size={self.hidden_size} is not a multiple of model.head_dim={self.head_dim}")
+            raise UserError(
+                f"2 x model.hidden_size={self.hidden_size} is not a multiple of model.head_dim={self.head_dim}"
+            )
         config = Mamba2Config(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
@@ -165,7 +169,11 @@ class Pretrained:
         """A sequence classifier with one label, as a reward model."""
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+                self.path,
+                revision=self.revision,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as error:
             raise self._cannot_open("reward model", error) from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class Minibatch(Batch):
     old_values: critic's estimates then, reward units.
     advantages: whitened over the rollout: standard deviations.
     returns: what the critic should say, reward units.
-    numbers: of the whole rollout, to be logged with its last minibatch; None on the others.
+    last: True on the last minibatch of a rollout: its numbers are logged then.
     fresh: tokens and sequences that are new, on the first minibatch of a rollout.
     """
 
@@ -32,7 +31,7 @@ class Minibatch(Batch):
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
-    numbers: dict[str, Any] | None = None
+    last: bool = False
     fresh: tuple[int, int] = (0, 0)
 
     @property
@@ -70,8 +69,8 @@ class ExperienceLoader:
     ) -> None:
         if minibatches % prompts.per_step:
             raise UserError(
-                f"trainer.accumulate_grad_batches={prompts.per_step} does not divide the {minibatches} minibatches of an "
-                "iteration, so an optimizer step would mix two policies' answers",
+                f"trainer.accumulate_grad_batches={prompts.per_step} does not divide the {minibatches} minibatches of "
+                "an iteration, so an optimizer step would mix two policies' answers",
                 "change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size",
             )
         self.prompts = prompts

@@ -12,7 +12,12 @@ from rlhf.errors import UserError
 from rlhf.models import Frozen, ModelSource, Policy, ScalarHead, ScalarModel, hidden_states, switch_off_dropout
 from rlhf.ppo.experience import Minibatch, partition
 from rlhf.ppo.objective import (
-    clipped_policy_loss, clipped_value_loss, explained_variance, gae, policy_ratio, token_rewards,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    policy_ratio,
+    token_rewards,
 )  # fmt: skip
 from rlhf.ppo.scores import ScoreShaping
 from rlhf.rollout import Rollout, Sampling, roll_out
@@ -54,7 +59,9 @@ class PPOModule(StageModule):
     ) -> None:  # fmt: skip
         super().__init__(**optimizer)
         if sampling.temperature == 0:
-            raise UserError("stage.sampling.temperature=0 explores nothing: PPO has to sample", "stage.sampling.temperature=0.7")
+            raise UserError(
+                "stage.sampling.temperature=0 explores nothing: PPO has to sample", "stage.sampling.temperature=0.7"
+            )
         if critic not in ("separate", "shared"):
             raise UserError(f"stage.critic={critic} is neither separate nor shared", "stage.critic=separate")
         if critic == "shared" and critic_learning_rate is not None:
@@ -77,6 +84,7 @@ class PPOModule(StageModule):
         self.dims = {"obs_dim": obs_dim, "action_dim": action_dim}
         self.policy: Policy | None = None
         self._updates: dict[str, list[Tensor]] = defaultdict(list)
+        self._iteration: dict[str, Any] = {}
 
     # the four models
 
@@ -94,7 +102,9 @@ class PPOModule(StageModule):
         width = self.policy.width if self.shared_critic else self.critic.config.get_text_config().hidden_size
         for name, there in {"obs_dim": width, "action_dim": self.policy.vocab_size}.items():
             if self.dims[name] not in (None, there):
-                raise UserError(f"stage.{name}={self.dims[name]}, but the model has {there}", f"stage.{name}={there}, or null")
+                raise UserError(
+                    f"stage.{name}={self.dims[name]}, but the model has {there}", f"stage.{name}={there}, or null"
+                )
 
     def _scalar_model(self) -> ScalarModel:
         return self.reward_source.scalar_model(self.tokenizer)
@@ -120,8 +130,8 @@ class PPOModule(StageModule):
         scores = self.scores(raw, rollout.finished)
         rewards = token_rewards(scores, logprobs, reference_logprobs, rollout.answer, kl_coef=self.kl_coef)
         advantages, returns = gae(rewards, values, rollout.answer, gamma=self.gamma, gae_lambda=self.gae_lambda)
-        numbers = self._rollout_numbers(rollout, raw, rewards, logprobs, reference_logprobs)
-        numbers["val/explained_variance"] = explained_variance(values, returns, rollout.answer)
+        self._iteration = self._rollout_numbers(rollout, raw, rewards, logprobs, reference_logprobs)
+        self._iteration["val/explained_variance"] = explained_variance(values, returns, rollout.answer)
         advantages = masked_whiten(advantages, rollout.answer)
 
         tensors = (rollout.tokens, rollout.mask, rollout.answer, logprobs, values, advantages, returns)
@@ -131,8 +141,7 @@ class PPOModule(StageModule):
                 part = Minibatch(*_cut(tensors, rows))
                 if each_pass == number == 0:
                     part.fresh = int(rollout.mask.sum()), len(rollout.tokens)
-                if each_pass == self.ppo_epochs - 1 and number == len(parts) - 1:
-                    part.numbers = numbers
+                part.last = each_pass == self.ppo_epochs - 1 and number == len(parts) - 1
                 yield part
 
     def answer(self, prompts: PromptBatch) -> Rollout:
@@ -223,7 +232,9 @@ class PPOModule(StageModule):
         }
 
     @torch.no_grad()
-    def _note_update(self, part: Minibatch, scores: Any, values: Tensor, policy_loss: Tensor, value_loss: Tensor) -> None:
+    def _note_update(
+        self, part: Minibatch, scores: Any, values: Tensor, policy_loss: Tensor, value_loss: Tensor
+    ) -> None:
         ratio = policy_ratio(scores.logprobs, part.old_logprobs, part.answer)
         change = scores.logprobs - part.old_logprobs
         for name, value in {
@@ -242,10 +253,20 @@ class PPOModule(StageModule):
             self._updates[name].append(torch.as_tensor(value))
 
     def on_train_batch_end(self, outputs: Any, part: Minibatch, batch_idx: int) -> None:
-        if part.numbers is not None:
-            updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
-            self.log_train({**part.numbers, **updates, **self.throughput()})
-            self._updates.clear()
+        if part.last:
+            self.log_train(self._iteration_numbers())
+
+    def on_train_end(self) -> None:
+        if self._updates:  # max_steps ended training within an iteration
+            numbers = {name: float(value) for name, value in self._iteration_numbers().items()}
+            for logger in self.loggers:
+                logger.log_metrics(numbers, step=self.global_step)
+
+    def _iteration_numbers(self) -> dict[str, Any]:
+        """Numbers of the rollout, and of the updates it has served for so far."""
+        updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
+        self._updates.clear()
+        return {**self._iteration, **updates, **self.throughput()}
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

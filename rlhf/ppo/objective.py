@@ -6,6 +6,7 @@ from torch import Tensor
 from rlhf.tensors import last_true, masked_mean
 
 
+# fmt: off
 def token_rewards(
     scores: Tensor,              # [batch] what the answer is worth, reward units
     logprobs: Tensor,            # [batch, time] log pi(token) when sampled, nats
@@ -20,12 +21,14 @@ def token_rewards(
 
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); Huang et al. 2024 (arXiv:2403.17031) put the score one place
     later, which gives the same returns for gamma = 1.
-    """  # fmt: skip
+    """
+    # fmt: on
     rewards = torch.where(mask, -kl_coef * (logprobs - reference_logprobs), 0.0)
     rows = torch.arange(len(scores), device=scores.device)
     return rewards.index_put((rows, last_true(mask)), scores, accumulate=True)
 
 
+# fmt: off
 def gae(
     rewards: Tensor,  # [batch, time] reward units
     values: Tensor,   # [batch, time] critic's estimate before the token, reward units
@@ -39,7 +42,8 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    return_t = A_t + V_t
 
     Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438).
-    """  # fmt: skip
+    """
+    # fmt: on
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
     later_advantage = later_value = torch.zeros_like(values[:, 0])
@@ -51,6 +55,7 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
+# fmt: off
 def clipped_policy_loss(
     logprobs: Tensor,      # [batch, time] log pi(token), nats; carries the gradient
     old_logprobs: Tensor,  # [batch, time] log pi(token) when sampled, nats
@@ -66,13 +71,15 @@ def clipped_policy_loss(
     count alike, so long answers weigh more than short ones.
 
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
-    """  # fmt: skip
+    """
+    # fmt: on
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     advantages = torch.where(mask, advantages, 0.0)
     earned = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
     return -masked_mean(earned, mask)
 
 
+# fmt: off
 def clipped_value_loss(
     values: Tensor,      # [batch, time] critic's estimate, reward units; carries the gradient
     old_values: Tensor,  # [batch, time] its estimate when the answers were sampled, reward units
@@ -84,7 +91,8 @@ def clipped_value_loss(
     """Half the squared error of the critic, the worse of the plain and the clipped estimate.
 
     Source: Huang et al. 2024, detail 14 (arXiv:2403.17031), after the code of Schulman et al. 2017.
-    """  # fmt: skip
+    """
+    # fmt: on
     values, old_values, returns = (torch.where(mask, part, 0.0) for part in (values, old_values, returns))
     errors = (values - returns).square()
     if clip_range is not None:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# fmt: off
 def bradley_terry_loss(
     chosen: Tensor,    # [pairs] score of the better answer, reward units; carries the gradient
     rejected: Tensor,  # [pairs] score of the other one, reward units; carries the gradient
@@ -12,13 +13,16 @@ def bradley_terry_loss(
     """Negative log-likelihood of the labels if P(chosen over rejected) = sigmoid(chosen - rejected - margin).
 
     Source: Stiennon et al. 2020, section 3.4 (arXiv:2009.01325); margin: Touvron et al. 2023, eq. 2 (arXiv:2307.09288).
-    """  # fmt: skip
+    """
+    # fmt: on
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
+# fmt: off
 def regression_loss(
     scores: Tensor,   # [batch] reward units; carries the gradient
     rewards: Tensor,  # [batch] what the answers are worth according to the data, reward units
 ) -> Tensor:          # []      reward units squared
-    """Mean squared error of the scores."""  # fmt: skip
+    """Mean squared error of the scores."""
+    # fmt: on
     return F.mse_loss(scores, rewards)

@@ -5,6 +5,7 @@ from torch import Tensor
 from rlhf.tensors import masked_mean
 
 
+# fmt: off
 def cross_entropy_loss(
     logprobs: Tensor,  # [batch, time] log pi(token), nats; carries the gradient
     mask: Tensor,      # [batch, time] bool; True on the tokens to learn
@@ -14,5 +15,6 @@ def cross_entropy_loss(
     The mean is over tokens, so long answers weigh more than short ones.
 
     Source: Ouyang et al. 2022, section 3.5 (arXiv:2203.02155).
-    """  # fmt: skip
+    """
+    # fmt: on
     return -masked_mean(logprobs, mask)
