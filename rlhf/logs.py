@@ -63,6 +63,7 @@ def quiet_libraries() -> None:
         "The `srun` command is available",
         "Found .* module.* in eval mode at the start of training",
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "Total length of `list` across ranks is zero",
         "You're resuming from a checkpoint that ended before the epoch ended",
     ):
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")

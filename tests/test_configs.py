@@ -80,7 +80,7 @@ def combinations() -> list[tuple[str, ...]]:
     ]  # fmt: skip
     trainers = [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     others = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
-    deltas = [(f"+{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
+    deltas = [(f"{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
     return [*crossed, *trainers, *others, *deltas]
 
 

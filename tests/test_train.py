@@ -62,7 +62,7 @@ def test_the_whole_pipeline_leaves_everything_it_promises(repo: Path, tmp_path: 
         assert {"gold", "reward", "kl_to_sft", "length", "rougeL", "win_rate_vs_target"} <= metrics["models"][
             name
         ].keys()
-    samples = (tmp_path / "all" / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = (tmp_path / "all" / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     assert len(samples) == 40
     final, ppo, dpo = (
         torch.load(tmp_path / "all" / name, weights_only=True)

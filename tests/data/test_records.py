@@ -137,7 +137,7 @@ def test_columns_rename_fields(columns: dict[str, str], row: dict[str, Any], for
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, Preference, "the same text", None),
         ({"prompt": 7, "target": "A"}, Demonstration, "'prompt' is neither text nor a list of messages", None),
         ({"prompt": [], "target": "A"}, Demonstration, "'prompt' is neither text nor a list of messages", None),
-        ({"prompt": "Q", "chosen": 1, "rejected": 2}, Preference, "'chosen' is neither text nor a list", None),
+        ({"prompt": "Q", "chosen": {"a": 1}, "rejected": "A"}, Preference, "'chosen' is neither text nor a list", None),
         ({"messages": "hello"}, Demonstration, "'messages' is neither text nor a list", None),
         ({"messages": [{"role": "user"}]}, Demonstration, "a message needs 'role' and 'content'", None),
         ({"messages": [{"from": "human", "value": "Q"}]}, Demonstration, "a message needs 'role' and 'content'", None),

@@ -55,8 +55,8 @@ class Record(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, part: Minibatch, batch_idx: int) -> None:
         self.parts.append(part)
-        if part.numbers is not None:
-            self.numbers.append(part.numbers)
+        if part.last:
+            self.numbers.append(module._iteration)
 
     def note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
