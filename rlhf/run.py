@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -230,6 +231,11 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
     configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
     trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise UserError(
+            f"trainer.strategy={cfg.trainer.strategy}: results of sharded models cannot be exported yet",
+            "trainer=ddp, or trainer.strategy=auto",
+        )
     return trainer
 
 
