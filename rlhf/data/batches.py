@@ -82,7 +82,22 @@ class TextBatch(Batch):
 
 
 @dataclass
-class PairBatch(Batch):
+class JudgedBatch(Batch):
+    """Texts about which the data say something more. texts: [batch, time]."""
+
+    texts: TextBatch
+
+    @property
+    def token_count(self) -> int:
+        return self.texts.token_count
+
+    @property
+    def sequence_count(self) -> int:
+        return self.texts.sequence_count
+
+
+@dataclass
+class PairBatch(JudgedBatch):
     """Preference pairs, as one batch of 2 x pairs rows: first all chosen answers, then all rejected ones.
 
     texts: [2 x pairs, time].
@@ -90,7 +105,6 @@ class PairBatch(Batch):
     reference: [2 x pairs] summed log-probs of the answers under the reference, nats, where they are known already.
     """
 
-    texts: TextBatch
     margin: Tensor
     reference: Tensor | None = None
 
@@ -103,33 +117,16 @@ class PairBatch(Batch):
     def loss_terms(self) -> int:
         return len(self.margin)
 
-    @property
-    def token_count(self) -> int:
-        return self.texts.token_count
-
-    @property
-    def sequence_count(self) -> int:
-        return self.texts.sequence_count
-
 
 @dataclass
-class RatingBatch(Batch):
+class RatingBatch(JudgedBatch):
     """Answers with what they are worth. rewards: [batch], reward units."""
 
-    texts: TextBatch
     rewards: Tensor
 
     @property
     def loss_terms(self) -> int:
         return len(self.rewards)
-
-    @property
-    def token_count(self) -> int:
-        return self.texts.token_count
-
-    @property
-    def sequence_count(self) -> int:
-        return self.texts.sequence_count
 
 
 @dataclass

@@ -90,7 +90,8 @@ class Mamba:
         num_layers: Mamba blocks.
         head_dim: width of a head; divides 2 x hidden_size.
         state_size: numbers of state a channel: what it can remember.
-        chunk_size: tokens the scan handles at once; 32 is fastest for texts of 80 tokens on a CPU, and no number depends on it.
+        chunk_size: tokens the scan handles at once; 32 is fastest for texts of 80 tokens on a CPU. Results do not
+            depend on it.
         vocab_size: most tokens of the tokenizer that is trained on the SFT data.
         initializer_range: standard deviation of the random weights.
     """
