@@ -2,16 +2,15 @@
 
 import json
 import math
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers import PROMPTS, Fixed
 from rlhf.dpo import DPODataModule, DPOModule
 from rlhf.errors import UserError
 
@@ -19,26 +18,6 @@ ANSWERS = [
     "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
     "The mayor opened it.", "B b", "Monday", "children, weather",
 ]  # fmt: skip
-PROMPTS = [
-    "The bridge opens.",
-    "It rains.",
-    "Nadia Falk sells a camera in Dunmore.",
-    "May",
-    "Who won?",
-    "A",
-    "B b",
-    "C",
-]
-
-
-class Fixed:
-    """A source of one model: every copy has the same weights, as with the file of an earlier stage."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def language_model(self, tokenizer: Any) -> Any:
-        return deepcopy(self.model)
 
 
 class Record(lightning.Callback):

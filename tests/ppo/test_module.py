@@ -12,34 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers import PROMPTS, Fixed
 from rlhf.errors import UserError
 from rlhf.models import ScalarHead, ScalarModel
 from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
 from rlhf.ppo.experience import Minibatch
 from rlhf.rollout import Sampling
-
-PROMPTS = [
-    "The bridge opens.",
-    "It rains.",
-    "Nadia Falk sells a camera in Dunmore.",
-    "May",
-    "Who won?",
-    "A",
-    "B b",
-    "See",
-]
-
-
-class Fixed:
-    """A source of one model: every copy has the same weights, as with the file of an earlier stage."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def language_model(self, tokenizer: Any) -> Any:
-        return deepcopy(self.model)
-
-    scalar_model = language_model
 
 
 class Record(lightning.Callback):

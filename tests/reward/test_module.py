@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers import PROMPTS, Fixed
 from rlhf.data import PairBatch, RatingBatch
 from rlhf.errors import UserError
 from rlhf.reward import RewardDataModule, RewardModule
@@ -19,26 +20,6 @@ ANSWERS = [
     "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
     "The mayor opened it.", "B b", "Monday", "children, weather",
 ]  # fmt: skip
-PROMPTS = [
-    "The bridge opens.",
-    "It rains.",
-    "Nadia Falk sells a camera in Dunmore.",
-    "May",
-    "Who won?",
-    "A",
-    "B b",
-    "C",
-]
-
-
-class Fixed:
-    """A source of one model: every copy has the same weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def language_model(self, tokenizer: Any) -> Any:
-        return deepcopy(self.model)
 
 
 class Record(lightning.Callback):

@@ -1,7 +1,6 @@
 """The supervised stage in Lightning's own loop, for both architectures."""
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,15 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers import PROMPTS, Fixed
 from rlhf.sft import SFTDataModule, SFTModule
 
 ANSWERS = [
     "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
     "The mayor opened it.", "B b", "Monday",
 ]  # fmt: skip
-PROMPTS = [
-    "The bridge opens.",
-    "It rains.",
-    "Nadia Falk sells a camera in Dunmore.",
-    "May",
-    "Who won?",
-    "A",
-    "B b",
-    "C",
-]
-
-
-class Fixed:
-    """A source of one model: every copy has the same weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def language_model(self, tokenizer: Any) -> Any:
-        return deepcopy(self.model)
 
 
 class Record(lightning.Callback):

@@ -1,0 +1,29 @@
+"""What the tests of several stages build their tiny runs from."""
+
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+PROMPTS = [
+    "The bridge opens.",
+    "It rains.",
+    "Nadia Falk sells a camera in Dunmore.",
+    "May",
+    "Who won?",
+    "A",
+    "B b",
+    "See",
+]
+
+
+class Fixed:
+    """A source of one model: every copy has the same weights, as with the file of an earlier stage."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def language_model(self, tokenizer: Any) -> Any:
+        return deepcopy(self.model)
+
+    scalar_model = language_model
