@@ -1,6 +1,7 @@
 """Mistakes a user can mend, and how they are shown: where, what, why, and what to type."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _what(message: str) -> str:
     """Hydra's message without its advice to force a key in, and without its search path."""
     lines = message.split("Config search path")[0].strip().splitlines()
-    return "\n".join(line for line in lines if not line.startswith("To append to your config use"))
+    text = "\n".join(line for line in lines if not line.startswith("To append to your config use"))
+    return re.sub(r"^Could not override '([^']+)'\.$", r"\1: there is no such key", text)
 
 
 def _hint(error: BaseException) -> str:

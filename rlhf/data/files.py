@@ -9,6 +9,7 @@ from rlhf.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 LINE_PER_ROW = {".jsonl", ".ndjson"}
+SMALL = 100_000_000  # bytes
 
 
 def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> Sequence[dict[str, Any]]:
@@ -22,7 +23,7 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     Raises:
         UserError: nothing there, an unknown ending, or a line that is no JSON.
     """
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     ending = Path(path).suffix.lower()
@@ -35,6 +36,8 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
             raise UserError(f"{path}: the file is empty")
         if ending in LINE_PER_ROW:
             _check_encoding(path)
+        # a bar is for what takes longer than a few seconds
+        (disable_progress_bars if Path(path).stat().st_size < SMALL else enable_progress_bars)()
         options = {"sep": "\t"} if ending == ".tsv" else {}
         try:
             return load_dataset(BUILDERS[ending], data_files=path, split="train", **options)
