@@ -12,7 +12,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -229,6 +229,9 @@ def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
     configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
+        if cfg.trainer[flag] is False:
+            configured = [callback for callback in configured if not isinstance(callback, kind)]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
     trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
