@@ -254,19 +254,19 @@ class PPOModule(StageModule):
 
     def on_train_batch_end(self, outputs: Any, part: Minibatch, batch_idx: int) -> None:
         if part.last:
-            self.log_train(self._iteration_numbers())
+            self._log_iteration()
 
     def on_train_end(self) -> None:
         if self._updates:  # max_steps ended training within an iteration
-            numbers = {name: float(value) for name, value in self._iteration_numbers().items()}
-            for logger in self.loggers:
-                logger.log_metrics(numbers, step=self.global_step)
+            self._log_iteration()
 
-    def _iteration_numbers(self) -> dict[str, Any]:
-        """Numbers of the rollout, and of the updates it has served for so far."""
+    def _log_iteration(self) -> None:
+        """Log the numbers of a rollout and of the updates it has served for, once: ``self.log`` would repeat them."""
         updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
         self._updates.clear()
-        return {**self._iteration, **updates, **self.throughput()}
+        numbers = {**self._iteration, **updates, **self.throughput()}
+        for logger in self.loggers:
+            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=self.global_step)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)
