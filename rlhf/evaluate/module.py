@@ -217,7 +217,7 @@ class EvaluateModule(lightning.LightningModule):
         for title in shown:
             table.add_column(title, justify="right", no_wrap=True)
         for name, metrics in models.items():
-            table.add_row(name, *(_show(_dig(metrics, keys), short=len(title) < 8) for title, keys in shown.items()))
+            table.add_row(name, *(_show(_dig(metrics, keys), short="wins" not in title) for title, keys in shown.items()))
         return table
 
 
