@@ -198,14 +198,14 @@ class EvaluateModule(lightning.LightningModule):
         """The comparison as a table for the terminal."""
         table = Table(
             title=f"{self.metrics['prompts']} held-out prompts; 95 % bootstrap intervals; ties count half",
-            caption=f"wins by gold or reward score; KL to {self.baseline} in nats an answer; more in {self.output}",
+            caption=f"wins by gold or reward model (RM); KL to {self.baseline} in nats an answer; more in {self.output}",
             box=box.SIMPLE_HEAD,
             padding=(0, 0, 0, 1),
         )
         columns = {
-            "gold\nscore": ("gold",), "reward\nscore": ("reward",),
+            "gold\nscore": ("gold",), "RM\nscore": ("reward",),
             f"gold wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "gold"),
-            f"reward wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "reward"),
+            f"RM wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "reward"),
             f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
             "KL": (f"kl_to_{self.baseline}",), "tokens": ("length",), "ROUGE\nL": ("rougeL",),
         }  # fmt: skip
@@ -213,11 +213,13 @@ class EvaluateModule(lightning.LightningModule):
         shown = {
             title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())
         }
-        table.add_column("model")
+        table.add_column("model", no_wrap=True, min_width=6)
         for title in shown:
             table.add_column(title, justify="right", no_wrap=True)
         for name, metrics in models.items():
-            table.add_row(name, *(_show(_dig(metrics, keys), short="wins" not in title) for title, keys in shown.items()))
+            table.add_row(
+                name, *(_show(_dig(metrics, keys), short="wins" not in title) for title, keys in shown.items())
+            )
         return table
 
 
