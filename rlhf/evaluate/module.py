@@ -198,7 +198,7 @@ class EvaluateModule(lightning.LightningModule):
         """The comparison as a table for the terminal."""
         table = Table(
             title=f"{self.metrics['prompts']} held-out prompts; 95 % bootstrap intervals; ties count half",
-            caption=f"wins by gold or reward model (RM); KL to {self.baseline} in nats an answer; more in {self.output}",
+            caption=f"wins by gold or reward model (RM); KL to {self.baseline}, nats an answer; more in {self.output}",
             box=box.SIMPLE_HEAD,
             padding=(0, 0, 0, 1),
         )
