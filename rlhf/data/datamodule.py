@@ -89,12 +89,17 @@ class RecordDataModule(lightning.LightningDataModule):
             self.records("train")  # which holds some out
         if split not in self._records:
             self._records[split] = self._read(split)
-            if split == "train" and self.paths["val"] is None and self.val_fraction > 0:
+            if split == "train" and self._records[split] and self.paths["val"] is None and self.val_fraction > 0:
                 self._hold_out()
         return self._records[split]
 
+    def _require(self, split: str) -> None:
+        if self.paths[split] is None:
+            raise UserError(f"data.{split} names no file, and this stage reads it", f"data.{split}=<file>")
+
     def texts(self) -> Iterator[str]:
         """What the training records say, to train a tokenizer on."""
+        self._require("train")
         for record in self.records("train"):
             yield from self.text_of(record)
 
@@ -201,9 +206,8 @@ class RecordDataModule(lightning.LightningDataModule):
         return self._rows[split]
 
     def setup(self, stage: str) -> None:
-        needed = {"fit": "train", "test": "test"}.get(stage)
-        if needed and self.paths[needed] is None:
-            raise UserError(f"data.{needed} names no file, and this stage reads it", f"data.{needed}=<file>")
+        if needed := {"fit": "train", "test": "test"}.get(stage):
+            self._require(needed)
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self.encoded(split)
 
