@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
-STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
+STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "evaluate")
 EVERY = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 NEEDED = {
     "data=jsonl": ["data.train=x.jsonl"],
@@ -80,8 +80,10 @@ def combinations() -> list[tuple[str, ...]]:
     ]  # fmt: skip
     trainers = [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     others = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
+    online = [(f"stage={stage}", f"reward={name}") for stage in ("ppo", "grpo") for name in choices("reward")]
+    online += [("stage=grpo", f"estimator={name}") for name in choices("estimator")]
     deltas = [(f"{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
-    return [*crossed, *trainers, *others, *deltas]
+    return [*crossed, *trainers, *others, *online, *deltas]
 
 
 @pytest.mark.parametrize("overrides", combinations(), ids=" ".join)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.ppo import ScoreShaping
+from rlhf.rl import ScoreShaping
 
 FINISHED = torch.tensor([True, True])
 

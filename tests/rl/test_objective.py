@@ -1,4 +1,4 @@
-"""The arithmetic of PPO, by hand and against independent code."""
+"""The arithmetic of learning from one's own answers, by hand and against independent code."""
 
 import math
 import random
@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from rlhf.ppo.objective import (
+from rlhf.rl.objective import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -21,13 +21,12 @@ NAN, INF = math.nan, math.inf
 def test_token_rewards_put_the_score_at_the_last_answer_token() -> None:
     """kl_coef 0.5; a prompt token (or padding) is worth nothing, whatever stands there.
 
-    row 0: log-ratios 1, -2; score 10 at its second token: -0.5, 1 + 10
-    row 1: log-ratio 4; score -3 at its only token: -2 - 3
+    row 0: KL 1, -2; score 10 at its second token: -0.5, 1 + 10
+    row 1: KL 4; score -3 at its only token: -2 - 3
     """
-    logprobs = torch.tensor([[NAN, -1.0, -4.0, NAN], [INF, -1.0, NAN, -INF]])
-    reference = torch.tensor([[NAN, -2.0, -2.0, NAN], [INF, -5.0, NAN, -INF]])
+    kl = torch.tensor([[NAN, 1.0, -2.0, NAN], [INF, 4.0, NAN, -INF]])
     mask = torch.tensor([[False, True, True, False], [False, True, False, False]])
-    rewards = token_rewards(torch.tensor([10.0, -3.0]), logprobs, reference, mask, kl_coef=0.5)
+    rewards = token_rewards(torch.tensor([10.0, -3.0]), kl, mask, kl_coef=0.5)
     torch.testing.assert_close(rewards, torch.tensor([[0.0, -0.5, 11.0, 0.0], [0.0, -5.0, 0.0, 0.0]]))
 
 
