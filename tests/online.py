@@ -24,6 +24,7 @@ class Record(lightning.Callback):
         self.parts: list[Minibatch] = []
         self.numbers: list[dict[str, Any]] = []
         self.norms: list[float] = []
+        self.updates: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: lightning.Trainer, module: OnlineModule) -> None:
         trainer.optimizers[0].register_step_post_hook(self.note_step)
@@ -32,6 +33,9 @@ class Record(lightning.Callback):
         self.parts.append(part)
         if part.last:
             self.numbers.append(module._iteration)
+
+    def on_before_optimizer_step(self, trainer: Any, module: OnlineModule, optimizer: Any) -> None:
+        self.updates.append({name: float(values[-1]) for name, values in module._updates.items()})
 
     def note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]

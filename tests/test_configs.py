@@ -109,7 +109,7 @@ def test_every_choice_composes_into_keywords_of_its_classes(overrides: tuple[str
 
 
 def test_no_yaml_is_left_out() -> None:
-    """Every file of conf/ is a choice that the test above makes, or config.yaml, or a base of others, or Hydra's own."""
+    """Every file of conf/ is a choice that the test above makes, config.yaml, a base of others, or Hydra's own."""
     tried = {override.lstrip("+").replace("=", "/") for combination in combinations() for override in combination}
     assert {name for name in EVERY if not name.startswith("hydra/")} - tried == {"config", "rl/default"}
 
