@@ -99,8 +99,8 @@ def test_a_broken_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert ask(tmp_path)[1] == 0
 
 
-def test_a_key_names_weights_settings_and_precision(lm: PreTrainedModel) -> None:
-    """The same model from another place has the same key; one other weight, setting or precision has not."""
+def test_a_key_names_weights_settings_and_arithmetic(lm: PreTrainedModel) -> None:
+    """The same model from another place has the same key; one other weight, setting, type or precision has not."""
     key = model_key(lm, "32-true")
     same = deepcopy(lm)
     same.config._name_or_path = "elsewhere"
