@@ -165,15 +165,23 @@ class Pretrained:
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 revision=self.revision,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 attn_implementation=self.attention,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as error:
             raise self._cannot_open("model", error) from error
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"model.path={self.path}: weights of the language model are not in the folder: "
+                f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}",
+                "a folder that AutoModelForCausalLM.save_pretrained wrote",
+            )
+        return model  # type: ignore[no-any-return]
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         """A sequence classifier with one label, as a reward model."""

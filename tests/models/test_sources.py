@@ -130,6 +130,16 @@ def test_a_language_model_is_no_reward_model(labels: int, tokenizer: PreTrainedT
         source.scalar_model(tokenizer)
 
 
+def test_a_folder_without_an_output_layer_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The body alone, of a model whose output embedding is its own: a made-up one would answer at random."""
+    lm = AutoModelForCausalLM.from_config(classes("llama", 2))
+    assert not lm.config.tie_word_embeddings
+    body = {name: weight for name, weight in lm.state_dict().items() if not name.startswith("lm_head")}
+    lm.save_pretrained(folder(tmp_path, lm, tokenizer), state_dict=body)
+    with pytest.raises(UserError, match=r"weights of the language model are not in the folder: lm_head\.weight"):
+        Pretrained(str(tmp_path)).language_model(tokenizer)
+
+
 def test_a_fresh_model_knows_its_tokenizer(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> None:
     """The vocabulary is the tokenizer's, and so are the special tokens; input and output embedding are one."""
     lm = source.language_model(tokenizer)
