@@ -1,0 +1,113 @@
+"""What is compared. Both sides read this file, so it imports nothing but the standard library."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 20
+BATCH_SIZE = 8
+TEMPLATE = "{prompt}\nSummary:"
+MAX_LENGTH = 512  # longer than every text: nothing is cut on either side
+OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.98), "eps": 1e-8}
+CLIP = 1.0  # largest norm of the gradient
+DEMONSTRATIONS, PAIRS = "data/rl_train.jsonl", "data/prefs_train.jsonl"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One curve on both sides.
+
+    Args:
+        name: of the row in the table.
+        stage: ours, a folder of ``rlhf/``.
+        trainer: theirs, a class of TRL.
+        numbers: what is compared: label to the name here and the name there.
+        ours: keywords of our stage's module.
+        theirs: keywords of TRL's config.
+        data: file of records, in the repository, or in the work folder if it begins with ``work:``.
+        template: text around the prompt.
+        bos: False takes the BOS off the tokenizer, on both sides.
+        reason: why the two differ, and which is right, where they do.
+    """
+
+    name: str
+    stage: str
+    trainer: str
+    numbers: dict[str, tuple[str, str]]
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+    data: str = PAIRS
+    template: str = TEMPLATE
+    bos: bool = True
+    reason: str = ""
+
+
+LOSS = {"loss": ("train/loss", "loss"), "gradient norm": ("grad_norm", "grad_norm")}
+PAIR_NUMBERS = {
+    **LOSS,
+    "accuracy": ("rewards/accuracies", "rewards/accuracies"),
+    "margin": ("rewards/margins", "rewards/margins"),
+    "log-prob of chosen": ("logps/chosen", "logps/chosen"),
+}
+CASES = [
+    Case(
+        name="SFT",
+        stage="sft",
+        trainer="SFTTrainer",
+        data=DEMONSTRATIONS,
+        ours={"samples": 0},
+        numbers={**LOSS, "accuracy": ("train/token_accuracy", "mean_token_accuracy"),
+                 "entropy": ("train/entropy", "entropy")},
+    ),
+    Case(
+        name="reward",
+        stage="reward",
+        trainer="RewardTrainer",
+        numbers={**LOSS, "accuracy": ("train/accuracy", "accuracy"), "margin": ("train/margin", "margin")},
+    ),
+    Case(
+        name="DPO, sigmoid",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"beta": 0.1, "precompute_reference": False},
+        theirs={"beta": 0.1, "loss_type": ["sigmoid"]},
+        numbers=PAIR_NUMBERS,
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One PPO iteration on both sides: the same answers, scored and learned from.
+
+    Args:
+        name: of the rows in the table.
+        gamma, gae_lambda: as in PPO.
+        ends: strength of the policy's wish to end an answer: negative, and every answer is as long as allowed.
+    """
+
+    name: str
+    gamma: float
+    gae_lambda: float
+    ends: float
+
+
+PROMPTS = 16
+ANSWER_LENGTH = 12  # most tokens of an answer
+PASSES = 4
+PPO = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_coef": 0.05}
+PPO_OPTIMIZER = {"learning_rate": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-5}
+TEMPERATURE = 0.7
+MISSING_EOS_PENALTY = 1.0
+ROLLOUTS = [
+    Rollout("full", gamma=0.99, gae_lambda=0.95, ends=-3.0),
+    Rollout("ragged-lambda-1", gamma=1.0, gae_lambda=1.0, ends=3.0),
+    Rollout("ragged", gamma=1.0, gae_lambda=0.95, ends=3.0),
+]
+
+
+def fingerprint(rows: Sequence[tuple[list[int], int]]) -> str:
+    """A batch in 16 characters: token ids of each row, and how many of them are its answer."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

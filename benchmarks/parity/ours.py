@@ -1,0 +1,260 @@
+"""Our side: the real modules and datamodules in Lightning's own loop, with the rows in file order.
+
+    python benchmarks/parity/ours.py WORK               writes WORK/ours/*.json, for the models in WORK
+
+``run.py`` makes the models and starts this.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from cases import (
+    ANSWER_LENGTH,
+    BATCH_SIZE,
+    CASES,
+    CLIP,
+    DEMONSTRATIONS,
+    MAX_LENGTH,
+    MISSING_EOS_PENALTY,
+    OPTIMIZER,
+    PASSES,
+    PPO,
+    PPO_OPTIMIZER,
+    PROMPTS,
+    ROLLOUTS,
+    STEPS,
+    TEMPERATURE,
+    TEMPLATE,
+    Case,
+    Rollout,
+    fingerprint,
+)  # fmt: skip
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.data import TextBatch
+from rlhf.dpo import DPODataModule, DPOModule
+from rlhf.models import Pretrained
+from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
+from rlhf.ppo.experience import Minibatch
+from rlhf.ppo.objective import clipped_policy_loss, clipped_value_loss, policy_ratio
+from rlhf.reward import RewardDataModule, RewardModule
+from rlhf.rollout import Sampling
+from rlhf.sft import SFTDataModule, SFTModule
+from rlhf.tensors import masked_mean
+
+REPO = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder with the models; results go to its folder ours/")
+    parser.add_argument("--only", nargs="*", help="names of cases and rollouts; without it, all")
+    options = parser.parse_args()
+    (options.work / "ours").mkdir(exist_ok=True)
+    for case in CASES:
+        if not options.only or case.name in options.only:
+            write(options.work / "ours" / f"{case.name}.json", curve(case, options.work))
+    for rollout in ROLLOUTS:
+        if not options.only or rollout.name in options.only:
+            write(options.work / "ours" / f"ppo-{rollout.name}.json", iteration(rollout, options.work))
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result))
+    sys.stdout.write(f"ours: {path.stem}\n")
+
+
+def trainer(steps: int, **keys: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **keys,
+    )  # fmt: skip
+
+
+# curves
+
+
+class SameHead(RewardModule):
+    """The reward stage, with the head of a saved sequence classifier instead of a fresh one."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        saved = AutoModelForSequenceClassification.from_pretrained(Path(self.source.path))
+        self.model.head.layers[-1].weight.data.copy_(saved.score.weight)
+
+
+STAGES = {
+    "sft": (SFTModule, SFTDataModule, "lm"),
+    "reward": (SameHead, RewardDataModule, "reward"),
+    "dpo": (DPOModule, DPODataModule, "lm"),
+}
+
+
+def in_file_order(datamodule: type) -> type:
+    """The stage's datamodule, with training rows in the order of the file instead of shuffled buckets."""
+
+    class InFileOrder(datamodule):
+        bucket = False
+
+        def train_dataloader(self) -> Any:
+            return self.loader("train")
+
+    return InFileOrder
+
+
+class Record(lightning.Callback):
+    """Keeps the logged numbers of every step, and what every batch held.
+
+    Args:
+        whole: no part of a text is its answer; TRL's reward trainer knows no such part.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.curve: list[dict[str, float]] = []
+        self.batches: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        texts = batch if isinstance(batch, TextBatch) else batch.texts
+        self.batches.append(fingerprint(rows_of(texts, texts.mask if self.whole else texts.answer)))
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def rows_of(texts: TextBatch, answers: Tensor) -> list[tuple[list[int], int]]:
+    """Token ids of each row, and how many of them are its answer."""
+    rows = zip(texts.tokens, texts.mask, answers, strict=True)
+    return [(tokens[mask].tolist(), int(answer.sum())) for tokens, mask, answer in rows]
+
+
+def curve(case: Case, work: Path) -> dict[str, Any]:
+    """Train one case: the numbers of every step."""
+    module_class, data_class, folder = STAGES[case.stage]
+    source = Pretrained(str(work / folder))
+    module = module_class(policy=source, schedule="linear", **OPTIMIZER, **case.ours)
+    file = work / case.data.removeprefix("work:") if case.data.startswith("work:") else REPO / case.data
+    data = in_file_order(data_class)(
+        train=str(file), val_fraction=0, template=case.template, max_length=MAX_LENGTH, max_rows=STEPS * BATCH_SIZE,
+        eval_batch_size=BATCH_SIZE,
+    )  # fmt: skip
+    module.tokenizer = data.tokenizer = source.tokenizer()
+    if not case.bos:
+        data.tokenizer.bos_token = None
+    record = Record(whole=case.stage == "reward")
+    trainer(STEPS, gradient_clip_val=CLIP, callbacks=[record]).fit(module, data)
+    return {"curve": record.curve, "batches": record.batches}
+
+
+# PPO
+
+
+class Recorded(PPOModule):
+    """The PPO stage, with a reference of its own and a note of what it computes."""
+
+    def __init__(self, reference: Path, **keys: Any) -> None:
+        super().__init__(**keys)
+        self.reference_path = reference
+        self.note: dict[str, Any] = {"passes": []}
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        # KL would be 0 throughout if policy and reference were one model
+        reference = AutoModelForCausalLM.from_pretrained(self.reference_path, dtype=torch.float32)
+        self.reference.model.lm.load_state_dict(reference.state_dict())
+        # TRL's critic has no bias
+        self.critic.head.layers[-1].bias.requires_grad_(False)
+
+    def look_back(self, rollout: Any, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        found = super().look_back(rollout, parts)
+        rows = zip(rollout.tokens, rollout.mask, rollout.answer, strict=True)
+        self.note["rollout"] = [
+            {"prompt": tokens[mask & ~answer].tolist(), "answer": tokens[answer].tolist()}
+            for tokens, mask, answer in rows
+        ]
+        self.note.update(
+            {
+                name: by_row(values, rollout.answer)
+                for name, values in zip(("logprobs", "reference", "values"), found, strict=True)
+            }
+        )
+        self.note["kl"] = by_row(found[0] - found[1], rollout.answer)
+        return found
+
+    def score(self, rollout: Any) -> Tensor:
+        scores = super().score(rollout)
+        self.note["scores"] = scores.tolist()
+        return scores
+
+    def training_step(self, part: Minibatch, batch_idx: int) -> Tensor:
+        self.note["passes"].append(self.measure(part))
+        if "advantages" not in self.note:
+            order = [key(row["prompt"] + row["answer"]) for row in self.note["rollout"]]
+            texts = zip(part.tokens, part.mask, strict=True)
+            place = {key(tokens[mask].tolist()): i for i, (tokens, mask) in enumerate(texts)}
+            rows = torch.tensor([place[row] for row in order])
+            answer = part.answer[rows]
+            self.note["advantages"] = by_row((part.returns - part.old_values)[rows], answer)
+            self.note["whitened advantages"] = by_row(part.advantages[rows], answer)
+            self.note["returns"] = by_row(part.returns[rows], answer)
+        return super().training_step(part, batch_idx)
+
+    @torch.no_grad()
+    def measure(self, part: Minibatch) -> dict[str, float]:
+        """The numbers of one update, before it changes the weights."""
+        scores, values = self.look(part.tokens, part.mask, part.answer)
+        change = scores.logprobs - part.old_logprobs
+        ratio = policy_ratio(scores.logprobs, part.old_logprobs, part.answer)
+        policy = clipped_policy_loss(
+            scores.logprobs, part.old_logprobs, part.advantages, part.answer, clip_range=self.clip_range
+        )
+        value = clipped_value_loss(values, part.old_values, part.returns, part.answer, clip_range=self.value_clip_range)
+        numbers = {
+            "policy loss": policy,
+            "value loss": value,
+            "approximate KL": 0.5 * masked_mean(change.square(), part.answer),
+            "entropy": masked_mean(scores.entropy, part.answer),
+            "ratio": masked_mean(ratio, part.answer),
+        }
+        return {name: float(number) for name, number in numbers.items()}
+
+
+def key(tokens: list[int]) -> tuple[int, ...]:
+    return tuple(tokens)
+
+
+def by_row(values: Tensor, answer: Tensor) -> list[list[float]]:
+    """[batch, time] values of answer tokens as one list a row."""
+    return [row[mask].tolist() for row, mask in zip(values, answer, strict=True)]
+
+
+def iteration(rollout: Rollout, work: Path) -> dict[str, Any]:
+    """One PPO iteration: what was answered, and what was computed of it."""
+    source = Pretrained(str(work / f"policy-{rollout.name}"))
+    module = Recorded(
+        work / "reference", policy=source, reward_model=Pretrained(str(work / "reward")),
+        sampling=Sampling(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
+        scores=ScoreShaping(
+            subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=MISSING_EOS_PENALTY
+        ),
+        gamma=rollout.gamma, gae_lambda=rollout.gae_lambda, ppo_epochs=PASSES, minibatch_size=PROMPTS,
+        schedule="constant", **PPO, **PPO_OPTIMIZER,
+    )  # fmt: skip
+    data = PromptDataModule(
+        train=str(REPO / DEMONSTRATIONS), val_fraction=0, template=TEMPLATE, max_length=MAX_LENGTH, max_rows=PROMPTS,
+        batch_size=PROMPTS,
+    )  # fmt: skip
+    module.tokenizer = data.tokenizer = source.tokenizer()
+    lightning.seed_everything(0, verbose=False)
+    trainer(PASSES).fit(module, data)
+    return module.note
+
+
+if __name__ == "__main__":
+    main()
