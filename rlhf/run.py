@@ -11,7 +11,7 @@ from typing import Any, get_args
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -76,14 +76,15 @@ def train(cfg: DictConfig, output: Path) -> float:
 
 
 def _check_numbers(node: Any, path: str) -> None:
-    """Refuse text where a class wants a number, before anything is loaded; ``node`` is a plain, unresolved dict."""
+    """Refuse text where a class or function wants a number, before anything is loaded; ``node`` is unresolved."""
     if not isinstance(node, dict):
         return
-    classes = get_class(node["_target_"]).__mro__ if "_target_" in node else ()
+    target = get_object(node["_target_"]) if "_target_" in node else None
+    functions = [c.__init__ for c in target.__mro__] if isinstance(target, type) else [target] if target else []
     wanted = {
         p.name: get_args(p.annotation) or (p.annotation,)
-        for c in classes
-        for p in signature(c.__init__).parameters.values()
+        for function in functions
+        for p in signature(function).parameters.values()
     }
     for key, value in node.items():
         types = wanted.get(key, ())
