@@ -45,12 +45,13 @@ class Case:
 
 
 LOSS = {"loss": ("train/loss", "loss"), "gradient norm": ("grad_norm", "grad_norm")}
-PAIR_NUMBERS = {
-    **LOSS,
-    "accuracy": ("rewards/accuracies", "rewards/accuracies"),
-    "margin": ("rewards/margins", "rewards/margins"),
-    "log-prob of chosen": ("logps/chosen", "logps/chosen"),
-}
+ACCURACY = {"accuracy": ("rewards/accuracies", "rewards/accuracies")}
+MARGIN = {"margin": ("rewards/margins", "rewards/margins")}
+CHOSEN = {"log-prob of chosen": ("logps/chosen", "logps/chosen")}
+PAIR_NUMBERS = {**LOSS, **ACCURACY, **MARGIN, **CHOSEN}
+AT_EACH_STEP = {"precompute_reference": False}  # as TRL does by default: the first margins are then 0 to the last bit
+NO_REFERENCE = {"reference_free": True}
+MEANS = {"length_normalised": True}
 CASES = [
     Case(
         name="SFT",
@@ -58,8 +59,11 @@ CASES = [
         trainer="SFTTrainer",
         data=DEMONSTRATIONS,
         ours={"samples": 0},
-        numbers={**LOSS, "accuracy": ("train/token_accuracy", "mean_token_accuracy"),
-                 "entropy": ("train/entropy", "entropy")},
+        numbers={
+            **LOSS,
+            "accuracy": ("train/token_accuracy", "mean_token_accuracy"),
+            "entropy": ("train/entropy", "entropy"),
+        },
     ),
     Case(
         name="reward",
@@ -71,9 +75,99 @@ CASES = [
         name="DPO, sigmoid",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"beta": 0.1, "precompute_reference": False},
-        theirs={"beta": 0.1, "loss_type": ["sigmoid"]},
+        ours={"objective": "sigmoid_loss", "beta": 0.1, **AT_EACH_STEP},
+        theirs={"loss_type": ["sigmoid"], "beta": 0.1},
         numbers=PAIR_NUMBERS,
+    ),
+    Case(
+        name="DPO with an SFT term",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"objective": "sigmoid_loss", "beta": 0.1, "sft_coef": 0.5, **AT_EACH_STEP},
+        theirs={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.1},
+        numbers=PAIR_NUMBERS,
+    ),
+    Case(
+        name="IPO, mean a token",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"objective": "ipo_loss", "beta": 1.0, **MEANS, **AT_EACH_STEP},
+        theirs={"loss_type": ["ipo"], "beta": 1.0},
+        numbers={**LOSS, **CHOSEN},
+    ),
+    Case(
+        name="IPO, sums as in the paper",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"objective": "ipo_loss", "beta": 1.0, **AT_EACH_STEP},
+        theirs={"loss_type": ["ipo"], "beta": 1.0},
+        numbers={"loss": LOSS["loss"]},
+        reason="TRL divides each log-ratio by the length of its answer, which the paper does not; ours does so with "
+        "stage.length_normalised=true, the row above. The paper's eq. 17 is ours",
+    ),
+    Case(
+        name="hinge",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"objective": "hinge_loss", "beta": 0.1, **AT_EACH_STEP},
+        theirs={"loss_type": ["hinge"], "beta": 0.1},
+        numbers=PAIR_NUMBERS,
+    ),
+    Case(
+        name="robust",
+        stage="dpo",
+        trainer="DPOTrainer",
+        ours={"objective": ["robust_loss", {"label_smoothing": 0.1}], "beta": 0.1, **AT_EACH_STEP},
+        theirs={"loss_type": ["robust"], "label_smoothing": 0.1, "beta": 0.1},
+        numbers=PAIR_NUMBERS,
+    ),
+    Case(
+        name="CPO: conservative, no reference, SFT term",
+        stage="dpo",
+        trainer="CPOTrainer",
+        ours={
+            "objective": ["conservative_loss", {"label_smoothing": 0.1}], "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE,
+        },
+        theirs={"loss_type": "sigmoid", "label_smoothing": 0.1, "beta": 0.1, "cpo_alpha": 1.0},
+        numbers=PAIR_NUMBERS,
+    ),
+    Case(
+        name="SimPO",
+        stage="dpo",
+        trainer="CPOTrainer",
+        ours={"objective": ["simpo_loss", {"target_margin": 1.0}], "beta": 2.0, **NO_REFERENCE, **MEANS},
+        theirs={"loss_type": "simpo", "simpo_gamma": 1.0, "beta": 2.0, "cpo_alpha": 0.0},
+        numbers={**LOSS, **ACCURACY, **MARGIN},
+    ),
+    Case(
+        name="ORPO, one-token prompts",
+        stage="dpo",
+        trainer="ORPOTrainer",
+        data="work:one_token_prompts.jsonl",
+        template="{prompt}",
+        bos=False,
+        ours={"objective": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
+        theirs={"beta": 0.1},
+        numbers={**LOSS, **ACCURACY, **MARGIN},
+    ),
+    Case(
+        name="ORPO",
+        stage="dpo",
+        trainer="ORPOTrainer",
+        ours={"objective": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
+        theirs={"beta": 0.1},
+        numbers={"loss": LOSS["loss"], **MARGIN},
+        reason="TRL's SFT term runs over prompt and answer, ours over the answer, as in stage=sft: eq. 2 of the paper is "
+        "conditioned on the prompt. With prompts of one token, which nothing predicts, both are the same: the row above",
+    ),
+    Case(
+        name="KTO",
+        stage="kto",
+        trainer="KTOTrainer",
+        data="work:verdicts.jsonl",
+        ours={"objective": "kto_loss", "beta": 0.1, **AT_EACH_STEP},
+        theirs={"beta": 0.1},
+        numbers={**LOSS, **MARGIN, "KL baseline": ("kto/kl", "kl"), **CHOSEN},
     ),
 ]  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Two sides' numbers as rows of a table: how far apart they are, and why where they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from cases import Case
@@ -13,26 +14,33 @@ PPO_TOLERANCE = 1e-5
 
 @dataclass
 class Row:
-    """One row of the table."""
+    """One number that both sides computed.
+
+    Args:
+        what: the case.
+        number: its name.
+        extent: how many steps, passes or entries it has.
+        apart: largest relative difference among them.
+        tolerance: of the verdict.
+        reason: why they differ, where that is known, and which is right.
+    """
 
     what: str
     number: str
-    steps: str
-    relative: float
-    absolute: float
+    extent: str
+    apart: float
     tolerance: float
     reason: str = ""
 
-    def __str__(self) -> str:
-        verdict = "agree" if self.relative <= self.tolerance else "differ"
-        cells = (self.what, self.number, self.steps, f"{self.relative:.1e}", f"{self.absolute:.1e}", verdict)
-        return f"| {' | '.join(cells)} | {self.reason if verdict == 'differ' else ''} |"
+    @property
+    def verdict(self) -> str:
+        if self.apart <= self.tolerance:
+            return "agree"
+        return "differ" if self.reason else "differ, unexplained"
 
-
-HEAD = (
-    "| what | number | steps | largest relative difference | largest absolute difference | verdict | why, and which is "
-    "right |\n|---|---|---|---|---|---|---|"
-)
+    @property
+    def explanation(self) -> str:
+        return self.reason if self.verdict == "differ" else ""
 
 
 def relative(ours: float, theirs: float, floor: float) -> float:
@@ -41,32 +49,33 @@ def relative(ours: float, theirs: float, floor: float) -> float:
     return apart if apart == apart else float("inf")
 
 
-def compare_series(
-    what: str, number: str, ours: Sequence[float], theirs: Sequence[float], *, floor: float, tolerance: float,
-    steps: str, reason: str = "",
-) -> Row:  # fmt: skip
-    """One row of two series of numbers; they must be of one length."""
-    pairs = list(zip(ours, theirs, strict=True))
-    return Row(
-        what,
-        number,
-        steps,
-        max(relative(a, b, floor) for a, b in pairs),
-        max(abs(a - b) for a, b in pairs),
-        tolerance,
-        reason,
-    )
+def largest_relative(ours: Sequence[float], theirs: Sequence[float], floor: float) -> float:
+    """The largest relative difference of two series, which must be of one length."""
+    return max(relative(a, b, floor) for a, b in zip(ours, theirs, strict=True))
 
 
 def compare_curves(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> list[Row]:
     """The rows of one case. Raises ValueError if a batch did not hold the same tokens on both sides."""
     if ours["batches"] != theirs["batches"]:
         raise ValueError(f"{case.name}: the two sides were given different tokens")
-    return [
-        compare_series(
-            f"{case.name} ({case.trainer})", label, [step[here] for step in ours["curve"]],
-            [step[there] for step in theirs["curve"]], floor=FLOOR, tolerance=CURVE_TOLERANCE,
-            steps=str(len(ours["curve"])), reason=case.reason,
-        )
-        for label, (here, there) in case.numbers.items()
-    ]  # fmt: skip
+    rows = []
+    for label, (here, there) in case.numbers.items():
+        series = [step[here] for step in ours["curve"]], [step[there] for step in theirs["curve"]]
+        apart = largest_relative(*series, FLOOR)
+        what, extent = f"{case.name} ({case.trainer})", f"{len(ours['curve'])} steps"
+        rows.append(Row(what, label, extent, apart, CURVE_TOLERANCE, case.reason))
+    return rows
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as markdown: what has one case, extent, verdict and reason stands together."""
+    lines = [
+        "| what | over | largest relative difference of | verdict | why, and which is right |",
+        "|---|---|---|---|---|",
+    ]
+    for (what, extent, verdict, reason), group in groupby(
+        rows, lambda row: (row.what, row.extent, row.verdict, row.explanation)
+    ):
+        numbers = ", ".join(f"{row.number} {row.apart:.1e}" for row in group)
+        lines.append(f"| {what} | {extent} | {numbers} | {verdict} | {reason} |")
+    return "\n".join(lines)

@@ -1,27 +1,28 @@
-"""The rows of PPO: where the two implementations differ, the difference is computed, taken out, and compared again."""
+"""The rows of PPO: where the two differ, the difference is computed, taken out, and compared again."""
 
 from collections.abc import Sequence
 from itertools import chain
+from statistics import fmean, pstdev
 from typing import Any
 
 from cases import Rollout
-from compare import FLOOR, PPO_TOLERANCE, Row, compare_series
+from compare import FLOOR, PPO_TOLERANCE, Row, largest_relative
 
 BESSEL = (
-    "TRL divides by the sample's standard deviation (n - 1), we by the population's (n), as the code of Ziegler et al. "
-    "2019 and N+ do: the same advantages up to the factor sqrt(1 - 1/n). Both are sound; the next rows take it out"
+    "TRL divides by the sample's standard deviation (n - 1), we by the population's (n), as Ziegler et al. 2019 and N+ "
+    "do in their code: the same advantages up to a factor sqrt(1 - 1/n). Both are sound; below it is taken out"
 )
 SLOT = (
     "TRL puts the score one slot after the last token and bootstraps with a value there; ours comes with the last "
-    "token, after which the value is 0 by definition. Ours is the textbook's; with lambda 1 both are the same"
+    "token, after which the value is 0 by definition. Ours is the textbook's; with lambda 1, or once the critic knows "
+    "the score, both are the same"
 )
 SLOT_LOSS = (
-    "TRL's critic also learns a value for the slot after the end, which is not a token; ours, over answer tokens, is "
-    "the loss as it is published"
+    "TRL's critic also learns a value for the slot after the end, which is no token; ours, over answer tokens, is the "
+    "loss as published"
 )
-PADDING = "TRL's mean runs over padding as well: ours, over answer tokens, is right"
-FOLLOWS = "follows from other advantages, see above"
-TENSORS = ("logprobs", "reference", "kl", "values", "scores")
+PADDING = "TRL's mean runs over padding as well; ours, over answer tokens, is right"
+FOLLOWS = "follows from the advantages above"
 
 
 def compare_rollout(
@@ -35,75 +36,72 @@ def compare_rollout(
         published: what TRL computed.
         population: what TRL computed when whitening by the population's standard deviation.
     """
-    what = f"PPO, gamma {rollout.gamma:g}, lambda {rollout.gae_lambda:g}, " + describe(ours)
-    slots = any(value is not None for value in published["value after the end"])
-    parted = slots and rollout.gae_lambda < 1  # the score's place matters then
-    rows = [tensor(what, name, ours[name], published[name]) for name in TENSORS]
-    for name in ("advantages", "returns"):
-        rows.append(tensor(what, name, ours[name], published[name], SLOT))
-        if parted:
-            moved = without_slot(rollout, published, name)
-            rows.append(tensor(what, f"{name}, score moved to the last token", ours[name], moved))
-    rows.append(
-        tensor(what, "whitened advantages", ours["whitened advantages"], published["whitened advantages"], BESSEL)
-    )
-    if not parted:
-        label = "whitened advantages, same deviation"
-        rows.append(tensor(what, label, ours["whitened advantages"], population["whitened advantages"]))
-    rows += losses(what, ours["passes"], population["passes"], slots, parted)
-    if slots:
-        one, other = ours["passes"][0]["value loss"], value_loss_without_slot(published)
-        label = "value loss, first pass, without the slot"
-        if not parted:
-            rows.append(number(what, label, [one], [other], "1"))
-    return rows
-
-
-def describe(ours: dict[str, Any]) -> str:
+    ragged = any(value is not None for value in published["value after the end"])
+    parted = ragged and rollout.gae_lambda < 1  # then it matters where the score stands
     lengths = [len(row["answer"]) for row in ours["rollout"]]
-    return (
-        f"answers of {min(lengths)} to {max(lengths)} tokens"
-        if min(lengths) < max(lengths)
-        else "answers of one length"
-    )
+    what = f"PPO, gamma {rollout.gamma:g}, lambda {rollout.gae_lambda:g}, answers of {min(lengths)}"
+    what += f" to {max(lengths)} tokens" if ragged else " tokens"
+
+    names = ("logprobs", "reference", "kl", "values", "scores")
+    rows = [tensor(what, name, ours[name], published[name]) for name in names]
+    for name in ("advantages", "returns"):
+        rows.append(tensor(what, name, ours[name], published[name], SLOT if parted else ""))
+    if parted:
+        for name in ("advantages", "returns"):
+            label = f"{name} with the score moved to the last token"
+            rows.append(tensor(what, label, ours[name], without_slot(rollout, published, name)))
+
+    name = "whitened advantages"
+    rows.append(tensor(what, name, ours[name], published[name], BESSEL))
+    if parted:
+        moved = whiten(flat(without_slot(rollout, published, "advantages")))
+        rows.append(tensor(what, f"{name} with the score moved, by n", ours[name], moved))
+    else:
+        rows.append(tensor(what, f"{name} by n", ours[name], population[name]))
+    return rows + losses(what, ours["passes"], population, ragged, parted)
 
 
-def losses(
-    what: str, ours: list[dict[str, float]], theirs: list[dict[str, float]], slots: bool, parted: bool
-) -> list[Row]:
+def losses(what: str, ours: list[dict[str, float]], theirs: dict[str, Any], ragged: bool, parted: bool) -> list[Row]:
     """The numbers of the passes, with TRL's advantages whitened as ours are."""
-    rows = []
-    for name, reason in {"policy loss": FOLLOWS, "value loss": SLOT_LOSS}.items():
-        rows.append(number(what, name, column(ours, name), column(theirs, name), f"{len(ours)}", reason))
-    for name in ("approximate KL", "entropy", "ratio"):
-        rows.append(number(what, name, column(ours, name), column(theirs, name), f"{len(ours)}", PADDING))
-        if slots and not parted:
-            label = f"{name}, real tokens"
-            rows.append(number(what, label, column(ours, name), column(theirs, label), f"{len(ours)}"))
+    other = theirs["passes"]
+    rows = [number(what, "policy loss", ours, other, FOLLOWS if parted else "")]
+    rows.append(number(what, "value loss", ours, other, SLOT_LOSS if ragged else ""))
+    if ragged and not parted:
+        first = {"value loss": value_loss_without_slot(theirs)}
+        rows.append(number(what, "value loss", ours[:1], [first], label="value loss without the slot"))
+    means = ("approximate KL", "entropy", "ratio")
+    rows += [number(what, name, ours, other, PADDING if ragged else "") for name in means]
+    if ragged and not parted:
+        real = [{name: each[f"{name}, real tokens"] for name in means} for each in other]
+        rows += [number(what, name, ours, real, label=f"{name} without padding") for name in means]
     return rows
 
 
-def column(passes: list[dict[str, float]], name: str) -> list[float]:
-    return [each[name] for each in passes]
-
-
-def number(what: str, name: str, ours: Sequence[float], theirs: Sequence[float], passes: str, reason: str = "") -> Row:
-    return compare_series(
-        what, name, ours, theirs, floor=FLOOR, tolerance=PPO_TOLERANCE, steps=f"{passes} passes", reason=reason
-    )
+def number(
+    what: str, name: str, ours: list[dict[str, float]], theirs: list[dict[str, float]], reason: str = "",
+    label: str | None = None,
+) -> Row:  # fmt: skip
+    """A row of one number a pass."""
+    apart = largest_relative([each[name] for each in ours], [each[name] for each in theirs], FLOOR)
+    extent = f"{len(ours)} passes" if len(ours) > 1 else "first pass"
+    return Row(what, label or name, extent, apart, PPO_TOLERANCE, reason)
 
 
 def tensor(what: str, name: str, ours: list[Any], theirs: list[Any], reason: str = "") -> Row:
-    """A row of tensors: differences relative to the largest entry."""
+    """A row of a tensor's entries: differences relative to its largest entry."""
     one, other = flat(ours), flat(theirs)
-    largest = max(map(abs, [*one, *other]))
-    return compare_series(
-        what, name, one, other, floor=largest, tolerance=PPO_TOLERANCE, steps=f"{len(one)} entries", reason=reason
-    )
+    apart = largest_relative(one, other, floor=max(map(abs, [*one, *other])))
+    extent = "tokens" if isinstance(ours[0], list) else "answers"
+    return Row(what, name, f"{len(one)} {extent}", apart, PPO_TOLERANCE, reason)
 
 
 def flat(rows: list[Any]) -> list[float]:
     return list(chain.from_iterable(row if isinstance(row, list) else [row] for row in rows))
+
+
+def whiten(values: Sequence[float]) -> list[float]:
+    mean, deviation = fmean(values), pstdev(values)
+    return [(value - mean) / deviation for value in values]
 
 
 def without_slot(rollout: Rollout, theirs: dict[str, Any], name: str) -> list[list[float]]:

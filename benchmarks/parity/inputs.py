@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import DEMONSTRATIONS, PAIRS, ROLLOUTS
@@ -15,25 +16,41 @@ SMALL = Transformer(hidden_size=64, num_layers=2, num_heads=4, intermediate_size
 
 
 def make(work: Path) -> None:
-    """Write into ``work``: ``lm``, ``reward``, ``reference`` and a policy for every rollout."""
+    """Write into ``work``: ``lm``, ``reward``, ``critic``, ``reference``, a policy for every rollout, and two files."""
     tokenizer = train_tokenizer(texts(), 512)
     for seed, name in enumerate(("lm", "reference")):
         torch.manual_seed(seed)
         save(SMALL.language_model(tokenizer), tokenizer, work / name)
-    torch.manual_seed(2)
-    config = SMALL.language_model(tokenizer).config
-    config.num_labels = 1
-    judge = AutoModelForSequenceClassification.from_config(config)
-    torch.nn.init.normal_(judge.score.weight, std=0.3)  # scores of some size, so that advantages have one
-    save(judge, tokenizer, work / "reward")
+    for seed, name in ((2, "reward"), (3, "critic")):
+        torch.manual_seed(seed)
+        save(judge(tokenizer), tokenizer, work / name)
     for rollout in ROLLOUTS:
         torch.manual_seed(1)  # the reference's seed: the policy is the reference, a little moved
         policy = SMALL.language_model(tokenizer)
-        move(policy, tokenizer.eos_token_id, rollout.ends)
+        # TRL takes a sampled pad token for the end of an answer, so none may be sampled
+        move(policy, {tokenizer.eos_token_id: rollout.ends, tokenizer.pad_token_id: -9.0})
         save(policy, tokenizer, work / f"policy-{rollout.name}")
-    answers = [json.loads(line) for line in (REPO / PAIRS).read_text().splitlines()]
-    rows = [{"prompt": "?", "chosen": row["chosen"], "rejected": row["rejected"]} for row in answers]
-    (work / "one_token_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [json.loads(line) for line in (REPO / PAIRS).read_text().splitlines()]
+    write(work / "one_token_prompts.jsonl", [{**pair, "document": "?"} for pair in pairs])
+    write(work / "verdicts.jsonl", [verdict(pair, i % 3 > 0) for i, pair in enumerate(pairs)])
+
+
+def verdict(pair: dict[str, str], label: bool) -> dict[str, Any]:
+    """One answer of a pair, the better one if ``label`` is True."""
+    return {"prompt": pair["document"], "completion": pair["chosen" if label else "rejected"], "label": label}
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def judge(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A sequence classifier with one label, whose scores have some size, so that advantages have one."""
+    config = SMALL.language_model(tokenizer).config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model
 
 
 def texts() -> Iterator[str]:
@@ -44,11 +61,11 @@ def texts() -> Iterator[str]:
 
 
 @torch.no_grad()
-def move(policy: PreTrainedModel, eos: int, ends: float) -> None:
-    """Change all weights by a little, and the logit of EOS by about ``ends``.
+def move(policy: PreTrainedModel, logits: dict[int, float]) -> None:
+    """Change all weights by a little, and the logits of some tokens by about as much as given.
 
-    All embeddings get one direction in common, which moves every logit alike and so changes no probability; EOS gets
-    more or less of it than the others.
+    All embeddings get one direction in common, which moves every logit alike and so changes no probability; those
+    tokens get more or less of it than the others.
     """
     for weight in policy.parameters():
         weight += 0.02 * torch.randn_like(weight)
@@ -56,7 +73,8 @@ def move(policy: PreTrainedModel, eos: int, ends: float) -> None:
     embedding += 0.1
     tokens = torch.arange(3, 67)[None]
     common = policy.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].mean(dim=0)
-    embedding[eos] += ends * common / common.square().sum()
+    for token, change in logits.items():
+        embedding[token] += change * common / common.square().sum()
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

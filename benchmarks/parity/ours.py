@@ -8,6 +8,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.data import TextBatch
-from rlhf.dpo import DPODataModule, DPOModule
+from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule, objective
 from rlhf.models import Pretrained
 from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
 from rlhf.ppo.experience import Minibatch
@@ -93,11 +94,16 @@ STAGES = {
     "sft": (SFTModule, SFTDataModule, "lm"),
     "reward": (SameHead, RewardDataModule, "reward"),
     "dpo": (DPOModule, DPODataModule, "lm"),
+    "kto": (KTOModule, UnpairedDataModule, "lm"),
 }
 
 
 def in_file_order(datamodule: type) -> type:
-    """The stage's datamodule, with training rows in the order of the file instead of shuffled buckets."""
+    """The stage's datamodule, with training rows in the order of the file instead of shuffled buckets.
+
+    Batches of verdicts are turned round: KTO's baseline joins a prompt with the answer of the row after it, in TRL with
+    that of the row before.
+    """
 
     class InFileOrder(datamodule):
         bucket = False
@@ -105,24 +111,25 @@ def in_file_order(datamodule: type) -> type:
         def train_dataloader(self) -> Any:
             return self.loader("train")
 
+        def collate(self, rows: list[Any]) -> Any:
+            return super().collate(rows[::-1] if datamodule is UnpairedDataModule else rows)
+
     return InFileOrder
 
 
 class Record(lightning.Callback):
-    """Keeps the logged numbers of every step, and what every batch held.
+    """Keeps the logged numbers of every step, and what every batch held, in TRL's order."""
 
-    Args:
-        whole: no part of a text is its answer; TRL's reward trainer knows no such part.
-    """
-
-    def __init__(self, whole: bool) -> None:
-        self.whole = whole
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.curve: list[dict[str, float]] = []
         self.batches: list[str] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         texts = batch if isinstance(batch, TextBatch) else batch.texts
-        self.batches.append(fingerprint(rows_of(texts, texts.mask if self.whole else texts.answer)))
+        # TRL's reward trainer does not know which part of a text is the answer
+        rows = rows_of(texts, texts.mask if self.stage == "reward" else texts.answer)
+        self.batches.append(fingerprint(rows[::-1] if self.stage == "kto" else rows))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})
@@ -138,7 +145,7 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
     """Train one case: the numbers of every step."""
     module_class, data_class, folder = STAGES[case.stage]
     source = Pretrained(str(work / folder))
-    module = module_class(policy=source, schedule="linear", **OPTIMIZER, **case.ours)
+    module = module_class(policy=source, schedule="linear", **OPTIMIZER, **keywords(case))
     file = work / case.data.removeprefix("work:") if case.data.startswith("work:") else REPO / case.data
     data = in_file_order(data_class)(
         train=str(file), val_fraction=0, template=case.template, max_length=MAX_LENGTH, max_rows=STEPS * BATCH_SIZE,
@@ -147,27 +154,38 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
     module.tokenizer = data.tokenizer = source.tokenizer()
     if not case.bos:
         data.tokenizer.bos_token = None
-    record = Record(whole=case.stage == "reward")
+    record = Record(case.stage)
     trainer(STEPS, gradient_clip_val=CLIP, callbacks=[record]).fit(module, data)
     return {"curve": record.curve, "batches": record.batches}
+
+
+def keywords(case: Case) -> dict[str, Any]:
+    """Our keywords of a case, with the objective's name replaced by the function, its own numbers filled in."""
+    if "objective" not in case.ours:
+        return case.ours
+    named = case.ours["objective"]
+    name, numbers = (named, {}) if isinstance(named, str) else named
+    return {**case.ours, "objective": partial(getattr(objective, name), **numbers)}
 
 
 # PPO
 
 
 class Recorded(PPOModule):
-    """The PPO stage, with a reference of its own and a note of what it computes."""
+    """The PPO stage, with a reference and a critic of their own and a note of what it computes."""
 
-    def __init__(self, reference: Path, **keys: Any) -> None:
+    def __init__(self, work: Path, **keys: Any) -> None:
         super().__init__(**keys)
-        self.reference_path = reference
+        self.work = work
         self.note: dict[str, Any] = {"passes": []}
 
     def configure_model(self) -> None:
         super().configure_model()
-        # KL would be 0 throughout if policy and reference were one model
-        reference = AutoModelForCausalLM.from_pretrained(self.reference_path, dtype=torch.float32)
+        # the KL would be 0 if policy and reference were one model, and so would be what is left of the score at the end
+        # if critic and reward model were one
+        reference = AutoModelForCausalLM.from_pretrained(self.work / "reference", dtype=torch.float32)
         self.reference.model.lm.load_state_dict(reference.state_dict())
+        self.critic.load_state_dict(Pretrained(str(self.work / "critic")).scalar_model(self.tokenizer).state_dict())
         # TRL's critic has no bias
         self.critic.head.layers[-1].bias.requires_grad_(False)
 
@@ -238,7 +256,7 @@ def iteration(rollout: Rollout, work: Path) -> dict[str, Any]:
     """One PPO iteration: what was answered, and what was computed of it."""
     source = Pretrained(str(work / f"policy-{rollout.name}"))
     module = Recorded(
-        work / "reference", policy=source, reward_model=Pretrained(str(work / "reward")),
+        work, policy=source, reward_model=Pretrained(str(work / "reward")),
         sampling=Sampling(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
         scores=ScoreShaping(
             subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=MISSING_EOS_PENALTY

@@ -65,7 +65,8 @@ def iteration(rollout: Rollout, work: Path, population: bool) -> dict[str, Any]:
         for name in (f"policy-{rollout.name}", "reference")
     )
     judge, critic = (
-        AutoModelForSequenceClassification.from_pretrained(work / "reward", dtype=torch.float32) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(work / name, dtype=torch.float32)
+        for name in ("reward", "critic")
     )
     with tempfile.TemporaryDirectory() as output:
         trainer = PPOTrainer(
