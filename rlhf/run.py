@@ -19,7 +19,7 @@ from rich.console import Console
 
 from rlhf import __version__
 from rlhf.errors import UserError
-from rlhf.export import FINAL, RL_TRAINED, describe, hash_file, open_source, save_huggingface, save_result
+from rlhf.export import FINAL, RL_STAGES, RL_TRAINED, describe, hash_file, open_source, save_huggingface, save_result
 from rlhf.logs import log_file, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,13 @@ def train(cfg: DictConfig, output: Path) -> float:
     for part in ("stage", "data", "model"):
         _check_numbers(OmegaConf.to_container(cfg[part], resolve=False), part)
     parents = {"policy": _policy(cfg)}
-    if "reward_model" in cfg.stage:
-        parents["reward_model"] = _parent(cfg, "reward_model", "reward")
     checkpoint = _checkpoint(cfg, output)
 
     datamodule = instantiate(cfg.data)
-    module = instantiate(cfg.stage, _partial_=True)(**parents)
+    build = instantiate(cfg.stage, _partial_=True)
+    if "reward_model" in cfg.stage:
+        parents["reward_model"] = _reward_models(cfg, build.keywords["reward"].needs_model)
+    module = build(**parents)
     module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
     provenance = _provenance(cfg, parents)
     trainer = _trainer(cfg, [_ExportHeader(provenance)])
@@ -154,6 +155,13 @@ def _parent(cfg: DictConfig, key: str, stage: str) -> Any:
     return open_source(str(made))
 
 
+def _reward_models(cfg: DictConfig, needed: bool) -> list[Any]:
+    """What was typed as ``stage.reward_model``, one or several; else the run's, if the reward reads a model."""
+    if OmegaConf.is_list(cfg.stage.reward_model):
+        return [open_source(path) for path in cfg.stage.reward_model]
+    return [_parent(cfg, "reward_model", "reward")] if cfg.stage.reward_model or needed else []
+
+
 def _existing(cfg: DictConfig, stage: str) -> Path | None:
     path = Path(cfg.paths.run) / stage / FINAL[stage]
     return path if path.is_file() else None
@@ -166,7 +174,7 @@ def _policies(cfg: DictConfig) -> dict[str, Any]:
         pairs = listed.items() if isinstance(listed, dict) else ((name, name) for name in listed)
         chosen = {str(name): str(path) for name, path in pairs}
     else:
-        chosen = {name: name for name in ("sft", "ppo", "dpo") if _existing(cfg, name)}
+        chosen = _made(Path(cfg.paths.run))
         if not chosen:
             raise UserError(f"run={cfg.run}: no model to evaluate in {cfg.paths.run}", f"python train.py run={cfg.run}")
     sources = {}
@@ -176,6 +184,14 @@ def _policies(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"run={cfg.run} has no {path} model", f"python train.py stage={path} run={cfg.run}")
         sources[name] = open_source(str(made or path))
     return sources
+
+
+def _made(run_folder: Path) -> dict[str, str]:
+    """Name and file of every policy of a run: the stages in order, then the pipeline's variants of them."""
+    stages = [stage for stage in FINAL if stage != "reward"]
+    files = [path for stage in stages for path in sorted(run_folder.glob(f"*/{FINAL[stage]}"))]
+    own = {path.parent.name: str(path) for path in files if path.parent.name in stages}
+    return {**own, **{path.parent.name: str(path) for path in files}}
 
 
 def _checkpoint(cfg: DictConfig, output: Path) -> str | None:
@@ -196,8 +212,9 @@ def _export(cfg: DictConfig, output: Path, result: Any, provenance: dict[str, An
     save_result(result, path, provenance)
     log.info("saved %s", path)
     run_folder = Path(cfg.paths.run)
-    ppo_ran = (run_folder / "ppo" / FINAL["ppo"]).is_file()
-    if output == run_folder / stage and (stage == "ppo" or (stage == "dpo" and not ppo_ran)):
+    better = RL_STAGES[: RL_STAGES.index(stage)] if stage in RL_STAGES else ()
+    outdone = any((run_folder / other / FINAL[other]).is_file() for other in better)
+    if output == run_folder / stage and stage in RL_STAGES and not outdone:
         save_result(result, run_folder / RL_TRAINED, provenance)
         log.info("saved %s, what load_model('rl_trained') opens", run_folder / RL_TRAINED)
     if cfg.save_hf:
@@ -215,8 +232,11 @@ def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
     return {
         "stage": cfg.stage_name,
         "parents": {
-            name: {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))}
-            for name, source in parents.items()
+            name: [
+                {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))}
+                for source in (sources if isinstance(sources, list) else [sources])
+            ]
+            for name, sources in parents.items()
         },
         "data": {name: {"path": path, "sha256": hash_file(path)} for name, path in paths.items()},
         "config": OmegaConf.to_container(cfg, resolve=True),

@@ -13,7 +13,7 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
-STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
+STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "evaluate")
 EVERY = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 NEEDED = {
     "data=jsonl": ["data.train=x.jsonl"],
@@ -22,8 +22,8 @@ NEEDED = {
 }
 # keywords that run.py gives: none of them belongs into a yaml
 BY_RUN = {"callbacks", "logger"}
-# arguments of a loss that the stage gives
-BY_STAGE = {"chosen", "rejected", "log_ratios", "desirable", "kl", "beta"}
+# arguments of a loss or estimator that the stage gives
+BY_STAGE = {"chosen", "rejected", "log_ratios", "desirable", "kl", "beta", "rewards", "mask", "group_size"}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -83,9 +83,11 @@ def combinations() -> list[tuple[str, ...]]:
     ]  # fmt: skip
     trainers = [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     others = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
-    others += [("stage=dpo", f"objective={name}") for name in choices("objective")]
+    online = [(f"stage={stage}", f"reward={name}") for stage in ("ppo", "grpo") for name in choices("reward")]
+    online += [("stage=grpo", f"estimator={name}") for name in choices("estimator")]
+    online += [("stage=dpo", f"objective={name}") for name in choices("objective")]
     deltas = [(f"{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
-    return [*crossed, *trainers, *others, *deltas]
+    return [*crossed, *trainers, *others, *online, *deltas]
 
 
 @pytest.mark.parametrize("overrides", combinations(), ids=" ".join)
@@ -107,9 +109,9 @@ def test_every_choice_composes_into_keywords_of_its_classes(overrides: tuple[str
 
 
 def test_no_yaml_is_left_out() -> None:
-    """Every file of conf/ is a choice that the test above makes, or config.yaml, or Hydra's own."""
+    """Every file of conf/ is a choice that the test above makes, config.yaml, a base of others, or Hydra's own."""
     tried = {override.lstrip("+").replace("=", "/") for combination in combinations() for override in combination}
-    assert {name for name in EVERY if not name.startswith("hydra/")} - tried == {"config"}
+    assert {name for name in EVERY if not name.startswith("hydra/")} - tried == {"config", "rl/default"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -70,10 +70,6 @@ class Encoder:
         start = next((i for i, end in enumerate(ends) if end > boundary), len(tokens))
         return self._one_bos(tokens[:start]), self._one_eos(tokens[start:])
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and the space the template puts before it."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
     def _render(self, messages: Sequence[Message], answer: str | None) -> str:
         conversation = list(messages) if answer is None else [*messages, {"role": "assistant", "content": answer}]
         try:
