@@ -157,8 +157,8 @@ CASES = [
         ours={"objective": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
         theirs={"beta": 0.1},
         numbers={"loss": LOSS["loss"], **MARGIN},
-        reason="TRL's SFT term runs over prompt and answer, ours over the answer, as in stage=sft: eq. 2 of the paper is "
-        "conditioned on the prompt. With prompts of one token, which nothing predicts, both are the same: the row above",
+        reason="TRL's SFT term runs over prompt and answer, ours over the answer, as in stage=sft; the authors' code "
+        "has a switch for it. With prompts of one token, which nothing predicts, both are the same: the row above",
     ),
     Case(
         name="KTO",
@@ -173,12 +173,13 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Iteration:
     """One PPO iteration on both sides: the same answers, scored and learned from.
 
     Args:
-        name: of the rows in the table.
-        gamma, gae_lambda: as in PPO.
+        name: of its files.
+        gamma, gae_lambda, whiten_rewards: as in PPO.
+        estimator: of the KL, ``k1`` or ``k3``.
         ends: strength of the policy's wish to end an answer: negative, and every answer is as long as allowed.
     """
 
@@ -186,6 +187,8 @@ class Rollout:
     gamma: float
     gae_lambda: float
     ends: float
+    estimator: str = "k1"
+    whiten_rewards: bool = False
 
 
 PROMPTS = 16
@@ -195,10 +198,13 @@ PPO = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_coef":
 PPO_OPTIMIZER = {"learning_rate": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-5}
 TEMPERATURE = 0.7
 MISSING_EOS_PENALTY = 1.0
-ROLLOUTS = [
-    Rollout("full", gamma=0.99, gae_lambda=0.95, ends=-3.0),
-    Rollout("ragged-lambda-1", gamma=1.0, gae_lambda=1.0, ends=3.0),
-    Rollout("ragged", gamma=1.0, gae_lambda=0.95, ends=3.0),
+LONG, RAGGED = -3.0, 3.0
+ITERATIONS = [
+    Iteration("long", gamma=0.99, gae_lambda=0.95, ends=LONG),
+    Iteration("long-k3", gamma=0.99, gae_lambda=0.95, ends=LONG, estimator="k3"),
+    Iteration("long-whitened", gamma=0.99, gae_lambda=0.95, ends=LONG, whiten_rewards=True),
+    Iteration("ragged-lambda-1", gamma=1.0, gae_lambda=1.0, ends=RAGGED),
+    Iteration("ragged", gamma=1.0, gae_lambda=0.95, ends=RAGGED),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DEMONSTRATIONS, PAIRS, ROLLOUTS
+from cases import DEMONSTRATIONS, ITERATIONS, PAIRS
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import Transformer, train_tokenizer
@@ -16,7 +16,7 @@ SMALL = Transformer(hidden_size=64, num_layers=2, num_heads=4, intermediate_size
 
 
 def make(work: Path) -> None:
-    """Write into ``work``: ``lm``, ``reward``, ``critic``, ``reference``, a policy for every rollout, and two files."""
+    """Write into ``work`` the folders of all models, a policy for every iteration among them, and two files of data."""
     tokenizer = train_tokenizer(texts(), 512)
     for seed, name in enumerate(("lm", "reference")):
         torch.manual_seed(seed)
@@ -24,12 +24,12 @@ def make(work: Path) -> None:
     for seed, name in ((2, "reward"), (3, "critic")):
         torch.manual_seed(seed)
         save(judge(tokenizer), tokenizer, work / name)
-    for rollout in ROLLOUTS:
+    for setting in ITERATIONS:
         torch.manual_seed(1)  # the reference's seed: the policy is the reference, a little moved
         policy = SMALL.language_model(tokenizer)
         # TRL takes a sampled pad token for the end of an answer, so none may be sampled
-        move(policy, {tokenizer.eos_token_id: rollout.ends, tokenizer.pad_token_id: -9.0})
-        save(policy, tokenizer, work / f"policy-{rollout.name}")
+        move(policy, {tokenizer.eos_token_id: setting.ends, tokenizer.pad_token_id: -9.0})
+        save(policy, tokenizer, work / f"policy-{setting.name}")
     pairs = [json.loads(line) for line in (REPO / PAIRS).read_text().splitlines()]
     write(work / "one_token_prompts.jsonl", [{**pair, "document": "?"} for pair in pairs])
     write(work / "verdicts.jsonl", [verdict(pair, i % 3 > 0) for i, pair in enumerate(pairs)])

@@ -20,6 +20,7 @@ from cases import (
     CASES,
     CLIP,
     DEMONSTRATIONS,
+    ITERATIONS,
     MAX_LENGTH,
     MISSING_EOS_PENALTY,
     OPTIMIZER,
@@ -27,27 +28,25 @@ from cases import (
     PPO,
     PPO_OPTIMIZER,
     PROMPTS,
-    ROLLOUTS,
     STEPS,
     TEMPERATURE,
     TEMPLATE,
     Case,
-    Rollout,
+    Iteration,
     fingerprint,
 )  # fmt: skip
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data import TextBatch
+from rlhf.data import PromptBatch, TextBatch
 from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule, objective
 from rlhf.models import Pretrained
-from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
-from rlhf.ppo.experience import Minibatch
-from rlhf.ppo.objective import clipped_policy_loss, clipped_value_loss, policy_ratio
+from rlhf.ppo import PPOModule
 from rlhf.reward import RewardDataModule, RewardModule
-from rlhf.rollout import Sampling
+from rlhf.rewards import RewardModel
+from rlhf.rl import Experience, KLControl, Limits, Minibatch, PromptDataModule, ScoreShaping
+from rlhf.rollout import Rollout, Sampling
 from rlhf.sft import SFTDataModule, SFTModule
-from rlhf.tensors import masked_mean
 
 REPO = Path(__file__).parents[2]
 
@@ -55,15 +54,15 @@ REPO = Path(__file__).parents[2]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder with the models; results go to its folder ours/")
-    parser.add_argument("--only", nargs="*", help="names of cases and rollouts; without it, all")
+    parser.add_argument("--only", nargs="*", help="names of cases and iterations; without it, all")
     options = parser.parse_args()
     (options.work / "ours").mkdir(exist_ok=True)
     for case in CASES:
         if not options.only or case.name in options.only:
             write(options.work / "ours" / f"{case.name}.json", curve(case, options.work))
-    for rollout in ROLLOUTS:
-        if not options.only or rollout.name in options.only:
-            write(options.work / "ours" / f"ppo-{rollout.name}.json", iteration(rollout, options.work))
+    for setting in ITERATIONS:
+        if not options.only or setting.name in options.only:
+            write(options.work / "ours" / f"ppo-{setting.name}.json", iteration(setting, options.work))
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -170,6 +169,14 @@ def keywords(case: Case) -> dict[str, Any]:
 
 # PPO
 
+PASS_NUMBERS = {
+    "policy loss": "loss/policy_avg",
+    "value loss": "loss/value_avg",
+    "approximate KL": "policy/approxkl_avg",
+    "entropy": "policy/entropy_avg",
+    "ratio": "val/ratio",
+}
+
 
 class Recorded(PPOModule):
     """The PPO stage, with a reference and a critic of their own and a note of what it computes."""
@@ -189,62 +196,34 @@ class Recorded(PPOModule):
         # TRL's critic has no bias
         self.critic.head.layers[-1].bias.requires_grad_(False)
 
-    def look_back(self, rollout: Any, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        found = super().look_back(rollout, parts)
-        rows = zip(rollout.tokens, rollout.mask, rollout.answer, strict=True)
+    def judge(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        raw, single = super().judge(rollout, prompts)
+        self.note["scores"] = raw.tolist()
+        return raw, single
+
+    def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor]:
+        whitened, returns = super().estimate_advantages(rewards, seen)
+        rows = zip(seen.rollout.tokens, seen.rollout.mask, seen.rollout.answer, strict=True)
         self.note["rollout"] = [
             {"prompt": tokens[mask & ~answer].tolist(), "answer": tokens[answer].tolist()}
             for tokens, mask, answer in rows
         ]
-        self.note.update(
-            {
-                name: by_row(values, rollout.answer)
-                for name, values in zip(("logprobs", "reference", "values"), found, strict=True)
-            }
-        )
-        self.note["kl"] = by_row(found[0] - found[1], rollout.answer)
-        return found
-
-    def score(self, rollout: Any) -> Tensor:
-        scores = super().score(rollout)
-        self.note["scores"] = scores.tolist()
-        return scores
-
-    def training_step(self, part: Minibatch, batch_idx: int) -> Tensor:
-        self.note["passes"].append(self.measure(part))
-        if "advantages" not in self.note:
-            order = [key(row["prompt"] + row["answer"]) for row in self.note["rollout"]]
-            texts = zip(part.tokens, part.mask, strict=True)
-            place = {key(tokens[mask].tolist()): i for i, (tokens, mask) in enumerate(texts)}
-            rows = torch.tensor([place[row] for row in order])
-            answer = part.answer[rows]
-            self.note["advantages"] = by_row((part.returns - part.old_values)[rows], answer)
-            self.note["whitened advantages"] = by_row(part.advantages[rows], answer)
-            self.note["returns"] = by_row(part.returns[rows], answer)
-        return super().training_step(part, batch_idx)
-
-    @torch.no_grad()
-    def measure(self, part: Minibatch) -> dict[str, float]:
-        """The numbers of one update, before it changes the weights."""
-        scores, values = self.look(part.tokens, part.mask, part.answer)
-        change = scores.logprobs - part.old_logprobs
-        ratio = policy_ratio(scores.logprobs, part.old_logprobs, part.answer)
-        policy = clipped_policy_loss(
-            scores.logprobs, part.old_logprobs, part.advantages, part.answer, clip_range=self.clip_range
-        )
-        value = clipped_value_loss(values, part.old_values, part.returns, part.answer, clip_range=self.value_clip_range)
-        numbers = {
-            "policy loss": policy,
-            "value loss": value,
-            "approximate KL": 0.5 * masked_mean(change.square(), part.answer),
-            "entropy": masked_mean(scores.entropy, part.answer),
-            "ratio": masked_mean(ratio, part.answer),
+        tensors = {
+            "logprobs": seen.logprobs,
+            "reference": seen.reference_logprobs,
+            "kl": seen.kl,
+            "values": seen.values,
+            "advantages": returns - seen.values,
+            "whitened advantages": whitened,
+            "returns": returns,
         }
-        return {name: float(number) for name, number in numbers.items()}
+        self.note.update({name: by_row(values, seen.rollout.answer) for name, values in tensors.items()})
+        return whitened, returns
 
-
-def key(tokens: list[int]) -> tuple[int, ...]:
-    return tuple(tokens)
+    def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, numbers = super().compute_loss(part)
+        self.note["passes"].append({label: float(numbers[name]) for label, name in PASS_NUMBERS.items()})
+        return loss, numbers
 
 
 def by_row(values: Tensor, answer: Tensor) -> list[list[float]]:
@@ -252,17 +231,18 @@ def by_row(values: Tensor, answer: Tensor) -> list[list[float]]:
     return [row[mask].tolist() for row, mask in zip(values, answer, strict=True)]
 
 
-def iteration(rollout: Rollout, work: Path) -> dict[str, Any]:
+def iteration(setting: Iteration, work: Path) -> dict[str, Any]:
     """One PPO iteration: what was answered, and what was computed of it."""
-    source = Pretrained(str(work / f"policy-{rollout.name}"))
+    source = Pretrained(str(work / f"policy-{setting.name}"))
     module = Recorded(
-        work, policy=source, reward_model=Pretrained(str(work / "reward")),
+        work, policy=source, reward_model=Pretrained(str(work / "reward")), reward=RewardModel(),
         sampling=Sampling(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
         scores=ScoreShaping(
             subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=MISSING_EOS_PENALTY
         ),
-        gamma=rollout.gamma, gae_lambda=rollout.gae_lambda, ppo_epochs=PASSES, minibatch_size=PROMPTS,
-        schedule="constant", **PPO, **PPO_OPTIMIZER,
+        kl=KLControl(estimator=setting.estimator), limits=Limits(), gamma=setting.gamma, gae_lambda=setting.gae_lambda,
+        whiten_rewards=setting.whiten_rewards, ppo_epochs=PASSES, minibatch_size=PROMPTS, schedule="constant",
+        **PPO, **PPO_OPTIMIZER,
     )  # fmt: skip
     data = PromptDataModule(
         train=str(REPO / DEMONSTRATIONS), val_fraction=0, template=TEMPLATE, max_length=MAX_LENGTH, max_rows=PROMPTS,

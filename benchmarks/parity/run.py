@@ -3,8 +3,8 @@
     python benchmarks/parity/run.py --trl-python trl/bin/python --trl-ppo-python trl-ppo/bin/python
 
 Start it in this project's environment. The first interpreter has TRL 1.16, the second TRL 1.12; README.md says how to
-make them. About 4 minutes on one CPU core. Without one of the two, its part is left out. Exit code 1 if anything differs that has
-no known reason.
+make them. About 4 minutes on one CPU core. Without one of the two, its part is left out. Exit code 1 if
+anything differs that has no known reason.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, ROLLOUTS
+from cases import CASES, ITERATIONS
 from compare import Row, compare_curves, table
-from compare_ppo import compare_rollout
+from compare_ppo import compare_iteration
 
 HERE = Path(__file__).parent
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--trl-python", help="interpreter of the environment with TRL 1.16")
     parser.add_argument("--trl-ppo-python", help="interpreter of the environment with TRL 1.12")
     parser.add_argument("--work", type=Path, help="folder for models and numbers, kept; without it, a temporary one")
-    parser.add_argument("--only", nargs="*", help="names of cases and rollouts; without it, all")
+    parser.add_argument("--only", nargs="*", help="names of cases and iterations; without it, all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
@@ -56,11 +56,11 @@ def measure(work: Path, trl: str | None, trl_ppo: str | None, only: list[str]) -
                 )
     if trl_ppo:
         start(trl_ppo, "trl_ppo.py", work, wanted)
-        for rollout in ROLLOUTS:
-            if not only or rollout.name in only:
-                name = f"ppo-{rollout.name}"
+        for setting in ITERATIONS:
+            if not only or setting.name in only:
+                name = f"ppo-{setting.name}"
                 files = (work / "ours" / name, work / "trl" / name, work / "trl" / f"{name}-population")
-                rows += compare_rollout(rollout, *(read(file.with_suffix(".json")) for file in files))
+                rows += compare_iteration(setting, *(read(file.with_suffix(".json")) for file in files))
     return rows
 
 

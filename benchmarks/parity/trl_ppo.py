@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from cases import (
     ANSWER_LENGTH,
+    ITERATIONS,
     MISSING_EOS_PENALTY,
     PASSES,
     PPO,
     PPO_OPTIMIZER,
     PROMPTS,
-    ROLLOUTS,
     TEMPERATURE,
-    Rollout,
+    Iteration,
 )  # fmt: skip
 from datasets import Dataset
 from torch import Tensor
@@ -41,28 +41,28 @@ WHITEN = ppo_trainer.masked_whiten  # TRL's own, before it is watched
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder with the models and our results; results go to its folder trl/")
-    parser.add_argument("--only", nargs="*", help="names of rollouts; without it, all")
+    parser.add_argument("--only", nargs="*", help="names of iterations; without it, all")
     options = parser.parse_args()
     (options.work / "trl").mkdir(exist_ok=True)
-    for rollout in ROLLOUTS:
-        if not options.only or rollout.name in options.only:
+    for setting in ITERATIONS:
+        if not options.only or setting.name in options.only:
             for population in (False, True):
-                name = f"ppo-{rollout.name}" + "-population" * population
-                note = {**iteration(rollout, options.work, population), "version": version("trl")}
+                name = f"ppo-{setting.name}" + "-population" * population
+                note = {**iteration(setting, options.work, population), "version": version("trl")}
                 (options.work / "trl" / f"{name}.json").write_text(json.dumps(note))
                 sys.stdout.write(f"TRL {version('trl')}: {name}\n")
 
 
-def iteration(rollout: Rollout, work: Path, population: bool) -> dict[str, Any]:
+def iteration(setting: Iteration, work: Path, population: bool) -> dict[str, Any]:
     """One PPO iteration of TRL over our answers: what it computed."""
-    recorded = json.loads((work / "ours" / f"ppo-{rollout.name}.json").read_text())["rollout"]
+    recorded = json.loads((work / "ours" / f"ppo-{setting.name}.json").read_text())["rollout"]
     tokenizer = AutoTokenizer.from_pretrained(work / "lm", padding_side="left")
     watch = Watch(recorded, population)
     ppo_trainer.batch_generation = watch.batch_generation
     ppo_trainer.masked_whiten = watch.masked_whiten
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32)
-        for name in (f"policy-{rollout.name}", "reference")
+        for name in (f"policy-{setting.name}", "reference")
     )
     judge, critic = (
         AutoModelForSequenceClassification.from_pretrained(work / name, dtype=torch.float32)
@@ -70,7 +70,7 @@ def iteration(rollout: Rollout, work: Path, population: bool) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as output:
         trainer = PPOTrainer(
-            args=PPOConfig(output_dir=output, **settings(rollout)),
+            args=PPOConfig(output_dir=output, **settings(setting)),
             processing_class=tokenizer,
             model=policy,
             ref_model=reference,
@@ -83,7 +83,7 @@ def iteration(rollout: Rollout, work: Path, population: bool) -> dict[str, Any]:
     return watch.note
 
 
-def settings(rollout: Rollout) -> dict[str, Any]:
+def settings(setting: Iteration) -> dict[str, Any]:
     """Our hyper-parameters by their names there: all answers in one minibatch, a few passes, one iteration."""
     return {
         "per_device_train_batch_size": PROMPTS,
@@ -97,11 +97,13 @@ def settings(rollout: Rollout) -> dict[str, Any]:
         "stop_token": "eos",
         "missing_eos_penalty": MISSING_EOS_PENALTY,
         "kl_coef": PPO["kl_coef"],
+        "kl_estimator": setting.estimator,
+        "whiten_rewards": setting.whiten_rewards,
         "cliprange": PPO["clip_range"],
         "cliprange_value": PPO["value_clip_range"],
         "vf_coef": PPO["value_coef"],
-        "gamma": rollout.gamma,
-        "lam": rollout.gae_lambda,
+        "gamma": setting.gamma,
+        "lam": setting.gae_lambda,
         "learning_rate": PPO_OPTIMIZER["learning_rate"],
         "weight_decay": PPO_OPTIMIZER["weight_decay"],
         "adam_beta1": PPO_OPTIMIZER["betas"][0],
@@ -149,7 +151,10 @@ class Watch:
         """TRL's own, with a note of what its caller knows by then; for the second run without Bessel's correction."""
         whitened = WHITEN(values, mask, shift_mean)
         if self.population:
-            whitened = whitened * (mask.sum() / (mask.sum() - 1)).sqrt()
+            mean = 0.0 if shift_mean else ppo_trainer.masked_mean(values, mask)
+            whitened = mean + (whitened - mean) * (mask.sum() / (mask.sum() - 1)).sqrt()
+        if not shift_mean:  # these are rewards
+            return whitened
         known = caller(inspect.currentframe())
         self.note.update(
             {
