@@ -72,6 +72,14 @@ CASES = [
         numbers={**LOSS, "accuracy": ("train/accuracy", "accuracy"), "margin": ("train/margin", "margin")},
     ),
     Case(
+        name="reward, centred",
+        stage="reward",
+        trainer="RewardTrainer",
+        ours={"centering_coef": 0.01},
+        theirs={"center_rewards_coefficient": 0.01},
+        numbers={**LOSS, "mean score": ("train/mean_reward", "mean_reward"), "margin": ("train/margin", "margin")},
+    ),
+    Case(
         name="DPO, sigmoid",
         stage="dpo",
         trainer="DPOTrainer",

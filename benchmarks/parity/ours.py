@@ -86,7 +86,9 @@ class SameHead(RewardModule):
     def configure_model(self) -> None:
         super().configure_model()
         saved = AutoModelForSequenceClassification.from_pretrained(Path(self.source.path))
-        self.model.head.layers[-1].weight.data.copy_(saved.score.weight)
+        last = self.model.head.layers[-1]
+        last.weight.data.copy_(saved.score.weight)
+        last.bias.requires_grad_(False)  # it is 0 and stays so: the classifier has none
 
 
 STAGES = {

@@ -3,7 +3,7 @@
     python benchmarks/parity/run.py --trl-python trl/bin/python --trl-ppo-python trl-ppo/bin/python
 
 Start it in this project's environment. The first interpreter has TRL 1.16, the second TRL 1.12; README.md says how to
-make them. About 4 minutes on one CPU core. Without one of the two, its part is left out. Exit code 1 if
+make them. About 5 minutes on 2 CPU cores. Without one of the two, its part is left out. Exit code 1 if
 anything differs that has no known reason.
 """
 
@@ -68,7 +68,8 @@ def start(python: str, script: str, work: Path, wanted: list[str]) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if python == sys.executable:
         environment["PYTHONPATH"] = str(HERE.parents[1])
-    subprocess.run([python, str(HERE / script), str(work), *wanted], check=True, env=environment)
+    command = [python, str(HERE / script), str(work), *wanted]
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)  # the table stands alone on stdout
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -176,9 +176,12 @@ class Watch:
         """A backward pass that first notes its caller's losses."""
 
         def noting(loss: Tensor, **keys: Any) -> None:
-            known = caller(inspect.currentframe())
+            known = {
+                name: value.detach() if isinstance(value, Tensor) else value
+                for name, value in caller(inspect.currentframe()).items()
+            }
             real = ~known["padding_mask"][known["micro_batch_inds"]]
-            logits = known["logits"].detach()
+            logits = known["logits"]
             entropy = torch.distributions.Categorical(logits=logits).entropy()
             self.note["passes"].append(
                 {
