@@ -39,12 +39,14 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Values divided by their standard deviation over the True entries; their mean stays, scaled with them.
+    """Distances from the mean divided by the standard deviation, both over the True entries; the mean stays.
 
-    Source: Huang et al. 2024, detail 8 of PPO, reward whitening without shift (arXiv:2403.17031).
+    Args and returns: as for masked_whiten, but the unit stays that of ``values``.
+
+    Source: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shift (arXiv:2403.17031).
     """
-    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
-    return torch.where(mask, values, 0.0) * torch.rsqrt(masked_mean(centred.square(), mask) + epsilon)
+    mean = masked_mean(values, mask)
+    return torch.where(mask, masked_whiten(values, mask, epsilon=epsilon) + mean, 0.0)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:

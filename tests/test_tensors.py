@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nan
 
-from rlhf.tensors import last_true, masked_mean, masked_sum, masked_whiten, pad_right, scatter, states_before
+from rlhf.tensors import (
+    last_true,
+    masked_mean,
+    masked_scale,
+    masked_sum,
+    masked_whiten,
+    mean_of_rows,
+    pad_right,
+    scatter,
+    states_before,
+)
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
 VALUES = torch.tensor([[1.0, 2.0, nan], [torch.inf, 4.0, 5.0]])  # NaN and infinity stand on padding
@@ -93,3 +103,19 @@ def test_pad_right_by_hand() -> None:
     assert tokens.tolist() == [[5, 0, 0], [1, 2, 3], [0, 0, 0]]
     assert mask.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
     assert (tokens.dtype, mask.dtype) == (torch.long, torch.bool)
+
+
+def test_masked_scale_keeps_the_mean() -> None:
+    """1, 3, 5 have mean 3 and deviation sqrt(8/3): 3 + (x - 3) / sqrt(8/3); padding is 0 and not seen."""
+    values = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    step = 2 / (8 / 3) ** 0.5
+    expected = torch.tensor([[3 - step, 3.0, 0.0], [3 + step, 0.0, 0.0]])
+    torch.testing.assert_close(masked_scale(values, mask), expected)
+
+
+def test_mean_of_rows_weighs_rows_alike() -> None:
+    """(1 + 3) / 2 and 5: mean 3.5."""
+    values = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    torch.testing.assert_close(mean_of_rows(values, mask), torch.tensor(3.5))

@@ -22,7 +22,7 @@ class PPOModule(OnlineModule):
     Args:
         gamma: discount a token.
         gae_lambda: of generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438).
-        whiten_rewards: divide the token rewards of a rollout by their standard deviation, before advantages.
+        whiten_rewards: token rewards of a rollout around their mean, over their standard deviation, before advantages.
         whiten_advantages: advantages less their mean, over their standard deviation.
         value_clip_range: largest rewarded change of a value, reward units; null for no clipping.
         value_coef: weight of the critic's loss.

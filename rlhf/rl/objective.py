@@ -60,7 +60,7 @@ def token_rewards(
     """Reward of each token: the price of its distance to the reference, and at the last token the score as well.
 
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); Huang et al. 2024 (arXiv:2403.17031) put the score one place
-    later, which gives the same returns for gamma = 1.
+    later, after a token that was not sampled; for gamma = lambda = 1 that gives the same advantages.
     """
     # fmt: on
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
