@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import tempfile
 import time
 from importlib.metadata import version
 from inspect import signature
@@ -18,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from rlhf import __version__
+from rlhf.checks import prove
 from rlhf.errors import UserError
-from rlhf.export import FINAL, RL_TRAINED, describe, hash_file, open_source, save_huggingface, save_result
+from rlhf.export import FINAL, RL_TRAINED, Export, describe, hash_file, open_source, save_huggingface, save_result
 from rlhf.logs import log_file, quiet_libraries
+from rlhf.stage import Result
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ def run_stage(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig, output: Path) -> float:
     """Fit one stage; the number it is judged by."""
+    if cfg.check not in (False, True, "only"):
+        raise UserError(f"check={cfg.check} is none of false, true, only", "check=true")
     for part in ("stage", "data", "model"):
         _check_numbers(OmegaConf.to_container(cfg[part], resolve=False), part)
     parents = {"policy": _policy(cfg)}
@@ -61,8 +66,12 @@ def train(cfg: DictConfig, output: Path) -> float:
     module = instantiate(cfg.stage, _partial_=True)(**parents)
     module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
     provenance = _provenance(cfg, parents)
-    trainer = _trainer(cfg, [_ExportHeader(provenance)])
-    trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    proof = [_SelfCheck(output, provenance, only=cfg.check == "only")] if cfg.check else []
+    trainer = _trainer(cfg, [_ExportHeader(provenance), *proof])
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    except _Checked:
+        return float("nan")
     if module.figure_of_merit not in trainer.callback_metrics and datamodule.records("val"):
         trainer.validate(module, datamodule, verbose=False)
 
@@ -250,3 +259,30 @@ class _ExportHeader(Callback):
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf"] = describe(module.result(), self.provenance)
+
+
+class _SelfCheck(Callback):
+    """Has the stage prove itself before it trains, and with ``only`` stops after that."""
+
+    def __init__(self, output: Path, provenance: dict[str, Any], only: bool) -> None:
+        self.output = output
+        self.provenance = provenance
+        self.only = only
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        prove(module, self.reopen)
+        if self.only:
+            raise _Checked
+
+    def reopen(self, result: Result) -> Any:
+        """A result after its way through a file, which lies beside the real ones for a moment."""
+        with tempfile.TemporaryDirectory(dir=self.output, prefix="check-") as folder:
+            path = Path(folder, "result.pt")
+            save_result(result, path, self.provenance)
+            export = Export(str(path))
+            scalar = export.kind == "scalar_model"
+            return export.scalar_model(result.tokenizer) if scalar else export.language_model(result.tokenizer)
+
+
+class _Checked(Exception):
+    """``check=only``: the checks have passed, and nothing is to be trained."""

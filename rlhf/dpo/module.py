@@ -1,11 +1,14 @@
 """The DPO stage."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import PairBatch
+from rlhf.dpo.checks import checks
 from rlhf.dpo.objective import sigmoid_loss
 from rlhf.errors import UserError
 from rlhf.models import Frozen, ModelSource, Policy, switch_off_dropout
@@ -87,6 +90,9 @@ class DPOModule(StageModule):
             "logps/rejected": rejected.mean(),
             "entropy": entropy,
         }
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

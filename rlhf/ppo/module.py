@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.checks import Check
 from rlhf.data import PromptBatch
 from rlhf.errors import UserError
 from rlhf.models import Frozen, ModelSource, Policy, ScalarHead, ScalarModel, hidden_states, switch_off_dropout
+from rlhf.ppo.checks import checks
 from rlhf.ppo.experience import Minibatch, partition
 from rlhf.ppo.objective import (
     clipped_policy_loss,
@@ -20,7 +22,7 @@ from rlhf.ppo.objective import (
     token_rewards,
 )  # fmt: skip
 from rlhf.ppo.scores import ScoreShaping
-from rlhf.rollout import Rollout, Sampling, roll_out
+from rlhf.rollout import Rollout, Sampling, repeated_share, roll_out
 from rlhf.stage import Result, StageModule
 from rlhf.tensors import masked_mean, masked_sum, masked_whiten, scatter, states_before
 
@@ -228,6 +230,7 @@ class PPOModule(StageModule):
             "objective/rlhf_reward": rewards.sum(dim=1).mean(),
             "response/length": rollout.lengths.float().mean(),
             "response/truncated": 1 - rollout.finished.float().mean(),
+            "response/repetition": repeated_share(rollout.answers()),
             "kl_coef": self.kl_coef,
         }
 
@@ -265,8 +268,12 @@ class PPOModule(StageModule):
         updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
         self._updates.clear()
         numbers = {**self._iteration, **updates, **self.throughput()}
+        self.numbers = {name: float(value) for name, value in numbers.items()}
         for logger in self.loggers:
-            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=self.global_step)
+            logger.log_metrics(self.numbers, step=self.global_step)
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

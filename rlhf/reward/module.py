@@ -1,14 +1,17 @@
 """The reward model's stage."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import PairBatch, RatingBatch
 from rlhf.errors import UserError
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, switch_off_dropout
+from rlhf.reward.checks import checks
 from rlhf.reward.objective import bradley_terry_loss, regression_loss
 from rlhf.stage import Result, StageModule
 
@@ -88,6 +91,9 @@ class RewardModule(StageModule):
             self.model.reward_mean += torch.cat(scores).mean()
             log.info("mean score of %d demonstrations: %.4f, subtracted from now on", sum(map(len, scores)),
                      float(self.model.reward_mean))  # fmt: skip
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.model, self.tokenizer)

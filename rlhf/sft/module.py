@@ -1,12 +1,15 @@
 """The supervised stage."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import Prompt, TextBatch
 from rlhf.models import ModelSource, Policy
 from rlhf.rollout import Sampling, roll_out
+from rlhf.sft.checks import checks
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.stage import Result, StageModule, as_fraction
 
@@ -68,6 +71,9 @@ class SFTModule(StageModule):
             (prompt.source, self.tokenizer.decode(answer, skip_special_tokens=True).strip())
             for (_, prompt), answer in zip(prompts, rollout.answers(), strict=True)
         ]
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)
