@@ -58,7 +58,7 @@ def first_loss(module: Any, batch: PairBatch) -> Check:
         "first loss ln 2, first rewards 0",
         rewards == 0 and abs(float(loss) - math.log(2)) < 1e-6,
         f"loss {float(loss):.7f}, rewards {rewards:.1e}",
-        f"{math.log(2):.7f} within 1e-6; rewards exactly 0",
+        f"{math.log(2):.7f} +- 1e-6; 0",
         "policy and reference are not the same model, or not in the same state (dropout, precision): rewards would be "
         "measured from somewhere else than where training starts",
     )
