@@ -5,7 +5,16 @@ slice's ``checks.py`` says which apply to it. They look at a few rows, the short
 everything as they found it, so that training goes on as if they had not been.
 """
 
-from rlhf.checks.probe import Reader, few_rows, loss_of, micro_batches, one_precision, reads_logprobs, reads_scores
+from rlhf.checks.probe import (
+    Reader,
+    few_rows,
+    loss_of,
+    micro_batches,
+    one_precision,
+    reads_logprobs,
+    reads_scores,
+    real_rows,
+)
 from rlhf.checks.proof import ChecksFailed, prove
 from rlhf.checks.properties import (
     Check,
@@ -38,6 +47,7 @@ __all__ = [
     "prove",
     "reads_logprobs",
     "reads_scores",
+    "real_rows",
     "reproduced_after_saving",
     "same_whatever_the_padding",
 ]

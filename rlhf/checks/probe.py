@@ -41,6 +41,11 @@ def texts_of(rows: list[Any], datamodule: RecordDataModule) -> TextBatch:
     return batch if isinstance(batch, TextBatch) else batch.texts
 
 
+def real_rows(texts: TextBatch) -> list[list[int]]:
+    """Token ids of each text, without padding."""
+    return [row[real].tolist() for row, real in zip(texts.tokens, texts.mask, strict=True)]
+
+
 def reads_logprobs(policy: Any) -> Reader:
     """Log-probs of a policy, or of one that is frozen."""
     return lambda tokens, mask, answer: policy(tokens, mask, answer).logprobs

@@ -55,10 +55,16 @@ class Check:
 # of the data
 
 
-def one_bos(tokenizer: Any, rows: Sequence[Sequence[int]]) -> Check:
-    """A text begins with one BOS, where the tokenizer has one and it is used."""
+def one_bos(tokenizer: Any, rows: Sequence[Sequence[int]], max_length: int) -> Check:
+    """A text begins with one BOS, where the tokenizer has one and it is used.
+
+    Args:
+        rows: token ids of each text, without padding.
+        max_length: tokens; a text so long may have lost its whole prompt.
+    """
     bos = tokenizer.bos_token_id
-    found = sorted({_leading(row, bos) for row in rows})
+    counts = [(_leading(row, bos), len(row) >= max_length) for row in rows]
+    found = sorted({count for count, cut in counts if count or not cut}) or [0]
     wanted = bos is not None and list(tokenizer("x")["input_ids"])[:1] == [bos]
     return Check(
         "a text begins with one BOS",
@@ -99,11 +105,11 @@ def eos_carries_loss(module: "StageModule", policy: Policy, batch: Batch, max_le
         policy: the part that is trained; what it says of the tokens is watched as the loss is computed.
         max_length: tokens; longer texts were cut and need not end in EOS.
     """
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def note(part: nn.Module, inputs: Any, scores: Any) -> None:
         if scores.logprobs.requires_grad:
-            seen.append((inputs[0], inputs[1], scores.logprobs))
+            seen.append((*inputs[:3], scores.logprobs))
 
     hook = policy.register_forward_hook(note)
     try:
@@ -111,13 +117,13 @@ def eos_carries_loss(module: "StageModule", policy: Policy, batch: Batch, max_le
             loss = loss_of(module, batch)[0]
     finally:
         hook.remove()
-    slopes = torch.autograd.grad(loss, [logprobs for _, _, logprobs in seen], materialize_grads=True)
+    slopes = torch.autograd.grad(loss, [logprobs for *_, logprobs in seen], materialize_grads=True)
     ended = learned = missing = 0
-    for (tokens, mask, _), slope in zip(seen, slopes, strict=True):
+    for (tokens, mask, answer, _), slope in zip(seen, slopes, strict=True):
         closed, cut = _closed(tokens, mask, module.tokenizer.eos_token_id, max_length)
-        at_end = slope[torch.arange(len(tokens), device=tokens.device), last_true(mask)]
+        at_end = (answer & (slope != 0))[torch.arange(len(tokens), device=tokens.device), last_true(mask)]
         ended += int(closed.sum())
-        learned += int((closed & (at_end != 0)).sum())
+        learned += int((closed & at_end).sum())
         missing += int((~closed & ~cut).sum())
     return Check(
         "EOS carries loss",

@@ -19,6 +19,7 @@ from rlhf.checks import (
     one_bos,
     padding_reaches_no_loss,
     reads_logprobs,
+    real_rows,
     same_whatever_the_padding,
 )
 from rlhf.data import PairBatch
@@ -29,7 +30,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     rows = few_rows(datamodule)
     batch = datamodule.collate(rows).to(module.device)
     texts, policy, reference = batch.texts, module.policy, module.reference
-    yield one_bos(module.tokenizer, texts.tokens.tolist())
+    yield one_bos(module.tokenizer, real_rows(texts), datamodule.max_length)
     yield eos_carries_loss(module, policy, batch, datamodule.max_length)
     yield frozen_parts(module)
     yield no_dropout(module, "policy", policy, reads_logprobs(policy), texts)

@@ -34,7 +34,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     rollout = module.answer(prompts)
     texts = TextBatch(rollout.tokens, rollout.mask, rollout.answer)
     policy, reference, reward_model = module.policy, module.reference, module.reward_model
-    yield one_bos(module.tokenizer, prompts.tokens)
+    yield one_bos(module.tokenizer, prompts.tokens, datamodule.max_length)
     yield frozen_parts(module)
     yield no_dropout(module, "policy", policy, reads_logprobs(policy), texts)
     yield no_dropout(module, "reference", reference.model, reads_logprobs(reference), texts)

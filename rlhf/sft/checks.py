@@ -12,6 +12,7 @@ from rlhf.checks import (
     one_bos,
     padding_reaches_no_loss,
     reads_logprobs,
+    real_rows,
     same_whatever_the_padding,
 )
 
@@ -21,7 +22,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     rows = few_rows(datamodule)
     batch = datamodule.collate(rows).to(module.device)
     policy = module.policy
-    yield one_bos(module.tokenizer, [row.tokens for row in rows])
+    yield one_bos(module.tokenizer, real_rows(batch), datamodule.max_length)
     yield eos_carries_loss(module, policy, batch, datamodule.max_length)
     yield from same_whatever_the_padding(module, "log-probs", reads_logprobs(policy), batch, policy.lm)
     yield padding_reaches_no_loss(module, batch)
