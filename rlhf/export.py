@@ -24,7 +24,14 @@ from rlhf.models import Pretrained, ScalarHead, ScalarModel
 from rlhf.stage import Result
 
 FORMAT = 1
-FINAL = {"sft": "sft_final.pt", "reward": "reward_model_final.pt", "ppo": "ppo_final.pt", "dpo": "dpo_final.pt"}
+FINAL = {
+    "sft": "sft_final.pt",
+    "reward": "reward_model_final.pt",
+    "ppo": "ppo_final.pt",
+    "grpo": "grpo_final.pt",
+    "dpo": "dpo_final.pt",
+}
+RL_STAGES = ("ppo", "grpo", "dpo")  # the first of these that ran makes the run's final model
 RL_TRAINED = "final_rl_model.pt"
 
 
@@ -34,8 +41,8 @@ def load_model(
     """Open a trained model: (model, tokenizer, device), the model in eval mode on that device.
 
     Args:
-        name: ``rl_trained`` (what PPO made; DPO's result if PPO did not run), ``sft``, ``reward``, ``ppo``, ``dpo``, or
-        a     path to a ``*_final.pt``, a checkpoint or a Hugging Face folder.
+        name: ``rl_trained`` (what PPO made; GRPO's or DPO's result if PPO did not run), a stage (``sft``, ``reward``,
+            ``ppo``, ``grpo``, ``dpo``), or a path to a ``*_final.pt``, a checkpoint or a Hugging Face folder.
         run: which experiment, a folder of ``outputs``.
         device: null takes a GPU if there is one.
         outputs: the folder of all runs.

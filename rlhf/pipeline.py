@@ -25,8 +25,11 @@ def run_pipeline(cfg: DictConfig) -> float:
     Every step's configuration is composed before the first one starts, so that a mistyped key costs nothing.
     """
     steps = list(cfg.pipeline.steps)
-    if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in STEPS]:
-        raise UserError(f"pipeline: there is no step {', '.join(unknown)}", f"steps: {', '.join(STEPS)}")
+    known = (*STEPS, *cfg.pipeline.variants)
+    if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in known]:
+        raise UserError(f"pipeline: there is no step {', '.join(unknown)}", f"steps: {', '.join(known)}")
+    if taken := [name for name in cfg.pipeline.variants if name in STEPS]:
+        raise UserError(f"pipeline.variants.{taken[0]}: there is a stage of that name", "another name")
     if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in steps]:
         raise UserError(f"pipeline.overrides.{idle[0]} changes a step that pipeline.steps={steps} leaves out")
     folder = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
@@ -52,8 +55,9 @@ def step_config(cfg: DictConfig, step: str, folder: Path) -> DictConfig:
         if override.split("=")[0].lstrip("+~") not in ("stage",)
     ]
     shared = [override for override in typed if not override.lstrip("+~").startswith("pipeline.")]
-    own = list(cfg.pipeline.overrides.get(step, []))
-    return compose("config", overrides=[f"stage={step}", *shared, f"paths.run={folder}", *own])
+    variant = cfg.pipeline.variants.get(step)
+    kind = [f"stage={step}"] if variant is None else [*variant, f"paths.output={folder / step}"]
+    return compose("config", overrides=[*kind, *shared, f"paths.run={folder}", *cfg.pipeline.overrides.get(step, [])])
 
 
 def _is_sweep(cfg: DictConfig) -> bool:
@@ -71,7 +75,10 @@ def _where(folder: Path, configs: dict[str, DictConfig], seconds: dict[str, floa
         table.add_column(title, justify="right" if title == "seconds" else "left", overflow="fold")
     for step, config in configs.items():
         output = Path(config.paths.output)
-        files = [output / name for name in (FINAL.get(step, "metrics.json"), "samples.jsonl", f"{step}.log")]
+        files = [
+            output / name
+            for name in (FINAL.get(config.stage_name, "metrics.json"), "samples.jsonl", f"{config.stage_name}.log")
+        ]
         table.add_row(step, f"{seconds[step]:.0f}", "\n".join(str(file) for file in files if file.is_file()))
     if (final := folder / RL_TRAINED).is_file():
         table.add_row("result", "", f'{final}   (load_model("rl_trained"))')

@@ -6,7 +6,7 @@ from inspect import signature
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.tensors import pad_right
@@ -21,12 +21,14 @@ class Sampling:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw from the k most likely tokens; 0 for all.
         top_p: draw from the fewest tokens that hold this share of the probability.
+        stop_tokens: texts of the tokens that end an answer, such as ``["<|im_end|>"]``; null: the tokenizer's EOS.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    stop_tokens: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -37,6 +39,21 @@ class Sampling:
             raise UserError(f"top_k={self.top_k} is below 0", "0 draws from all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} is no share of the probability, above 0 and up to 1")
+        if self.stop_tokens is not None and (isinstance(self.stop_tokens, str) or not self.stop_tokens):
+            raise UserError(f"stop_tokens={self.stop_tokens!r} is no list of tokens", "stop_tokens=[<token>], or null")
+
+    def stops(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Ids of the tokens that end an answer."""
+        if self.stop_tokens is None:
+            return [tokenizer.eos_token_id]
+        vocabulary = tokenizer.get_vocab()
+        for text in self.stop_tokens:
+            if text not in vocabulary:
+                raise UserError(
+                    f"stop_tokens: {text!r} is no single token of this tokenizer",
+                    "stop_tokens=[<a token of its vocabulary, as it stands there>]",
+                )
+        return [vocabulary[text] for text in self.stop_tokens]
 
     def choose(self, logits: Tensor) -> Tensor:
         """Draw one token a row: [batch, vocabulary] logits to [batch] token ids, by inverting the distribution."""
@@ -68,7 +85,7 @@ class Rollout:
     tokens: [batch, time] prompt and answer, padded on the right.
     mask: [batch, time] bool, True on real tokens.
     answer: [batch, time] bool, True from the first token of the answer to its EOS.
-    finished: [batch] bool, True where the answer ended with EOS.
+    finished: [batch] bool, True where the answer ended with a stop token.
     """
 
     tokens: Tensor
@@ -84,6 +101,10 @@ class Rollout:
     def answers(self) -> list[list[int]]:
         """Token ids of each answer."""
         return [row[chosen].tolist() for row, chosen in zip(self.tokens, self.answer, strict=True)]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each answer as text, without special tokens and without the space the template puts before it."""
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in self.answers()]
 
 
 def repeated_share(answers: Sequence[Sequence[int]], size: int = 4) -> float:

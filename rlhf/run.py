@@ -12,7 +12,7 @@ from typing import Any, get_args
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +21,17 @@ from rich.console import Console
 from rlhf import __version__
 from rlhf.checks import prove
 from rlhf.errors import UserError
-from rlhf.export import FINAL, RL_TRAINED, Export, describe, hash_file, open_source, save_huggingface, save_result
+from rlhf.export import (
+    FINAL,
+    RL_STAGES,
+    RL_TRAINED,
+    Export,
+    describe,
+    hash_file,
+    open_source,
+    save_huggingface,
+    save_result,
+)
 from rlhf.logs import log_file, quiet_libraries
 from rlhf.stage import Result
 
@@ -32,6 +42,8 @@ def run(cfg: DictConfig) -> float:
     """What ``train.py`` does: one stage, or the pipeline. Returns the figure of merit, for sweeps."""
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg.paths.output = HydraConfig.get().runtime.output_dir
+    if cfg.check not in (False, True, "only"):
+        raise UserError(f"check={cfg.check} is none of false, true, only", "check=true")
     if cfg.stage_name == "pipeline":
         from rlhf.pipeline import run_pipeline
 
@@ -53,17 +65,16 @@ def run_stage(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig, output: Path) -> float:
     """Fit one stage; the number it is judged by."""
-    if cfg.check not in (False, True, "only"):
-        raise UserError(f"check={cfg.check} is none of false, true, only", "check=true")
     for part in ("stage", "data", "model"):
         _check_numbers(OmegaConf.to_container(cfg[part], resolve=False), part)
     parents = {"policy": _policy(cfg)}
-    if "reward_model" in cfg.stage:
-        parents["reward_model"] = _parent(cfg, "reward_model", "reward")
     checkpoint = _checkpoint(cfg, output)
 
     datamodule = instantiate(cfg.data)
-    module = instantiate(cfg.stage, _partial_=True)(**parents)
+    build = instantiate(cfg.stage, _partial_=True)
+    if "reward_model" in cfg.stage:
+        parents["reward_model"] = _reward_models(cfg, build.keywords["reward"].needs_model)
+    module = build(**parents)
     module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
     provenance = _provenance(cfg, parents)
     proof = [_SelfCheck(output, provenance, only=cfg.check == "only")] if cfg.check else []
@@ -85,14 +96,15 @@ def train(cfg: DictConfig, output: Path) -> float:
 
 
 def _check_numbers(node: Any, path: str) -> None:
-    """Refuse text where a class wants a number, before anything is loaded; ``node`` is a plain, unresolved dict."""
+    """Refuse text where a class or function wants a number, before anything is loaded; ``node`` is unresolved."""
     if not isinstance(node, dict):
         return
-    classes = get_class(node["_target_"]).__mro__ if "_target_" in node else ()
+    target = get_object(node["_target_"]) if "_target_" in node else None
+    functions = [c.__init__ for c in target.__mro__] if isinstance(target, type) else [target] if target else []
     wanted = {
         p.name: get_args(p.annotation) or (p.annotation,)
-        for c in classes
-        for p in signature(c.__init__).parameters.values()
+        for function in functions
+        for p in signature(function).parameters.values()
     }
     for key, value in node.items():
         types = wanted.get(key, ())
@@ -104,6 +116,9 @@ def _check_numbers(node: Any, path: str) -> None:
 
 def evaluate(cfg: DictConfig) -> float:
     """Compare the models of a run on held-out prompts, and print the table."""
+    if cfg.check == "only":
+        log.info("check=only: stage=evaluate trains nothing, so there is nothing to check")
+        return float("nan")
     policies = _policies(cfg)
     reward = _existing(cfg, "reward")
     chosen = cfg.stage.reward_model
@@ -162,6 +177,13 @@ def _parent(cfg: DictConfig, key: str, stage: str) -> Any:
     return open_source(str(made))
 
 
+def _reward_models(cfg: DictConfig, needed: bool) -> list[Any]:
+    """What was typed as ``stage.reward_model``, one or several; else the run's, if the reward reads a model."""
+    if OmegaConf.is_list(cfg.stage.reward_model):
+        return [open_source(path) for path in cfg.stage.reward_model]
+    return [_parent(cfg, "reward_model", "reward")] if cfg.stage.reward_model or needed else []
+
+
 def _existing(cfg: DictConfig, stage: str) -> Path | None:
     path = Path(cfg.paths.run) / stage / FINAL[stage]
     return path if path.is_file() else None
@@ -174,7 +196,7 @@ def _policies(cfg: DictConfig) -> dict[str, Any]:
         pairs = listed.items() if isinstance(listed, dict) else ((name, name) for name in listed)
         chosen = {str(name): str(path) for name, path in pairs}
     else:
-        chosen = {name: name for name in ("sft", "ppo", "dpo") if _existing(cfg, name)}
+        chosen = _made(Path(cfg.paths.run))
         if not chosen:
             raise UserError(f"run={cfg.run}: no model to evaluate in {cfg.paths.run}", f"python train.py run={cfg.run}")
     sources = {}
@@ -184,6 +206,14 @@ def _policies(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"run={cfg.run} has no {path} model", f"python train.py stage={path} run={cfg.run}")
         sources[name] = open_source(str(made or path))
     return sources
+
+
+def _made(run_folder: Path) -> dict[str, str]:
+    """Name and file of every policy of a run: the stages in order, then the pipeline's variants of them."""
+    stages = [stage for stage in FINAL if stage != "reward"]
+    files = [path for stage in stages for path in sorted(run_folder.glob(f"*/{FINAL[stage]}"))]
+    own = {path.parent.name: str(path) for path in files if path.parent.name in stages}
+    return {**own, **{path.parent.name: str(path) for path in files}}
 
 
 def _checkpoint(cfg: DictConfig, output: Path) -> str | None:
@@ -204,8 +234,9 @@ def _export(cfg: DictConfig, output: Path, result: Any, provenance: dict[str, An
     save_result(result, path, provenance)
     log.info("saved %s", path)
     run_folder = Path(cfg.paths.run)
-    ppo_ran = (run_folder / "ppo" / FINAL["ppo"]).is_file()
-    if output == run_folder / stage and (stage == "ppo" or (stage == "dpo" and not ppo_ran)):
+    better = RL_STAGES[: RL_STAGES.index(stage)] if stage in RL_STAGES else ()
+    outdone = any((run_folder / other / FINAL[other]).is_file() for other in better)
+    if output == run_folder / stage and stage in RL_STAGES and not outdone:
         save_result(result, run_folder / RL_TRAINED, provenance)
         log.info("saved %s, what load_model('rl_trained') opens", run_folder / RL_TRAINED)
     if cfg.save_hf:
@@ -223,8 +254,11 @@ def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
     return {
         "stage": cfg.stage_name,
         "parents": {
-            name: {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))}
-            for name, source in parents.items()
+            name: [
+                {"source": str(source), "sha256": hash_file(getattr(source, "path", ""))}
+                for source in (sources if isinstance(sources, list) else [sources])
+            ]
+            for name, sources in parents.items()
         },
         "data": {name: {"path": path, "sha256": hash_file(path)} for name, path in paths.items()},
         "config": OmegaConf.to_container(cfg, resolve=True),

@@ -20,9 +20,31 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def mean_of_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over rows of each row's mean over its True entries, so that long and short rows count alike.
+
+    Args:
+        values: [batch, time], any unit.
+        mask: [batch, time], bool.
+
+    Returns:
+        [], the unit of ``values``.
+    """
+    return (masked_sum(values, mask) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over time of the entries where ``mask`` is True: [batch, time] to [batch]."""
     return torch.where(mask, values, 0.0).sum(dim=1)
+
+
+def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+    """Values divided by their standard deviation over the True entries; their mean stays, scaled with them.
+
+    Source: Huang et al. 2024, detail 8 of PPO, reward whitening without shift (arXiv:2403.17031).
+    """
+    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
+    return torch.where(mask, values, 0.0) * torch.rsqrt(masked_mean(centred.square(), mask) + epsilon)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 # before any library reads them: no network, and nothing left behind in the user's cache
@@ -16,7 +17,17 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
-from rlhf.models import Mamba, ModelSource, Transformer, chat_template, train_tokenizer  # noqa: E402
+from helpers import Fixed  # noqa: E402
+from online import Setting  # noqa: E402
+from rlhf.models import (  # noqa: E402
+    Mamba,
+    ModelSource,
+    ScalarHead,
+    ScalarModel,
+    Transformer,
+    chat_template,
+    train_tokenizer,
+)
 
 SENTENCES = (
     "The mayor of Dunmore opened the new bridge on Monday.",
@@ -70,3 +81,27 @@ def lm(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     """A new tiny language model, the same weights every time, in eval mode."""
     torch.manual_seed(0)
     return source.language_model(tokenizer).eval()
+
+
+@pytest.fixture
+def policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Fixed:
+    """A model that ends an answer at about every fifth token, so that answers have different lengths."""
+    with torch.no_grad():
+        embedding = lm.get_output_embeddings().weight
+        embedding += 0.1  # now hidden states share a direction; all logits move alike, so nothing else changes
+        tokens = torch.arange(3, len(tokenizer))[None, :64]
+        common = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].mean(dim=0)
+        # the logit of EOS is then about 3 above those of the other 300; at temperature 0.7: e^4.3 / (e^4.3 + 300) = 0.2
+        embedding[tokenizer.eos_token_id] += 3 * common / common.square().sum()
+    return Fixed(lm)
+
+
+@pytest.fixture
+def judge(lm: PreTrainedModel) -> Fixed:
+    torch.manual_seed(1)
+    return Fixed(ScalarModel(deepcopy(lm.base_model), ScalarHead(32)))
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> Setting:
+    return Setting(tmp_path, tokenizer, policy, judge)

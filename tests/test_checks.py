@@ -21,18 +21,22 @@ from helpers import PROMPTS, Fixed
 from rlhf.checks import ChecksFailed
 from rlhf.checks.probe import difference, spoiled
 from rlhf.data import EncodedAnswer, Encoder, RecordDataModule, TextBatch
-from rlhf.dpo import DPODataModule, DPOModule
+from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule
 from rlhf.errors import UserError, plain_errors
 from rlhf.export import Export, save_result
+from rlhf.grpo import GRPOModule
+from rlhf.grpo.objective import grpo_advantages
 from rlhf.models import Pretrained, ScalarHead, ScalarModel
-from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
+from rlhf.ppo import PPOModule
 from rlhf.reward import RewardDataModule, RewardModule
+from rlhf.rewards import RewardModel
+from rlhf.rl import KLControl, Limits, PromptDataModule, ScoreShaping
 from rlhf.rollout import Sampling
 from rlhf.run import _Checked, _SelfCheck
 from rlhf.sft import SFTDataModule, SFTModule
 from rlhf.stage import Result, StageModule
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FOLDERS = {
     "gpt2": GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2, **SPECIAL),
@@ -64,22 +68,32 @@ class Bench:
         lm = self.source.language_model(self.tokenizer)
         return Fixed(ScalarModel(lm.base_model, ScalarHead(lm.config.hidden_size)))
 
+    def online(self) -> dict[str, Any]:
+        """Keys of the stages that learn from their own answers."""
+        return {
+            "policy": self.source, "reward_model": self.judge(), "reward": RewardModel(), "kl": KLControl(),
+            "sampling": Sampling(max_new_tokens=8, temperature=0.7), "scores": ScoreShaping(), "limits": Limits(),
+            "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-2,
+        }  # fmt: skip
+
     def module(self, stage: str) -> StageModule:
         kinds: dict[str, Callable[[], StageModule]] = {
             "sft": lambda: SFTModule(policy=self.source, samples=0, learning_rate=1e-2),
             "reward": lambda: RewardModule(policy=self.source, learning_rate=1e-2),
             "dpo": lambda: DPOModule(policy=self.source, learning_rate=1e-2),
-            "ppo": lambda: PPOModule(
-                policy=self.source, reward_model=self.judge(), sampling=Sampling(max_new_tokens=8, temperature=0.7),
-                scores=ScoreShaping(), minibatch_size=4, ppo_epochs=2, learning_rate=1e-2,
-            ),
+            "kto": lambda: KTOModule(policy=self.source, learning_rate=1e-2),
+            "ppo": lambda: PPOModule(**self.online()),
+            "grpo": lambda: GRPOModule(estimator=grpo_advantages, answers_per_prompt=2, **self.online()),
         }  # fmt: skip
         module = kinds[stage]()
         module.tokenizer = self.tokenizer
         return module
 
     def data(self, stage: str, **keys: Any) -> RecordDataModule:
-        kinds = {"sft": SFTDataModule, "reward": RewardDataModule, "dpo": DPODataModule, "ppo": PromptDataModule}
+        kinds: dict[str, type[RecordDataModule]] = {
+            "sft": SFTDataModule, "reward": RewardDataModule, "dpo": DPODataModule, "kto": UnpairedDataModule,
+            "ppo": PromptDataModule, "grpo": PromptDataModule,
+        }  # fmt: skip
         return kinds[stage](**{"train": str(self.file), "val_fraction": 0, "max_length": 128, "batch_size": 8, **keys})
 
     def fit(self, module: StageModule, data: RecordDataModule, check: Any = None, **trainer: Any) -> None:
@@ -215,7 +229,7 @@ def test_two_bos(one_bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch) 
     ("stage", "parts"),
     [
         ("reward", ["reward model"]),
-        ("dpo", ["policy", "reference", "first loss ln 2"]),
+        ("dpo", ["policy", "reference", "first rewards exactly 0", "first loss ln 2"]),
         ("ppo", ["policy", "reference", "reward model", "critic", "first ratio exactly 1"]),
     ],
 )
@@ -292,7 +306,7 @@ def test_a_loss_that_multiplies_by_its_mask(one_bench: Bench, monkeypatch: pytes
     def careless(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **keys: Any) -> Tensor:
         return -((logprobs - old).exp() * advantages * mask).sum() / mask.sum()
 
-    monkeypatch.setattr("rlhf.ppo.module.clipped_policy_loss", careless)
+    monkeypatch.setattr("rlhf.rl.module.clipped_policy_loss", careless)
     said = one_bench.faults(one_bench.module("ppo"), one_bench.data("ppo"))
     assert "garbage on padding changes neither loss nor gradient: loss nan" in said
 
@@ -329,7 +343,7 @@ def test_a_reference_that_is_not_frozen(one_bench: Bench, fault: str, change: Ca
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"), [("dpo", "first loss ln 2, first rewards 0: loss "), ("ppo", "first KL exactly 0: largest sum")]
+    ("stage", "name"), [("dpo", "first rewards exactly 0: largest"), ("ppo", "first KL exactly 0: largest sum")]
 )
 def test_a_reference_that_is_another_model(one_bench: Bench, stage: str, name: str) -> None:
     def move(module: Any) -> None:

@@ -9,11 +9,11 @@ import lightning
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
-STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
+STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "evaluate")
 EVERY = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 NEEDED = {
     "data=jsonl": ["data.train=x.jsonl"],
@@ -22,6 +22,8 @@ NEEDED = {
 }
 # keywords that run.py gives: none of them belongs into a yaml
 BY_RUN = {"callbacks", "logger"}
+# arguments of a loss or estimator that the stage gives
+BY_STAGE = {"chosen", "rejected", "log_ratios", "desirable", "kl", "beta", "rewards", "mask", "group_size"}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -55,7 +57,8 @@ def keywords(function: Any) -> dict[str, inspect.Parameter]:
 
 def required(target: str) -> set[str]:
     """Keywords without a default; of a library's class only its own, since it may fill in those of the next class."""
-    own = keywords(get_class(target)) if target.startswith("rlhf.") else inspect.signature(get_class(target)).parameters
+    wanted = get_object(target)
+    own = keywords(wanted) if target.startswith("rlhf.") else inspect.signature(wanted).parameters
     return {name for name, p in own.items() if p.default is p.empty and p.kind not in VARIADIC}
 
 
@@ -80,8 +83,11 @@ def combinations() -> list[tuple[str, ...]]:
     ]  # fmt: skip
     trainers = [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     others = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
+    online = [(f"stage={stage}", f"reward={name}") for stage in ("ppo", "grpo") for name in choices("reward")]
+    online += [("stage=grpo", f"estimator={name}") for name in choices("estimator")]
+    online += [("stage=dpo", f"objective={name}") for name in choices("objective")]
     deltas = [(f"{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
-    return [*crossed, *trainers, *others, *deltas]
+    return [*crossed, *trainers, *others, *online, *deltas]
 
 
 @pytest.mark.parametrize("overrides", combinations(), ids=" ".join)
@@ -92,18 +98,20 @@ def test_every_choice_composes_into_keywords_of_its_classes(overrides: tuple[str
     assert {"model", "trainer"} <= found.keys()
     assert {"stage", "data"} <= found.keys() or cfg["stage_name"] == "pipeline"
     for path, node in found.items():
-        taken = keywords(get_class(node["_target_"]))
+        taken = keywords(get_object(node["_target_"]))
         given = node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_"}
         assert given <= taken.keys(), f"{path}: {sorted(given - taken.keys())} are no keywords of {node['_target_']}"
         missing = required(node["_target_"]) - BY_RUN - given
+        if node.get("_partial_"):  # the stage gives what is measured, and beta
+            missing -= BY_STAGE
         assert not missing, f"{path}: {sorted(missing)} have neither a value nor a default"
         assert not BY_RUN & given
 
 
 def test_no_yaml_is_left_out() -> None:
-    """Every file of conf/ is a choice that the test above makes, or config.yaml, or Hydra's own."""
+    """Every file of conf/ is a choice that the test above makes, config.yaml, a base of others, or Hydra's own."""
     tried = {override.lstrip("+").replace("=", "/") for combination in combinations() for override in combination}
-    assert {name for name in EVERY if not name.startswith("hydra/")} - tried == {"config"}
+    assert {name for name in EVERY if not name.startswith("hydra/")} - tried == {"config", "rl/default"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -148,6 +156,6 @@ def test_numbers_are_numbers() -> None:
     """A yaml 1e-4 is text to some readers: every value whose default is a float is a number, not a string."""
     for stage in STAGES:
         for path, node in targets(plain(composed(f"stage={stage}"))):
-            for name, parameter in keywords(get_class(node["_target_"])).items():
+            for name, parameter in keywords(get_object(node["_target_"])).items():
                 if isinstance(parameter.default, float) and node.get(name) is not None:
                     assert isinstance(node[name], float | int), f"{path}.{name}={node[name]!r}"

@@ -1,12 +1,12 @@
 """From files to batches: records, one joint encoding, length-bucketed batches."""
 
-from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, TextBatch
+from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, TextBatch, VerdictBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedAnswer, Encoder
+from rlhf.data.encode import EncodedAnswer, Encoder, join
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule
 from rlhf.data.prompts import PromptRecordDataModule
-from rlhf.data.records import Demonstration, Message, Preference, Prompt, Rating
+from rlhf.data.records import Demonstration, Message, Preference, Prompt, Rating, Verdict
 
 __all__ = [
     "Batch",
@@ -25,4 +25,7 @@ __all__ = [
     "RatingBatch",
     "RecordDataModule",
     "TextBatch",
+    "Verdict",
+    "VerdictBatch",
+    "join",
 ]

@@ -18,9 +18,11 @@ class Batch:
 
     share: this batch's part in the optimizer step, so that the mean over the step does not depend on how it was cut
         into batches: terms of the loss here x batches in the step / terms of the loss in the step.
+    sft_share: the same for an SFT term that is added to the loss, whose terms are others.
     """
 
     share: float = 1.0
+    sft_share: float = 1.0
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on a device; what is no tensor stays."""
@@ -35,6 +37,11 @@ class Batch:
     def loss_terms(self) -> int:
         """How many terms the mean of the loss is taken over: tokens or pairs."""
         raise NotImplementedError
+
+    @property
+    def sft_terms(self) -> int:
+        """How many terms the mean of an added SFT term is taken over: tokens of the better answers."""
+        return 0
 
     @property
     def token_count(self) -> int:
@@ -116,6 +123,33 @@ class PairBatch(JudgedBatch):
     @property
     def loss_terms(self) -> int:
         return len(self.margin)
+
+    @property
+    def sft_terms(self) -> int:
+        return int(self.halves(self.texts.answer)[0].sum())
+
+
+@dataclass
+class VerdictBatch(JudgedBatch):
+    """Answers labelled one by one.
+
+    texts: [batch, time].
+    desirable: [batch] bool, the label.
+    mismatched: [batch, time'], each prompt with the answer of another row.
+    reference: [batch] summed log-probs of the answers under the reference, nats, where they are known already.
+    """
+
+    desirable: Tensor
+    mismatched: TextBatch
+    reference: Tensor | None = None
+
+    @property
+    def loss_terms(self) -> int:
+        return len(self.desirable)
+
+    @property
+    def sft_terms(self) -> int:
+        return int(self.texts.answer[self.desirable].sum())
 
 
 @dataclass

@@ -70,10 +70,6 @@ class Encoder:
         start = next((i for i, end in enumerate(ends) if end > boundary), len(tokens))
         return self._one_bos(tokens[:start]), self._one_eos(tokens[start:])
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and the space the template puts before it."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
     def _render(self, messages: Sequence[Message], answer: str | None) -> str:
         conversation = list(messages) if answer is None else [*messages, {"role": "assistant", "content": answer}]
         try:
@@ -110,11 +106,22 @@ class Encoder:
         return [*answer, eos]
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
-        """The end of a prompt, with its BOS: what was said last matters most to the answer."""
-        if len(prompt) <= room:
-            return prompt
-        bos = prompt[:1] if prompt[:1] == [self._bos] and room > 1 else []
-        return bos + prompt[len(prompt) - (room - len(bos)) :]
+        return _cut_prompt(prompt, room, self._bos)
+
+
+def join(one: EncodedAnswer, other: EncodedAnswer, max_length: int, bos: int | None) -> EncodedAnswer:
+    """The prompt of one text with the answer of another, for texts that nobody wrote; the prompt is cut to fit."""
+    answer = other.tokens[other.start :]
+    prompt = _cut_prompt(one.tokens[: one.start], max_length - len(answer), bos)
+    return EncodedAnswer(prompt + answer, len(prompt))
+
+
+def _cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    """The end of a prompt, with its BOS: what was said last matters most to the answer."""
+    if len(prompt) <= room:
+        return prompt
+    opening = prompt[:1] if prompt[:1] == [bos] and room > 1 else []
+    return opening + prompt[len(prompt) - (room - len(opening)) :]
 
 
 def _shared_prefix(one: str, other: str) -> int:

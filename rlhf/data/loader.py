@@ -106,19 +106,19 @@ class BatchLoader:
 
 
 def weighed(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:
-    """Give each batch its share of the optimizer step it belongs to, over micro-batches and ranks.
+    """Give each batch its shares of the optimizer step it belongs to, over micro-batches and ranks.
 
     With it, the mean of ``loss x share`` that Lightning takes over ``per_step`` batches and ``world`` ranks is the mean
     over all terms of the loss: 4 batches of 8 are 1 batch of 32, however long their texts (transformers#35203).
     """
     while step := list(islice(batches, per_step)):
         if per_step > 1 or world > 1:
-            terms = sum(batch.loss_terms for batch in step)
+            terms = torch.tensor([[batch.loss_terms, batch.sft_terms] for batch in step])
+            totals = terms.sum(dim=0)
             if world > 1:
-                total = torch.tensor(float(terms))
-                total = total.cuda() if dist.get_backend() == "nccl" else total
-                dist.all_reduce(total)
-                terms = int(total)
-            for batch in step:
-                batch.share = batch.loss_terms * per_step * world / max(terms, 1)
+                totals = totals.cuda() if dist.get_backend() == "nccl" else totals
+                dist.all_reduce(totals)
+            shares = terms.double() * per_step * world / totals.cpu().clamp(min=1)
+            for batch, (share, sft_share) in zip(step, shares.tolist(), strict=True):
+                batch.share, batch.sft_share = share, sft_share
         yield from step

@@ -20,6 +20,10 @@ class EncodedPair:
     margin: float
     reference: tuple[float, float] | None = None
 
+    @property
+    def answers(self) -> tuple[EncodedAnswer, EncodedAnswer]:
+        return self.chosen, self.rejected
+
 
 class PreferenceDataModule(RecordDataModule):
     """Pairs of answers. See RecordDataModule for the keys."""

@@ -57,10 +57,20 @@ class Rating:
     reward: float
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A prompt, an answer and whether it is one to give."""
+
+    prompt: Prompt
+    answer: str
+    desirable: bool
+
+
 EXPECTED = {
     Demonstration: '{"document": "...", "target": "..."}, {"prompt": "...", "completion": "..."}, {"messages": [...]}',
     Preference: '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     Rating: '{"prompt": "...", "response": "...", "reward": 0.5}',
+    Verdict: '{"prompt": "...", "completion": "...", "label": true}, or preference pairs',
     Prompt: '{"prompt": "..."} or {"document": "..."}',
 }
 
@@ -81,6 +91,7 @@ class Reader:
             Demonstration: self.demonstration,
             Preference: self.preference,
             Rating: self.rating,
+            Verdict: self.verdict,
             Prompt: self.prompt,
         }[form](row)
 
@@ -113,6 +124,13 @@ class Reader:
     def rating(self, row: Mapping[str, Any]) -> Rating:
         answer, reward = self._answer(row, "response", "rating"), self._number(row, "reward", "rating")
         return Rating(self._prompt_of(row, "rating"), answer, reward)
+
+    def verdict(self, row: Mapping[str, Any]) -> Verdict:
+        answer = self._answer(row, "response" if self.has(row, "response") else "completion", "unpaired")
+        label = self._get(row, "label", "unpaired")
+        if label not in (True, False):  # 1 and 0 among them
+            raise RecordError(f"field '{self.columns.get('label', 'label')}' is {label!r}, neither true nor false")
+        return Verdict(self._prompt_of(row, "unpaired"), answer, bool(label))
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The prompt of a row of any form, with the answer to learn as its target."""

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
-from rlhf.evaluate.scorers import load_scorer
 from rlhf.models import Frozen, ModelSource, Policy
+from rlhf.rewards import load_scorer
 from rlhf.rollout import Sampling, roll_out
 from rlhf.tensors import masked_sum, pad_right
 
@@ -57,7 +57,7 @@ class EvaluateModule(lightning.LightningModule):
         self.sources = dict(models)
         self.baseline = baseline
         self.reward_source = reward_model
-        self.gold = load_scorer(gold) if gold else None
+        self.gold = load_scorer(gold, key="gold") if gold else None
         self.sampling = sampling
         self.output = Path(output)
         self.bootstrap = bootstrap
@@ -89,14 +89,14 @@ class EvaluateModule(lightning.LightningModule):
             self._take_targets(batch)
 
     def _answer(self, name: str, policy: Policy, batch: PromptBatch) -> None:
-        rollout = roll_out(policy.lm, batch.tokens, self.sampling, self.tokenizer.eos_token_id)
+        rollout = roll_out(policy.lm, batch.tokens, self.sampling, self.sampling.stops(self.tokenizer))
         temperature = self.sampling.temperature or 1.0
         with self.trainer.precision_plugin.forward_context():
             ours, theirs = (
                 model(rollout.tokens, rollout.mask, rollout.answer, temperature).logprobs
                 for model in (policy, self.policies[self.baseline])
             )
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rollout.answers()]
+        texts = rollout.texts(self.tokenizer)
         self.answers[name].add(
             texts,
             length=rollout.lengths,
@@ -121,7 +121,9 @@ class EvaluateModule(lightning.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 scores["reward"] = self.reward_model(tokens, mask)
         if self.gold is not None:
-            scores["gold"] = self.gold([prompt.source for prompt in batch.prompts], texts)
+            scores["gold"] = self.gold(
+                [prompt.source for prompt in batch.prompts], texts, [prompt.target for prompt in batch.prompts]
+            )
         return scores
 
     def on_test_epoch_end(self) -> None:

@@ -42,7 +42,7 @@ class TokenScores:
     """What a policy says of given tokens.
 
     logprobs: [batch, time] log pi(token), nats; 0 outside the mask.
-    entropy: [batch, time] entropy of the distribution the token was drawn from, nats; no gradient.
+    entropy: [batch, time] entropy of the distribution the token was drawn from, nats; no gradient unless asked for.
     hits: [batch, time] bool, True where the token is the most likely one.
     hidden: [batch, time, width] last hidden states.
     """
@@ -70,7 +70,9 @@ class Policy(nn.Module):
         """Size of the last hidden state."""
         return int(self.lm.config.get_text_config().hidden_size)
 
-    def forward(self, tokens: Tensor, mask: Tensor, chosen: Tensor, temperature: float = 1.0) -> TokenScores:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, chosen: Tensor, temperature: float = 1.0, *, learn_entropy: bool = False
+    ) -> TokenScores:
         """Log-probs of the chosen tokens, each given the tokens before it.
 
         Args:
@@ -78,20 +80,23 @@ class Policy(nn.Module):
             mask: [batch, time] bool, True on real tokens.
             chosen: [batch, time] bool, the tokens to score; logits are computed for these only.
             temperature: divides the logits, as it did when the tokens were sampled.
+            learn_entropy: let the entropy carry a gradient too.
         """
         hidden = hidden_states(self.lm.base_model, tokens, mask)
         states, targets = states_before(hidden, chosen), tokens[chosen]
         parts = [
-            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature)
+            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature, learn_entropy)
             for i in range(0, max(len(targets), 1), PIECE)
         ]
         logprobs, entropy, hits = (torch.cat(part) for part in zip(*parts, strict=True))
         return TokenScores(scatter(logprobs, chosen), scatter(entropy, chosen), scatter(hits, chosen), hidden)
 
-    def _score(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _score(
+        self, states: Tensor, targets: Tensor, temperature: float, learn_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(states).float() / temperature
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        with torch.no_grad():
+        with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
             shifted = logits - logits.amax(dim=-1, keepdim=True)
             weights = shifted.exp()
             total = weights.sum(dim=-1)
@@ -138,6 +143,34 @@ class Policy(nn.Module):
             return self.lm(input_ids=torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
         finally:
             self.lm._modules[name] = original
+
+
+def kl_divergence(
+    policy: Policy,
+    hidden: Tensor,
+    reference: Policy,
+    reference_hidden: Tensor,
+    chosen: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(policy || reference) of the whole next-token distribution at each chosen token; carries the policy's gradient.
+
+    Args:
+        policy, reference: models over one vocabulary.
+        hidden, reference_hidden: [batch, time, width] their last hidden states.
+        chosen: [batch, time] bool, the tokens before which the distributions are compared.
+        temperature: divides both logits.
+
+    Returns:
+        [batch, time], nats; 0 outside ``chosen``. Logits are made in pieces of tokens, never for the whole batch.
+    """
+    states, others = states_before(hidden, chosen), states_before(reference_hidden, chosen)
+    parts = []
+    for i in range(0, max(len(states), 1), PIECE):
+        ours = (policy.logits(states[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
+        theirs = (reference.logits(others[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
+        parts.append((ours.exp() * (ours - theirs)).sum(dim=-1))
+    return scatter(torch.cat(parts), chosen)
 
 
 class _Replay(nn.Module):

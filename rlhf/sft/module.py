@@ -64,13 +64,10 @@ class SFTModule(StageModule):
             self.show_samples(self._answers(self.trainer.datamodule.samples(self.samples)))
 
     def _answers(self, prompts: list[tuple[list[int], Prompt]]) -> list[tuple[str, str]]:
-        rollout = roll_out(
-            self.policy.lm, [tokens for tokens, _ in prompts], self.sampling, self.tokenizer.eos_token_id
-        )
-        return [
-            (prompt.source, self.tokenizer.decode(answer, skip_special_tokens=True).strip())
-            for (_, prompt), answer in zip(prompts, rollout.answers(), strict=True)
-        ]
+        stops = self.sampling.stops(self.tokenizer)
+        rollout = roll_out(self.policy.lm, [tokens for tokens, _ in prompts], self.sampling, stops)
+        texts = rollout.texts(self.tokenizer)
+        return [(prompt.source, text) for (_, prompt), text in zip(prompts, texts, strict=True)]
 
     def checks(self, datamodule: Any) -> Iterator[Check]:
         return checks(self, datamodule)

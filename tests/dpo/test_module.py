@@ -1,80 +1,49 @@
 """The DPO stage in Lightning's own loop, for both architectures."""
 
-import json
 import math
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import lightning
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from helpers import PROMPTS, Fixed
-from rlhf.dpo import DPODataModule, DPOModule
+from helpers import Fixed
+from rlhf.dpo.objective import (
+    conservative_loss,
+    hinge_loss,
+    ipo_loss,
+    odds_ratio_loss,
+    robust_loss,
+    sigmoid_loss,
+    simpo_loss,
+)
 from rlhf.errors import UserError
 
-ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday", "children, weather",
-]  # fmt: skip
+ALONE = {"reference_free": True, "length_normalised": True}
+SMOOTHED = {"label_smoothing": 0.1}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"objective": sigmoid_loss},
+    "ipo": {"objective": ipo_loss},
+    "hinge": {"objective": hinge_loss},
+    "conservative": {"objective": partial(conservative_loss, **SMOOTHED)},
+    "robust": {"objective": partial(robust_loss, **SMOOTHED)},
+    "simpo": {"objective": partial(simpo_loss, target_margin=0.5), "beta": 2.0, **ALONE},
+    "orpo": {"objective": odds_ratio_loss, "sft_coef": 1.0, **ALONE},
+}
+one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 
 
-class Record(lightning.Callback):
-    """Keeps the logged numbers of every batch, and whether the data knew the reference's log-probs."""
-
-    def __init__(self) -> None:
-        self.numbers: list[dict[str, float]] = []
-        self.precomputed: list[bool] = []
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.numbers.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.precomputed.append(batch.reference is not None)
-
-    def curve(self, name: str) -> list[float]:
-        return [numbers[name] for numbers in self.numbers]
-
-
-class Setting:
-    """Builds and trains a tiny DPO run of 8 pairs; every call starts from the same model and seed."""
-
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> None:
-        self.tokenizer, self.lm, self.pairs = tokenizer, lm, folder / "pairs.jsonl"
-        rows = [
-            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            for prompt, chosen, rejected in zip(PROMPTS, ANSWERS, ANSWERS[1:], strict=False)
-        ]
-        self.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def train(
-        self, *, batch_size: int = 2, trainer: dict[str, Any] | None = None, **keys: Any
-    ) -> tuple[DPOModule, Record]:
-        module, record = (
-            DPOModule(policy=Fixed(self.lm), **{"learning_rate": 1e-3, "schedule": "constant", **keys}),
-            Record(),
-        )
-        data = DPODataModule(
-            train=str(self.pairs), val_fraction=0, max_length=96, batch_size=batch_size, eval_batch_size=3
-        )
-        module.tokenizer = data.tokenizer = self.tokenizer
-        lightning.seed_everything(7, verbose=False)
-        lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
-            **{"max_epochs": 1, **(trainer or {})},
-        ).fit(module, data)  # fmt: skip
-        return module, record
-
-
-@pytest.fixture
-def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> Setting:
-    return Setting(tmp_path, tokenizer, lm)
+def token_logprobs(lm: PreTrainedModel, row: Any) -> Tensor:
+    """Log-probs of the tokens of an answer by plain transformers, one text at a time: [tokens of the answer], nats."""
+    with torch.no_grad():
+        logprobs = lm(input_ids=torch.tensor([row.tokens])).logits[0].log_softmax(dim=-1)
+    return torch.stack([logprobs[t - 1, row.tokens[t]] for t in range(row.start, len(row.tokens))])
 
 
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "at each step"])
-def test_first_loss_is_ln_2(setting: Setting, precompute: bool) -> None:
+def test_first_loss_is_ln_2(setting: Any, precompute: bool) -> None:
     """The policy is the reference until the first step: every margin is 0, and -ln sigmoid(0) = ln 2."""
     _, record = setting.train(precompute_reference=precompute)
     assert record.curve("train/loss")[0] == pytest.approx(math.log(2))
@@ -82,46 +51,109 @@ def test_first_loss_is_ln_2(setting: Setting, precompute: bool) -> None:
     assert record.precomputed == [precompute] * 4
 
 
-def test_precomputing_the_reference_changes_no_number(setting: Setting) -> None:
+@one_architecture
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("ipo", 1 / (4 * 0.1**2)), ("hinge", 1.0), ("conservative", math.log(2)), ("robust", math.log(2))],
+)
+def test_first_loss_of_the_other_objectives(setting: Any, name: str, first: float) -> None:
+    """All log-ratios are 0; beta is 0.1."""
+    _, record = setting.train(**OBJECTIVES[name], trainer={"max_steps": 2})
+    assert record.curve("train/loss")[0] == pytest.approx(first, rel=1e-5)
+    assert record.curve("train/loss")[1] < record.curve("train/loss")[0]
+
+
+def test_first_loss_without_a_reference_by_plain_transformers(setting: Any) -> None:
+    """SimPO and ORPO of all 8 pairs, from the logits of single texts; the switches apart, on DPO, too.
+
+    mean log-prob a token m, sum s: SimPO ln(1 + e^-(2 (m+ - m-) - 0.5)); ORPO 0.1 ln(1 + o- / o+) + nll with odds
+    o = e^m / (1 - e^m) and nll over the tokens of the 8 chosen answers; DPO, beta 0.1, on s or m.
+    """
+    rows = setting.data().encoded("train")
+    chosen, rejected = ([token_logprobs(setting.lm, row.answers[side]) for row in rows] for side in (0, 1))
+    sums = torch.stack([a.sum() - b.sum() for a, b in zip(chosen, rejected, strict=True)])
+    means = torch.stack([a.mean() - b.mean() for a, b in zip(chosen, rejected, strict=True)])
+    odds = [(a.mean().exp() / (1 - a.mean().exp())) for a in (*chosen, *rejected)]
+    ratio = torch.tensor([bad / good for good, bad in zip(odds[:8], odds[8:], strict=True)])
+    nll = -float(torch.cat(chosen).mean())
+    expected = {
+        "simpo": (-(2 * means - 0.5)).exp().log1p().mean(),
+        "orpo": 0.1 * ratio.log1p().mean() + nll,
+        "reference-free": (-0.1 * sums).exp().log1p().mean(),
+        "length-normalised": (-0.1 * means).exp().log1p().mean(),
+    }
+    keys = {
+        "simpo": OBJECTIVES["simpo"],
+        "orpo": OBJECTIVES["orpo"],
+        "reference-free": {"reference_free": True},
+        "length-normalised": ALONE,
+    }
+    for name, value in expected.items():
+        _, record = setting.train(**keys[name], data={"batch_size": 8})
+        assert record.curve("train/loss")[0] == pytest.approx(float(value), rel=1e-5), name
+        assert record.curve("nll")[0] == pytest.approx(nll, rel=1e-5), name
+
+
+@one_architecture
+def test_length_normalised_log_ratios_are_means_a_token(setting: Any) -> None:
+    """With a reference too: after a step, rewards are beta x the sum of log-ratios over the answer / its length."""
+    module, _ = setting.train(length_normalised=True, trainer={"max_steps": 1})
+    data = setting.data()
+    rows = data.encoded("train")
+    _, _, [(terms, numbers)] = module.compare(data.collate(rows))
+    ratios = [
+        (token_logprobs(module.policy.lm, row.chosen) - token_logprobs(module.reference.model.lm, row.chosen)).mean()
+        for row in rows
+    ]
+    assert terms == 8
+    assert float(numbers["rewards/chosen"]) == pytest.approx(0.1 * float(sum(ratios)) / 8, rel=1e-3)
+
+
+def test_precomputing_the_reference_changes_no_number(setting: Any) -> None:
     """The same losses, rewards and final weights: the reference is the untrained policy either way.
 
-    The reference is scored in batches of 3 pairs, the policy in batches of 2. Sums of log-probs near -100 nats are then
-    rounded at 1e-5, which the tolerances of the curves allow; weights after 8 steps of AdamW, whose steps divide by the
-    gradient's size, at 1e-3 of the learning rate a step.
+    The reference is scored in batches of 3 answers, the policy in batches of 2 pairs. Sums of log-probs near -100 nats
+    are then rounded at 1e-5, which the tolerances of the curves allow. AdamW's eps is 1, where the usual one would turn
+    the rounding noise of tiny gradients into whole steps.
     """
-    before, one = setting.train(precompute_reference=True, trainer={"max_epochs": 2})
-    during, other = setting.train(precompute_reference=False, trainer={"max_epochs": 2})
+    keys = {"eps": 1.0, "learning_rate": 0.1, "trainer": {"max_epochs": 2}}
+    before, one = setting.train(precompute_reference=True, **keys)
+    during, other = setting.train(precompute_reference=False, **keys)
     for name in ("train/loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert len(set(one.curve(name))) > 1
         assert one.curve(name) == pytest.approx(other.curve(name), rel=1e-4, abs=1e-5)
-    torch.testing.assert_close(before.policy.state_dict(), during.policy.state_dict(), rtol=1e-4, atol=8e-6)
+    torch.testing.assert_close(before.policy.state_dict(), during.policy.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_policy_learns(setting: Setting) -> None:
+def test_only_the_policy_learns(setting: Any) -> None:
     """The reference keeps every bit and stays out of checkpoints, and training prefers the chosen answers."""
-    module, record = setting.train(batch_size=8, learning_rate=3e-3, trainer={"max_epochs": 10})
+    module, record = setting.train(data={"batch_size": 8}, learning_rate=3e-3, trainer={"max_epochs": 10})
     torch.testing.assert_close(module.reference.model.lm.state_dict(), setting.lm.state_dict(), rtol=0.0, atol=0.0)
     assert not any(part.training for part in module.reference.model.modules())
     assert all(name.startswith("policy.") for name in module.state_dict())
     assert record.curve("train/loss")[-1] < 0.9 * math.log(2)
 
 
-def test_accumulation_is_the_bigger_batch(setting: Setting) -> None:
-    """4 batches of 2 pairs make the step that 1 of 8 makes.
+@one_architecture
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulation_is_the_bigger_batch(setting: Any, name: str) -> None:
+    """4 batches of 2 pairs make the step that 1 of 8 makes, SFT term included, whose mean is over tokens.
 
     AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
     of tiny gradients into whole steps. Tolerances are the defaults.
     """
-    keys = {"eps": 1.0, "learning_rate": 1.0, "trainer": {"max_steps": 1}}
-    big, _ = setting.train(batch_size=8, **keys)
-    small, record = setting.train(batch_size=2, **{**keys, "trainer": {"max_steps": 1, "accumulate_grad_batches": 4}})
+    keys = {**OBJECTIVES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0}
+    big, _ = setting.train(data={"batch_size": 8}, trainer={"max_steps": 1}, **keys)
+    small, record = setting.train(
+        data={"batch_size": 2}, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys
+    )
     assert len(record.numbers) == 4
     pairs = zip(big.policy.parameters(), setting.lm.parameters(), strict=True)
     assert max(float((new - old).abs().max()) for new, old in pairs) > 1e-3
     torch.testing.assert_close(small.policy.state_dict(), big.policy.state_dict())
 
 
-def test_beta_scales_the_rewards(setting: Setting) -> None:
+def test_beta_scales_the_rewards(setting: Any) -> None:
     """After the same first step, the second batch's rewards are beta x the same log-ratio.
 
     AdamW's first step has the sign of the gradient, and beta only scales the gradient: beta 0.2 and 0.1 move alike up
@@ -130,5 +162,63 @@ def test_beta_scales_the_rewards(setting: Setting) -> None:
     _, one = setting.train(beta=0.1, eps=1e-20, trainer={"max_steps": 2})
     _, two = setting.train(beta=0.2, eps=1e-20, trainer={"max_steps": 2})
     assert two.curve("rewards/chosen")[1] == pytest.approx(2 * one.curve("rewards/chosen")[1], rel=1e-2)
-    with pytest.raises(UserError, match=r"stage\.beta=0"):
-        setting.train(beta=0.0)
+
+
+@one_architecture
+def test_the_sft_term_is_added_with_its_weight(setting: Any) -> None:
+    """The same first batch: the loss rises by sft_coef x nll, and training then learns the chosen answers by heart."""
+    keys = {"learning_rate": 3e-3, "data": {"batch_size": 8}, "trainer": {"max_epochs": 5}}
+    _, without = setting.train(**keys)
+    _, with_it = setting.train(sft_coef=0.5, **keys)
+    nll = with_it.curve("nll")
+    assert with_it.curve("train/loss")[0] == pytest.approx(math.log(2) + 0.5 * nll[0], rel=1e-5)
+    assert without.curve("nll")[0] == pytest.approx(nll[0], rel=1e-5)
+    assert nll[-1] < without.curve("nll")[-1] - 0.1
+
+
+class Counted(Fixed):
+    """A source that counts the models it opened."""
+
+    opened = 0
+
+    def language_model(self, tokenizer: Any) -> Any:
+        self.opened += 1
+        return super().language_model(tokenizer)
+
+
+@one_architecture
+def test_without_a_reference_none_is_loaded(setting: Any) -> None:
+    """One model is opened instead of two, and no log-probs are computed ahead."""
+    for switch, models in ((True, 1), (False, 2)):
+        source = Counted(setting.lm)
+        module, record = setting.train(policy=source, reference_free=switch, trainer={"max_steps": 1})
+        assert source.opened == models
+        assert (module.reference is None) is switch
+        assert record.precomputed[0] is not switch
+
+
+@one_architecture
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"beta": 0.0}, ["stage.beta=0"]),
+        ({"sft_coef": -0.1}, ["stage.sft_coef=-0.1"]),
+        ({"objective": partial(conservative_loss, label_smoothing=0.5)}, ["stage.objective.label_smoothing=0.5"]),
+        ({"objective": partial(robust_loss, label_smoothing=-0.1)}, ["stage.objective.label_smoothing=-0.1"]),
+        ({**OBJECTIVES["simpo"], "objective": partial(simpo_loss, target_margin=-1.0)}, ["target_margin=-1"]),
+        (
+            {**OBJECTIVES["simpo"], "reference_free": False},
+            ["stage.reference_free=false", "stage.objective._target_=rlhf.dpo.objective.simpo_loss"],
+        ),
+        ({**OBJECTIVES["simpo"], "length_normalised": False}, ["stage.length_normalised=false", "simpo_loss"]),
+        ({**OBJECTIVES["orpo"], "reference_free": False}, ["stage.reference_free=false", "odds_ratio_loss"]),
+        ({"reference_free": True, "kto": True}, ["stage.reference_free=true", "kto_loss"]),
+    ],
+)
+def test_what_cannot_be_is_refused(setting: Any, keys: dict[str, Any], words: list[str]) -> None:
+    """Before a model is opened, naming the key, or both where two contradict each other."""
+    source = Counted(setting.lm)
+    with pytest.raises(UserError) as caught:
+        setting.train(policy=source, **keys)
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert source.opened == 0

@@ -1,32 +1,222 @@
-"""The preference loss, by hand."""
+"""The preference losses, by hand: value and gradient."""
 
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
+from torch import Tensor
 
-from rlhf.dpo.objective import sigmoid_loss
+from rlhf.dpo.objective import (
+    answer_nll,
+    conservative_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    needs,
+    odds_ratio_loss,
+    robust_loss,
+    sigmoid_loss,
+    simpo_loss,
+)
+
+
+def log_ratios(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, requires_grad=True)
+
+
+def check(loss: Tensor, value: float, gradients: dict[Tensor, list[float]]) -> None:
+    """A loss has this value and these gradients."""
+    torch.testing.assert_close(loss.detach(), torch.tensor(value))
+    found = torch.autograd.grad(loss, list(gradients))
+    torch.testing.assert_close(found, tuple(torch.tensor(expected) for expected in gradients.values()))
 
 
 def test_sigmoid_loss_by_hand() -> None:
-    """beta 0.5, two pairs.
+    """beta 0.5, two pairs of log pi - log reference.
 
-    chosen - reference  rejected - reference  margin = 0.5 x difference
-      -10 + 12 = 2         -9 + 5 = -4          3
-       -4 +  3 = -1        -7 + 8 =  1         -1
+    chosen  rejected  margin = 0.5 x difference
+       2      -4         3
+      -1       1        -1
     loss = (ln(1 + e^-3) + ln(1 + e^1)) / 2
     d loss / d chosen = -beta sigmoid(-margin) / 2 = -0.25 / (1 + e^margin); rejected: the opposite
     """
-    chosen = torch.tensor([-10.0, -4.0], requires_grad=True)
-    rejected = torch.tensor([-9.0, -7.0], requires_grad=True)
-    loss = sigmoid_loss(chosen, rejected, torch.tensor([-12.0, -3.0]), torch.tensor([-5.0, -8.0]), beta=0.5)
-    gradients = torch.autograd.grad(loss, (chosen, rejected))
-    torch.testing.assert_close(loss, torch.tensor((math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2))
-    expected = torch.tensor([-0.25 / (1 + math.exp(3)), -0.25 / (1 + math.exp(-1))])
-    torch.testing.assert_close(gradients, (expected, -expected))
+    chosen, rejected = log_ratios(2, -1), log_ratios(-4, 1)
+    slopes = [-0.25 / (1 + math.exp(3)), -0.25 / (1 + math.exp(-1))]
+    check(
+        sigmoid_loss(chosen, rejected, beta=0.5),
+        (math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2,
+        {chosen: slopes, rejected: [-slope for slope in slopes]},
+    )
 
 
-def test_sigmoid_loss_is_ln_2_while_the_policy_is_the_reference() -> None:
-    """-ln sigmoid(beta x 0) = ln 2 for any beta."""
-    chosen, rejected = torch.tensor([-20.0, -3.0]), torch.tensor([-1.0, -7.0])
-    loss = sigmoid_loss(chosen, rejected, chosen, rejected, beta=0.3)
-    torch.testing.assert_close(loss, torch.tensor(math.log(2)))
+def test_ipo_loss_by_hand() -> None:
+    """beta 0.25: the difference aimed at is 1 / (2 x 0.25) = 2 nats.
+
+    chosen  rejected  difference - 2  squared
+       2      -4            4            16      too far apart: pulled back
+      -1       1           -4            16
+       1       0           -1             1
+    loss = 33 / 3 = 11; d loss / d chosen = 2 x (difference - 2) / 3
+    """
+    chosen, rejected = log_ratios(2, -1, 1), log_ratios(-4, 1, 0)
+    slopes = [8 / 3, -8 / 3, -2 / 3]
+    check(ipo_loss(chosen, rejected, beta=0.25), 11.0, {chosen: slopes, rejected: [-slope for slope in slopes]})
+
+
+def test_hinge_loss_by_hand() -> None:
+    """beta 0.5: a difference of 2 nats is enough.
+
+    chosen  rejected  1 - 0.5 x difference  kept
+       2      -4             -2               0    far enough apart: gradient 0
+      -1       1              2               2    gradient -0.5 / 2 pairs
+    """
+    chosen, rejected = log_ratios(2, -1), log_ratios(-4, 1)
+    check(hinge_loss(chosen, rejected, beta=0.5), 1.0, {chosen: [0.0, -0.25], rejected: [0.0, 0.25]})
+
+
+def test_conservative_loss_by_hand() -> None:
+    """beta 0.5, label_smoothing 0.2, margin 0.5 x (2 - -4) = 3.
+
+    loss = 0.8 ln(1 + e^-3) + 0.2 ln(1 + e^3)
+    d loss / d margin = -0.8 (1 - s) + 0.2 s = s - 0.8 with s = sigmoid(3): the margin is past ln(0.8 / 0.2) and is
+    pulled back
+    """
+    chosen, rejected = log_ratios(2), log_ratios(-4)
+    slope = 0.5 * (1 / (1 + math.exp(-3)) - 0.8)
+    assert slope > 0
+    check(
+        conservative_loss(chosen, rejected, beta=0.5, label_smoothing=0.2),
+        0.8 * math.log1p(math.exp(-3)) + 0.2 * math.log1p(math.exp(3)),
+        {chosen: [slope], rejected: [-slope]},
+    )
+
+
+def test_conservative_loss_is_smallest_at_the_odds_of_the_labels() -> None:
+    """Labels right 4 times in 5: no gradient at a margin of ln 4."""
+    chosen = log_ratios(math.log(4))
+    loss = conservative_loss(chosen, torch.zeros(1), beta=1.0, label_smoothing=0.2)
+    torch.testing.assert_close(torch.autograd.grad(loss, chosen)[0], torch.zeros(1))
+
+
+def test_robust_loss_by_hand() -> None:
+    """beta 0.5, label_smoothing 0.2, margin 0.5 x (2 - -4) = 3.
+
+    loss = (0.8 ln(1 + e^-3) - 0.2 ln(1 + e^3)) / 0.6
+    d loss / d margin = (-0.8 (1 - s) - 0.2 s) / 0.6 with s = sigmoid(3)
+    """
+    chosen, rejected = log_ratios(2), log_ratios(-4)
+    s = 1 / (1 + math.exp(-3))
+    slope = 0.5 * (-0.8 * (1 - s) - 0.2 * s) / 0.6
+    check(
+        robust_loss(chosen, rejected, beta=0.5, label_smoothing=0.2),
+        (0.8 * math.log1p(math.exp(-3)) - 0.2 * math.log1p(math.exp(3))) / 0.6,
+        {chosen: [slope], rejected: [-slope]},
+    )
+
+
+def test_robust_loss_is_unbiased() -> None:
+    """Over labels of which 1 in 5 is flipped, its mean is the DPO loss of the true labels, ln(1 + e^-3)."""
+    chosen, rejected = torch.tensor([3.0]), torch.tensor([0.0])
+    right = robust_loss(chosen, rejected, beta=1.0, label_smoothing=0.2)
+    flipped = robust_loss(rejected, chosen, beta=1.0, label_smoothing=0.2)
+    torch.testing.assert_close(0.8 * right + 0.2 * flipped, torch.tensor(math.log1p(math.exp(-3))))
+
+
+@pytest.mark.parametrize("loss", [conservative_loss, robust_loss])
+def test_without_smoothing_they_are_dpo(loss: Callable[..., Tensor]) -> None:
+    """Margin 3: ln(1 + e^-3)."""
+    found = loss(torch.tensor([2.0]), torch.tensor([-4.0]), beta=0.5, label_smoothing=0.0)
+    torch.testing.assert_close(found, torch.tensor(math.log1p(math.exp(-3))))
+
+
+def test_simpo_loss_by_hand() -> None:
+    """beta 2, target margin 1.5, mean log-probs a token of -0.5 and -1.0.
+
+    margin = 2 x 0.5 - 1.5 = -0.5; loss = ln(1 + e^0.5); d loss / d chosen = -2 sigmoid(0.5) = -2 / (1 + e^-0.5)
+    """
+    chosen, rejected = log_ratios(-0.5), log_ratios(-1.0)
+    slope = -2 / (1 + math.exp(-0.5))
+    check(
+        simpo_loss(chosen, rejected, beta=2.0, target_margin=1.5),
+        math.log1p(math.exp(0.5)),
+        {chosen: [slope], rejected: [-slope]},
+    )
+
+
+def test_odds_ratio_loss_by_hand() -> None:
+    """beta 0.5; probabilities 1/2 and 1/5.
+
+    odds 1 and 1/4, ratio 4: loss = 0.5 x -ln(4 / 5) = 0.5 ln 1.25
+    d loss / d log odds ratio = -0.5 x 1/5 = -0.1; d log odds / d log p = 1 / (1 - p): 2 and 1.25
+    """
+    chosen, rejected = log_ratios(math.log(1 / 2)), log_ratios(math.log(1 / 5))
+    check(
+        odds_ratio_loss(chosen, rejected, beta=0.5), 0.5 * math.log(1.25), {chosen: [-0.1 * 2], rejected: [0.1 * 1.25]}
+    )
+
+
+def test_odds_ratio_loss_of_certain_answers_is_finite() -> None:
+    """Probability 1 has infinite odds: they stop at 10^6, and there is no gradient past it."""
+    chosen, rejected = log_ratios(0.0), log_ratios(-1e-8)
+    check(odds_ratio_loss(chosen, rejected, beta=1.0), math.log(2), {chosen: [0.0], rejected: [0.0]})
+
+
+def test_kto_loss_by_hand() -> None:
+    """beta 0.5, kl 1, weights 1 and 2; three answers.
+
+    label        log ratio  gain     weight x sigmoid(-0.5 x gain)
+    desirable        3      3 - 1      1 x 1 / (1 + e)
+    undesirable      3      1 - 3      2 x 1 / (1 + 1/e)
+    undesirable      1      1 - 1      2 x 1/2
+    d / d log ratio of weight x sigmoid(-0.5 gain) = -+ 0.5 weight s (1 - s), s (1 - s) = e / (1 + e)^2; / 3 answers
+    """
+    ratios, kl = log_ratios(3, 3, 1), torch.tensor(1.0)
+    e = math.e
+    slope = 0.5 * e / (1 + e) ** 2 / 3
+    loss = kto_loss(
+        ratios, torch.tensor([True, False, False]), kl, beta=0.5, desirable_weight=1.0, undesirable_weight=2.0
+    )
+    check(loss, (1 / (1 + e) + 2 / (1 + 1 / e) + 1) / 3, {ratios: [-slope, 2 * slope, 2 * 0.5 * 0.25 / 3]})
+
+
+def test_answer_nll_by_hand() -> None:
+    """Answers of 2 and 6 tokens, -3 and -1 nats: 4 nats over 8 tokens; each answer's log-prob counts 1/8."""
+    logprobs = log_ratios(-3, -1)
+    check(answer_nll(logprobs, torch.tensor([2, 6])), 0.5, {logprobs: [-0.125, -0.125]})
+
+
+def test_answer_nll_of_no_answers_is_0() -> None:
+    """A batch of undesirable answers has nothing to learn by heart, and no NaN either."""
+    logprobs = log_ratios(-3, -1)
+    none = torch.tensor([False, False])
+    check(answer_nll(logprobs[none], torch.tensor([2, 6])[none]), 0.0, {logprobs: [0.0, 0.0]})
+
+
+@pytest.mark.parametrize(
+    ("loss", "first"),
+    [
+        (lambda x, y: sigmoid_loss(x, y, beta=0.3), math.log(2)),
+        (lambda x, y: ipo_loss(x, y, beta=0.1), 1 / (4 * 0.1**2)),
+        (lambda x, y: hinge_loss(x, y, beta=0.3), 1.0),
+        (lambda x, y: conservative_loss(x, y, beta=0.3, label_smoothing=0.1), math.log(2)),
+        (lambda x, y: robust_loss(x, y, beta=0.3, label_smoothing=0.1), math.log(2)),
+        (lambda x, y: kto_loss(x, x < y, x.mean(), beta=0.3, desirable_weight=1.0, undesirable_weight=3.0), 1.5),
+    ],
+)
+def test_the_loss_while_the_policy_is_the_reference(loss: Callable[[Tensor, Tensor], Tensor], first: float) -> None:
+    """Log-ratios of 0: -ln sigmoid(0) = ln 2, (0 - 1 / (2 beta))^2, 1 - 0, and for KTO half the weight, here 3."""
+    torch.testing.assert_close(loss(torch.zeros(4), torch.zeros(4)), torch.tensor(first))
+
+
+def test_a_loss_says_what_it_needs() -> None:
+    """The mark changes nothing else: it is the same function."""
+
+    def loss(chosen: Tensor) -> Tensor:
+        return chosen
+
+    assert needs(reference_free=True)(loss) is loss
+    assert vars(loss)["needs"] == {"reference_free": True}
+    assert vars(simpo_loss)["needs"] == vars(odds_ratio_loss)["needs"] == {
+        "reference_free": True, "length_normalised": True,
+    }  # fmt: skip

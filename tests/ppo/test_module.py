@@ -1,110 +1,19 @@
 """The PPO stage in Lightning's own loop, for both architectures."""
 
-import json
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
 
-from helpers import PROMPTS, Fixed
+from online import Setting, assert_same, changed
 from rlhf.errors import UserError
-from rlhf.models import ScalarHead, ScalarModel
-from rlhf.ppo import PPOModule, PromptDataModule, ScoreShaping
-from rlhf.ppo.experience import Minibatch
+from rlhf.models import ScalarHead
+from rlhf.ppo import PPOModule
+from rlhf.rl import Minibatch, ScoreShaping
 from rlhf.rollout import Sampling
-
-
-class Record(lightning.Callback):
-    """Keeps what training did: the minibatches, the rollouts' numbers, and the gradient each optimizer step used."""
-
-    def __init__(self) -> None:
-        self.parts: list[Minibatch] = []
-        self.numbers: list[dict[str, Any]] = []
-        self.norms: list[float] = []
-
-    def on_train_start(self, trainer: lightning.Trainer, module: PPOModule) -> None:
-        trainer.optimizers[0].register_step_post_hook(self.note_step)
-
-    def on_train_batch_start(self, trainer: Any, module: Any, part: Minibatch, batch_idx: int) -> None:
-        self.parts.append(part)
-        if part.last:
-            self.numbers.append(module._iteration)
-
-    def note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        self.norms.append(float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])))
-
-
-@pytest.fixture
-def policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Fixed:
-    """A model that ends an answer at about every fifth token, so that answers have different lengths."""
-    with torch.no_grad():
-        embedding = lm.get_output_embeddings().weight
-        embedding += 0.1  # now hidden states share a direction; all logits move alike, so nothing else changes
-        tokens = torch.arange(3, len(tokenizer))[None, :64]
-        common = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].mean(dim=0)
-        # the logit of EOS is then about 3 above those of the other 300; at temperature 0.7: e^4.3 / (e^4.3 + 300) = 0.2
-        embedding[tokenizer.eos_token_id] += 3 * common / common.square().sum()
-    return Fixed(lm)
-
-
-@pytest.fixture
-def judge(lm: PreTrainedModel) -> Fixed:
-    torch.manual_seed(1)
-    return Fixed(ScalarModel(deepcopy(lm.base_model), ScalarHead(32)))
-
-
-class Setting:
-    """Builds and trains a tiny PPO run; every call starts from the same models and seed."""
-
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> None:
-        self.tokenizer, self.policy, self.judge = tokenizer, policy, judge
-        self.prompts = folder / "prompts.jsonl"
-        self.prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-
-    def module(self, **keys: Any) -> PPOModule:
-        given = {
-            "sampling": Sampling(max_new_tokens=8, temperature=0.7), "scores": ScoreShaping(),
-            "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3, "schedule": "constant", **keys,
-        }  # fmt: skip
-        module = PPOModule(policy=self.policy, reward_model=self.judge, **given)
-        module.tokenizer = self.tokenizer
-        return module
-
-    def train(
-        self, *, trainer: dict[str, Any] | None = None, resume: Path | None = None, **keys: Any
-    ) -> tuple[PPOModule, Record]:
-        module, record = self.module(**keys), Record()
-        data = PromptDataModule(train=str(self.prompts), val_fraction=0, max_length=64, batch_size=8)
-        data.tokenizer = self.tokenizer
-        lightning.seed_everything(7, verbose=False)
-        self.trainer = lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
-            **{"max_epochs": 1, **(trainer or {})},
-        )  # fmt: skip
-        self.trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-        return module, record
-
-
-@pytest.fixture
-def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> Setting:
-    return Setting(tmp_path, tokenizer, policy, judge)
-
-
-def assert_same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
-    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), **tolerance)
-
-
-def changed(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +22,14 @@ def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytes
     The second minibatch comes after a step, so there they differ.
     """
     seen: list[tuple[Tensor, Tensor]] = []
-    note = PPOModule._note_update
+    look = PPOModule.look
 
-    def noting(self: PPOModule, part: Minibatch, scores: Any, *rest: Any) -> None:
+    def noting(self: PPOModule, part: Minibatch) -> Any:
+        scores = look(self, part)
         seen.append((scores.logprobs.detach(), part.old_logprobs))
-        note(self, part, scores, *rest)
+        return scores
 
-    monkeypatch.setattr(PPOModule, "_note_update", noting)
+    monkeypatch.setattr(PPOModule, "look", noting)
     _, record = setting.train(kl_coef=0.1)
     assert torch.equal(*seen[0])
     assert not torch.equal(*seen[1])
@@ -150,12 +60,12 @@ def test_only_policy_and_critic_learn(setting: Setting) -> None:
     """The reference and the reward model keep every bit, stay in eval mode and out of the optimizer and checkpoint."""
     module, _ = setting.train()
     assert_same(module.reference.model.lm, setting.policy.model, rtol=0.0, atol=0.0)
-    assert_same(module.reward_model.model, setting.judge.model, rtol=0.0, atol=0.0)
+    assert_same(module.reward.model.model, setting.judge.model, rtol=0.0, atol=0.0)
     assert changed(module.policy.lm, setting.policy.model)
     assert changed(module.critic, setting.judge.model)
-    frozen = [*module.reference.model.modules(), *module.reward_model.model.modules()]
+    frozen = [*module.reference.model.modules(), *module.reward.model.model.modules()]
     assert not any(part.training for part in frozen)
-    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores"}
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores", "kl", "iterations"}
 
 
 def test_shared_critic_is_a_head_that_learns(setting: Setting) -> None:

@@ -1,4 +1,7 @@
-"""The arithmetic of PPO. Tensors are [batch, time]; entry t speaks of token t, the mask is True on answer tokens."""
+"""The arithmetic of learning from one's own answers. Tensors are [batch, time]; entry t speaks of token t, the mask is
+True on answer tokens."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -7,23 +10,60 @@ from rlhf.tensors import last_true, masked_mean
 
 
 # fmt: off
-def token_rewards(
-    scores: Tensor,              # [batch] what the answer is worth, reward units
-    logprobs: Tensor,            # [batch, time] log pi(token) when sampled, nats
+def kl_k1(
+    logprobs: Tensor,            # [batch, time] log pi(token), nats
     reference_logprobs: Tensor,  # [batch, time] the same under the frozen reference, nats
-    mask: Tensor,                # [batch, time] bool
-    *,
-    kl_coef: float,              # price of leaving the reference; reward units per nat
-) -> Tensor:                     # [batch, time] reward units; 0 outside the mask
-    """Reward of each token: the price of its log-ratio to the reference, and at the last token the score as well.
+) -> Tensor:                     # [batch, time] nats; unbiased, may be negative
+    """The log-ratio: unbiased estimate of KL(pi || reference) from tokens drawn from pi.
 
-    The log-ratio is the estimator k1 of the KL divergence (J. Schulman, "Approximating KL divergence").
+    Source: J. Schulman, "Approximating KL divergence".
+    """
+    # fmt: on
+    return logprobs - reference_logprobs
+
+
+# fmt: off
+def kl_k2(
+    logprobs: Tensor,            # [batch, time] log pi(token), nats
+    reference_logprobs: Tensor,  # [batch, time] the same under the frozen reference, nats
+) -> Tensor:                     # [batch, time] nats; never negative, biased where the policies are far apart
+    """Half the squared log-ratio. Its gradient, unlike k1's, is that of the KL divergence.
+
+    Source: J. Schulman, "Approximating KL divergence".
+    """
+    # fmt: on
+    return 0.5 * (logprobs - reference_logprobs).square()
+
+
+# fmt: off
+def kl_k3(
+    logprobs: Tensor,            # [batch, time] log pi(token), nats
+    reference_logprobs: Tensor,  # [batch, time] the same under the frozen reference, nats
+) -> Tensor:                     # [batch, time] nats; unbiased and never negative
+    """``r - 1 - log r`` with ``r = reference / pi``: k1 with a control variate of mean 0.
+
+    Source: J. Schulman, "Approximating KL divergence"; as a loss: Shao et al. 2024, eq. 4 (arXiv:2402.03300).
+    """
+    # fmt: on
+    log_ratio = reference_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+# fmt: off
+def token_rewards(
+    scores: Tensor,    # [batch] what the answer is worth, reward units
+    kl: Tensor,        # [batch, time] estimate of the KL to the reference at each token, nats
+    mask: Tensor,      # [batch, time] bool
+    *,
+    kl_coef: float,    # price of leaving the reference; reward units per nat
+) -> Tensor:           # [batch, time] reward units; 0 outside the mask
+    """Reward of each token: the price of its distance to the reference, and at the last token the score as well.
 
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); Huang et al. 2024 (arXiv:2403.17031) put the score one place
     later, which gives the same returns for gamma = 1.
     """
     # fmt: on
-    rewards = torch.where(mask, -kl_coef * (logprobs - reference_logprobs), 0.0)
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
     rows = torch.arange(len(scores), device=scores.device)
     return rewards.index_put((rows, last_true(mask)), scores, accumulate=True)
 
@@ -63,20 +103,28 @@ def clipped_policy_loss(
     mask: Tensor,          # [batch, time] bool
     *,
     clip_range: float,     # largest rewarded change of the ratio; dimensionless
+    clip_range_high: float | None = None,  # the same for ratios above 1, where it differs
+    dual_clip: float | None = None,        # most that a bad token can cost, in units of its advantage; above 1
+    average: Callable[[Tensor, Tensor], Tensor] = masked_mean,  # over tokens, or over answers
 ) -> Tensor:               # []            mean over the True tokens of the batch
     """PPO's clipped surrogate, negated: lower is better.
 
     A token earns ``ratio * advantage``, where ``ratio = pi / pi_old``. A ratio that has already moved by ``clip_range``
-    the way the advantage asks for earns no more and has gradient 0; one that moved the other way pays in full. Tokens
-    count alike, so long answers weigh more than short ones.
+    the way the advantage asks for earns no more and has gradient 0; one that moved the other way pays in full, but
+    with ``dual_clip`` no more than ``dual_clip * |advantage|``. Tokens count alike, so long answers weigh more than
+    short ones, unless ``average`` is ``mean_of_rows``.
 
-    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); two ranges: Yu et al. 2025, eq. 10 (arXiv:2503.14476);
+    dual clip: Ye et al. 2020, eq. 4 (arXiv:1912.09729).
     """
     # fmt: on
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     advantages = torch.where(mask, advantages, 0.0)
-    earned = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-    return -masked_mean(earned, mask)
+    high = clip_range if clip_range_high is None else clip_range_high
+    earned = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + high) * advantages)
+    if dual_clip is not None:
+        earned = torch.where(advantages < 0, torch.maximum(earned, dual_clip * advantages), earned)
+    return -average(earned, mask)
 
 
 # fmt: off
@@ -87,6 +135,7 @@ def clipped_value_loss(
     mask: Tensor,        # [batch, time] bool
     *,
     clip_range: float | None,  # largest rewarded change of a value, reward units; None: no clipping
+    average: Callable[[Tensor, Tensor], Tensor] = masked_mean,  # over tokens, or over answers
 ) -> Tensor:             # []            reward units squared
     """Half the squared error of the critic, the worse of the plain and the clipped estimate.
 
@@ -98,7 +147,7 @@ def clipped_value_loss(
     if clip_range is not None:
         near = old_values + (values - old_values).clamp(-clip_range, clip_range)
         errors = torch.maximum(errors, (near - returns).square())
-    return 0.5 * masked_mean(errors, mask)
+    return 0.5 * average(errors, mask)
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from rlhf.data import Batch, BatchLoader, PromptBatch
 from rlhf.data.loader import weighed
 from rlhf.errors import UserError
+from rlhf.rollout import Rollout
 
 
 @dataclass
@@ -17,9 +19,11 @@ class Minibatch(Batch):
 
     tokens, mask, answer: as in Rollout.
     old_logprobs: log pi(token) when sampled, nats.
-    old_values: critic's estimates then, reward units.
-    advantages: whitened over the rollout: standard deviations.
-    returns: what the critic should say, reward units.
+    reference_logprobs: the same under the reference, nats.
+    advantages: how much better than expected, as a rule whitened over the rollout: standard deviations.
+    old_values: critic's estimates when sampled, reward units; None without a critic.
+    returns: what the critic should say, reward units; None without a critic.
+    by_answer: every answer counts alike in the loss, instead of every token.
     last: True on the last minibatch of a rollout: its numbers are logged then.
     fresh: tokens and sequences that are new, on the first minibatch of a rollout.
     """
@@ -28,15 +32,22 @@ class Minibatch(Batch):
     mask: Tensor
     answer: Tensor
     old_logprobs: Tensor
-    old_values: Tensor
+    reference_logprobs: Tensor
     advantages: Tensor
-    returns: Tensor
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    by_answer: bool = False
     last: bool = False
     fresh: tuple[int, int] = (0, 0)
 
     @property
     def loss_terms(self) -> int:
-        return int(self.answer.sum())
+        return len(self.tokens) if self.by_answer else int(self.answer.sum())
+
+    @property
+    def first(self) -> bool:
+        """True on the first minibatch of a rollout."""
+        return self.fresh[1] > 0
 
     @property
     def token_count(self) -> int:
@@ -47,20 +58,46 @@ class Minibatch(Batch):
         return self.fresh[1]
 
 
+@dataclass
+class Experience:
+    """A rollout as the models see it before they learn from it. All tensors are [batch, time], 0 outside the answer.
+
+    rollout: tokens, mask and answer.
+    logprobs: log pi(token), nats.
+    reference_logprobs: the same under the reference, nats.
+    kl: KL to the reference at each token, nats: an estimate from the token, or the exact sum over the vocabulary.
+    values: critic's estimates before the token, reward units; None without a critic.
+    """
+
+    rollout: Rollout
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    kl: Tensor
+    values: Tensor | None = None
+
+
+def cut(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Tokens, mask and answer of some rows, and other [batch, time] tensors, without the columns of mere padding."""
+    rows = rows.to(rollout.tokens.device)
+    width = int(rollout.mask[rows].sum(dim=1).max())
+    tensors = (rollout.tokens, rollout.mask, rollout.answer, *others)
+    return tuple(None if tensor is None else tensor[rows, :width] for tensor in tensors)
+
+
 def partition(rows: int, size: int) -> list[Tensor]:
     """Row indices in a random order, in parts of ``size``."""
     return list(torch.randperm(rows).split(size))
 
 
 class ExperienceLoader:
-    """What Lightning iterates over in PPO: for every batch of prompts, all minibatches of all passes.
+    """What Lightning iterates over instead of prompts: for every batch of them, all minibatches of all passes.
 
     A rollout is made when its first minibatch is asked for, so it is always sampled from the present policy, and each
     optimizer step is one batch of Lightning's own loop: clipping, accumulation, precision and schedules apply as ever.
 
     Args:
         prompts: batches of prompts.
-        iterate: one PPO iteration: a batch of prompts to its minibatches.
+        iterate: one iteration: a batch of prompts to its minibatches.
         minibatches: how many of them an iteration has.
     """
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf.data import PromptRecordDataModule
-from rlhf.ppo.experience import ExperienceLoader
+from rlhf.rl.experience import ExperienceLoader
 
 
 class PromptDataModule(PromptRecordDataModule):

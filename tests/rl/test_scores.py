@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.ppo import ScoreShaping
+from rlhf.rl import ScoreShaping
 
 FINISHED = torch.tensor([True, True])
 
@@ -54,6 +54,14 @@ def test_the_penalty_is_taken_off_unfinished_answers_after_clipping() -> None:
     """9 is clipped to 4 first: 4 if it ended, 4 - 1.5 if it was cut."""
     scores = shaping(clip=4.0, missing_eos_penalty=1.5)
     assert scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False])).tolist() == [4.0, 2.5]
+
+
+def test_an_unfinished_answer_may_lose_its_score_altogether() -> None:
+    """``replace``: whatever the score was, an answer that was cut is worth -1.5 (arXiv:2403.17031: -1)."""
+    scores = shaping(missing_eos_penalty=1.5, missing_eos="replace")
+    assert scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False])).tolist() == [9.0, -1.5]
+    with pytest.raises(UserError, match=r"stage\.scores\.missing_eos=drop"):
+        ScoreShaping(missing_eos="drop")
 
 
 def test_equal_scores_are_not_divided_by_zero() -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO, by hand and against independent code."""
+"""The arithmetic of learning from one's own answers, by hand and against independent code."""
 
 import math
 import random
@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from rlhf.ppo.objective import (
+from rlhf.rl.objective import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -14,6 +14,7 @@ from rlhf.ppo.objective import (
     policy_ratio,
     token_rewards,
 )
+from rlhf.tensors import mean_of_rows
 
 NAN, INF = math.nan, math.inf
 
@@ -21,13 +22,12 @@ NAN, INF = math.nan, math.inf
 def test_token_rewards_put_the_score_at_the_last_answer_token() -> None:
     """kl_coef 0.5; a prompt token (or padding) is worth nothing, whatever stands there.
 
-    row 0: log-ratios 1, -2; score 10 at its second token: -0.5, 1 + 10
-    row 1: log-ratio 4; score -3 at its only token: -2 - 3
+    row 0: KL 1, -2; score 10 at its second token: -0.5, 1 + 10
+    row 1: KL 4; score -3 at its only token: -2 - 3
     """
-    logprobs = torch.tensor([[NAN, -1.0, -4.0, NAN], [INF, -1.0, NAN, -INF]])
-    reference = torch.tensor([[NAN, -2.0, -2.0, NAN], [INF, -5.0, NAN, -INF]])
+    kl = torch.tensor([[NAN, 1.0, -2.0, NAN], [INF, 4.0, NAN, -INF]])
     mask = torch.tensor([[False, True, True, False], [False, True, False, False]])
-    rewards = token_rewards(torch.tensor([10.0, -3.0]), logprobs, reference, mask, kl_coef=0.5)
+    rewards = token_rewards(torch.tensor([10.0, -3.0]), kl, mask, kl_coef=0.5)
     torch.testing.assert_close(rewards, torch.tensor([[0.0, -0.5, 11.0, 0.0], [0.0, -5.0, 0.0, 0.0]]))
 
 
@@ -104,6 +104,46 @@ def test_clipped_policy_loss_by_hand() -> None:
     (gradient,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(loss, torch.tensor(-0.7 / 4))
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0, 0.75, -0.825, 0.0, 0.0]]))
+
+
+def test_two_clip_ranges_by_hand() -> None:
+    """Clip 0.2 below and 0.5 above: ratios 1.4 and 1.6 with advantage 1 earn 1.4 and 1.5; 0.7 with -1 costs 0.8.
+
+    loss = -(1.4 + 1.5 - 0.8) / 3; only the first token is inside its range: gradient -1.4 / 3
+    """
+    logprobs = torch.tensor([[1.4, 1.6, 0.7]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[1.0, 1.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    loss = clipped_policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, clip_range=0.2, clip_range_high=0.5)
+    torch.testing.assert_close(loss, torch.tensor(-2.1 / 3))
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], torch.tensor([[-1.4 / 3, 0.0, 0.0]]))
+
+
+def test_dual_clip_by_hand() -> None:
+    """Dual clip 3. Ratio 5 with advantage -2 costs 3 x 2 instead of 5 x 2; ratio 2 with -1 costs its 2; ratio 5 with
+    advantage +1 is capped by the clip range at 1.2, as ever.
+
+    loss = -(-6 - 2 + 1.2) / 3; gradient of the second token: 2 / 3
+    """
+    logprobs = torch.tensor([[5.0, 2.0, 5.0]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[-2.0, -1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    loss = clipped_policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, clip_range=0.2, dual_clip=3.0)
+    torch.testing.assert_close(loss, torch.tensor(6.8 / 3))
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], torch.tensor([[0.0, 2 / 3, 0.0]]))
+
+
+def test_losses_by_answer_weigh_answers_alike() -> None:
+    """Ratios 1, advantages 3, 1 and 5 in answers of 2 tokens and 1: by token -(9 / 3), by answer -(2 + 5) / 2.
+
+    The critic's errors 1, 3 and 2: half of the mean of (1 + 9) / 2 and 4 = 2.25.
+    """
+    mask = torch.tensor([[True, True], [True, False]])
+    zeros, advantages = torch.zeros(2, 2), torch.tensor([[3.0, 1.0], [5.0, NAN]])
+    loss = clipped_policy_loss(zeros, zeros, advantages, mask, clip_range=0.2)
+    by_answer = clipped_policy_loss(zeros, zeros, advantages, mask, clip_range=0.2, average=mean_of_rows)
+    torch.testing.assert_close((loss, by_answer), (torch.tensor(-3.0), torch.tensor(-3.5)))
+    values = torch.tensor([[1.0, 3.0], [2.0, INF]])
+    value_loss = clipped_value_loss(values, zeros, zeros, mask, clip_range=None, average=mean_of_rows)
+    torch.testing.assert_close(value_loss, torch.tensor(2.25))
 
 
 def test_policy_ratio_is_one_on_padding() -> None:

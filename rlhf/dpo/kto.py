@@ -1,0 +1,66 @@
+"""The same stage for answers that are labelled one by one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data import VerdictBatch
+from rlhf.dpo.base import Numbers, PreferenceModule, lengths
+from rlhf.dpo.objective import answer_nll, kto_loss
+from rlhf.tensors import masked_mean
+
+
+class KTOModule(PreferenceModule):
+    """Moves the policy towards desirable answers and away from undesirable ones. See PreferenceModule for the keys.
+
+    The baseline, the policy's distance from the reference, is estimated on prompts that are joined with the answer of
+    the next row of their batch. That costs a forward pass of policy and of reference a step, without gradient, so the
+    reference stays in memory even where its log-probs of the data's answers are known.
+
+    The baseline is a statistic of the batch, averaged over ranks: accumulated, 4 batches of 8 have four baselines where
+    1 of 32 has one. Everything else of the loss is the same either way.
+    """
+
+    def __init__(self, *, objective: Callable[..., Tensor] = kto_loss, **keys: Any) -> None:
+        super().__init__(objective=objective, **keys)
+
+    def compare(self, batch: VerdictBatch) -> tuple[Tensor, Tensor, Numbers]:
+        logprobs, entropy = self.answer_logprobs(batch.texts)
+        reference = batch.reference if batch.reference is not None else self.reference_logprobs(batch.texts)
+        said = self.as_objective_reads(logprobs, reference, batch.texts)
+        kl, desirable = self.baseline(batch), batch.desirable
+        loss = self.objective(said, desirable, kl, beta=self.beta)
+
+        nll = answer_nll(logprobs[desirable], lengths(batch.texts)[desirable])
+        return loss, nll, self._numbers(batch, self.beta * said.detach(), logprobs, kl, entropy)
+
+    @torch.no_grad()
+    def baseline(self, batch: VerdictBatch) -> Tensor:
+        """How far the policy is from the reference, [], nats (a token with length_normalised), 0 or more.
+
+        Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
+        """
+        texts = batch.mismatched
+        logprobs, _ = self.answer_logprobs(texts)
+        said = self.as_objective_reads(logprobs, self.reference_logprobs(texts), texts)
+        return self.trainer.strategy.reduce(said.mean(), reduce_op="mean").clamp(min=0)
+
+    def _numbers(self, batch: VerdictBatch, rewards: Tensor, logprobs: Tensor, kl: Tensor, entropy: Tensor) -> Numbers:
+        """An answer counts as told apart if its reward is above the baseline just where it is desirable."""
+        desirable = batch.desirable
+        right = (rewards > self.beta * kl) == desirable
+        groups: Numbers = [
+            (batch.loss_terms, {"rewards/accuracies": right.float().mean(), "kto/kl": kl, "entropy": entropy})
+        ]
+        for name, mask in (("chosen", desirable), ("rejected", ~desirable)):
+            means = {
+                f"rewards/{name}": masked_mean(rewards, mask),
+                f"logps/{name}": masked_mean(logprobs.detach(), mask),
+            }
+            groups.append((int(mask.sum()), means))
+        (_, chosen), (_, rejected) = groups[1:]
+        margin = chosen["rewards/chosen"] - rejected["rewards/rejected"]
+        both = batch.loss_terms if all(terms for terms, _ in groups) else 0
+        return [*groups, (both, {"rewards/margins": margin})]

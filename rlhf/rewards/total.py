@@ -1,0 +1,68 @@
+"""What every reward is, and the weighted sum of several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.rewards.answers import Answers
+
+
+class Reward(nn.Module):
+    """From answers to numbers: [batch], reward units, higher is better.
+
+    needs_model: True if it reads the reward model's file.
+    """
+
+    needs_model = False
+
+    def open(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load what it needs, before training.
+
+        Args:
+            sources: where the reward models come from; empty if ``needs_model`` is False.
+            tokenizer: the policy's.
+        """
+
+    def forward(self, answers: Answers) -> Tensor:
+        raise NotImplementedError
+
+    def detailed(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reward, [batch], and the single rewards behind it, name to [batch], for the log."""
+        return self(answers), {}
+
+
+class WeightedSum(Reward):
+    """Several rewards at once.
+
+    Args:
+        parts: name to reward.
+        weights: name to weight; a part without one, or with 0, is left out and not even opened.
+    """
+
+    def __init__(self, *, parts: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if unknown := sorted(set(weights) - set(parts)):
+            raise UserError(f"reward.weights.{unknown[0]}: there is no such part", f"parts: {', '.join(sorted(parts))}")
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        if not self.weights:
+            raise UserError("reward.weights are all 0: nothing is rewarded", "reward.weights.model=1")
+        self.rewards = nn.ModuleDict({name: parts[name] for name in self.weights})
+
+    @property
+    def needs_model(self) -> bool:  # type: ignore[override]
+        return any(part.needs_model for part in self.rewards.values())
+
+    def open(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+        for part in self.rewards.values():
+            part.open(sources if part.needs_model else (), tokenizer)
+
+    def forward(self, answers: Answers) -> Tensor:
+        return self.detailed(answers)[0]
+
+    def detailed(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = {name: part(answers) for name, part in self.rewards.items()}
+        return torch.stack([self.weights[name] * scores for name, scores in parts.items()]).sum(dim=0), parts
