@@ -13,6 +13,8 @@ class UserError(Exception):
     The message says where, what and why; ``hint`` says what to type instead.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
@@ -24,7 +26,7 @@ class UserError(Exception):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show a user's mistake in plain words and leave with exit code 2; a bug keeps its traceback."""
+    """Show a user's mistake in plain words and leave with its exit code, 2; a bug keeps its traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
     try:
         yield
@@ -33,7 +35,7 @@ def plain_errors() -> Iterator[None]:
         if message is None:
             raise
         sys.stderr.write(f"{message}\n")
-        sys.exit(2)
+        sys.exit(next((cause.exit_code for cause in _causes(error) if isinstance(cause, UserError)), 2))
 
 
 def explain(error: BaseException) -> str | None:

@@ -107,6 +107,24 @@ class Rollout:
         return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in self.answers()]
 
 
+def repeated_share(answers: Sequence[Sequence[int]], size: int = 4) -> float:
+    """How much of the answers has been said before in the same answer.
+
+        1 - distinct runs of ``size`` tokens / runs of ``size`` tokens,    both summed over the answers
+
+    Args:
+        answers: token ids of each.
+        size: tokens in a run.
+
+    Returns:
+        A share, 0 to 1; 0 where no answer is so long.
+
+    Source: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
+    """
+    runs = [list(zip(*(answer[i:] for i in range(size)), strict=False)) for answer in answers]
+    return 1 - sum(len(set(own)) for own in runs) / max(sum(map(len, runs)), 1) if any(runs) else 0.0
+
+
 @torch.no_grad()
 def roll_out(
     lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: int | Sequence[int]

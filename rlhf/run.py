@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import tempfile
 import time
 from importlib.metadata import version
 from inspect import signature
@@ -18,9 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from rlhf import __version__
+from rlhf.checks import prove
 from rlhf.errors import UserError
-from rlhf.export import FINAL, RL_STAGES, RL_TRAINED, describe, hash_file, open_source, save_huggingface, save_result
+from rlhf.export import (
+    FINAL,
+    RL_STAGES,
+    RL_TRAINED,
+    Export,
+    describe,
+    hash_file,
+    open_source,
+    save_huggingface,
+    save_result,
+)
 from rlhf.logs import log_file, quiet_libraries
+from rlhf.stage import Result
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +42,8 @@ def run(cfg: DictConfig) -> float:
     """What ``train.py`` does: one stage, or the pipeline. Returns the figure of merit, for sweeps."""
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg.paths.output = HydraConfig.get().runtime.output_dir
+    if cfg.check not in (False, True, "only"):
+        raise UserError(f"check={cfg.check} is none of false, true, only", "check=true")
     if cfg.stage_name == "pipeline":
         from rlhf.pipeline import run_pipeline
 
@@ -62,8 +77,12 @@ def train(cfg: DictConfig, output: Path) -> float:
     module = build(**parents)
     module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
     provenance = _provenance(cfg, parents)
-    trainer = _trainer(cfg, [_ExportHeader(provenance)])
-    trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    proof = [_SelfCheck(output, provenance, only=cfg.check == "only")] if cfg.check else []
+    trainer = _trainer(cfg, [_ExportHeader(provenance), *proof])
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    except _Checked:
+        return float("nan")
     if module.figure_of_merit not in trainer.callback_metrics and datamodule.records("val"):
         trainer.validate(module, datamodule, verbose=False)
 
@@ -97,6 +116,9 @@ def _check_numbers(node: Any, path: str) -> None:
 
 def evaluate(cfg: DictConfig) -> float:
     """Compare the models of a run on held-out prompts, and print the table."""
+    if cfg.check == "only":
+        log.info("check=only: stage=evaluate trains nothing, so there is nothing to check")
+        return float("nan")
     policies = _policies(cfg)
     reward = _existing(cfg, "reward")
     chosen = cfg.stage.reward_model
@@ -271,3 +293,30 @@ class _ExportHeader(Callback):
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf"] = describe(module.result(), self.provenance)
+
+
+class _SelfCheck(Callback):
+    """Has the stage prove itself before it trains, and with ``only`` stops after that."""
+
+    def __init__(self, output: Path, provenance: dict[str, Any], only: bool) -> None:
+        self.output = output
+        self.provenance = provenance
+        self.only = only
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        prove(module, self.reopen)
+        if self.only:
+            raise _Checked
+
+    def reopen(self, result: Result) -> Any:
+        """A result after its way through a file, which lies beside the real ones for a moment."""
+        with tempfile.TemporaryDirectory(dir=self.output, prefix="check-") as folder:
+            path = Path(folder, "result.pt")
+            save_result(result, path, self.provenance)
+            export = Export(str(path))
+            scalar = export.kind == "scalar_model"
+            return export.scalar_model(result.tokenizer) if scalar else export.language_model(result.tokenizer)
+
+
+class _Checked(Exception):
+    """``check=only``: the checks have passed, and nothing is to be trained."""

@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.data import Batch
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.checks import Check
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -56,11 +59,16 @@ class StageModule(lightning.LightningModule):
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
         self.tokenizer: PreTrainedTokenizerBase | None = None  # set by run.py, with the datamodule's
+        self.numbers: dict[str, Any] = {}  # what was logged last; a callback that has read them takes them away
         self._since = _Tally()
 
     @abstractmethod
     def result(self) -> Result:
         """What the stage leaves behind; ``export.py`` writes it."""
+
+    def checks(self, datamodule: Any) -> "Iterator[Check]":
+        """What the stage proves of itself with ``check=true``, before it trains."""
+        yield from ()
 
     # optimizer and schedule
 
@@ -89,6 +97,7 @@ class StageModule(lightning.LightningModule):
 
     def log_train(self, values: Mapping[str, Any]) -> None:
         """Log numbers of a training step under their full names."""
+        self.numbers |= {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
         self.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
 
     def log_val(self, values: Mapping[str, Any], weight: int) -> None:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "rlhf").rglob("*.py"))
 SLICES = ("sft", "reward", "dpo", "ppo", "grpo", "evaluate")
-GROUND = ("tensors", "rollout", "stage", "models", "data", "rewards", "rl", "errors", "logs")  # what slices stand on
+# what slices stand on
+GROUND = ("tensors", "rollout", "stage", "models", "data", "rewards", "rl", "checks", "errors", "logs")
 
 
 def name_of(file: Path) -> str:
@@ -96,13 +97,13 @@ def test_tensors_know_torch_only() -> None:
 
 
 def test_lightning_stays_where_training_is() -> None:
-    """module.py, datamodule.py, stage.py, run.py and logs.py."""
+    """module.py, datamodule.py, stage.py, run.py, logs.py and alarms.py."""
     users = {
         file.name
         for file in FILES
         if any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imports(file))
     }
-    assert users <= {"module.py", "datamodule.py", "stage.py", "run.py", "logs.py"}
+    assert users <= {"module.py", "datamodule.py", "stage.py", "run.py", "logs.py", "alarms.py"}
     assert {"stage.py", "run.py"} <= users
 
 

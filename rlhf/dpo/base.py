@@ -1,14 +1,16 @@
 """What the stages that learn from preferences have in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import Batch, TextBatch
+from rlhf.dpo.checks import checks
 from rlhf.dpo.reference import ReferenceLogprobs, model_key
 from rlhf.errors import UserError
 from rlhf.models import Frozen, ModelSource, Policy, switch_off_dropout
@@ -158,6 +160,9 @@ class PreferenceModule(StageModule):
         """
         said = logprobs if reference is None else logprobs - reference
         return said / lengths(texts) if self.length_normalised else said
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

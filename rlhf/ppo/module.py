@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlhf.checks import Check
 from rlhf.errors import UserError
 from rlhf.models import ScalarHead, ScalarModel, TokenScores, hidden_states, switch_off_dropout
+from rlhf.ppo.checks import critic_checks
 from rlhf.rl import Experience, Minibatch, OnlineModule
 from rlhf.rl.objective import clipped_value_loss, explained_variance, gae
 from rlhf.tensors import masked_scale, masked_whiten, scatter, states_before
@@ -100,6 +102,10 @@ class PPOModule(OnlineModule):
     def trained_parts(self) -> Iterator[tuple[nn.Module, float]]:
         yield self.policy, self.learning_rate
         yield self.critic, self.critic_learning_rate
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        yield from super().checks(datamodule)
+        yield from critic_checks(self, datamodule)
 
     # one iteration
 

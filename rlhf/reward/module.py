@@ -1,6 +1,7 @@
 """The reward model's stage."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import track
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import PairBatch, RatingBatch, TextBatch
 from rlhf.errors import UserError
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, switch_off_dropout
+from rlhf.reward.checks import checks
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, head_spread, regression_loss
 from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.writing import as_text, picture, scalars, write_json
@@ -174,6 +177,9 @@ class RewardModule(StageModule):
         """What each head says of some texts, [texts, heads], in the precision of training."""
         with self.trainer.precision_plugin.forward_context():
             return self.model.scores(texts.tokens.to(self.device), texts.mask.to(self.device))
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.model, self.tokenizer)

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.checks import Check
 from rlhf.data import PromptBatch
 from rlhf.errors import UserError
 from rlhf.models import Frozen, ModelSource, Policy, TokenScores, kl_divergence, switch_off_dropout
 from rlhf.rewards import Answers, Reward
+from rlhf.rl.checks import checks
 from rlhf.rl.experience import Experience, Minibatch, cut, partition
 from rlhf.rl.kl import ESTIMATORS, FULL, KLControl
 from rlhf.rl.limits import Limits
 from rlhf.rl.objective import clipped_policy_loss, policy_ratio, token_rewards
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rollout import Rollout, Sampling, roll_out
+from rlhf.rollout import Rollout, Sampling, repeated_share, roll_out
 from rlhf.stage import Result, StageModule
 from rlhf.tensors import masked_mean, masked_sum, mean_of_rows
 
@@ -301,6 +303,7 @@ class OnlineModule(StageModule):
             "objective/rlhf_reward": rewards.sum(dim=1).mean(),
             "response/length": rollout.lengths.float().mean(),
             "response/truncated": 1 - rollout.finished.float().mean(),
+            "response/repetition": repeated_share(rollout.answers()),
             "kl_coef": kl_coef,
         }
 
@@ -342,8 +345,12 @@ class OnlineModule(StageModule):
         updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
         self._updates.clear()
         numbers = {**self._iteration, **updates, **self.throughput()}
+        self.numbers = {name: float(value) for name, value in numbers.items()}
         for logger in self.loggers:
-            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=self.global_step)
+            logger.log_metrics(self.numbers, step=self.global_step)
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

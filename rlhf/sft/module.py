@@ -1,12 +1,15 @@
 """The supervised stage."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from rlhf.checks import Check
 from rlhf.data import Prompt, TextBatch
 from rlhf.models import ModelSource, Policy
 from rlhf.rollout import Sampling, roll_out
+from rlhf.sft.checks import checks
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.stage import Result, StageModule, as_fraction
 
@@ -65,6 +68,9 @@ class SFTModule(StageModule):
         rollout = roll_out(self.policy.lm, [tokens for tokens, _ in prompts], self.sampling, stops)
         texts = rollout.texts(self.tokenizer)
         return [(prompt.source, text) for (_, prompt), text in zip(prompts, texts, strict=True)]
+
+    def checks(self, datamodule: Any) -> Iterator[Check]:
+        return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)
