@@ -68,6 +68,7 @@ class DPOModule(StageModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         loss, numbers = self.compare(batch)
+        self.log_val({"entropy": numbers.pop("entropy")}, batch.texts.loss_terms)  # a mean over tokens, not pairs
         self.log_val({"loss": loss, **numbers}, batch.loss_terms)
 
     def compare(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
