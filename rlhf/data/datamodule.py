@@ -74,6 +74,7 @@ class RecordDataModule(lightning.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._records: dict[str, list[Any]] = {}
         self._rows: dict[str, list[Any]] = {}
+        self._place: dict[str, int] | None = None  # where in an epoch a resumed run goes on
 
     @staticmethod
     def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -232,10 +233,25 @@ class RecordDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-        return BatchLoader(rows, self.collate, batches, trainer.accumulate_grad_batches if trainer and training else 1)
+        per_step = trainer.accumulate_grad_batches if trainer and training else 1
+        loader = BatchLoader(rows, self.collate, batches, per_step)
+        if training and self._place is not None:
+            loader.load_state_dict(self._place)
+            self._place = None
+        return loader
 
     def train_dataloader(self) -> Any:
         return self.loader("train", training=True)
+
+    # The place within an epoch travels with the datamodule: Lightning keeps it for loaders too, but loses it wherever
+    # the number of steps, which schedules need, is asked for before the checkpoint is read.
+
+    def state_dict(self) -> dict[str, Any]:
+        loader: Any = self.trainer.train_dataloader if self.trainer else None
+        return {"train": loader.state_dict()} if loader is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._place = state["train"]
 
     def val_dataloader(self) -> Any:
         return self.loader("val") if self.records("val") else []
