@@ -213,7 +213,11 @@ class RecordDataModule(lightning.LightningDataModule):
             self.encoded(split)
 
     def samples(self, count: int, room: int = 64) -> list[tuple[list[int], Prompt]]:
-        """Some validation prompts, as tokens and as records, to be answered and looked at."""
+        """Some validation prompts, as tokens and as records, to be answered and looked at.
+
+        ``room`` tokens of max_length are kept free for the answer, but at most half of it.
+        """
+        room = min(room, self.max_length // 2)
         encoder, records = self.encoder(), (self.records("val") or self.records("train"))[:count]
         prompts = [record if isinstance(record, Prompt) else record.prompt for record in records]
         return [(encoder.prompt(prompt.messages, room=room), prompt) for prompt in prompts]
