@@ -108,6 +108,8 @@ class StageModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         self._since = _Tally()
         self.restore_random_state()
+        if self.global_rank:  # every rank draws answers of its own
+            torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Batch):

@@ -74,6 +74,7 @@ class RecordDataModule(lightning.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._records: dict[str, list[Any]] = {}
         self._rows: dict[str, list[Any]] = {}
+        self._place: dict[str, int] | None = None  # where in an epoch a resumed run goes on
 
     @staticmethod
     def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -212,7 +213,11 @@ class RecordDataModule(lightning.LightningDataModule):
             self.encoded(split)
 
     def samples(self, count: int, room: int = 64) -> list[tuple[list[int], Prompt]]:
-        """Some validation prompts, as tokens and as records, to be answered and looked at."""
+        """Some validation prompts, as tokens and as records, to be answered and looked at.
+
+        ``room`` tokens of max_length are kept free for the answer, but at most half of it.
+        """
+        room = min(room, self.max_length // 2)
         encoder, records = self.encoder(), (self.records("val") or self.records("train"))[:count]
         prompts = [record if isinstance(record, Prompt) else record.prompt for record in records]
         return [(encoder.prompt(prompt.messages, room=room), prompt) for prompt in prompts]
@@ -232,10 +237,25 @@ class RecordDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-        return BatchLoader(rows, self.collate, batches, trainer.accumulate_grad_batches if trainer and training else 1)
+        per_step = trainer.accumulate_grad_batches if trainer and training else 1
+        loader = BatchLoader(rows, self.collate, batches, per_step)
+        if training and self._place is not None:
+            loader.load_state_dict(self._place)
+            self._place = None
+        return loader
 
     def train_dataloader(self) -> Any:
         return self.loader("train", training=True)
+
+    # The place within an epoch travels with the datamodule: Lightning keeps it for loaders too, but loses it wherever
+    # the number of steps, which schedules need, is asked for before the checkpoint is read.
+
+    def state_dict(self) -> dict[str, Any]:
+        loader: Any = self.trainer.train_dataloader if self.trainer else None
+        return {"train": loader.state_dict()} if loader is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._place = state["train"]
 
     def val_dataloader(self) -> Any:
         return self.loader("val") if self.records("val") else []

@@ -39,8 +39,12 @@ class LengthBuckets:
         self.world = world
         self.epoch = 0
 
+    @property
+    def sampler(self) -> "LengthBuckets":
+        """Whose ``set_epoch`` Lightning calls before each epoch: it looks for ``loader.batch_sampler.sampler``."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -71,7 +75,7 @@ class BatchLoader:
     Args:
         rows: encoded rows.
         collate: makes a batch of some of them.
-        batches: which ones; Lightning calls its ``set_epoch``.
+        batches: which ones, in an order of each epoch's own.
         per_step: batches in an optimizer step (``trainer.accumulate_grad_batches``).
     """
 

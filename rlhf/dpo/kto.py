@@ -52,7 +52,8 @@ class KTOModule(PreferenceModule):
         desirable = batch.desirable
         right = (rewards > self.beta * kl) == desirable
         groups: Numbers = [
-            (batch.loss_terms, {"rewards/accuracies": right.float().mean(), "kto/kl": kl, "entropy": entropy})
+            (batch.texts.loss_terms, {"entropy": entropy}),
+            (batch.loss_terms, {"rewards/accuracies": right.float().mean(), "kto/kl": kl}),
         ]
         for name, mask in (("chosen", desirable), ("rejected", ~desirable)):
             means = {
@@ -60,7 +61,7 @@ class KTOModule(PreferenceModule):
                 f"logps/{name}": masked_mean(logprobs.detach(), mask),
             }
             groups.append((int(mask.sum()), means))
-        (_, chosen), (_, rejected) = groups[1:]
+        (_, chosen), (_, rejected) = groups[2:]
         margin = chosen["rewards/chosen"] - rejected["rewards/rejected"]
-        both = batch.loss_terms if all(terms for terms, _ in groups) else 0
+        both = batch.loss_terms if desirable.any() and not desirable.all() else 0
         return [*groups, (both, {"rewards/margins": margin})]

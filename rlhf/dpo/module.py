@@ -31,9 +31,8 @@ class DPOModule(PreferenceModule):
             "rewards/margins": (rewards[0] - rewards[1]).mean(),
             "logps/chosen": chosen_logprobs.mean(),
             "logps/rejected": rejected_logprobs.mean(),
-            "entropy": entropy,
         }
-        return loss, nll, [(batch.loss_terms, numbers)]
+        return loss, nll, [(batch.loss_terms, numbers), (batch.texts.loss_terms, {"entropy": entropy})]
 
     def _reference(self, batch: PairBatch) -> Tensor | None:
         """[2 x pairs], nats: what is known already, or what the reference says now; None without a reference."""

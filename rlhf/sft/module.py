@@ -35,7 +35,8 @@ class SFTModule(StageModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = Policy(self.source.language_model(self.tokenizer))
+            # a model that was opened comes in eval mode: its dropout is meant for this stage
+            self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         scores = self.policy(batch.tokens, batch.mask, batch.answer)

@@ -227,6 +227,14 @@ def test_samples_are_validation_prompts_ready_to_be_answered(
     assert [prompt.source for _, prompt in samples] == ["Q0", "Q1"]
 
 
+def test_samples_of_short_texts_keep_a_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """12 tokens in all are fewer than an answer may take: half of them are left to the prompt, BOS and its end."""
+    data = ready(SFTDataModule(train=write(tmp_path, *demonstrations(2)), val_fraction=0, max_length=12), tokenizer)
+    whole = tokenizer("<bos>Q0\nSummary:", add_special_tokens=False)["input_ids"]
+    ((tokens, _),) = data.samples(1)
+    assert tokens == [BOS, *whole[-5:]]
+
+
 def test_texts_for_a_tokenizer_are_prompts_and_answers_of_train(tmp_path: Path) -> None:
     """Answers with the space that the template writes before them."""
     train = write(tmp_path, *demonstrations(2))
