@@ -71,11 +71,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _what(message: str) -> str:
     """Hydra's message without its advice to force a key in, and without its search path."""
     lines = message.split("Config search path")[0].strip().splitlines()
-    text = "\n".join(line for line in lines if not line.startswith("To append to your config use"))
+    text = "\n".join(line for line in lines if not line.startswith("To append to your "))
     return re.sub(r"^Could not override '([^']+)'\.$", r"\1: there is no such key", text)
 
 
 def _hint(error: BaseException) -> str:
+    if "Could not override 'objective'" in str(error):
+        return "it chooses the loss of stage=dpo; in the pipeline: 'pipeline.overrides.dpo=[\"objective=<name>\"]'"
     if any("Key 'stage' is not in struct" in str(cause) for cause in _causes(error)):
         return (
             "the pipeline runs several stages: choose one (stage=ppo), or type "

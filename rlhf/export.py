@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,6 +34,7 @@ FINAL = {
 }
 RL_STAGES = ("ppo", "grpo", "dpo")  # the first of these that ran makes the run's final model
 RL_TRAINED = "final_rl_model.pt"
+_WHOLE_FILE = "name a file as the stage wrote it, or run the stage again"
 
 
 def load_model(
@@ -136,7 +138,7 @@ class Export:
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         content = self._content("language_model")
         model = AutoModelForCausalLM.from_config(_config(content["config"]), dtype=torch.float32)
-        model.load_state_dict(content["weights"])
+        _load_weights(model, content["weights"], self.path)
         return model
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
@@ -149,7 +151,7 @@ class Export:
             )
         trunk = AutoModel.from_config(_config(content["config"]), dtype=torch.float32)
         model = ScalarModel(trunk, ScalarHead(**content["head"]))
-        model.load_state_dict(content["weights"])
+        _load_weights(model, content["weights"], self.path)
         return model
 
     def _content(self, kind: str | None = None) -> dict[str, Any]:
@@ -192,6 +194,22 @@ def _read(path: str) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: not a file of this project, or of another version of it")
     return dict(content)
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    """Fill a model with exactly the weights of a file: one that is missing is never made up (trl#1379)."""
+    wanted = model.state_dict()
+    if missing := sorted(wanted.keys() - weights.keys(), key=lambda name: (not name.startswith("head."), name)):
+        part = "the reward head is" if missing[0].startswith("head.") else "these weights are"
+        raise UserError(f"{path}: {part} not in the file: {_names(missing)}", _WHOLE_FILE)
+    misfits = [name for name in weights if name not in wanted or weights[name].shape != wanted[name].shape]
+    if misfits:
+        raise UserError(f"{path}: these weights do not fit the model it describes: {_names(misfits)}", _WHOLE_FILE)
+    model.load_state_dict(weights)
+
+
+def _names(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _config(text: str) -> Any:

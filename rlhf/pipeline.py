@@ -56,8 +56,9 @@ def step_config(cfg: DictConfig, step: str, folder: Path) -> DictConfig:
     ]
     shared = [override for override in typed if not override.lstrip("+~").startswith("pipeline.")]
     variant = cfg.pipeline.variants.get(step)
-    kind = [f"stage={step}"] if variant is None else [*variant, f"paths.output={folder / step}"]
-    return compose("config", overrides=[*kind, *shared, f"paths.run={folder}", *cfg.pipeline.overrides.get(step, [])])
+    kind = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{folder / step}'"]
+    own = list(cfg.pipeline.overrides.get(step, []))
+    return compose("config", overrides=[*kind, *shared, f"paths.run='{folder}'", *own])
 
 
 def _is_sweep(cfg: DictConfig) -> bool:

@@ -89,18 +89,94 @@ def test_a_reward_model_scores_as_before(
     torch.testing.assert_close(scores(model, opened), scores(reward_model, tokenizer) - 0.25)
 
 
-@pytest.mark.parametrize("lost", ["head.layers.2.weight", "reward_mean", "trunk"])
-def test_missing_weights_are_refused(
-    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, lost: str
+@pytest.fixture
+def four_heads(lm: PreTrainedModel) -> ScalarModel:
+    """A scalar model with four heads of two layers, each with its own stored mean."""
+    torch.manual_seed(1)
+    model = ScalarModel(deepcopy(lm.base_model), ScalarHead(32, hidden_dim=7, num_layers=2, num_heads=4)).eval()
+    model.reward_mean.copy_(torch.tensor([0.25, -1.0, 2.0, 0.5]))
+    return model
+
+
+def test_several_heads_open_again(four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Every head and every mean: the scores of each head are the same bit for bit."""
+    path = save(four_heads, tokenizer, tmp_path, "reward")
+    model = open_source(str(path)).scalar_model(tokenizer).eval()
+    ids = torch.arange(20, 29)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert model.scores(ids, mask).shape == (1, 4)
+    assert torch.equal(model.scores(ids, mask), four_heads.scores(ids, mask))
+    assert model.reward_mean.tolist() == [0.25, -1.0, 2.0, 0.5]
+
+
+def test_a_file_from_before_there_were_several_heads_opens(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """A head that is not there is never made up anew (trl#1379)."""
+    """Its head settings name no number of heads: it has one, under the names and with the mean it always had."""
     path = save(reward_model, tokenizer, tmp_path, "reward")
+    rewrite(path, lambda content: content["head"].pop("num_heads"))
+    content = torch.load(path, weights_only=True)
+    assert content["head"] == {"input_dim": 32, "hidden_dim": 7, "num_layers": 2}
+    assert {name for name in content["weights"] if not name.startswith("trunk.")} == {
+        "reward_mean", "head.layers.0.weight", "head.layers.0.bias", "head.layers.2.weight", "head.layers.2.bias",
+    }  # fmt: skip
+    assert content["weights"]["reward_mean"].shape == ()
+    model, opened, _ = load_model(str(path), device="cpu")
+    assert torch.equal(scores(model, opened), scores(reward_model, tokenizer))
 
-    def lose(content: dict[str, Any]) -> None:
-        content["weights"] = {name: w for name, w in content["weights"].items() if not name.startswith(lost)}
 
-    rewrite(path, lose)
-    with pytest.raises(RuntimeError, match=rf"Missing key.*{lost}"):
+def lose(path: Path, start: str) -> None:
+    """Take out of a file the weights whose names start like that."""
+
+    def change(content: dict[str, Any]) -> None:
+        kept = {name: weight for name, weight in content["weights"].items() if not name.startswith(start)}
+        assert 0 < len(kept) < len(content["weights"])
+        content["weights"] = kept
+
+    rewrite(path, change)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("head.layers.2.weight", r"the reward head is not in the file: head\.layers\.2\.weight\n"),
+        ("head.", r"the reward head is not in the file: head\.layers\.0\.bias, head\.layers\.0\.weight, head"),
+        ("head.others.2", r"the reward head is not in the file: head\.others\.2\.0\.bias"),
+        ("reward_mean", r"these weights are not in the file: reward_mean\n"),
+        ("trunk.", r"these weights are not in the file: trunk\..* and \d+ more"),
+    ],
+)
+def test_missing_weights_are_refused(
+    four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, lost: str, message: str
+) -> None:
+    """A head that is not there is never made up anew (trl#1379): the file's name and what it lacks."""
+    path = save(four_heads, tokenizer, tmp_path, "reward")
+    lose(path, lost)
+    with pytest.raises(UserError, match=rf"reward_model_final\.pt: {message}"):
+        load_model(str(path))
+
+
+def test_a_policy_without_all_its_weights_is_refused(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = save(lm, tokenizer, tmp_path)
+    name = next(name for name in lm.state_dict() if "norm" in name)
+    lose(path, name)
+    with pytest.raises(UserError, match=rf"sft_final\.pt: these weights are not in the file: {name}"):
+        load_model("sft", outputs=str(tmp_path))
+
+
+def test_weights_of_another_shape_are_refused(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A head of another width, and a weight that no layer has."""
+    path = save(reward_model, tokenizer, tmp_path, "reward")
+    rewrite(path, lambda content: content["weights"].update({"head.layers.2.weight": torch.zeros(1, 8)}))
+    with pytest.raises(UserError, match=r"do not fit the model it describes: head\.layers\.2\.weight"):
+        load_model(str(path))
+    path = save(reward_model, tokenizer, tmp_path, "reward")
+    rewrite(path, lambda content: content["weights"].update({"head.layers.9.weight": torch.zeros(1, 7)}))
+    with pytest.raises(UserError, match=r"do not fit the model it describes: head\.layers\.9\.weight"):
         load_model(str(path))
 
 

@@ -162,6 +162,20 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["stage=sft", "stage.schedule=stairs"],
         ["stage.schedule=stairs", "cosine, linear, constant"],
     ),
+    "a loss for a stage that has none to choose": (["stage=sft", "objective=ipo"], ["objective", "stage=dpo"]),
+    "a loss nobody knows": (["stage=dpo", "objective=magic"], ["objective/magic", "sigmoid"]),
+    "a loss and a switch that exclude each other": (
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=simpo", "stage.reference_free=false"],
+        ["stage.reference_free=false", "simpo_loss", "stage.reference_free=true"],
+    ),
+    "more wrong labels than right ones": (
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=robust", "stage.objective.label_smoothing=0.6"],
+        ["stage.objective.label_smoothing=0.6", "stage.objective.label_smoothing=0.1"],
+    ),
+    "a number of a loss that is none": (
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=simpo", "stage.objective.target_margin=wide"],
+        ["stage.objective.target_margin=wide is not a number"],
+    ),
     "greedy PPO": (
         [
             "stage=ppo",

@@ -37,9 +37,10 @@ class PreferenceModule(StageModule):
         reference_free: leave the reference out: the losses read log pi. No second model is loaded.
         length_normalised: log-probs of answers are means a token instead of sums.
         sft_coef: weight of the SFT term, the negative log-likelihood a token of the better answers; loss units per nat.
-        precompute_reference: score all answers with the reference before training, instead of at every step.
-        reference_cache: folder where these scores are kept, by model and data, so that a sweep computes them once; null
-            for none.
+        precompute_reference: score all answers with the reference, if there is one, before training instead of at
+            every step.
+        reference_cache: folder where precomputed scores are kept, by model and data: a sweep computes them once;
+            null for none.
         optimizer keys: see StageModule.
     """
 
@@ -106,7 +107,8 @@ class PreferenceModule(StageModule):
             return
         data, folder, key = self.trainer.datamodule, None, ""
         if self.reference_cache is not None and not self.trainer.fast_dev_run:
-            folder, key = Path(self.reference_cache), model_key(self.reference.model.lm, str(self.trainer.precision))
+            arithmetic = f"{self.trainer.precision} on {self.device.type}"
+            folder, key = Path(self.reference_cache), model_key(self.reference.model.lm, arithmetic)
         known = ReferenceLogprobs(self._score_by_reference, data.eval_batch_size, folder, key)
         for split in ("train", "val"):
             if data.records(split):

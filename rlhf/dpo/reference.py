@@ -74,10 +74,10 @@ class ReferenceLogprobs:
         return digest.hexdigest()
 
 
-def model_key(lm: PreTrainedModel, precision: str) -> str:
-    """SHA-256 of a model's weights and configuration and of the precision it runs in."""
+def model_key(lm: PreTrainedModel, arithmetic: str) -> str:
+    """SHA-256 of a model's weights and configuration and of what it is run with, such as ``bf16-mixed on cuda``."""
     settings = {name: value for name, value in lm.config.to_dict().items() if name != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps([precision, settings], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([arithmetic, settings], sort_keys=True, default=str).encode())
     for name, weight in sorted(lm.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

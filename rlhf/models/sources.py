@@ -187,8 +187,14 @@ class Pretrained:
             )
         except (OSError, ValueError, KeyError) as error:
             raise self._cannot_open("reward model", error) from error
+        if missing := sorted(found["missing_keys"]):
+            part = "the score head is" if missing[0].startswith("score") else "these weights are"
+            raise UserError(
+                f"{self.path} holds no reward model: {part} not in the folder: {', '.join(missing[:5])}",
+                "stage.reward_model=<a sequence classifier with one label, or a run's reward_model_final.pt>",
+            )
         head = getattr(model, "score", None)
-        if not isinstance(head, nn.Linear) or head.out_features != 1 or found["missing_keys"]:
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError(f"{self.path}: a reward model has one linear 'score' for one label")
         ours = ScalarHead(head.in_features)
         ours.load_state_dict(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,6 +62,18 @@ class RewardDataModule(PreferenceDataModule):
         if not isinstance(rows[0], EncodedRating):
             return super().collate(rows)
         return RatingBatch(TextBatch.collate([row.text for row in rows]), torch.tensor([row.reward for row in rows]))
+
+    @property
+    def holds_ratings(self) -> bool:
+        """True if the training records are ratings, False if they are pairs."""
+        return isinstance(self.records("train")[0], Rating)
+
+    def report_batches(self) -> Iterator[Any]:
+        """The validation rows in batches, the same on every rank, as far as ``trainer.limit_val_batches`` goes."""
+        rows, limit = self.encoded("val"), self.trainer.limit_val_batches
+        order = LengthBuckets([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
+        count = limit * self.trainer.world_size if isinstance(limit, int) else int(limit * len(order))
+        return islice(BatchLoader(rows, self.collate, order), count if rows else 0)
 
     def demonstration_batches(self) -> Iterator[TextBatch]:
         """The demonstrations whose mean score becomes 0, in batches; none if no file is given."""

@@ -2,20 +2,26 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.progress import track
 from torch import Tensor
 
 from rlhf.checks import Check
-from rlhf.data import PairBatch, RatingBatch
+from rlhf.data import PairBatch, RatingBatch, TextBatch
 from rlhf.errors import UserError
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, switch_off_dropout
 from rlhf.reward.checks import checks
-from rlhf.reward.objective import bradley_terry_loss, regression_loss
+from rlhf.reward.objective import bradley_terry_loss, centering_penalty, head_spread, regression_loss
+from rlhf.reward.report import pair_report, rating_report
+from rlhf.reward.writing import as_text, picture, scalars, write_json
 from rlhf.stage import Result, StageModule
 
 log = logging.getLogger(__name__)
+LONG = 20  # batches from which on a progress bar is shown
 
 
 class RewardModule(StageModule):
@@ -26,23 +32,46 @@ class RewardModule(StageModule):
         input_dim: width of the hidden state the head reads; null asks the model.
         hidden_dim: width of the head's inner layers.
         num_layers: linear layers of the head; 1 is a plain linear map.
+        num_heads: heads of independent first weights, each with its own loss; a score is their mean, and PPO can
+            charge for their spread.
+        label_smoothing: probability that a label is the wrong way round, from 0 to below 1/2; pairs only.
+        centering_coef: weight of the centring penalty, nats per squared reward unit; pairs only.
+        output: folder of metrics.json, the report on the validation set; null for none.
         optimizer keys: see StageModule.
     """
 
     def __init__(
         self, *, policy: ModelSource, input_dim: int | None = None, hidden_dim: int = 128, num_layers: int = 1,
+        num_heads: int = 1, label_smoothing: float = 0.0, centering_coef: float = 0.0, output: str | None = None,
         **optimizer: Any,
     ) -> None:  # fmt: skip
         super().__init__(**optimizer)
+        if not 0 <= label_smoothing < 0.5:
+            raise UserError(f"stage.label_smoothing={label_smoothing} is no probability from 0 to below 1/2",
+                            "stage.label_smoothing=0.1")  # fmt: skip
+        if centering_coef < 0:
+            raise UserError(f"stage.centering_coef={centering_coef} would drive scores away from 0",
+                            "stage.centering_coef=0.01")  # fmt: skip
         self.source = policy
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.label_smoothing = label_smoothing
+        self.centering_coef = centering_coef
+        self.output = output
         self.model: ScalarModel | None = None
 
     @property
     def figure_of_merit(self) -> str:  # type: ignore[override]
         return "val/accuracy" if "val/accuracy" in self.trainer.callback_metrics else "val/loss"
+
+    def setup(self, stage: str) -> None:
+        """Refuse keys that only mean something for pairs, before any weight is loaded."""
+        if stage == "fit" and self.trainer.datamodule.holds_ratings:
+            for key in ("label_smoothing", "centering_coef"):
+                if value := getattr(self, key):
+                    raise UserError(f"stage.{key}={value} speaks of pairs, and the data are ratings", f"stage.{key}=0")
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -51,7 +80,9 @@ class RewardModule(StageModule):
             if self.input_dim not in (None, width):
                 raise UserError(f"stage.input_dim={self.input_dim}, but the model's hidden state is {width} wide",
                                 f"stage.input_dim={width}, or null")  # fmt: skip
-            self.model = ScalarModel(lm.base_model, ScalarHead(width, self.hidden_dim, self.num_layers))
+            self.model = ScalarModel(lm.base_model, ScalarHead(width, self.hidden_dim, self.num_layers, self.num_heads))
+
+    # learning
 
     def training_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> Tensor:
         loss, numbers = self.judge(batch)
@@ -63,34 +94,89 @@ class RewardModule(StageModule):
 
     def judge(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, and the numbers to log."""
-        scores = self.model(batch.texts.tokens, batch.texts.mask)
-        if isinstance(batch, RatingBatch):
-            loss = regression_loss(scores, batch.rewards)
-            error = (scores - batch.rewards).abs().mean()
-            return loss, {"loss": loss, "absolute_error": error, "mean_reward": scores.mean()}
+        scores = self.model.scores(batch.texts.tokens, batch.texts.mask)  # [texts, heads]
+        on_kind = self._judge_ratings if isinstance(batch, RatingBatch) else self._judge_pairs
+        loss, numbers = on_kind(batch, scores)
+        if self.num_heads > 1:
+            numbers["spread"] = head_spread(scores)
+        return loss, {"loss": loss, **numbers, "mean_reward": scores.mean()}
+
+    def _judge_ratings(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rated = scores + self.model.reward_mean  # on the scale of the data, also once the mean is stored
+        loss = regression_loss(rated, batch.rewards[:, None].expand_as(rated))
+        return loss, {"absolute_error": (rated.mean(dim=1) - batch.rewards).abs().mean()}
+
+    def _judge_pairs(self, batch: PairBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.halves(scores)
-        loss = bradley_terry_loss(chosen, rejected, batch.margin)
+        loss = bradley_terry_loss(chosen, rejected, batch.margin[:, None], label_smoothing=self.label_smoothing)
+        numbers = {}
+        if self.centering_coef:
+            numbers["centering"] = centering_penalty(chosen, rejected)
+            loss = loss + self.centering_coef * numbers["centering"]
+        chosen, rejected = chosen.mean(dim=1), rejected.mean(dim=1)
         return loss, {
-            "loss": loss,
+            **numbers,
             "accuracy": (chosen > rejected).float().mean(),
             "margin": (chosen - rejected).mean(),
-            "mean_reward": scores.mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
         }
 
+    # after learning
+
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Store the mean score of the demonstrations; from now on it is subtracted (arXiv:2403.17031, detail 12)."""
         self.model.eval()
-        scores = [
-            self.model(batch.tokens.to(self.device), batch.mask.to(self.device))
-            for batch in self.trainer.datamodule.demonstration_batches()
-        ]
+        self._centre()
+        if self.trainer.is_global_zero:
+            self._report()
+
+    def _centre(self) -> None:
+        """Store the mean score of the demonstrations; from now on it is subtracted (arXiv:2403.17031, detail 12)."""
+        data = self.trainer.datamodule
+        scores = [self._scores(texts) for texts in data.demonstration_batches()]
         if scores:
-            self.model.reward_mean += torch.cat(scores).mean()
+            self.model.reward_mean += torch.cat(scores).mean(dim=0).view_as(self.model.reward_mean)
             log.info("mean score of %d demonstrations: %.4f, subtracted from now on", sum(map(len, scores)),
-                     float(self.model.reward_mean))  # fmt: skip
+                     float(self.model.reward_mean.mean()))  # fmt: skip
+        elif self.num_heads > 1 and not self.centering_coef and not data.holds_ratings:
+            log.warning("nothing ties the zeros of the %d heads together, so that their spread says little: "
+                        "data.demonstrations=<file> does, or stage.centering_coef=0.01", self.num_heads)  # fmt: skip
+
+    def _report(self) -> None:
+        """Calibration and length bias on the validation data: metrics.json, TensorBoard, a few lines in the log."""
+        batches = list(self.trainer.datamodule.report_batches())
+        if not batches:
+            return
+        report = self._rating_report(batches) if isinstance(batches[0], RatingBatch) else self._pair_report(batches)
+        log.info("%s", as_text(report))
+        if self.trainer.fast_dev_run:
+            return
+        if self.output is not None:
+            write_json(report, Path(self.output) / "metrics.json")
+        for logger in self.loggers:
+            logger.log_metrics(scalars(report), step=self.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("report", picture(report), self.global_step)
+
+    def _pair_report(self, batches: list[PairBatch]) -> dict[str, Any]:
+        columns = [
+            (*batch.halves(self._scores(batch.texts).cpu()), *batch.halves(batch.texts.answer.sum(dim=1)))
+            for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
+        ]
+        return pair_report(*map(torch.cat, zip(*columns, strict=True)))
+
+    def _rating_report(self, batches: list[RatingBatch]) -> dict[str, Any]:
+        columns = [
+            ((self._scores(batch.texts) + self.model.reward_mean).cpu(), batch.rewards, batch.texts.answer.sum(dim=1))
+            for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
+        ]
+        return rating_report(*map(torch.cat, zip(*columns, strict=True)))
+
+    def _scores(self, texts: TextBatch) -> Tensor:
+        """What each head says of some texts, [texts, heads], in the precision of training."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.model.scores(texts.tokens.to(self.device), texts.mask.to(self.device))
 
     def checks(self, datamodule: Any) -> Iterator[Check]:
         return checks(self, datamodule)

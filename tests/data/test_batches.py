@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.data import EncodedAnswer, PairBatch, Prompt, PromptBatch, RatingBatch, TextBatch
+from rlhf.data import EncodedAnswer, PairBatch, Prompt, PromptBatch, RatingBatch, TextBatch, VerdictBatch
 from rlhf.data.preference import EncodedPair, PreferenceDataModule
 
 ROWS = [EncodedAnswer([1, 5, 6, 2], 2), EncodedAnswer([1, 7, 8, 9, 9, 2], 3)]
@@ -60,6 +60,20 @@ def test_loss_terms_of_ratings_and_prompts() -> None:
     assert (rating.loss_terms, rating.token_count, rating.sequence_count) == (2, 10, 2)
     prompts = PromptBatch([[1, 5], [1, 5, 6]], [Prompt([], "a"), Prompt([], "b")])
     assert (prompts.loss_terms, prompts.token_count, prompts.sequence_count) == (2, 5, 2)
+
+
+def test_verdict_batch_by_hand() -> None:
+    """Answers of 2 and 3 tokens, the second one undesirable: 2 terms of the loss, 2 tokens for an SFT term."""
+    batch = VerdictBatch(TextBatch.collate(ROWS), torch.tensor([True, False]), TextBatch.collate(ROWS[:1]))
+    assert (batch.loss_terms, batch.sft_terms, batch.sequence_count, batch.token_count) == (2, 2, 2, 10)
+    assert batch.to("meta").mismatched.tokens.device.type == "meta"
+
+
+def test_sft_terms_are_the_tokens_of_the_better_answers() -> None:
+    """Chosen answers of 2 tokens, rejected ones of 3; a batch of plain texts has no such term."""
+    batch = PairBatch(TextBatch.collate(ROWS), torch.zeros(1))
+    assert (batch.loss_terms, batch.sft_terms) == (1, 2)
+    assert TextBatch.collate(ROWS).sft_terms == 0
 
 
 @pytest.mark.parametrize("reference", [None, torch.zeros(4)])

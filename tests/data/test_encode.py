@@ -4,7 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data import Encoder
+from rlhf.data import EncodedAnswer, Encoder, join
 from rlhf.errors import UserError
 from rlhf.models import chat_template, train_tokenizer
 
@@ -165,6 +165,21 @@ def test_an_answer_too_long_by_itself_is_cut_and_counted(tokenizer: PreTrainedTo
     assert coded.tokens[1:] == whole.tokens[whole.start :][:9]
     assert EOS not in coded.tokens
     assert encoder.counts == {"prompts cut": 1, "answers cut": 1}
+
+
+@pytest.mark.parametrize(
+    ("max_length", "bos", "expected"),
+    [
+        (8, BOS, EncodedAnswer([BOS, 5, 6, 7, 8, 9, EOS], 4)),
+        (6, BOS, EncodedAnswer([BOS, 6, 7, 8, 9, EOS], 3)),
+        (6, None, EncodedAnswer([5, 6, 7, 8, 9, EOS], 3)),
+        (4, BOS, EncodedAnswer([BOS, 8, 9, EOS], 1)),
+    ],
+)
+def test_join_by_hand(max_length: int, bos: int | None, expected: EncodedAnswer) -> None:
+    """Prompt BOS 5 6 7 with the other text's answer 8 9 EOS: 7 tokens, less where they do not fit."""
+    one, other = EncodedAnswer([BOS, 5, 6, 7, 30, EOS], 4), EncodedAnswer([BOS, 20, 8, 9, EOS], 2)
+    assert join(one, other, max_length, bos) == expected
 
 
 def test_a_prompt_leaves_room_for_its_answer(tokenizer: PreTrainedTokenizerFast) -> None:

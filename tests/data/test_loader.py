@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.data import BatchLoader, EncodedAnswer, TextBatch
+from rlhf.data import BatchLoader, EncodedAnswer, PairBatch, TextBatch
 from rlhf.data.loader import LengthBuckets, weighed
 from rlhf.sft.objective import cross_entropy_loss
 
@@ -159,6 +159,23 @@ def test_shares_by_hand() -> None:
     """
     shares = [batch.share for batch in weighed(iter(answers(1, 2, 3, 10, 1, 3)), per_step=4)]
     assert shares == [0.25, 0.5, 0.75, 2.5, 1.0, 3.0]
+
+
+def test_shares_of_an_sft_term_by_hand() -> None:
+    """Pairs whose chosen answers have 1 and 3, then 8 tokens: 2 + 1 pairs and 4 + 8 tokens in a step of 2 batches.
+
+    share = 2 x 2 / 3 and 1 x 2 / 3; sft_share = 4 x 2 / 12 and 8 x 2 / 12. A batch without such a term has none of it.
+    """
+
+    def pairs(*tokens: int) -> PairBatch:
+        rows = [EncodedAnswer([1] * (count + 1), 1) for count in tokens]
+        longer = [EncodedAnswer([1] * 9, 1)] * len(rows)
+        return PairBatch(TextBatch.collate([*rows, *longer]), torch.zeros(len(rows)))
+
+    step = list(weighed(iter([pairs(1, 3), pairs(8)]), per_step=2))
+    assert [batch.share for batch in step] == pytest.approx([4 / 3, 2 / 3])
+    assert [batch.sft_share for batch in step] == pytest.approx([8 / 12, 16 / 12])
+    assert [batch.sft_share for batch in weighed(iter(answers(1, 2)), per_step=2)] == [0.0, 0.0]
 
 
 def test_without_accumulation_every_share_is_one() -> None:

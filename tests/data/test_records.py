@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import Demonstration, Preference, Prompt, Rating, Reader, RecordError
+from rlhf.data.records import Demonstration, Preference, Prompt, Rating, Reader, RecordError, Verdict
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 ASKED = Prompt([USER], "Q")
@@ -74,6 +74,19 @@ def test_transcripts_keep_the_lines_within_a_turn() -> None:
 )
 def test_ratings(row: dict[str, Any], expected: Rating) -> None:
     assert Reader().read(row, Rating) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "completion": "A", "label": True}, Verdict(ASKED, "A", True)),
+        ({"document": "Q", "response": "A", "label": False}, Verdict(ASKED, "A", False)),
+        ({"prompt": TALK, "completion": [ASSISTANT], "label": 1}, Verdict(TALKED, "A", True)),
+        ({"prompt": "Q", "response": "A", "completion": None, "label": 0}, Verdict(ASKED, "A", False)),
+    ],
+)
+def test_verdicts(row: dict[str, Any], expected: Verdict) -> None:
+    assert Reader().read(row, Verdict) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,6 +164,10 @@ def test_columns_rename_fields(columns: dict[str, str], row: dict[str, Any], for
         ({"prompt": "Q", "response": "A", "reward": float("nan")}, Rating, "'reward' is nan, not a finite", None),
         ({"prompt": "Q", "response": "A", "reward": True}, Rating, "'reward' is True, not a finite number", None),
         ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": "big"}, Preference, "'margin' is 'big'", None),
+        ({"prompt": "Q", "completion": "A"}, Verdict, "unpaired record has no 'label'", "label"),
+        ({"prompt": "Q", "label": True}, Verdict, "unpaired record has no 'completion'", "completion"),
+        ({"prompt": "Q", "completion": "A", "label": "yes"}, Verdict, "'label' is 'yes', neither true nor", None),
+        ({"prompt": "Q", "completion": "A", "label": -1}, Verdict, "'label' is -1, neither true nor false", None),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], form: type, reason: str, missing: str | None) -> None:
@@ -173,6 +190,7 @@ def test_a_renamed_field_that_is_missing_goes_by_the_name_in_the_data() -> None:
         ({"prompt": "q"}, {"q": "", "target": "A"}, Demonstration, "q"),
         ({"reward": "stars"}, {"prompt": "Q", "response": "A", "stars": "five"}, Rating, "stars"),
         ({"messages": "turns"}, {"turns": 3}, Demonstration, "turns"),
+        ({"label": "good"}, {"prompt": "Q", "completion": "A", "good": 0.5}, Verdict, "good"),
     ],
 )
 def test_a_renamed_field_that_is_wrong_goes_by_the_name_in_the_data(

@@ -158,7 +158,7 @@ def test_mismatched_texts_stay_within_the_length(setting: Any) -> None:
     """A prompt gives way to the longer answer it is joined with, from its beginning, and keeps its BOS."""
     rows = [
         {"prompt": "long words " * 12, "completion": "A", "label": True},
-        {"prompt": "B", "completion": "many other words " * 6, "label": False},
+        {"prompt": "B", "completion": "many other words " * 2, "label": False},
     ]
     setting.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = setting.data(kto=True, max_length=80)

@@ -25,7 +25,7 @@ ALONE = {"reference_free": True, "length_normalised": True}
 SMOOTHED = {"label_smoothing": 0.1}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"objective": sigmoid_loss},
-    "ipo": {"objective": ipo_loss},
+    "ipo": {"objective": ipo_loss, "beta": 5.0},
     "hinge": {"objective": hinge_loss},
     "conservative": {"objective": partial(conservative_loss, **SMOOTHED)},
     "robust": {"objective": partial(robust_loss, **SMOOTHED)},
@@ -54,11 +54,11 @@ def test_first_loss_is_ln_2(setting: Any, precompute: bool) -> None:
 @one_architecture
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("ipo", 1 / (4 * 0.1**2)), ("hinge", 1.0), ("conservative", math.log(2)), ("robust", math.log(2))],
+    [("ipo", 0.01), ("hinge", 1.0), ("conservative", math.log(2)), ("robust", math.log(2))],
 )
 def test_first_loss_of_the_other_objectives(setting: Any, name: str, first: float) -> None:
-    """All log-ratios are 0; beta is 0.1."""
-    _, record = setting.train(**OBJECTIVES[name], trainer={"max_steps": 2})
+    """All log-ratios are 0; IPO's beta is 5: (0 - 1 / (2 x 5))^2 = 0.01. The second step has the same pairs."""
+    _, record = setting.train(**OBJECTIVES[name], data={"batch_size": 8}, trainer={"max_epochs": 2})
     assert record.curve("train/loss")[0] == pytest.approx(first, rel=1e-5)
     assert record.curve("train/loss")[1] < record.curve("train/loss")[0]
 
@@ -140,9 +140,10 @@ def test_accumulation_is_the_bigger_batch(setting: Any, name: str) -> None:
     """4 batches of 2 pairs make the step that 1 of 8 makes, SFT term included, whose mean is over tokens.
 
     AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
-    of tiny gradients into whole steps. Tolerances are the defaults.
+    of tiny gradients into whole steps. The reference is scored in the policy's batches, so that log-ratios are exactly
+    0, to which IPO's gradient is sensitive. Tolerances are the defaults.
     """
-    keys = {**OBJECTIVES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0}
+    keys = {**OBJECTIVES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0, "precompute_reference": False}
     big, _ = setting.train(data={"batch_size": 8}, trainer={"max_steps": 1}, **keys)
     small, record = setting.train(
         data={"batch_size": 2}, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models import ScalarHead, ScalarModel
+from rlhf.models import EnsembleModel, ScalarHead, ScalarModel, pessimistic_score
 
 ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # an EOS (2) in the middle too
 
@@ -95,6 +95,77 @@ def test_num_layers_are_linear_layers_with_gelu_between(num_layers: int) -> None
 def test_a_head_without_layers_is_refused() -> None:
     with pytest.raises(UserError, match="num_layers=0"):
         ScalarHead(4, num_layers=0)
+    with pytest.raises(UserError, match="num_heads=0"):
+        ScalarHead(4, num_heads=0)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_heads_are_mlps_of_their_own(num_layers: int) -> None:
+    """Three heads: each a chain of its own matrices with its own first weights; the head's number is their mean."""
+    torch.manual_seed(0)
+    head = ScalarHead(6, hidden_dim=5, num_layers=num_layers, num_heads=3)
+    x = torch.randn(2, 7, 6)
+    each = [head.layers(x), head.others[0](x), head.others[1](x)]
+    assert head.scores(x).shape == (2, 7, 3)
+    torch.testing.assert_close(head.scores(x), torch.cat(each, dim=-1))
+    torch.testing.assert_close(head(x), (each[0] + each[1] + each[2])[..., 0] / 3)
+    weights = [mlp[-1].weight for mlp in (head.layers, *head.others)]
+    assert not any(torch.equal(one, other) for one, other in pairwise([*weights, weights[0]]))
+    assert len({weight.data_ptr() for weight in head.parameters()}) == 3 * 2 * num_layers
+
+
+def test_one_head_draws_the_weights_it_always_drew() -> None:
+    """Its numbers come first from the generator, and more heads leave them as they are."""
+    torch.manual_seed(0)
+    one = ScalarHead(6, hidden_dim=5, num_layers=2)
+    torch.manual_seed(0)
+    four = ScalarHead(6, hidden_dim=5, num_layers=2, num_heads=4)
+    assert [name for name, _ in one.named_parameters()] == [
+        "layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias",
+    ]  # fmt: skip
+    assert all(torch.equal(weight, four.get_parameter(name)) for name, weight in one.named_parameters())
+
+
+def test_a_score_is_the_mean_over_heads_each_from_its_own_zero(lm: PreTrainedModel) -> None:
+    """Two heads with means 1 and 5: scores 1 and 5 lower, their mean 3 lower, and the value at the last token alike."""
+    torch.manual_seed(1)
+    model, mask = ScalarModel(lm.base_model, ScalarHead(32, num_heads=2)), torch.ones_like(ROW[None], dtype=torch.bool)
+    plain = model.scores(ROW[None], mask)
+    torch.testing.assert_close(plain[0, 0], by_hand(lm, model, ROW))
+    model.reward_mean.copy_(torch.tensor([1.0, 5.0]))
+    torch.testing.assert_close(model.scores(ROW[None], mask), plain - torch.tensor([[1.0, 5.0]]))
+    torch.testing.assert_close(model(ROW[None], mask), plain.mean(dim=1) - 3)
+    hidden = lm.base_model(input_ids=ROW[None]).last_hidden_state
+    assert model.values(hidden).shape == (1, 7)
+    torch.testing.assert_close(model.values(hidden)[:, -1], model(ROW[None], mask))
+
+
+def test_an_ensemble_is_all_heads_of_all_members(lm: PreTrainedModel) -> None:
+    """A member with one head and one with two: three columns in that order, and their mean."""
+    torch.manual_seed(1)
+    members = [ScalarModel(lm.base_model, ScalarHead(32, num_heads=heads), reward_mean=heads) for heads in (1, 2)]
+    ensemble, mask = EnsembleModel(members), torch.ones_like(ROW[None], dtype=torch.bool)
+    one, two = (member.scores(ROW[None], mask) for member in members)
+    assert (one.shape, two.shape) == ((1, 1), (1, 2))
+    assert torch.equal(ensemble.scores(ROW[None], mask), torch.cat([one, two], dim=1))
+    torch.testing.assert_close(ensemble(ROW[None], mask), (one[:, 0] + two[:, 0] + two[:, 1]) / 3)
+    assert ensemble.state_dict().keys() >= {"members.0.reward_mean", "members.1.head.others.0.0.weight"}
+    with pytest.raises(UserError, match="without members"):
+        EnsembleModel([])
+
+
+def test_pessimistic_score_by_hand() -> None:
+    """Three scorers, coefficient 0.5; population standard deviation.
+
+    scores     mean  deviations  variance        std      mean - 0.5 std
+    0, 3, 6      3   -3, 0, 3    18 / 3 = 6    sqrt(6)      3 - 0.5 sqrt(6) = 1.7753
+    2, 2, 2      2    0, 0, 0        0            0         2
+    One scorer has no spread; coefficient 0 is the mean.
+    """
+    scores = torch.tensor([[0.0, 3.0, 6.0], [2.0, 2.0, 2.0]])
+    torch.testing.assert_close(pessimistic_score(scores, spread_coef=0.5), torch.tensor([3 - 0.5 * 6**0.5, 2.0]))
+    torch.testing.assert_close(pessimistic_score(scores, spread_coef=0.0), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(pessimistic_score(scores[:, 2:], spread_coef=9.0), torch.tensor([6.0, 2.0]))
 
 
 def test_scores_are_float32_whatever_the_precision_of_the_body() -> None:

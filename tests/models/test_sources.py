@@ -126,7 +126,7 @@ def test_a_language_model_is_no_reward_model(labels: int, tokenizer: PreTrainedT
     """Its folder has no head, so one would be made up, whatever number of labels the config names."""
     lm = AutoModelForCausalLM.from_config(classes("llama", labels))
     source = Pretrained(folder(tmp_path, lm, tokenizer))
-    with pytest.raises(UserError, match="reward model"):
+    with pytest.raises(UserError, match=r"holds no reward model: the score head is not in the folder: score\.weight"):
         source.scalar_model(tokenizer)
 
 

@@ -1,6 +1,7 @@
 """The reward model's stage in Lightning's own loop, for both architectures."""
 
 import json
+import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -89,19 +90,29 @@ class Setting:
         module.tokenizer = datamodule.tokenizer = self.tokenizer
         lightning.seed_everything(7, verbose=False)
         lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
-            **{"max_epochs": 1, **(trainer or {})},
+            **{"max_epochs": 1, "logger": False, **(trainer or {})},
         ).fit(module, datamodule)  # fmt: skip
         return module, record
 
-    @torch.no_grad()
     def raw_score(self, module: RewardModule, prompt: str, answer: str) -> float:
-        """The head's number at the last token of one text alone, without the mean that is subtracted."""
+        """The mean over the heads of their numbers, without what is subtracted."""
+        return float(self.raw_scores(module, prompt, answer).mean())
+
+    @torch.no_grad()
+    def raw_scores(self, module: RewardModule, prompt: str, answer: str) -> torch.Tensor:
+        """Each head's number at the last token of one text alone, [heads]."""
         text = f"<bos>{prompt}\nSummary: {answer}<eos>"
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         hidden = module.model.trunk(input_ids=ids, use_cache=False).last_hidden_state
-        return float(module.model.head(hidden[0, -1]))
+        return module.model.head.scores(hidden[0, -1])
+
+    def pair_scores(self, module: RewardModule) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen and rejected raw scores of all eight pairs, each text alone: [pairs, heads] each."""
+        chosen = [self.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)]
+        rejected = [self.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS[1:], strict=False)]
+        return torch.stack(chosen), torch.stack(rejected)
 
 
 @pytest.fixture
@@ -147,14 +158,21 @@ def test_a_margin_in_the_data_changes_the_loss(setting: Setting) -> None:
     assert record.numbers[0]["train/loss"] == pytest.approx(1000 - difference, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "ratings"])
-def test_accumulation_is_the_bigger_batch(setting: Setting, kind: str) -> None:
+EVERYTHING = {"num_heads": 3, "label_smoothing": 0.1, "centering_coef": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("pairs", {}), ("ratings", {}), ("pairs", EVERYTHING), ("ratings", {"num_heads": 3})],
+    ids=["pairs", "ratings", "pairs-everything", "ratings-heads"],
+)
+def test_accumulation_is_the_bigger_batch(setting: Setting, kind: str, extra: dict[str, Any]) -> None:
     """3 batches of 3, 3 and 2 rows make the step that 1 of 8 makes: the last batch weighs less.
 
     AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
     of tiny gradients into whole steps. Tolerances are the defaults.
     """
-    train, keys = getattr(setting, kind), {"eps": 1.0, "learning_rate": 0.1}
+    train, keys = getattr(setting, kind), {"eps": 1.0, "learning_rate": 0.1, **extra}
     big, record = setting.train(train, trainer={"max_steps": 1}, **keys)
     steps = {"max_steps": 1, "accumulate_grad_batches": 3}
     small, parts = setting.train(train, data={"batch_size": 3}, trainer=steps, **keys)
@@ -194,3 +212,173 @@ def test_head_has_the_shape_that_was_asked_for(setting: Setting) -> None:
     assert [(layer.in_features, layer.out_features) for layer in linear] == [(32, 7), (7, 7), (7, 1)]
     with pytest.raises(UserError, match=r"stage\.input_dim=77, but the model's hidden state is 32 wide"):
         setting.train(setting.pairs, input_dim=77)
+
+
+def test_smoothing_centring_and_heads_are_in_the_loss(setting: Setting) -> None:
+    """Nothing is trained. Each head's leads z: mean of 0.9 ln(1 + e^-z) + 0.1 ln(1 + e^z), and 0.05 (c + r)^2."""
+    module, record = setting.train(setting.pairs, learning_rate=0.0, **EVERYTHING)
+    chosen, rejected = setting.pair_scores(module)
+    assert chosen.shape == (8, 3)
+    lead = chosen - rejected
+    bradley_terry = (0.9 * (1 + (-lead).exp()).log() + 0.1 * (1 + lead.exp()).log()).mean()
+    centering = (chosen + rejected).square().mean()
+    logged = record.numbers[0]
+    assert logged["train/centering"] == pytest.approx(float(centering), rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(float(bradley_terry + 0.05 * centering), rel=1e-5)
+    assert logged["train/accuracy"] == pytest.approx(float((lead.mean(dim=1) > 0).float().mean()))
+    assert logged["train/margin"] == pytest.approx(float(lead.mean()), rel=1e-4)
+    scores = torch.cat([chosen, rejected])
+    spread = (scores - scores.mean(dim=0)).std(dim=1, correction=0).mean()
+    assert logged["train/spread"] == pytest.approx(float(spread), rel=1e-4)
+
+
+def test_heads_learn_ratings_each_by_itself(setting: Setting) -> None:
+    """Three heads: the mean of three mean squared errors; the error that is logged is that of their mean."""
+    module, record = setting.train(setting.ratings, learning_rate=0.0, num_heads=3)
+    scores = torch.stack([setting.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
+    rewards = torch.arange(8) / 2
+    logged = record.numbers[0]
+    assert logged["train/loss"] == pytest.approx(float((scores - rewards[:, None]).square().mean()), rel=1e-5)
+    error = (scores.mean(dim=1) - rewards).abs().mean()
+    assert logged["train/absolute_error"] == pytest.approx(float(error), rel=1e-5)
+
+
+def test_what_is_not_asked_for_is_not_logged(setting: Setting) -> None:
+    """One head has no spread, and no penalty is no number."""
+    _, record = setting.train(setting.pairs)
+    assert not {"train/spread", "train/centering"} & record.numbers[0].keys()
+
+
+@pytest.mark.parametrize("key", [{"num_heads": 2}, {"label_smoothing": 0.2}, {"centering_coef": 0.5}])
+def test_every_switch_changes_what_is_learned(setting: Setting, key: dict[str, Any]) -> None:
+    """Three epochs from the same weights and seed end at another body."""
+    plain, _ = setting.train(setting.pairs, trainer={"max_epochs": 3})
+    other, _ = setting.train(setting.pairs, trainer={"max_epochs": 3}, **key)
+    weights = dict(plain.model.trunk.named_parameters())
+    apart = [float((weights[name] - weight).abs().max()) for name, weight in other.model.trunk.named_parameters()]
+    assert max(apart) > 1e-4
+
+
+def test_centring_pulls_the_scores_to_zero(setting: Setting) -> None:
+    """Preferences leave the zero free; a heavy penalty brings the sum of a pair's scores near it."""
+    keys = {"trainer": {"max_epochs": 20}, "learning_rate": 1e-2}
+    free, held = (setting.train(setting.pairs, centering_coef=coef, **keys)[0] for coef in (0.0, 10.0))
+    sums = [sum(setting.pair_scores(module)).abs().mean() for module in (free, held)]
+    assert sums[1] < 0.2 * sums[0]
+
+
+@pytest.mark.parametrize("key", [{"label_smoothing": 0.1}, {"centering_coef": 0.01}])
+def test_what_speaks_of_pairs_is_refused_for_ratings(setting: Setting, key: dict[str, float]) -> None:
+    """Before any weight is loaded: the source is never asked."""
+    ((name, value),) = key.items()
+    setting.lm = None
+    with pytest.raises(UserError, match=rf"stage\.{name}={value} .* ratings\n  stage\.{name}=0"):
+        setting.train(setting.ratings, **key)
+
+
+@pytest.mark.parametrize(
+    "key", [{"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"centering_coef": -1.0}, {"num_heads": 0}]
+)
+def test_values_without_a_meaning_are_refused(setting: Setting, key: dict[str, Any]) -> None:
+    ((name, value),) = key.items()
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        setting.train(setting.pairs, **key)
+
+
+def test_each_head_is_centred_by_its_own_mean(setting: Setting) -> None:
+    """The mean of the demonstrations under each head alone; afterwards every head gives them 0 on average."""
+    data = {"demonstrations": setting.demonstrations}
+    module, _ = setting.train(setting.pairs, data=data, learning_rate=1e-2, num_heads=3)
+    raw = torch.stack([setting.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
+    torch.testing.assert_close(module.model.reward_mean, raw.mean(dim=0), rtol=1e-4, atol=1e-6)  # batched float32
+    assert float(module.model.reward_mean.std()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("keys", "demonstrations", "warned"),
+    [({}, False, False), ({"num_heads": 2}, False, True), ({"num_heads": 2}, True, False),
+     ({"num_heads": 2, "centering_coef": 0.1}, False, False)],
+)  # fmt: skip
+def test_heads_without_a_common_zero_are_warned_about(
+    setting: Setting, caplog: pytest.LogCaptureFixture, keys: dict[str, Any], demonstrations: bool, warned: bool
+) -> None:
+    """Preferences leave each head's zero free: without demonstrations or penalty the spread holds offsets."""
+    data = {"demonstrations": setting.demonstrations if demonstrations else None}
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        setting.train(setting.pairs, data=data, **keys)
+    assert ("nothing ties the zeros of the 2 heads" in caplog.text) is warned
+
+
+# the report
+
+
+def report_of(setting: Setting, train: str, folder: Path, **keys: Any) -> tuple[RewardModule, dict[str, Any]]:
+    """Train a little with the training rows as validation rows too; the module and its metrics.json."""
+    data = {"val": train, "demonstrations": setting.demonstrations, **keys.pop("data", {})}
+    module, _ = setting.train(train, data=data, output=str(folder), learning_rate=1e-2, **keys)
+    return module, json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_report_speaks_of_the_final_weights(setting: Setting, tmp_path: Path) -> None:
+    """Accuracy, margin and spread of all eight pairs, each text alone, and the answers' real lengths."""
+    module, report = report_of(setting, setting.pairs, tmp_path / "out", num_heads=2)
+    chosen, rejected = setting.pair_scores(module)
+    lead = (chosen - rejected).mean(dim=1)
+    assert (report["kind"], report["count"], report["heads"]) == ("pairs", 8, 2)
+    assert report["accuracy"] == pytest.approx(float((lead > 0).float().mean()))
+    assert report["margin"] == pytest.approx(float(lead.mean()), rel=1e-4)
+    scores = torch.cat([chosen, rejected]) - module.model.reward_mean
+    assert report["spread"] == pytest.approx(float(scores.std(dim=1, correction=0).mean()), rel=1e-4)
+    count = [len(setting.tokenizer(f" {answer}<eos>", add_special_tokens=False)["input_ids"]) for answer in ANSWERS]
+    longer = sum(count[row] > count[row + 1] for row in range(8))
+    assert report["longer_chosen"]["count"] == longer
+    assert report["by_length"][0]["low"] == min(count)
+    assert report["by_length"][-1]["high"] == max(count)
+
+
+def test_the_report_on_ratings_is_on_the_scale_of_the_data(setting: Setting, tmp_path: Path) -> None:
+    """The mean that is subtracted afterwards does not count as an error; nor does it in a later validation."""
+    module, report = report_of(setting, setting.ratings, tmp_path / "out")
+    assert abs(float(module.model.reward_mean)) > 1e-2
+    raw = torch.tensor([setting.raw_score(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
+    errors = raw - torch.arange(8) / 2
+    assert report["kind"] == "ratings"
+    assert report["absolute_error"] == pytest.approx(float(errors.abs().mean()), rel=1e-4)
+    (later,) = module.trainer.validate(module, module.trainer.datamodule, verbose=False)
+    assert later["val/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-4)
+
+
+def test_the_report_stands_in_tensorboard(setting: Setting, tmp_path: Path) -> None:
+    """Its single numbers, equal to the file's, and one picture."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = lightning.pytorch.loggers.TensorBoardLogger(tmp_path, name="board", version="")
+    _, report = report_of(setting, setting.pairs, tmp_path / "out", trainer={"logger": logger})
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert events.Tags()["images"] == ["report"]
+    for name in ("accuracy", "calibration_error", "length_correlation/pearson"):
+        value = report
+        for part in name.split("/"):
+            value = value[part]
+        assert events.Scalars(f"report/{name}")[0].value == pytest.approx(value)
+
+
+def test_rows_without_report(setting: Setting, tmp_path: Path) -> None:
+    """No validation rows, no validation wanted, or a dry run: nothing is written; nor without a folder to write to."""
+    for data, trainer in (({}, {}), ({"val": setting.pairs}, {"limit_val_batches": 0}),
+                          ({"val": setting.pairs}, {"fast_dev_run": True})):  # fmt: skip
+        setting.train(setting.pairs, data=data, trainer=trainer, output=str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    before = set(tmp_path.iterdir())
+    setting.train(setting.pairs, data={"val": setting.pairs})
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 6), (0.7, 6), (1.0, 8), (9, 8)])
+def test_the_report_reads_as_many_batches_as_validation(
+    setting: Setting, tmp_path: Path, limit: float, count: int
+) -> None:
+    """Eight rows in batches of 3, 3 and 2; 0.7 of three batches are two."""
+    _, report = report_of(setting, setting.pairs, tmp_path / "out", trainer={"limit_val_batches": limit})
+    assert report["count"] == count
