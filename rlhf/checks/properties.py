@@ -55,16 +55,14 @@ class Check:
 # of the data
 
 
-def one_bos(tokenizer: Any, rows: Sequence[Sequence[int]], max_length: int) -> Check:
+def one_bos(tokenizer: Any, rows: Sequence[Sequence[int]]) -> Check:
     """A text begins with one BOS, where the tokenizer has one and it is used.
 
     Args:
         rows: token ids of each text, without padding.
-        max_length: tokens; a text so long may have lost its whole prompt.
     """
     bos = tokenizer.bos_token_id
-    counts = [(_leading(row, bos), len(row) >= max_length) for row in rows]
-    found = sorted({count for count, cut in counts if count or not cut}) or [0]
+    found = sorted({_leading(row, bos) for row in rows})
     wanted = bos is not None and list(tokenizer("x")["input_ids"])[:1] == [bos]
     return Check(
         "a text begins with one BOS",

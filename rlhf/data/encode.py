@@ -120,7 +120,7 @@ def _cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
     """The end of a prompt, with its BOS: what was said last matters most to the answer."""
     if len(prompt) <= room:
         return prompt
-    opening = prompt[:1] if prompt[:1] == [bos] and room > 1 else []
+    opening = prompt[:1] if prompt[:1] == [bos] else []
     return opening + prompt[len(prompt) - (room - len(opening)) :]
 
 

@@ -33,7 +33,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     batch = datamodule.collate(rows).to(module.device)
     texts, policy, reference = batch.texts, module.policy, module.reference
     loss = getattr(module.objective, "func", module.objective)  # without its numbers
-    yield one_bos(module.tokenizer, real_rows(texts), datamodule.max_length)
+    yield one_bos(module.tokenizer, real_rows(texts))
     yield eos_carries_loss(module, policy, batch, datamodule.max_length)
     yield no_dropout(module, "policy", policy, reads_logprobs(policy), texts)
     if reference is not None:

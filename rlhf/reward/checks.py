@@ -23,7 +23,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     rows = few_rows(datamodule)
     batch = datamodule.collate(rows).to(module.device)
     texts, model, read = batch.texts, module.model, reads_scores(module.model)
-    yield one_bos(module.tokenizer, real_rows(texts), datamodule.max_length)
+    yield one_bos(module.tokenizer, real_rows(texts))
     yield ends_in_eos(module.tokenizer, texts, datamodule.max_length)
     yield from same_whatever_the_padding(module, "scores", read, texts, model)
     yield no_dropout(module, "reward model", model, read, texts)

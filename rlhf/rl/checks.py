@@ -35,7 +35,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     texts = TextBatch(rollout.tokens, rollout.mask, rollout.answer)
     policy, reference = module.policy, module.reference
     judges = [part for part in module.reward.modules() if isinstance(part, Frozen)]
-    yield one_bos(module.tokenizer, prompts.tokens, datamodule.max_length)
+    yield one_bos(module.tokenizer, prompts.tokens)
     yield frozen_parts(module)
     yield no_dropout(module, "policy", policy, reads_logprobs(policy), texts)
     yield no_dropout(module, "reference", reference.model, reads_logprobs(reference), texts)

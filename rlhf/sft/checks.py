@@ -22,7 +22,7 @@ def checks(module: Any, datamodule: Any) -> Iterator[Check]:
     rows = few_rows(datamodule)
     batch = datamodule.collate(rows).to(module.device)
     policy = module.policy
-    yield one_bos(module.tokenizer, real_rows(batch), datamodule.max_length)
+    yield one_bos(module.tokenizer, real_rows(batch))
     yield eos_carries_loss(module, policy, batch, datamodule.max_length)
     yield from same_whatever_the_padding(module, "log-probs", reads_logprobs(policy), batch, policy.lm)
     yield padding_reaches_no_loss(module, batch)

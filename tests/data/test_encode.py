@@ -173,7 +173,7 @@ def test_an_answer_too_long_by_itself_is_cut_and_counted(tokenizer: PreTrainedTo
         (8, BOS, EncodedAnswer([BOS, 5, 6, 7, 8, 9, EOS], 4)),
         (6, BOS, EncodedAnswer([BOS, 6, 7, 8, 9, EOS], 3)),
         (6, None, EncodedAnswer([5, 6, 7, 8, 9, EOS], 3)),
-        (4, BOS, EncodedAnswer([7, 8, 9, EOS], 1)),
+        (4, BOS, EncodedAnswer([BOS, 8, 9, EOS], 1)),
     ],
 )
 def test_join_by_hand(max_length: int, bos: int | None, expected: EncodedAnswer) -> None:
