@@ -106,7 +106,7 @@ class Bench:
             enable_model_summary=False, use_distributed_sampler=False, callbacks=callbacks, **trainer,
         ).fit(module, data)  # fmt: skip
 
-    def passes(self, stage: str, **keys: Any) -> None:
+    def assert_passes(self, stage: str, **keys: Any) -> None:
         with pytest.raises(_Checked):
             self.fit(self.module(stage), self.data(stage), "only", **keys)
 
@@ -135,7 +135,7 @@ def one_bench(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Bench:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_sound_stage_passes(bench: Bench, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.passes(stage)
+    bench.assert_passes(stage)
     assert "all passed" in capsys.readouterr().out
 
 
@@ -149,20 +149,20 @@ def test_what_transformers_saved_passes(
     AutoModelForCausalLM.from_config(deepcopy(FOLDERS[name])).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     source = Pretrained(str(tmp_path / "model"))
-    Bench(tmp_path, source, source.tokenizer()).passes(stage)
+    Bench(tmp_path, source, source.tokenizer()).assert_passes(stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_mixed_precision_passes(one_bench: Bench, stage: str) -> None:
     """bfloat16 rounds by the shape of a batch; what is compared is then compared in float32, as the weights are."""
-    one_bench.passes(stage, precision="bf16-mixed")
+    one_bench.assert_passes(stage, precision="bf16-mixed")
 
 
 def test_a_text_as_long_as_the_model_reads_passes(one_bench: Bench) -> None:
     """128 learned positions, a text of 128 tokens: there is no room for more padding, and none is added."""
     long = json.dumps({"prompt": "word " * 200, "target": "yes"}) + "\n"
     one_bench.file.write_text(long + one_bench.file.read_text())
-    one_bench.passes("sft")
+    one_bench.assert_passes("sft")
 
 
 # training does not notice

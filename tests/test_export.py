@@ -266,7 +266,7 @@ def test_what_is_not_there_names_the_command(tmp_path: Path) -> None:
     outputs = str(tmp_path)
     with pytest.raises(UserError, match=r"python train\.py .*run=qwen"):
         load_model("rl_trained", run="qwen", outputs=outputs)
-    with pytest.raises(UserError, match=r"names: rl_trained, sft, reward, ppo, dpo"):
+    with pytest.raises(UserError, match=r"names: rl_trained, sft, reward, ppo, grpo, dpo"):
         load_model("sfft", outputs=outputs)
     with pytest.raises(UserError, match=r"nothing\.pt: no such file\n  python train\.py stage="):
         open_source(str(tmp_path / "nothing.pt"))

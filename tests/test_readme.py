@@ -85,8 +85,21 @@ def test_every_metric_that_is_logged_stands_in_the_readme(repo: Path) -> None:
     """Names in quotes in the modules of the training stages, against the first column of the metrics table."""
     table = README.split("## Metrics")[1].split("## Hyper-parameters")[0]
     listed = set(re.findall(r"`([a-zA-Z_/]+)`", table))
-    text = "".join((repo / "rlhf" / name / "module.py").read_text() for name in ("sft", "reward", "dpo", "ppo"))
-    text += (repo / "rlhf" / "stage.py").read_text()
+    files = [repo / "rlhf" / "stage.py", *(repo / "rlhf" / "dpo").glob("*.py")]
+    files += [repo / "rlhf" / name / "module.py" for name in ("sft", "reward", "rl", "ppo", "grpo")]
+    text = "".join(file.read_text() for file in files)
     logged = set(re.findall(r'"((?:objective|policy|loss|response|rewards|logps|throughput|train|val)/\w+)"', text))
     assert len(logged) > 20
     assert logged - listed == set()
+
+
+def test_every_alarm_stands_in_the_readme() -> None:
+    """With what to turn: the troubleshooting table and the log say the same."""
+    from rlhf.alarms import ADVICE
+
+    table = README.split("## Troubleshooting")[1]
+    for name, advice in ADVICE.items():
+        assert f"| `{name}` |" in table
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        keys = set(re.findall(r"(?:stage|trainer)\.[a-z_.]+", str(advice)))
+        assert keys <= set(re.findall(r"(?:stage|trainer)\.[a-z_.]+", row)), name

@@ -120,7 +120,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["+nonsense=1", "pipeline.overrides.ppo=['stage.nonsense=1']"],
         ["stage.nonsense"],
     ),
-    "an unknown step": (["pipeline.steps=[sft,pop]"], ["pop", "sft, reward, ppo, dpo, evaluate"]),
+    "an unknown step": (["pipeline.steps=[sft,pop]"], ["pop", "sft, reward, ppo, grpo, dpo, evaluate"]),
     "overrides of a step that is left out": (
         ["pipeline.steps=[sft]", "pipeline.overrides.ppo=['stage.kl_coef=0.1']"],
         ["pipeline.overrides.ppo", "pipeline.steps"],

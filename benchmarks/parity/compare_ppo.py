@@ -23,7 +23,6 @@ SLOT_LOSS = (
     "loss as published"
 )
 PADDING = "TRL's mean runs over padding as well; ours, over answer tokens, is right"
-MEAN = "TRL keeps the mean of the rewards, (r - mean) / std + mean, the form N+ published; ours scales it too, r / std"
 FOLLOWS = "follows from the advantages above"
 TENSORS = ("logprobs", "reference", "kl", "values", "scores")
 
@@ -41,7 +40,7 @@ def compare_iteration(
     """
     ragged = any(value is not None for value in published["value after the end"])
     parted = ragged and setting.gae_lambda < 1  # then it matters where the score stands
-    why = SLOT if parted else MEAN if setting.whiten_rewards else ""
+    why = SLOT if parted else ""
     theirs = population if setting.whiten_rewards else published
     what = f"PPO, {describe(setting, ours)}"
 

@@ -23,6 +23,7 @@ class RewardModel(Reward):
     """
 
     needs_model = True
+    model: Any  # Frozen, once opened
 
     def __init__(self, *, spread_coef: float = 0.0, batch_size: int = 64) -> None:
         super().__init__()

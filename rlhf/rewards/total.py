@@ -50,19 +50,20 @@ class WeightedSum(Reward):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         if not self.weights:
             raise UserError("reward.weights are all 0: nothing is rewarded", "reward.weights.model=1")
-        self.rewards = nn.ModuleDict({name: parts[name] for name in self.weights})
+        self.chosen = {name: parts[name] for name in self.weights}
+        self.rewards = nn.ModuleDict(self.chosen)  # so that they follow the stage to its device
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]
-        return any(part.needs_model for part in self.rewards.values())
+        return any(part.needs_model for part in self.chosen.values())
 
     def open(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-        for part in self.rewards.values():
+        for part in self.chosen.values():
             part.open(sources if part.needs_model else (), tokenizer)
 
     def forward(self, answers: Answers) -> Tensor:
         return self.detailed(answers)[0]
 
     def detailed(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = {name: part(answers) for name, part in self.rewards.items()}
+        parts = {name: part(answers) for name, part in self.chosen.items()}
         return torch.stack([self.weights[name] * scores for name, scores in parts.items()]).sum(dim=0), parts

@@ -84,7 +84,7 @@ def test_numbers_of_a_batch_by_plain_transformers(setting: Any) -> None:
     assert numbers["rewards/rejected"] == pytest.approx(0.1 * float(ratios[~desirable].mean()), rel=1e-3)
     assert numbers["rewards/margins"] == pytest.approx(numbers["rewards/chosen"] - numbers["rewards/rejected"])
     assert numbers["rewards/accuracies"] == pytest.approx(float(((ratios > kl) == desirable).float().mean()))
-    assert [terms for terms, _ in groups] == [5, 3, 2, 5]
+    assert [terms for terms, _ in groups] == [int(batch.texts.answer.sum()), 5, 3, 2, 5]
     gains = torch.where(desirable, ratios - kl, kl - ratios)
     assert float(loss) == pytest.approx(float((1 / (1 + (0.1 * gains).exp())).mean()), rel=1e-3)
 

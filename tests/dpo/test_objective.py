@@ -25,7 +25,7 @@ def log_ratios(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, requires_grad=True)
 
 
-def check(loss: Tensor, value: float, gradients: dict[Tensor, list[float]]) -> None:
+def check_loss(loss: Tensor, value: float, gradients: dict[Tensor, list[float]]) -> None:
     """A loss has this value and these gradients."""
     torch.testing.assert_close(loss.detach(), torch.tensor(value))
     found = torch.autograd.grad(loss, list(gradients))
@@ -43,7 +43,7 @@ def test_sigmoid_loss_by_hand() -> None:
     """
     chosen, rejected = log_ratios(2, -1), log_ratios(-4, 1)
     slopes = [-0.25 / (1 + math.exp(3)), -0.25 / (1 + math.exp(-1))]
-    check(
+    check_loss(
         sigmoid_loss(chosen, rejected, beta=0.5),
         (math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2,
         {chosen: slopes, rejected: [-slope for slope in slopes]},
@@ -61,7 +61,7 @@ def test_ipo_loss_by_hand() -> None:
     """
     chosen, rejected = log_ratios(2, -1, 1), log_ratios(-4, 1, 0)
     slopes = [8 / 3, -8 / 3, -2 / 3]
-    check(ipo_loss(chosen, rejected, beta=0.25), 11.0, {chosen: slopes, rejected: [-slope for slope in slopes]})
+    check_loss(ipo_loss(chosen, rejected, beta=0.25), 11.0, {chosen: slopes, rejected: [-slope for slope in slopes]})
 
 
 def test_hinge_loss_by_hand() -> None:
@@ -72,7 +72,7 @@ def test_hinge_loss_by_hand() -> None:
       -1       1              2               2    gradient -0.5 / 2 pairs
     """
     chosen, rejected = log_ratios(2, -1), log_ratios(-4, 1)
-    check(hinge_loss(chosen, rejected, beta=0.5), 1.0, {chosen: [0.0, -0.25], rejected: [0.0, 0.25]})
+    check_loss(hinge_loss(chosen, rejected, beta=0.5), 1.0, {chosen: [0.0, -0.25], rejected: [0.0, 0.25]})
 
 
 def test_conservative_loss_by_hand() -> None:
@@ -85,7 +85,7 @@ def test_conservative_loss_by_hand() -> None:
     chosen, rejected = log_ratios(2), log_ratios(-4)
     slope = 0.5 * (1 / (1 + math.exp(-3)) - 0.8)
     assert slope > 0
-    check(
+    check_loss(
         conservative_loss(chosen, rejected, beta=0.5, label_smoothing=0.2),
         0.8 * math.log1p(math.exp(-3)) + 0.2 * math.log1p(math.exp(3)),
         {chosen: [slope], rejected: [-slope]},
@@ -108,7 +108,7 @@ def test_robust_loss_by_hand() -> None:
     chosen, rejected = log_ratios(2), log_ratios(-4)
     s = 1 / (1 + math.exp(-3))
     slope = 0.5 * (-0.8 * (1 - s) - 0.2 * s) / 0.6
-    check(
+    check_loss(
         robust_loss(chosen, rejected, beta=0.5, label_smoothing=0.2),
         (0.8 * math.log1p(math.exp(-3)) - 0.2 * math.log1p(math.exp(3))) / 0.6,
         {chosen: [slope], rejected: [-slope]},
@@ -137,7 +137,7 @@ def test_simpo_loss_by_hand() -> None:
     """
     chosen, rejected = log_ratios(-0.5), log_ratios(-1.0)
     slope = -2 / (1 + math.exp(-0.5))
-    check(
+    check_loss(
         simpo_loss(chosen, rejected, beta=2.0, target_margin=1.5),
         math.log1p(math.exp(0.5)),
         {chosen: [slope], rejected: [-slope]},
@@ -151,7 +151,7 @@ def test_odds_ratio_loss_by_hand() -> None:
     d loss / d log odds ratio = -0.5 x 1/5 = -0.1; d log odds / d log p = 1 / (1 - p): 2 and 1.25
     """
     chosen, rejected = log_ratios(math.log(1 / 2)), log_ratios(math.log(1 / 5))
-    check(
+    check_loss(
         odds_ratio_loss(chosen, rejected, beta=0.5), 0.5 * math.log(1.25), {chosen: [-0.1 * 2], rejected: [0.1 * 1.25]}
     )
 
@@ -159,7 +159,7 @@ def test_odds_ratio_loss_by_hand() -> None:
 def test_odds_ratio_loss_of_certain_answers_is_finite() -> None:
     """Probability 1 has infinite odds: they stop at 10^6, and there is no gradient past it."""
     chosen, rejected = log_ratios(0.0), log_ratios(-1e-8)
-    check(odds_ratio_loss(chosen, rejected, beta=1.0), math.log(2), {chosen: [0.0], rejected: [0.0]})
+    check_loss(odds_ratio_loss(chosen, rejected, beta=1.0), math.log(2), {chosen: [0.0], rejected: [0.0]})
 
 
 def test_kto_loss_by_hand() -> None:
@@ -177,20 +177,20 @@ def test_kto_loss_by_hand() -> None:
     loss = kto_loss(
         ratios, torch.tensor([True, False, False]), kl, beta=0.5, desirable_weight=1.0, undesirable_weight=2.0
     )
-    check(loss, (1 / (1 + e) + 2 / (1 + 1 / e) + 1) / 3, {ratios: [-slope, 2 * slope, 2 * 0.5 * 0.25 / 3]})
+    check_loss(loss, (1 / (1 + e) + 2 / (1 + 1 / e) + 1) / 3, {ratios: [-slope, 2 * slope, 2 * 0.5 * 0.25 / 3]})
 
 
 def test_answer_nll_by_hand() -> None:
     """Answers of 2 and 6 tokens, -3 and -1 nats: 4 nats over 8 tokens; each answer's log-prob counts 1/8."""
     logprobs = log_ratios(-3, -1)
-    check(answer_nll(logprobs, torch.tensor([2, 6])), 0.5, {logprobs: [-0.125, -0.125]})
+    check_loss(answer_nll(logprobs, torch.tensor([2, 6])), 0.5, {logprobs: [-0.125, -0.125]})
 
 
 def test_answer_nll_of_no_answers_is_0() -> None:
     """A batch of undesirable answers has nothing to learn by heart, and no NaN either."""
     logprobs = log_ratios(-3, -1)
     none = torch.tensor([False, False])
-    check(answer_nll(logprobs[none], torch.tensor([2, 6])[none]), 0.0, {logprobs: [0.0, 0.0]})
+    check_loss(answer_nll(logprobs[none], torch.tensor([2, 6])[none]), 0.0, {logprobs: [0.0, 0.0]})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rlhf.dpo.objective import ipo_loss
 from rlhf.errors import UserError
 from rlhf.models import Policy, Pretrained, chat_template
 from rlhf.rl import KLControl, ScoreShaping
+from test_configs import composed
 
 NAN = float("nan")
 
@@ -202,7 +203,7 @@ def test_18_the_list_of_keys_is_whole(repo: Path) -> None:
     assert set(sft.stage) - {"_target_"} == STAGE.keys()
     assert data - {"_target_", "test"} - ONLY_HUB == DATA.keys()
     for stage in STAGES:
-        assert OPTIMIZER.keys() <= set(OmegaConf.load(repo / "conf" / "stage" / f"{stage}.yaml").stage)
+        assert OPTIMIZER.keys() <= set(composed(f"stage={stage}").stage)
 
 
 @pytest.mark.slow
