@@ -38,6 +38,9 @@ def clone(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [{"prompt": f"Ask {i}, please.", "chosen": f"Answer {i}.", "rejected": f"No {i}."} for i in range(40)]
     for name, records in {"my_demonstrations.jsonl": rows, "my_pairs.jsonl": pairs}.items():
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "my_scorer.py").write_text(
+        "def score(prompts, answers):\n    return [-len(answer) for answer in answers]\n"
+    )
     source = Transformer(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=300)
     tokenizer = source.tokenizer(row["document"] for row in rows)
     tokenizer.chat_template = chat_template("{prompt}\n")

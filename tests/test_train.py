@@ -74,6 +74,24 @@ def test_the_whole_pipeline_leaves_everything_it_promises(repo: Path, tmp_path: 
         assert "train/loss=" in (tmp_path / "all" / stage / f"{stage}.log").read_text()
 
 
+@pytest.mark.slow
+def test_variants_of_a_stage_stand_beside_each_other(repo: Path, tmp_path: Path) -> None:
+    """Three of experiment=compare, two seeds: a folder a seed, in it one a method, all in one evaluation."""
+    steps = "pipeline.steps=[sft,reward,rloo,dpo,ipo,evaluate]"
+    train(repo, tmp_path, "-m", "experiment=compare", "seed=1,2", "run=all", steps, *TINY["transformer"], *BUDGET)
+    (first, second) = sorted((tmp_path / "all" / "sweeps" / "pipeline").glob("*seed=*/"))
+    for folder, seed in ((first, 1), (second, 2)):
+        for name, target in {"rloo": "rloo_advantages", "dpo": "sigmoid_loss", "ipo": "ipo_loss"}.items():
+            (path,) = (folder / name).glob("*_final.pt")
+            config = json.loads(torch.load(path, weights_only=True)["provenance"])["config"]
+            assert (config["seed"], config["paths"]["run"]) == (seed, str(folder))
+            chosen = config["stage"]["estimator" if name == "rloo" else "objective"]["_target_"]
+            assert chosen.endswith(target)
+        metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+        assert metrics["models"].keys() == {"sft", "rloo", "dpo", "ipo", "target"}
+        assert (folder / "final_rl_model.pt").is_file()
+
+
 def test_help_does_not_wait_for_torch(repo: Path) -> None:
     """The help names the stages, and nothing heavy is imported for it."""
     command = [sys.executable, "-X", "importtime", "train.py", "--help"]
