@@ -7,6 +7,7 @@ from rlhf.errors import UserError
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+HORIZON = 10000  # answers; as in the published code
 FULL = "full"  # the sum over the vocabulary in place of an estimate
 
 
@@ -19,7 +20,8 @@ class KLControl(nn.Module):
         estimator: ``k1``, ``k2``, ``k3`` of the sampled token (J. Schulman, "Approximating KL divergence"), or
             ``full``, the exact sum over the vocabulary; that one costs another pass of the reference when in the loss.
         target_per_sequence: KL of a whole answer that the price steers to, nats; null keeps ``stage.kl_coef`` fixed.
-        horizon: answers over which the price follows: it changes by at most 0.2 x answers / horizon an iteration.
+        horizon: answers over which the price follows: it changes by at most 0.2 x answers / horizon an iteration;
+            null: 10000. Only with a target.
 
     With a target, after each iteration over n answers (Ziegler et al. 2019, section 2.2, arXiv:1909.08593; the form
     with a horizon is that of its published code):
@@ -34,7 +36,7 @@ class KLControl(nn.Module):
 
     def __init__(
         self, *, place: str = "reward", estimator: str = "k1", target_per_sequence: float | None = None,
-        horizon: int = 10000,
+        horizon: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if place not in ("reward", "loss"):
@@ -51,12 +53,15 @@ class KLControl(nn.Module):
                 f"stage.kl.target_per_sequence={target_per_sequence} is no distance",
                 "stage.kl.target_per_sequence=6, or null",
             )
-        if horizon < 1:
+        if horizon is not None and target_per_sequence is None:
+            raise UserError(f"stage.kl.horizon={horizon} says how fast the price follows a target, and there is none",
+                            "stage.kl.target_per_sequence=6, or stage.kl.horizon=null")  # fmt: skip
+        if horizon is not None and horizon < 1:
             raise UserError(f"stage.kl.horizon={horizon} is below one answer", "stage.kl.horizon=10000")
         self.place = place
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
-        self.horizon = horizon
+        self.horizon = HORIZON if horizon is None else horizon
         # kept in checkpoints: a resumed run goes on with the price it had
         self.register_buffer("coef", torch.zeros((), dtype=torch.float64))
 

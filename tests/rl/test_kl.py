@@ -98,7 +98,8 @@ def test_the_price_survives_a_checkpoint() -> None:
         ({"place": "both"}, r"stage\.kl\.place=both"),
         ({"estimator": "k4"}, r"stage\.kl\.estimator=k4"),
         ({"target_per_sequence": 0.0}, r"stage\.kl\.target_per_sequence=0"),
-        ({"horizon": 0}, r"stage\.kl\.horizon=0"),
+        ({"horizon": 0, "target_per_sequence": 6.0}, r"stage\.kl\.horizon=0"),
+        ({"horizon": 100}, r"stage\.kl\.horizon=100 .* there is none"),
     ],
 )
 def test_what_cannot_hold_is_refused(keys: dict, message: str) -> None:
