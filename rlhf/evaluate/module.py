@@ -215,7 +215,7 @@ class EvaluateModule(lightning.LightningModule):
         shown = {
             title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())
         }
-        table.add_column("model", no_wrap=True, min_width=6)
+        table.add_column("model", overflow="fold", min_width=6)  # a long name gives way to the numbers
         for title in shown:
             table.add_column(title, justify="right", no_wrap=True)
         for name, metrics in models.items():
