@@ -6,6 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# groups of the configuration that only some stages have: what they choose, and one of those stages
+GROUPS = {
+    "objective": ("the loss of stage=dpo", "dpo"),
+    "reward": ("where the rewards of stage=ppo and stage=grpo come from", "ppo"),
+    "estimator": ("the advantages of stage=grpo", "grpo"),
+}
+
 
 class UserError(Exception):
     """A mistake in what was typed or given: shown as plain text, without a traceback, with exit code 2.
@@ -76,8 +83,9 @@ def _what(message: str) -> str:
 
 
 def _hint(error: BaseException) -> str:
-    if "Could not override 'objective'" in str(error):
-        return "it chooses the loss of stage=dpo; in the pipeline: 'pipeline.overrides.dpo=[\"objective=<name>\"]'"
+    for group, (what, stage) in GROUPS.items():
+        if f"Could not override '{group}'" in str(error):
+            return f"it chooses {what}; in the pipeline: 'pipeline.overrides.{stage}=[\"{group}=<name>\"]'"
     if any("Key 'stage' is not in struct" in str(cause) for cause in _causes(error)):
         return (
             "the pipeline runs several stages: choose one (stage=ppo), or type "

@@ -181,6 +181,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["stage.schedule=stairs", "cosine, linear, constant"],
     ),
     "a loss for a stage that has none to choose": (["stage=sft", "objective=ipo"], ["objective", "stage=dpo"]),
+    "a reward for a stage that samples nothing": (["stage=dpo", "reward=function"], ["reward", "stage=grpo"]),
+    "an estimator for a stage with a critic": (["stage=ppo", "estimator=rloo"], ["estimator", "stage=grpo"]),
+    "k1 in the loss": (
+        ["stage=ppo", "stage.policy={tmp}/sft.pt", "stage.reward_model={tmp}/reward.pt", "stage.kl.place=loss"],
+        ["stage.kl.place=loss", "stage.kl.estimator=k3"],
+    ),
+    "a reward function that is not there": (
+        ["stage=ppo", "stage.policy={tmp}/sft.pt", "reward=function", "reward.path=none.py:score", "data.max_rows=40"],
+        ["reward.path=none.py:score", "no such file"],
+    ),
     "a loss nobody knows": (["stage=dpo", "objective=magic"], ["objective/magic", "sigmoid"]),
     "a loss and a switch that exclude each other": (
         ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=simpo", "stage.reference_free=false"],
