@@ -1,7 +1,7 @@
 """Over-optimisation of the reward model: gold and reward model score of PPO's checkpoints against their KL to SFT.
 
     python train.py stage=sft && python train.py stage=reward      unless the run has them already
-    python benchmarks/overoptimisation.py                          about 8 minutes on 2 CPU cores
+    python benchmarks/overoptimisation.py                          about 10 minutes on 2 CPU cores
 
 PPO runs without a price of KL (``experiment=overoptimisation``), every third iteration leaves a checkpoint, and
 ``stage=evaluate`` answers the held-out prompts with each. Needs matplotlib.
@@ -53,7 +53,7 @@ def draw(rows: list[dict]) -> None:
 
     rows = sorted(rows, key=lambda metrics: metrics["kl_to_sft"]["mean"])
     distance = [metrics["kl_to_sft"]["mean"] for metrics in rows]
-    figure, left = pyplot.subplots(figsize=(7, 4))
+    figure, left = pyplot.subplots(figsize=(8, 4))
     for axis, name, label, colour in (
         (left, "gold", "gold score", "tab:orange"),
         (left.twinx(), "reward", "reward model score", "tab:blue"),
@@ -63,7 +63,10 @@ def draw(rows: list[dict]) -> None:
         low, high = ([metrics[name][bound] for metrics in rows] for bound in ("low", "high"))
         axis.fill_between(distance, low, high, color=colour, alpha=0.2)
         axis.set_ylabel(label, color=colour)
-    left.set_xlabel("KL to SFT, nats an answer")
+    left.set_xscale("function", functions=(lambda kl: kl**0.5, lambda root: root**2))
+    left.set_xticks([0, 1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121])
+    left.set_xlim(0, max(distance) * 1.03)
+    left.set_xlabel("KL to SFT, nats an answer; the axis is its square root, as in Gao et al. 2022 (arXiv:2210.10760)")
     left.set_title("PPO without a price of KL, 300 held-out prompts")
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=110)
