@@ -66,6 +66,25 @@ def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Ten
     return centred * torch.rsqrt(masked_mean(centred.square(), mask) + epsilon)
 
 
+def discounted_to_go(values: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """Each entry with all later ones of its row, the further off the less: ``S_t = x_t + discount S_{t+1}``.
+
+    Args:
+        values: [batch, time], any unit.
+        mask: [batch, time], bool; its True entries stand together.
+        discount: a step; 1 gives plain sums.
+
+    Returns:
+        [batch, time], the unit of ``values``; 0 on masked entries.
+    """
+    sums = torch.zeros_like(values)
+    later = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        later = torch.where(mask[:, t], values[:, t] + discount * later, 0.0)
+        sums[:, t] = later
+    return sums
+
+
 def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
     """The hidden states from which the masked tokens are predicted: the next-token shift of this project.
 

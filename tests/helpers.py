@@ -16,6 +16,12 @@ PROMPTS = [
     "See",
 ]
 
+# one answer a prompt, and one more: pairs are each with the next
+ANSWERS = [
+    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
+    "The mayor opened it.", "B b", "Monday", "children, weather",
+]  # fmt: skip
+
 
 class Fixed:
     """A source of one model: every copy has the same weights, as with the file of an earlier stage."""

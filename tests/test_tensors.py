@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nan
 
 from rlhf.tensors import (
+    discounted_to_go,
     last_true,
     masked_mean,
     masked_scale,
@@ -119,3 +120,11 @@ def test_mean_of_rows_weighs_rows_alike() -> None:
     values = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 0.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     torch.testing.assert_close(mean_of_rows(values, mask), torch.tensor(3.5))
+
+
+def test_discounted_to_go_by_hand() -> None:
+    """Discount 0.5 over 2, 4, 8 after a masked slot: 8, 4 + 4 = 8, 2 + 4 = 6; what stands outside is not seen."""
+    values = torch.tensor([[nan, 2.0, 4.0, 8.0, nan], [torch.inf, 3.0, nan, nan, nan]])
+    mask = torch.tensor([[False, True, True, True, False], [False, True, False, False, False]])
+    expected = torch.tensor([[0.0, 6.0, 8.0, 8.0, 0.0], [0.0, 3.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(discounted_to_go(values, mask, 0.5), expected)

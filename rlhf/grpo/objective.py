@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.tensors import masked_whiten
+from rlhf.tensors import discounted_to_go, masked_sum, masked_whiten
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -78,13 +78,7 @@ def reinforce_pp_advantages(
     Source: Hu et al. 2025, "REINFORCE++", eq. 9 to 11 (arXiv:2501.03262).
     """
     # fmt: on
-    rewards = torch.where(mask, rewards, 0.0)
-    to_go = torch.zeros_like(rewards)
-    later = torch.zeros_like(rewards[:, 0])
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        later = torch.where(mask[:, t], rewards[:, t] + gamma * later, 0.0)
-        to_go[:, t] = later
-    return masked_whiten(to_go, mask)
+    return masked_whiten(discounted_to_go(rewards, mask, gamma), mask)
 
 
 # fmt: off
@@ -107,4 +101,4 @@ def reinforce_pp_baseline_advantages(
 
 def _by_group(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """Whole reward of each answer, [prompts, group_size]."""
-    return torch.where(mask, rewards, 0.0).sum(dim=1).reshape(-1, group_size)
+    return masked_sum(rewards, mask).reshape(-1, group_size)

@@ -11,6 +11,7 @@ from rlhf.data import Batch, BatchLoader, PromptBatch
 from rlhf.data.loader import weighed
 from rlhf.errors import UserError
 from rlhf.rollout import Rollout
+from rlhf.tensors import masked_sum
 
 
 @dataclass
@@ -74,6 +75,11 @@ class Experience:
     reference_logprobs: Tensor
     kl: Tensor
     values: Tensor | None = None
+
+    @property
+    def kl_per_sequence(self) -> Tensor:
+        """Log-ratio of policy and reference of each answer, [batch], nats; its mean estimates the KL of an answer."""
+        return masked_sum(self.logprobs - self.reference_logprobs, self.rollout.answer)
 
 
 def cut(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ class OnlineModule(StageModule):
         self._iteration = self._rollout_numbers(seen, raw, rewards)
         self._iteration.update({f"reward/{name}": values.mean() for name, values in single.items()})
         advantages, returns = self.estimate_advantages(rewards, seen)
-        kl_per_sequence = self.all_gather(masked_sum(seen.logprobs - seen.reference_logprobs, rollout.answer))
+        kl_per_sequence = self.all_gather(seen.kl_per_sequence)
         self.kl.steer(kl_per_sequence.mean(), kl_per_sequence.numel())
 
         tensors = (seen.logprobs, seen.reference_logprobs, advantages, seen.values, returns)
@@ -213,10 +213,10 @@ class OnlineModule(StageModule):
         if part.first:
             self._stopped = False
         if self._stopped:
-            return self.learn_nothing(skipped=True)
+            return self.learn_nothing()
         loss, numbers = self.compute_loss(part)
         if self._goes_too_far(numbers):
-            return self.learn_nothing(skipped=True)
+            return self.learn_nothing()
         self._note({**numbers, "policy/skipped": torch.zeros_like(loss), "train/loss": loss})
         return loss * part.share
 
@@ -264,12 +264,11 @@ class OnlineModule(StageModule):
     def _mean_over_ranks(self, value: Tensor) -> float:
         return float(self.trainer.strategy.reduce(value.detach(), reduce_op="mean"))
 
-    def learn_nothing(self, *, skipped: bool = False) -> Tensor:
+    def learn_nothing(self) -> Tensor:
         """A loss without effect: the optimizer step that follows leaves every parameter and its moments alone."""
         parts = [part for part, _ in self.trained_parts()]
         self._dropped = parts
-        if skipped:
-            self._note({"policy/skipped": torch.ones((), device=self.device)})
+        self._note({"policy/skipped": torch.ones((), device=self.device)})
         learned = [p for part in parts for p in part.parameters() if p.requires_grad]
         return torch.stack([(p.flatten()[0] * 0.0).float() for p in learned]).sum()
 
@@ -279,7 +278,7 @@ class OnlineModule(StageModule):
         self.log_val(
             {
                 "score": self.judge(rollout, prompts)[0].mean(),
-                "kl": masked_sum(seen.logprobs - seen.reference_logprobs, rollout.answer).mean(),
+                "kl": seen.kl_per_sequence.mean(),
                 "length": rollout.lengths.float().mean(),
             },
             len(prompts.tokens),
@@ -291,10 +290,9 @@ class OnlineModule(StageModule):
     def _rollout_numbers(self, seen: Experience, raw: Tensor, rewards: Tensor) -> dict[str, Any]:
         rollout = seen.rollout
         kl_coef = float(self.kl.coef)
-        kl = masked_sum(seen.logprobs - seen.reference_logprobs, rollout.answer)
         charged = masked_sum(seen.kl, rollout.answer).mean()
         return {
-            "objective/kl": kl.mean(),
+            "objective/kl": seen.kl_per_sequence.mean(),
             "objective/kl_charged": charged,
             "objective/entropy": -masked_sum(seen.logprobs, rollout.answer).mean(),
             "objective/scores": raw.mean(),

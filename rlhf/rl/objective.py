@@ -4,9 +4,10 @@ True on answer tokens."""
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.tensors import last_true, masked_mean
+from rlhf.tensors import discounted_to_go, last_true, masked_mean
 
 
 # fmt: off
@@ -85,13 +86,8 @@ def gae(
     """
     # fmt: on
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages = torch.zeros_like(values)
-    later_advantage = later_value = torch.zeros_like(values[:, 0])
-    for t in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + gamma * later_value - values[:, t]
-        later_advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * later_advantage, 0.0)
-        later_value = values[:, t]
-        advantages[:, t] = later_advantage
+    later_values = F.pad(values[:, 1:], (0, 1))
+    advantages = discounted_to_go(rewards + gamma * later_values - values, mask, gamma * gae_lambda)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 

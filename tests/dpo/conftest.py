@@ -8,13 +8,8 @@ import lightning
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from helpers import PROMPTS, Fixed
+from helpers import ANSWERS, PROMPTS, Fixed
 from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule
-
-ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday", "children, weather",
-]  # fmt: skip
 
 
 class Record(lightning.Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import PROMPTS, Fixed
+from helpers import ANSWERS, PROMPTS, Fixed
 from rlhf.dpo import DPODataModule, DPOModule
 from rlhf.models import ScalarHead, ScalarModel
 from rlhf.ppo import PPOModule
@@ -23,10 +23,6 @@ from rlhf.rl import KLControl, Limits, PromptDataModule, ScoreShaping
 from rlhf.rollout import Sampling
 from rlhf.sft import SFTDataModule, SFTModule
 
-ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday", "children, weather",
-]  # fmt: skip
 DEMONSTRATIONS = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)]
 PAIRS = [
     {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -12,15 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from helpers import PROMPTS, Fixed
+from helpers import ANSWERS, PROMPTS, Fixed
 from rlhf.data import PairBatch, RatingBatch
 from rlhf.errors import UserError
 from rlhf.reward import RewardDataModule, RewardModule
-
-ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday", "children, weather",
-]  # fmt: skip
 
 
 class Record(lightning.Callback):
