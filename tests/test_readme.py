@@ -88,7 +88,7 @@ def test_every_metric_that_is_logged_stands_in_the_readme(repo: Path) -> None:
     """Names in quotes in the modules of the training stages, against the first column of the metrics table."""
     table = README.split("## Metrics")[1].split("## Hyper-parameters")[0]
     listed = set(re.findall(r"`([a-zA-Z_/]+)`", table))
-    files = [repo / "rlhf" / "stage.py", *(repo / "rlhf" / "dpo").glob("*.py")]
+    files = [repo / "rlhf" / "stage.py", repo / "rlhf" / "rl" / "numbers.py", *(repo / "rlhf" / "dpo").glob("*.py")]
     files += [repo / "rlhf" / name / "module.py" for name in ("sft", "reward", "rl", "ppo", "grpo")]
     text = "".join(file.read_text() for file in files)
     logged = set(re.findall(r'"((?:objective|policy|loss|response|rewards|logps|throughput|train|val)/\w+)"', text))

@@ -18,11 +18,12 @@ from rlhf.rl.checks import checks
 from rlhf.rl.experience import Experience, Minibatch, cut, partition
 from rlhf.rl.kl import ESTIMATORS, FULL, KLControl
 from rlhf.rl.limits import Limits
-from rlhf.rl.objective import clipped_policy_loss, policy_ratio, token_rewards
+from rlhf.rl.numbers import rollout_numbers, update_numbers
+from rlhf.rl.objective import clipped_policy_loss, token_rewards
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rollout import Rollout, Sampling, repeated_share, roll_out
+from rlhf.rollout import Rollout, Sampling, roll_out
 from rlhf.stage import Result, StageModule
-from rlhf.tensors import masked_mean, masked_sum, mean_of_rows
+from rlhf.tensors import masked_mean, mean_of_rows
 
 log = logging.getLogger(__name__)
 AVERAGES = {"token": masked_mean, "sequence": mean_of_rows}
@@ -122,7 +123,7 @@ class OnlineModule(StageModule):
         scores = self.scores(raw, rollout.finished)
         kl_coef = 0.0 if self.kl.in_loss else float(self.kl.coef)
         rewards = token_rewards(scores, seen.kl, rollout.answer, kl_coef=kl_coef)
-        self._iteration = self._rollout_numbers(seen, raw, rewards)
+        self._iteration = rollout_numbers(seen, raw, rewards, self.kl, self.scores)
         self._iteration.update({f"reward/{name}": values.mean() for name, values in single.items()})
         advantages, returns = self.estimate_advantages(rewards, seen)
         kl_per_sequence = self.all_gather(seen.kl_per_sequence)
@@ -238,7 +239,8 @@ class OnlineModule(StageModule):
             clip_range_high=self.limits.clip_range_high, dual_clip=self.limits.dual_clip, average=self.average,
         )  # fmt: skip
         loss = surrogate
-        numbers = self._policy_numbers(part, scores)
+        high = self.limits.clip_range_high or self.clip_range
+        numbers = update_numbers(part, scores, low=self.clip_range, high=high)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * self.average(scores.entropy, part.answer)
         if self.kl.in_loss:
@@ -285,38 +287,6 @@ class OnlineModule(StageModule):
         )
 
     # numbers
-
-    @torch.no_grad()
-    def _rollout_numbers(self, seen: Experience, raw: Tensor, rewards: Tensor) -> dict[str, Any]:
-        rollout = seen.rollout
-        kl_coef = float(self.kl.coef)
-        charged = masked_sum(seen.kl, rollout.answer).mean()
-        return {
-            "objective/kl": seen.kl_per_sequence.mean(),
-            "objective/kl_charged": charged,
-            "objective/entropy": -masked_sum(seen.logprobs, rollout.answer).mean(),
-            "objective/scores": raw.mean(),
-            "objective/scores_std": self.scores.std.float(),
-            "objective/non_score_reward": -kl_coef * charged * (not self.kl.in_loss),
-            "objective/rlhf_reward": rewards.sum(dim=1).mean(),
-            "response/length": rollout.lengths.float().mean(),
-            "response/truncated": 1 - rollout.finished.float().mean(),
-            "response/repetition": repeated_share(rollout.answers()),
-            "kl_coef": kl_coef,
-        }
-
-    @torch.no_grad()
-    def _policy_numbers(self, part: Minibatch, scores: TokenScores) -> dict[str, Tensor]:
-        ratio = policy_ratio(scores.logprobs, part.old_logprobs, part.answer)
-        change = scores.logprobs - part.old_logprobs
-        high = self.limits.clip_range_high or self.clip_range
-        clipped = (ratio < 1 - self.clip_range) | (ratio > 1 + high)
-        return {
-            "policy/approxkl_avg": 0.5 * masked_mean(change.square(), part.answer),
-            "policy/clipfrac_avg": masked_mean(clipped.float(), part.answer),
-            "policy/entropy_avg": masked_mean(scores.entropy, part.answer),
-            "val/ratio": masked_mean(ratio, part.answer),
-        }
 
     def _note(self, numbers: dict[str, Tensor]) -> None:
         for name, value in numbers.items():
