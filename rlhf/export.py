@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ FINAL = {
 }
 RL_STAGES = ("ppo", "grpo", "dpo")  # the first of these that ran makes the run's final model
 RL_TRAINED = "final_rl_model.pt"
+# The files that tokenizers of transformers write: the common ones first, then the vocabularies of single models.
+_TOKENIZER_FILES = frozenset(
+    """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    vocab.json vocab.txt merges.txt tekken.json
+    bpe.codes byte_maps.json dict.txt emoji.json entity_vocab.json normalizer.json prophetnet.tokenizer
+    target_vocab.json vocab-src.json vocab-tgt.json word_pronunciation.json word_shape.json
+    """.split()
+)
+# SentencePiece and tiktoken models: tokenizer.model, spiece.model, sentencepiece.bpe.model, source.spm.
+_TOKENIZER_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(model|spm)")
 _WHOLE_FILE = "name a file as the stage wrote it, or run the stage again"
 
 
@@ -129,8 +141,22 @@ class Export:
         return dict(json.loads(self._content()["provenance"]))
 
     def tokenizer(self, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+        """Open the tokenizer of the file.
+
+        The file may come from anyone, so its tokenizer files are only written, into a temporary folder, if each of
+        them has the plain name of a file that tokenizers of ``transformers`` write.
+
+        Args:
+            texts: Not used. The vocabulary is the one in the file.
+
+        Raises:
+            UserError: If a tokenizer file has any other name. Nothing is written in this case.
+        """
+        files = self._content()["tokenizer"]
+        for name in files:
+            _check_tokenizer_file(name, self.path)
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in self._content()["tokenizer"].items():
+            for name, content in files.items():
                 data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
                 Path(folder, name).write_bytes(data)
             return AutoTokenizer.from_pretrained(folder)
@@ -216,6 +242,17 @@ def _config(text: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:  # the way transformers reads it back, infinities included
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         return AutoConfig.from_pretrained(folder)
+
+
+def _check_tokenizer_file(name: object, path: str) -> None:
+    """Raise a ``UserError`` unless the name, which comes from the file, is the plain name of a tokenizer file."""
+    if isinstance(name, str) and (name in _TOKENIZER_FILES or _TOKENIZER_MODEL.fullmatch(name)):
+        return
+    raise UserError(
+        f"{path}: its tokenizer contains a file named {name!r}, but only plain names of tokenizer files are allowed, "
+        "such as 'tokenizer.json' or 'tokenizer.model', without a directory part; nothing was written",
+        "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>.",
+    )
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,77 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bomb\.pt"):
         load_model(str(tmp_path / "bomb.pt"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x", "../../tokenizer.json", "/absolute/tokenizer.json", "a/b", "a/tokenizer.json", "a/b.model",
+        "a\\b.model", "C:b.model", "..", "", ".model", "tokenization_mine.py", "tokenizer.json\n", "tokenizer.model\n",
+        "tokenizer.model.py", "config.json", 7,
+    ],
+)  # fmt: skip
+def test_a_tokenizer_file_with_another_name_is_refused(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """A file of the checkpoint could otherwise be written anywhere on the disk; not even the good files are written."""
+    path = save(lm, tokenizer, tmp_path)
+    if isinstance(name, str) and name.startswith("/"):
+        name = str(tmp_path / "absolute" / "tokenizer.json")
+        Path(name).parent.mkdir()
+    rewrite(path, lambda content: content["tokenizer"].update({name: "changed"}))
+    temporary = tmp_path / "a" / "b"  # where '../../x' would be written beside the export
+    temporary.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=r"sft_final\.pt: its tokenizer contains a file named ") as error:
+        open_source(str(path)).tokenizer()
+    assert repr(name) in str(error.value)
+    assert "only plain names of tokenizer files" in str(error.value)
+    assert "run the stage again: python train.py stage=" in str(error.value)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+def test_every_file_of_a_tokenizer_comes_back(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The files that ``save_pretrained`` writes for the opened tokenizer are those of the original.
+
+    All of them are equal byte for byte, except for ``tokenizer_config.json``, in which ``transformers`` notes where a
+    tokenizer was opened.
+    """
+    path, folders = save(lm, tokenizer, tmp_path), (tmp_path / "before", tmp_path / "after")
+    tokenizer.save_pretrained(folders[0])
+    open_source(str(path)).tokenizer().save_pretrained(folders[1])
+    files, opened = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
+    assert torch.load(path, weights_only=True)["tokenizer"].keys() == files.keys() == opened.keys()
+    assert {name for name in files if files[name] != opened[name]} <= {"tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json",
+        "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm_char.model", "source.spm",
+    ],
+)  # fmt: skip
+def test_the_names_that_transformers_writes_are_allowed(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Text and bytes under every usual name reach the folder that the tokenizer is opened from, unchanged."""
+    path = save(lm, tokenizer, tmp_path)
+    for stored, data in (("text", b"text"), (torch.tensor([255, 0, 10], dtype=torch.uint8), b"\xff\x00\n")):
+        rewrite(path, lambda content, stored=stored: content.update({"tokenizer": {name: stored}}))
+        seen: dict[str, bytes] = {}
+
+        def look(folder: str, seen: dict[str, bytes] = seen, **options: Any) -> None:
+            seen.update({file.name: file.read_bytes() for file in Path(folder).iterdir()})
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", look)
+        open_source(str(path)).tokenizer()
+        assert seen == {name: data}
 
 
 def test_a_crash_while_writing_leaves_the_old_file_whole(
