@@ -165,7 +165,11 @@ def _decode(
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     padded = not bool(mask.all())
     accepted = signature(lm.forward).parameters
-    cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+    # Models without attention take their recurrent state as `cache_params`. Padding is already kept out of that state
+    # when a step reads one token, and Mamba-1 and Falcon-Mamba would broadcast the longer mask against that token.
+    # Models with attention, hybrid ones included, take `past_key_values` and need the mask of all the cached tokens.
+    recurrent = "cache_params" in accepted
+    cache_name = "cache_params" if recurrent else "past_key_values"
 
     alive = torch.arange(len(prompts), device=device)  # rows of the batch that still go on
     written = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
@@ -173,7 +177,7 @@ def _decode(
     cache = None
     for step in range(sampling.max_new_tokens):
         inputs = {"input_ids": tokens, "use_cache": True, cache_name: cache}
-        if padded:
+        if padded and not (recurrent and step > 0):
             inputs["attention_mask"] = mask.long()
         if "position_ids" in accepted:
             inputs["position_ids"] = positions

@@ -1,11 +1,22 @@
 """Sampling with a cache, in a padded batch from which rows leave, equals answering each prompt alone without one."""
 
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconMambaConfig,
+    GPT2Config,
+    JambaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf.errors import UserError
 from rlhf.models import Mamba, ModelSource, Transformer
@@ -26,9 +37,34 @@ def gpt2() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.fixture(params=["transformer", "mamba", "gpt2"])
+def tiny_config(name: str) -> PreTrainedConfig:
+    """A configuration of a state-space model, or of a hybrid one with a Mamba layer and an attention layer."""
+    common = dict(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
+        initializer_range=0.3,
+    )  # fmt: skip
+    attention = dict(intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
+    if name == "mamba1":
+        return MambaConfig(**common, state_size=8)
+    if name == "falcon_mamba":
+        return FalconMambaConfig(**common, state_size=8)
+    if name == "jamba":
+        return JambaConfig(
+            **common, **attention, num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
+            mamba_d_state=8, use_mamba_kernels=False,
+        )  # fmt: skip
+    return BambaConfig(
+        **common, **attention, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+        mamba_chunk_size=4,
+    )  # fmt: skip
+
+
+CONFIGURED = ("mamba1", "falcon_mamba", "jamba", "bamba")
+
+
+@pytest.fixture(params=["transformer", "mamba", "gpt2", *CONFIGURED])
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Rotary places, a state instead of places, learned places."""
+    """Rotary positions, a state (``mamba`` is Mamba-2), learned positions, Mamba-1, Falcon-Mamba, and two hybrids."""
     return request.param
 
 
@@ -44,6 +80,9 @@ def model(architecture: str, lm: PreTrainedModel) -> PreTrainedModel:
     """A tiny model with weights large enough for answers that depend on every token before them."""
     if architecture == "gpt2":
         return gpt2()
+    if architecture in CONFIGURED:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config(architecture)).eval()
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
@@ -76,6 +115,25 @@ def test_a_padded_batch_equals_each_prompt_alone_without_cache(model: PreTrained
     assert roll_out(model, PROMPTS, GREEDY, stop).answers() == expected
     for prompt, answer in zip(PROMPTS, expected, strict=True):
         assert roll_out(model, [prompt], GREEDY, stop).answers() == [answer]
+
+
+def test_only_attention_reads_the_mask_after_the_prompt(
+    model: PreTrainedModel, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state-space model gets the mask with the prompts only; attention gets the mask of all tokens at every step."""
+    widths: list[int | None] = []
+    forward = model.forward
+
+    @wraps(forward)
+    def spy(**inputs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        widths.append(None if mask is None else mask.shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    roll_out(model, PROMPTS, Sampling(max_new_tokens=4, temperature=0.0), [])
+    state_space = architecture in ("mamba", "mamba1", "falcon_mamba")
+    assert widths == ([9, None, None, None] if state_space else [9, 10, 11, 12])
 
 
 def test_the_order_of_the_prompts_is_the_order_of_the_answers(model: PreTrainedModel) -> None:
