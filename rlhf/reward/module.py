@@ -84,6 +84,10 @@ class RewardModule(StageModule):
 
     # learning
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.model.reward_mean.zero_()  # Training uses raw scores, even if the checkpoint already stores a mean.
+
     def training_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> Tensor:
         loss, numbers = self.judge(batch)
         self.log_train({f"train/{name}": value for name, value in numbers.items()})
@@ -125,18 +129,29 @@ class RewardModule(StageModule):
     # after learning
 
     @torch.no_grad()
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
+        """Center the scores and write the report.
+
+        Lightning calls this hook at the end of every fit. It skips ``on_train_end`` when a finished run is resumed,
+        because no training loop runs, and the last checkpoint is written before the scores are centered.
+        """
+        self.to(self.trainer.strategy.root_device)  # Lightning has already moved the module to the CPU.
         self.model.eval()
         self._centre()
         if self.trainer.is_global_zero:
             self._report()
+        self.cpu()
 
     def _centre(self) -> None:
-        """Store the mean score of the demonstrations; from now on it is subtracted (arXiv:2403.17031, detail 12)."""
+        """Store the mean raw score of the demonstrations, to be subtracted (arXiv:2403.17031, detail 12).
+
+        The result depends only on the weights and the demonstrations, so calling this twice changes nothing.
+        """
         data = self.trainer.datamodule
+        self.model.reward_mean.zero_()
         scores = [self._scores(texts) for texts in data.demonstration_batches()]
         if scores:
-            self.model.reward_mean += torch.cat(scores).mean(dim=0).view_as(self.model.reward_mean)
+            self.model.reward_mean.copy_(torch.cat(scores).mean(dim=0).view_as(self.model.reward_mean))
             log.info("mean score of %d demonstrations: %.4f, subtracted from now on", sum(map(len, scores)),
                      float(self.model.reward_mean.mean()))  # fmt: skip
         elif self.num_heads > 1 and not self.centering_coef and not data.holds_ratings:

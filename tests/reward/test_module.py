@@ -41,6 +41,7 @@ class Setting:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> None:
         self.folder, self.tokenizer, self.lm = folder, tokenizer, lm
+        self.callbacks: list[lightning.Callback] = []
         self.pairs = self.write(
             "pairs",
             [
@@ -66,8 +67,9 @@ class Setting:
         return str(path)
 
     def train(
-        self, train: str, *, data: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None, **keys: Any
-    ) -> tuple[RewardModule, Record]:
+        self, train: str, *, data: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None,
+        resume: Path | None = None, **keys: Any,
+    ) -> tuple[RewardModule, Record]:  # fmt: skip
         module, record = (
             RewardModule(policy=Fixed(self.lm), **{"learning_rate": 1e-3, "schedule": "constant", **keys}),
             Record(),
@@ -86,9 +88,9 @@ class Setting:
         lightning.seed_everything(7, verbose=False)
         lightning.Trainer(
             accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
+            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record, *self.callbacks],
             **{"max_epochs": 1, "logger": False, **(trainer or {})},
-        ).fit(module, datamodule)  # fmt: skip
+        ).fit(module, datamodule, ckpt_path=resume, weights_only=True)  # fmt: skip
         return module, record
 
     def raw_score(self, module: RewardModule, prompt: str, answer: str) -> float:
@@ -287,6 +289,77 @@ def test_each_head_is_centred_by_its_own_mean(setting: Setting) -> None:
     raw = torch.stack([setting.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
     torch.testing.assert_close(module.model.reward_mean, raw.mean(dim=0), rtol=1e-4, atol=1e-6)  # batched float32
     assert float(module.model.reward_mean.std()) > 1e-3
+
+
+# resuming
+
+
+class SaveAtTheEnd(lightning.Callback):
+    """Writes a checkpoint before the scores are centered, as ``ModelCheckpoint`` does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("centered", [False, True], ids=["checkpoint-without-mean", "checkpoint-with-mean"])
+def test_a_resumed_finished_run_is_centered_like_the_first(
+    setting: Setting, tmp_path: Path, heads: int, centered: bool
+) -> None:
+    """The checkpoint may be written before or after the mean is stored; all weights are equal to the last bit."""
+    path, data = tmp_path / "last.ckpt", {"demonstrations": setting.demonstrations}
+    keys = {"data": data, "learning_rate": 1e-2, "num_heads": heads}
+    setting.callbacks = [] if centered else [SaveAtTheEnd(path)]
+    first, _ = setting.train(setting.pairs, **keys)
+    if centered:
+        first.trainer.save_checkpoint(path)
+    stored = torch.load(path, weights_only=True)["state_dict"]["model.reward_mean"]
+    assert bool(stored.any()) is centered
+    setting.callbacks = []
+    second, record = setting.train(setting.pairs, resume=path, **keys)
+    assert record.batches == []
+    assert float(first.model.reward_mean.abs().min()) > 1e-3
+    assert_equal(second, first)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_a_mean_in_the_checkpoint_of_an_unfinished_run_is_not_subtracted_twice(
+    setting: Setting, tmp_path: Path, penalty: float
+) -> None:
+    """Two epochs, with and without a stored mean at the break: equal losses and weights, and one mean at the end.
+
+    The centering penalty depends on where the zero of the scores is, so training has to use the raw scores.
+    """
+    keys = {"data": {"demonstrations": setting.demonstrations}, "learning_rate": 1e-2, "centering_coef": penalty}
+    setting.callbacks = [SaveAtTheEnd(tmp_path / "without.ckpt")]
+    first, _ = setting.train(setting.pairs, **keys)
+    setting.callbacks = []
+    first.trainer.save_checkpoint(tmp_path / "with.ckpt")
+    without, expected = setting.train(
+        setting.pairs, resume=tmp_path / "without.ckpt", trainer={"max_epochs": 2}, **keys
+    )
+    held, record = setting.train(setting.pairs, resume=tmp_path / "with.ckpt", trainer={"max_epochs": 2}, **keys)
+    assert len(record.numbers) == 1
+    assert record.numbers[0]["train/loss"] == expected.numbers[0]["train/loss"]
+    assert_equal(held, without)
+    raw = [setting.raw_score(held, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)]
+    assert float(held.model.reward_mean) == pytest.approx(sum(raw) / 8, rel=1e-4)
+
+
+def test_a_resumed_finished_run_writes_its_report_again(setting: Setting, tmp_path: Path) -> None:
+    """The second metrics.json equals the first."""
+    setting.callbacks = [SaveAtTheEnd(tmp_path / "last.ckpt")]
+    _, first = report_of(setting, setting.pairs, tmp_path / "first")
+    setting.callbacks = []
+    _, second = report_of(setting, setting.pairs, tmp_path / "second", resume=tmp_path / "last.ckpt")
+    assert second == first
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(
