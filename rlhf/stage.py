@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
@@ -86,8 +87,10 @@ class StageModule(lightning.LightningModule):
             ):
                 if chosen:
                     groups.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
-        scaled = self.trainer.precision == "16-mixed"  # its gradient scaler and a fused step exclude clipping
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=not scaled)
+        # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
+        # gradient scaler. None lets PyTorch choose among its other implementations.
+        fused = None if isinstance(self.trainer.precision_plugin, MixedPrecision) else True
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, int(self.warmup_ratio * steps), steps)

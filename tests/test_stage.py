@@ -105,6 +105,26 @@ def test_logged_gradient_norm_is_that_before_clipping() -> None:
         assert float(trainer.callback_metrics["lr"]) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("by_plugin", [False, True], ids=["trainer.precision", "trainer.plugins"])
+def test_gradients_are_clipped_under_mixed_precision(precision: str, by_plugin: bool) -> None:
+    """Lightning refuses to clip the gradients of a fused optimizer there; 3 for each of 6 numbers becomes norm 0.5."""
+    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+    plugin = lightning.pytorch.plugins.MixedPrecision(precision, "cpu", scaler)
+    chosen = {"plugins": [plugin]} if by_plugin or scaler else {"precision": precision}
+    trainer = fit(module := Tiny(slope=3.0), steps=2, gradient_clip_val=0.5, **chosen)
+    assert trainer.global_step == 2
+    assert float(trainer.callback_metrics["grad_norm"]) == pytest.approx(3 * 6**0.5)
+    assert float(nn.utils.get_total_norm([p.grad for p in module.parameters()])) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_optimizer_is_fused_without_mixed_precision(precision: str) -> None:
+    """And only there: with it, PyTorch chooses among the other implementations."""
+    assert fit(Tiny(), precision=precision).optimizers[0].defaults["fused"] is True
+    assert fit(Tiny(), precision="bf16-mixed").optimizers[0].defaults["fused"] is None
+
+
 def test_parts_may_have_learning_rates_of_their_own() -> None:
     """A frozen parameter is not in the optimizer, and each part's rate reaches its groups."""
 
