@@ -30,7 +30,8 @@ class RecordDataModule(lightning.LightningDataModule):
         val_fraction: share of train held out for validation when ``val`` is null.
         splits: names of the splits of a hub data set.
         subset: configuration of a hub data set that has several.
-        columns: the data's own names of fields, such as ``{"rejected": "loser"}``.
+        columns: the data's own names of fields, such as ``{"rejected": "loser"}``; a field that maps to null keeps
+            its own name.
         template: text around the prompt, with ``{prompt}`` in it; null: the tokenizer's chat template.
         max_length: longest prompt with answer, tokens; longer ones lose the beginning of the prompt.
         max_rows: rows read of each split; null for all.

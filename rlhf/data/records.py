@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from rlhf.errors import UserError
+
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
 
@@ -74,16 +76,41 @@ EXPECTED = {
     Prompt: '{"prompt": "..."} or {"document": "..."}',
 }
 
+# Every field that a record may have; ``data.columns`` in conf/data/ declares the same names.
+FIELDS = (
+    "prompt", "document", "target", "completion", "messages", "chosen", "rejected", "margin", "response", "reward",
+    "label",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Reader:
     """Turns rows into records.
 
     Args:
-        columns: the data's own name for a field, such as ``{"rejected": "loser"}``.
+        columns: The data's own name for a field, such as ``{"rejected": "loser"}``. A field that is missing or
+            mapped to ``None`` keeps its own name.
+
+    Raises:
+        UserError: If ``columns`` has a key that is not one of ``FIELDS``.
     """
 
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.columns if name not in FIELDS]:
+            name, column = unknown[0], self.columns[unknown[0]]
+            swapped = isinstance(column, str) and column in FIELDS
+            raise UserError(
+                f"data.columns.{name}={column}: '{name}' is not a field of a record; the key must be one of "
+                f"{', '.join(FIELDS)}, and the value is the column's name in the data",
+                f"data.columns.{column}={name}" if swapped else f"data.columns.<field>={name}",
+            )
+
+    def column(self, name: str) -> str:
+        """Return the name that a field has in the data."""
+        renamed = self.columns.get(name)
+        return name if renamed is None else renamed
 
     def read(self, row: Mapping[str, Any], form: type) -> Any:
         """One row as a record of the given form. Raises RecordError for a row that cannot be used."""
@@ -96,7 +123,7 @@ class Reader:
         }[form](row)
 
     def has(self, row: Mapping[str, Any], name: str) -> bool:
-        return row.get(self.columns.get(name, name)) is not None
+        return row.get(self.column(name)) is not None
 
     def demonstration(self, row: Mapping[str, Any]) -> Demonstration:
         if self.has(row, "messages"):
@@ -129,7 +156,7 @@ class Reader:
         answer = self._answer(row, "response" if self.has(row, "response") else "completion", "unpaired")
         label = self._get(row, "label", "unpaired")
         if label not in (True, False):  # 1 and 0 among them
-            raise RecordError(f"field '{self.columns.get('label', 'label')}' is {label!r}, neither true nor false")
+            raise RecordError(f"field '{self.column('label')}' is {label!r}, neither true nor false")
         return Verdict(self._prompt_of(row, "unpaired"), answer, bool(label))
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt:
@@ -157,7 +184,7 @@ class Reader:
         value = self._get(row, name, kind)
         if isinstance(value, str):
             if not value.strip():
-                raise RecordError(f"field '{self.columns.get(name, name)}' is empty")
+                raise RecordError(f"field '{self.column(name)}' is empty")
             return Prompt([{"role": "user", "content": value}], value)
         return _conversation(self._messages(row, name))
 
@@ -185,38 +212,36 @@ class Reader:
         )
 
     def _messages(self, row: Mapping[str, Any], name: str) -> list[Message]:
-        value = row[self.columns.get(name, name)]
+        value = row[self.column(name)]
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise RecordError(f"field '{self.columns.get(name, name)}' is neither text nor a list of messages")
+            raise RecordError(f"field '{self.column(name)}' is neither text nor a list of messages")
         for message in value:
             if not isinstance(message, Mapping) or not all(
                 isinstance(message.get(k), str) for k in ("role", "content")
             ):
-                raise RecordError(
-                    f"field '{self.columns.get(name, name)}': a message needs 'role' and 'content', both text"
-                )
+                raise RecordError(f"field '{self.column(name)}': a message needs 'role' and 'content', both text")
         return [{"role": message["role"], "content": message["content"]} for message in value]
 
     def _closing_answer(self, messages: Sequence[Message], name: str) -> str:
         if messages[-1]["role"] != "assistant":
-            raise RecordError(f"field '{self.columns.get(name, name)}' does not end with an answer by 'assistant'")
+            raise RecordError(f"field '{self.column(name)}' does not end with an answer by 'assistant'")
         return messages[-1]["content"]
 
     def _number(self, row: Mapping[str, Any], name: str, kind: str) -> float:
         value = self._get(row, name, kind)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RecordError(f"field '{self.columns.get(name, name)}' is {value!r}, not a finite number")
+            raise RecordError(f"field '{self.column(name)}' is {value!r}, not a finite number")
         return float(value)
 
     def _get(self, row: Mapping[str, Any], name: str, kind: str) -> Any:
-        value = row.get(self.columns.get(name, name))
+        value = row.get(self.column(name))
         if value is None:
             raise self._missing(row, name, kind)
         return value
 
     def _missing(self, row: Mapping[str, Any], name: str, kind: str) -> RecordError:
         there = ", ".join(repr(key) for key, value in row.items() if value is not None)
-        wanted = self.columns.get(name, name)
+        wanted = self.column(name)
         return RecordError(f"{kind} record has no '{wanted}'; its fields are {there or 'none'}", missing=name)
 
 

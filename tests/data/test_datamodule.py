@@ -2,17 +2,21 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import Demonstration, Preference, PreferenceDataModule, Prompt, PromptRecordDataModule, Rating
 from rlhf.data.datamodule import RecordDataModule
+from rlhf.data.records import FIELDS
 from rlhf.errors import UserError
 from rlhf.reward import RewardDataModule
 from rlhf.sft import SFTDataModule
+from test_configs import composed
 
 BOS, EOS = 1, 2
 
@@ -70,6 +74,32 @@ def test_the_override_that_is_named_works(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "Q", "chosen": "A", "loser": "B"})
     data = PreferenceDataModule(train=path, columns={"rejected": "loser"}, val_fraction=0)
     assert data.records("train") == [Preference(Prompt([{"role": "user", "content": "Q"}], "Q"), "A", "B")]
+
+
+@pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])
+def test_the_configuration_declares_every_field(data: str) -> None:
+    """``data.columns.<field>`` can be typed for each field of a record, and is null by default."""
+    cfg = composed("stage=dpo", f"data={data}")
+    assert dict(cfg.data.columns) == dict.fromkeys(FIELDS)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("choice", ["demo", "jsonl"])
+def test_the_override_of_the_hint_can_be_typed(tmp_path: Path, stage: str, choice: str) -> None:
+    """The configuration as ``train.py`` composes it: refused records, then the override that the error names."""
+    path = write(tmp_path, {"prompt": "Q", "chosen": "A", "loser": "B"})
+    typed = (f"stage={stage}", f"data={choice}", "data.val=null", "data.val_fraction=0")
+    with pytest.raises(UserError) as caught:
+        instantiate(composed(*typed).data, train=path).records("train")
+    override = re.search(r"data\.columns\.\S+", str(caught.value)).group()
+    assert override == "data.columns.rejected=loser"
+    data = instantiate(composed(*typed, override).data, train=path)
+    assert data.records("train") == [Preference(Prompt([{"role": "user", "content": "Q"}], "Q"), "A", "B")]
+
+
+def test_a_column_for_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.columns\.reject=loser: 'reject' is not a field of a record"):
+        PreferenceDataModule(train=write(tmp_path, *demonstrations(1)), columns={"reject": "loser"})
 
 
 def test_five_errors_are_shown_and_all_are_counted(tmp_path: Path) -> None:

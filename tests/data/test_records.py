@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import Demonstration, Preference, Prompt, Rating, Reader, RecordError, Verdict
+from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Reader, RecordError, Verdict
+from rlhf.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 ASKED = Prompt([USER], "Q")
@@ -176,6 +177,27 @@ def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], form: type, rea
         Reader().read(row, form)
     assert reason in str(caught.value)
     assert caught.value.missing == missing
+
+
+def test_a_field_without_a_new_name_keeps_its_own() -> None:
+    """``None`` stands for the field's own name, as in the configuration; other fields are renamed."""
+    reader = Reader({**dict.fromkeys(FIELDS), "rejected": "loser"})
+    row = {"prompt": "Q", "chosen": "A", "loser": "B", "rejected": "C"}
+    assert reader.read(row, Preference) == Preference(ASKED, "A", "B")
+
+
+@pytest.mark.parametrize(
+    ("columns", "fix"),
+    [({"reject": "loser"}, r"data\.columns\.<field>=reject"), ({"loser": "rejected"}, r"data\.columns\.rejected=loser"),
+     ({"reject": None}, r"data\.columns\.<field>=reject")],
+    ids=["unknown", "the wrong way round", "unknown and null"],
+)  # fmt: skip
+def test_an_unknown_field_name_is_refused(columns: dict[str, str | None], fix: str) -> None:
+    """The message names the key, its value, the fields there are, and what to type."""
+    ((name, column),) = columns.items()
+    message = rf"^data\.columns\.{name}={column}: '{name}' is not a field .* prompt, document, .*, label, .*\n  {fix}$"
+    with pytest.raises(UserError, match=message):
+        Reader({"prompt": "Q", **columns})
 
 
 def test_a_renamed_field_that_is_missing_goes_by_the_name_in_the_data() -> None:
