@@ -18,10 +18,14 @@ LABEL_NOISE = 0.1  # share of preference labels that are flipped
 RATING_NOISE = 0.1  # standard deviation of the noise on scalar rewards, gold points
 SMALLEST_GAP = 0.25  # gold points; closer pairs are not shown to the annotator
 ROWS = {
-    "rl_train": 5000, "rl_val": 300, "rl_test": 300,
-    "prefs_train": 4000, "prefs_val": 500,
-    "rewards_train": 1500, "rewards_val": 200,
-}  # fmt: skip
+    "rl_train": 5000,
+    "rl_val": 300,
+    "rl_test": 300,
+    "prefs_train": 4000,
+    "prefs_val": 500,
+    "rewards_train": 1500,
+    "rewards_val": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,19 @@ DOMAINS = (
     ),
 )
 FILLERS = (
-    "The mayor had no comment.", "Local papers have followed the story.", "Many people asked for details.",
-    "The weather should stay mild.", "Nobody expected so much interest.", "A short film will be shown later.",
-    "There was coffee for everyone.", "The radio reported on it twice.", "Some shops stay closed that day.",
-    "Parking is free behind the church.", "Older residents remember the last one.", "Children liked it best of all.",
-)  # fmt: skip
+    "The mayor had no comment.",
+    "Local papers have followed the story.",
+    "Many people asked for details.",
+    "The weather should stay mild.",
+    "Nobody expected so much interest.",
+    "A short film will be shown later.",
+    "There was coffee for everyone.",
+    "The radio reported on it twice.",
+    "Some shops stay closed that day.",
+    "Parking is free behind the church.",
+    "Older residents remember the last one.",
+    "Children liked it best of all.",
+)
 
 # how an answer words a fact: short first, then ways that say no more in more words
 WORDINGS = {

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 # groups of the configuration that only some stages have: what they choose, and one of those stages
 GROUPS = {
-    "objective": ("the loss of stage=dpo", "dpo"),
+    "loss": ("the loss of stage=dpo", "dpo"),
     "reward": ("where the rewards of stage=ppo and stage=grpo come from", "ppo"),
-    "estimator": ("the advantages of stage=grpo", "grpo"),
+    "advantage": ("the advantages of stage=grpo", "grpo"),
 }
 
 

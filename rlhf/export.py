@@ -74,7 +74,7 @@ def load_model(
     if not path.exists():
         hint = f"names: {', '.join(known)}" if name not in known else f"python train.py run={run} makes it"
         raise UserError(f"load_model({name!r}): there is no {path}", hint)
-    source = open_source(str(path))
+    source = open_model_source(str(path))
     tokenizer = source.tokenizer()
     scalar = isinstance(source, Export) and source.kind == "scalar_model"
     model = source.scalar_model(tokenizer) if scalar else source.language_model(tokenizer)
@@ -187,7 +187,7 @@ class Export:
         return content
 
 
-def open_source(path: str) -> Any:
+def open_model_source(path: str) -> Any:
     """Something to start from: a ``*_final.pt`` or checkpoint of a run, or a Hugging Face folder or hub id."""
     if path.endswith((".pt", ".ckpt")):
         if not Path(path).is_file():

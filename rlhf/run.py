@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from rlhf import __version__
-from rlhf.checks import prove
 from rlhf.errors import UserError
 from rlhf.export import (
     FINAL,
@@ -28,11 +27,12 @@ from rlhf.export import (
     Export,
     describe,
     hash_file,
-    open_source,
+    open_model_source,
     save_huggingface,
     save_result,
 )
 from rlhf.logs import log_file, quiet_libraries
+from rlhf.preflight import run_preflight
 from rlhf.stage import Result
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def train(cfg: DictConfig, output: Path) -> float:
     if "reward_model" in cfg.stage:
         parents["reward_model"] = _reward_models(cfg, build.keywords["reward"].needs_model)
     module = build(**parents)
-    module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.texts())
+    module.tokenizer = datamodule.tokenizer = parents["policy"].tokenizer(datamodule.training_texts())
     provenance = _provenance(cfg, parents)
     proof = [_SelfCheck(output, provenance, only=cfg.check == "only")] if cfg.check else []
     trainer = _trainer(cfg, [_ExportHeader(provenance), *proof])
@@ -83,15 +83,15 @@ def train(cfg: DictConfig, output: Path) -> float:
         trainer.fit(module, datamodule, ckpt_path=checkpoint)
     except _Checked:
         return float("nan")
-    if module.figure_of_merit not in trainer.callback_metrics and datamodule.records("val"):
+    if module.monitor not in trainer.callback_metrics and datamodule.records("val"):
         trainer.validate(module, datamodule, verbose=False)
 
     if trainer.fast_dev_run:
         log.warning("trainer.fast_dev_run: nothing is exported")
     elif trainer.is_global_zero:
         _export(cfg, output, module.result(), provenance)
-    merit = trainer.callback_metrics.get(module.figure_of_merit)
-    log.info("%s = %s", module.figure_of_merit, "none" if merit is None else f"{float(merit):.4f}")
+    merit = trainer.callback_metrics.get(module.monitor)
+    log.info("%s = %s", module.monitor, "none" if merit is None else f"{float(merit):.4f}")
     return float("nan") if merit is None else float(merit)
 
 
@@ -122,7 +122,7 @@ def evaluate(cfg: DictConfig) -> float:
     policies = _policies(cfg)
     reward = _existing(cfg, "reward")
     chosen = cfg.stage.reward_model
-    reward_model = open_source(chosen) if chosen else open_source(str(reward)) if reward else None
+    reward_model = open_model_source(chosen) if chosen else open_model_source(str(reward)) if reward else None
     settings: Any = OmegaConf.to_container(cfg.stage, resolve=True)
     datamodule = instantiate(cfg.data)
     module = instantiate(settings, _partial_=True)(models=policies, reward_model=reward_model)
@@ -152,11 +152,11 @@ def evaluate(cfg: DictConfig) -> float:
 def _policy(cfg: DictConfig) -> Any:
     """What the stage starts from: what was typed, the run's SFT model, or the base model of ``model=``."""
     if cfg.stage.policy:
-        return open_source(cfg.stage.policy)
+        return open_model_source(cfg.stage.policy)
     if cfg.stage_name == "sft":
         return instantiate(cfg.model)
     if sft := _existing(cfg, "sft"):
-        return open_source(str(sft))
+        return open_model_source(str(sft))
     if "path" in cfg.model:
         log.warning("run=%s has no SFT model: starting from model.path=%s itself", cfg.run, cfg.model.path)
         return instantiate(cfg.model)
@@ -167,20 +167,20 @@ def _parent(cfg: DictConfig, key: str, stage: str) -> Any:
     """What was typed as ``stage.<key>``, or what an earlier stage of this run made."""
     typed, made = cfg.stage[key], _existing(cfg, stage)
     if typed:
-        return open_source(typed)
+        return open_model_source(typed)
     if made is None:
         raise UserError(
             f"run={cfg.run}: stage={cfg.stage_name} needs the result of stage={stage}, and there is no "
             f"{Path(cfg.paths.run) / stage / FINAL[stage]}",
             f"python train.py stage={stage} run={cfg.run}   or name one: stage.{key}=<path>",
         )
-    return open_source(str(made))
+    return open_model_source(str(made))
 
 
 def _reward_models(cfg: DictConfig, needed: bool) -> list[Any]:
     """What was typed as ``stage.reward_model``, one or several; else the run's, if the reward reads a model."""
     if OmegaConf.is_list(cfg.stage.reward_model):
-        return [open_source(path) for path in cfg.stage.reward_model]
+        return [open_model_source(path) for path in cfg.stage.reward_model]
     return [_parent(cfg, "reward_model", "reward")] if cfg.stage.reward_model or needed else []
 
 
@@ -204,7 +204,7 @@ def _policies(cfg: DictConfig) -> dict[str, Any]:
         made = _existing(cfg, path) if path in FINAL else None
         if path in FINAL and made is None:
             raise UserError(f"run={cfg.run} has no {path} model", f"python train.py stage={path} run={cfg.run}")
-        sources[name] = open_source(str(made or path))
+        sources[name] = open_model_source(str(made or path))
     return sources
 
 
@@ -267,7 +267,7 @@ def _provenance(cfg: DictConfig, parents: dict[str, Any]) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "lightning")},
         },
-    }  # fmt: skip
+    }
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
@@ -304,7 +304,7 @@ class _SelfCheck(Callback):
         self.only = only
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        prove(module, self.reopen)
+        run_preflight(module, self.reopen)
         if self.only:
             raise _Checked
 

@@ -16,7 +16,7 @@ from rlhf.data import Batch
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.checks import Check
+    from rlhf.preflight import Check
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -42,12 +42,18 @@ class StageModule(lightning.LightningModule):
         warmup_ratio: share of all steps over which the learning rate rises from 0.
     """
 
-    figure_of_merit = ""  # the logged number that train.py returns, for sweeps
+    monitor = ""  # the logged number that train.py returns, for sweeps
 
     def __init__(
-        self, *, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, schedule: str = "cosine", warmup_ratio: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: str = "cosine",
+        warmup_ratio: float = 0.0,
+    ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
             raise UserError(f"stage.schedule={schedule} is none of {', '.join(SCHEDULES)}", "stage.schedule=cosine")
@@ -73,13 +79,13 @@ class StageModule(lightning.LightningModule):
 
     # optimizer and schedule
 
-    def trained_parts(self) -> Iterator[tuple[nn.Module, float]]:
+    def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         """What is trained, each part with its learning rate."""
         yield self, self.learning_rate
 
     def configure_optimizers(self) -> Any:
         groups = []
-        for part, learning_rate in self.trained_parts():
+        for part, learning_rate in self.trainable_modules():
             parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
             for decay, chosen in (
                 (self.weight_decay, [p for p in parameters if p.ndim > 1]),
@@ -120,9 +126,9 @@ class StageModule(lightning.LightningModule):
             self._since.sequences += batch.sequence_count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log_train({**self.optimizer_numbers(optimizer), **self.throughput()})
+        self.log_train({**self.optimizer_metrics(optimizer), **self.throughput()})
 
-    def optimizer_numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_metrics(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Norm of the whole gradient before clipping, and the learning rate."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         return {"grad_norm": nn.utils.get_total_norm(gradients), "lr": optimizer.param_groups[0]["lr"]}
@@ -137,7 +143,7 @@ class StageModule(lightning.LightningModule):
         self._since = _Tally()
         return rates
 
-    def show_samples(self, samples: list[tuple[str, str]], name: str = "samples") -> None:
+    def log_samples(self, samples: list[tuple[str, str]], name: str = "samples") -> None:
         """Prompts and answers as a table in TensorBoard's text tab."""
         table = "\n".join(f"| {_cell(prompt)} | {_cell(answer)} |" for prompt, answer in samples)
         for logger in self.loggers:

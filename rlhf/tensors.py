@@ -20,7 +20,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def mean_of_rows(values: Tensor, mask: Tensor) -> Tensor:
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over rows of each row's mean over its True entries, so that long and short rows count alike.
 
     Args:
@@ -66,7 +66,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Ten
     return centred * torch.rsqrt(masked_mean(centred.square(), mask) + epsilon)
 
 
-def discounted_to_go(values: Tensor, mask: Tensor, discount: float) -> Tensor:
+def discounted_cumsum(values: Tensor, mask: Tensor, discount: float) -> Tensor:
     """Each entry with all later ones of its row, the further off the less: ``S_t = x_t + discount S_{t+1}``.
 
     Args:

@@ -18,9 +18,16 @@ PROMPTS = [
 
 # one answer a prompt, and one more: pairs are each with the next
 ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday", "children, weather",
-]  # fmt: skip
+    "May",
+    "Nadia Falk, camera, Dunmore, May, 90 euros.",
+    "In short, it rains.",
+    "90 euros",
+    "A",
+    "The mayor opened it.",
+    "B b",
+    "Monday",
+    "children, weather",
+]
 
 
 class Fixed:

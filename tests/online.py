@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import PROMPTS, Fixed
 from rlhf.ppo import PPOModule
-from rlhf.rewards import RewardModel
-from rlhf.rl import KLControl, Limits, Minibatch, OnlineModule, PromptDataModule, ScoreShaping
-from rlhf.rollout import Sampling
+from rlhf.reward_functions import ModelReward
+from rlhf.rl import KLController, Minibatch, OnPolicyModule, RolloutDataModule, ScoreShaping, UpdateLimits
+from rlhf.sampling import SamplingParams
 
 
 class Record(lightning.Callback):
@@ -26,7 +26,7 @@ class Record(lightning.Callback):
         self.norms: list[float] = []
         self.updates: list[dict[str, float]] = []
 
-    def on_train_start(self, trainer: lightning.Trainer, module: OnlineModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: OnPolicyModule) -> None:
         trainer.optimizers[0].register_step_post_hook(self.note_step)
 
     def on_train_batch_start(self, trainer: Any, module: Any, part: Minibatch, batch_idx: int) -> None:
@@ -34,7 +34,7 @@ class Record(lightning.Callback):
         if part.last:
             self.numbers.append(module._iteration)
 
-    def on_before_optimizer_step(self, trainer: Any, module: OnlineModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Any, module: OnPolicyModule, optimizer: Any) -> None:
         self.updates.append({name: float(values[-1]) for name, values in module._updates.items()})
 
     def note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -45,7 +45,7 @@ class Record(lightning.Callback):
 class Setting:
     """Builds and trains tiny runs of a stage; every call starts from the same models and seed."""
 
-    stage: Callable[..., OnlineModule] = PPOModule
+    stage: Callable[..., OnPolicyModule] = PPOModule
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed) -> None:
         self.tokenizer, self.policy, self.judge = tokenizer, policy, judge
@@ -54,10 +54,18 @@ class Setting:
 
     def module(self, **keys: Any) -> Any:
         given = {
-            "reward_model": self.judge, "reward": RewardModel(), "kl": KLControl(), "limits": Limits(),
-            "sampling": Sampling(max_new_tokens=8, temperature=0.7), "scores": ScoreShaping(),
-            "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3, "schedule": "constant", **keys,
-        }  # fmt: skip
+            "reward_model": self.judge,
+            "reward": ModelReward(),
+            "kl": KLController(),
+            "limits": UpdateLimits(),
+            "sampling": SamplingParams(max_new_tokens=8, temperature=0.7),
+            "scores": ScoreShaping(),
+            "minibatch_size": 4,
+            "ppo_epochs": 2,
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            **keys,
+        }
         module = self.stage(policy=self.policy, **given)
         module.tokenizer = self.tokenizer
         return module
@@ -66,15 +74,20 @@ class Setting:
         self, *, trainer: dict[str, Any] | None = None, resume: Path | None = None, **keys: Any
     ) -> tuple[Any, Record]:
         module, record = self.module(**keys), Record()
-        prompts = 8 // module.answers_per_prompt
-        data = PromptDataModule(train=str(self.prompts), val_fraction=0, max_length=64, batch_size=prompts)
+        prompts = 8 // module.num_generations
+        data = RolloutDataModule(train=str(self.prompts), val_fraction=0, max_length=64, batch_size=prompts)
         data.tokenizer = self.tokenizer
         lightning.seed_everything(7, verbose=False)
         self.trainer = lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[record],
             **{"max_epochs": 1, **(trainer or {})},
-        )  # fmt: skip
+        )
         self.trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         return module, record
 

@@ -23,7 +23,7 @@ NEEDED = {
 # keywords that run.py gives: none of them belongs into a yaml
 BY_RUN = {"callbacks", "logger"}
 # arguments of a loss or estimator that the stage gives
-BY_STAGE = {"chosen", "rejected", "log_ratios", "desirable", "kl", "beta", "rewards", "mask", "group_size"}
+BY_STAGE = {"chosen", "rejected", "log_ratios", "desirable", "kl", "beta", "rewards", "response_mask", "group_size"}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -79,13 +79,15 @@ def combinations() -> list[tuple[str, ...]]:
     """Every stage with every data and model, and every choice of the other groups with one stage."""
     crossed = [
         (f"stage={stage}", f"model={model}", f"data={data}")
-        for stage in choices("stage") for model in choices("model") for data in choices("data")
-    ]  # fmt: skip
+        for stage in choices("stage")
+        for model in choices("model")
+        for data in choices("data")
+    ]
     trainers = [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     others = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
     online = [(f"stage={stage}", f"reward={name}") for stage in ("ppo", "grpo") for name in choices("reward")]
-    online += [("stage=grpo", f"estimator={name}") for name in choices("estimator")]
-    online += [("stage=dpo", f"objective={name}") for name in choices("objective")]
+    online += [("stage=grpo", f"advantage={name}") for name in choices("advantage")]
+    online += [("stage=dpo", f"loss={name}") for name in choices("loss")]
     deltas = [(f"{group}={name}",) for group in ("experiment", "sweep") for name in choices(group)]
     return [*crossed, *trainers, *others, *online, *deltas]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rlhf import load_model
 from rlhf.errors import UserError
-from rlhf.export import FINAL, describe, open_source, save_huggingface, save_result
+from rlhf.export import FINAL, describe, open_model_source, save_huggingface, save_result
 from rlhf.models import ModelSource, ScalarHead, ScalarModel
 from rlhf.sft import SFTDataModule, SFTModule
 from rlhf.stage import Result
@@ -102,7 +102,7 @@ def four_heads(lm: PreTrainedModel) -> ScalarModel:
 def test_several_heads_open_again(four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Every head and every mean: the scores of each head are the same bit for bit."""
     path = save(four_heads, tokenizer, tmp_path, "reward")
-    model = open_source(str(path)).scalar_model(tokenizer).eval()
+    model = open_model_source(str(path)).scalar_model(tokenizer).eval()
     ids = torch.arange(20, 29)[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert model.scores(ids, mask).shape == (1, 4)
@@ -119,8 +119,12 @@ def test_a_file_from_before_there_were_several_heads_opens(
     content = torch.load(path, weights_only=True)
     assert content["head"] == {"input_dim": 32, "hidden_dim": 7, "num_layers": 2}
     assert {name for name in content["weights"] if not name.startswith("trunk.")} == {
-        "reward_mean", "head.layers.0.weight", "head.layers.0.bias", "head.layers.2.weight", "head.layers.2.bias",
-    }  # fmt: skip
+        "reward_mean",
+        "head.layers.0.weight",
+        "head.layers.0.bias",
+        "head.layers.2.weight",
+        "head.layers.2.bias",
+    }
     assert content["weights"]["reward_mean"].shape == ()
     model, opened, _ = load_model(str(path), device="cpu")
     assert torch.equal(scores(model, opened), scores(reward_model, tokenizer))
@@ -187,9 +191,9 @@ def test_a_policy_is_no_reward_model(
     """Each is refused in the other's place, in words."""
     policy, reward = save(lm, tokenizer, tmp_path), save(reward_model, tokenizer, tmp_path, "reward")
     with pytest.raises(UserError, match="holds a language model, not a scalar model"):
-        open_source(str(policy)).scalar_model(tokenizer)
+        open_model_source(str(policy)).scalar_model(tokenizer)
     with pytest.raises(UserError, match="holds a scalar model, not a language model"):
-        open_source(str(reward)).language_model(tokenizer)
+        open_model_source(str(reward)).language_model(tokenizer)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(
@@ -199,7 +203,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused(
     path = save(reward_model, tokenizer, tmp_path, "reward")
     other = source.tokenizer(["quite another text about something else"])
     with pytest.raises(UserError, match=r"its tokenizer .* is not the policy's"):
-        open_source(str(path)).scalar_model(other)
+        open_model_source(str(path)).scalar_model(other)
 
 
 def test_a_hugging_face_folder_opens_in_plain_transformers(
@@ -248,11 +252,25 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "../../x", "../../tokenizer.json", "/absolute/tokenizer.json", "a/b", "a/tokenizer.json", "a/b.model",
-        "a\\b.model", "C:b.model", "..", "", ".model", "tokenization_mine.py", "tokenizer.json\n", "tokenizer.model\n",
-        "tokenizer.model.py", "config.json", 7,
+        "../../x",
+        "../../tokenizer.json",
+        "/absolute/tokenizer.json",
+        "a/b",
+        "a/tokenizer.json",
+        "a/b.model",
+        "a\\b.model",
+        "C:b.model",
+        "..",
+        "",
+        ".model",
+        "tokenization_mine.py",
+        "tokenizer.json\n",
+        "tokenizer.model\n",
+        "tokenizer.model.py",
+        "config.json",
+        7,
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_file_with_another_name_is_refused(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
 ) -> None:
@@ -267,7 +285,7 @@ def test_a_tokenizer_file_with_another_name_is_refused(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     with pytest.raises(UserError, match=r"sft_final\.pt: its tokenizer contains a file named ") as error:
-        open_source(str(path)).tokenizer()
+        open_model_source(str(path)).tokenizer()
     assert repr(name) in str(error.value)
     assert "only plain names of tokenizer files" in str(error.value)
     assert "run the stage again: python train.py stage=" in str(error.value)
@@ -284,7 +302,7 @@ def test_every_file_of_a_tokenizer_comes_back(
     """
     path, folders = save(lm, tokenizer, tmp_path), (tmp_path / "before", tmp_path / "after")
     tokenizer.save_pretrained(folders[0])
-    open_source(str(path)).tokenizer().save_pretrained(folders[1])
+    open_model_source(str(path)).tokenizer().save_pretrained(folders[1])
     files, opened = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
     assert torch.load(path, weights_only=True)["tokenizer"].keys() == files.keys() == opened.keys()
@@ -294,11 +312,23 @@ def test_every_file_of_a_tokenizer_comes_back(
 @pytest.mark.parametrize(
     "name",
     [
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json",
-        "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm_char.model", "source.spm",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "bpe.codes",
+        "normalizer.json",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "spm_char.model",
+        "source.spm",
     ],
-)  # fmt: skip
+)
 def test_the_names_that_transformers_writes_are_allowed(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -312,7 +342,7 @@ def test_the_names_that_transformers_writes_are_allowed(
             seen.update({file.name: file.read_bytes() for file in Path(folder).iterdir()})
 
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", look)
-        open_source(str(path)).tokenizer()
+        open_model_source(str(path)).tokenizer()
         assert seen == {name: data}
 
 
@@ -341,7 +371,7 @@ def test_what_is_not_there_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names: rl_trained, sft, reward, ppo, grpo, dpo"):
         load_model("sfft", outputs=outputs)
     with pytest.raises(UserError, match=r"nothing\.pt: no such file\n  python train\.py stage="):
-        open_source(str(tmp_path / "nothing.pt"))
+        open_model_source(str(tmp_path / "nothing.pt"))
 
 
 def test_a_lightning_checkpoint_opens_without_its_run(
@@ -363,9 +393,15 @@ def test_a_lightning_checkpoint_opens_without_its_run(
     data = SFTDataModule(train=str(rows), val_fraction=0)
     module.tokenizer = data.tokenizer = tokenizer
     trainer = lightning.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, max_steps=1, callbacks=[Header()],
-    )  # fmt: skip
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        max_steps=1,
+        callbacks=[Header()],
+    )
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     model, opened, _ = load_model(str(tmp_path / "last.ckpt"), device="cpu")

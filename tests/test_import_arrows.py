@@ -109,8 +109,11 @@ def test_lightning_stays_where_training_is() -> None:
 
 def test_hydra_stays_where_runs_are_composed() -> None:
     """train.py, run.py, pipeline.py; errors.py asks for its exception types when one is to be explained."""
-    users = {str(file.relative_to(ROOT)) for file in [*FILES, ROOT / "train.py"]
-             if any(name.split(".")[0] == "hydra" for name in imports(file))}  # fmt: skip
+    users = {
+        str(file.relative_to(ROOT))
+        for file in [*FILES, ROOT / "train.py"]
+        if any(name.split(".")[0] == "hydra" for name in imports(file))
+    }
     assert users <= {"train.py", "rlhf/run.py", "rlhf/pipeline.py", "rlhf/errors.py"}
     assert {"train.py", "rlhf/run.py"} <= users
     tree = ast.parse((ROOT / "rlhf/errors.py").read_text())

@@ -98,7 +98,7 @@ def test_every_metric_that_is_logged_stands_in_the_readme(repo: Path) -> None:
 
 def test_every_alarm_stands_in_the_readme() -> None:
     """With what to turn: the troubleshooting table and the log say the same."""
-    from rlhf.alarms import ADVICE
+    from rlhf.alerts import ADVICE
 
     table = README.split("## Troubleshooting")[1]
     for name, advice in ADVICE.items():

@@ -17,14 +17,21 @@ from helpers import ANSWERS, PROMPTS, Fixed
 from test_configs import composed
 
 TINY = [
-    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=32",
-    "model.vocab_size=300", "data.max_rows=40", "trainer=cpu", "trainer.max_steps=2", "trainer.limit_val_batches=1",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.intermediate_size=32",
+    "model.vocab_size=300",
+    "data.max_rows=40",
+    "trainer=cpu",
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=1",
+]
 STAGE_KEYS = {
     "sft": ["stage.samples=0"],
     "reward": ["data.demonstrations=null"],
     "ppo": ["stage.sampling.max_new_tokens=8", "stage.minibatch_size=4", "stage.ppo_epochs=1"],
-    "dpo": ["stage.reference_cache=null"],
+    "dpo": ["stage.ref_logprobs_cache=null"],
 }
 
 
@@ -52,18 +59,30 @@ def test_every_stage_clips_its_gradients(
     stage: str, precision: str, files: dict[str, str], tokenizer: PreTrainedTokenizerFast, policy: Fixed, judge: Fixed
 ) -> None:
     """Two steps in Lightning's own loop, with the clipping that ``conf/trainer`` sets."""
-    cfg = composed(f"stage={stage}", "data=jsonl", *STAGE_KEYS[stage], "data.batch_size=4", "data.max_length=64",
-                   "data.val_fraction=0", "trainer=cpu", f"trainer.precision={precision}",
-                   "trainer.gradient_clip_val=1e-3", "trainer.max_steps=2", "trainer.max_epochs=2",
-                   "stage.learning_rate=1e-3", "stage.schedule=constant")  # fmt: skip
+    cfg = composed(
+        f"stage={stage}",
+        "data=jsonl",
+        *STAGE_KEYS[stage],
+        "data.batch_size=4",
+        "data.max_length=64",
+        "data.val_fraction=0",
+        "trainer=cpu",
+        f"trainer.precision={precision}",
+        "trainer.gradient_clip_val=1e-3",
+        "trainer.max_steps=2",
+        "trainer.max_epochs=2",
+        "stage.learning_rate=1e-3",
+        "stage.schedule=constant",
+    )
     parents = {"policy": policy, **({"reward_model": judge} if stage == "ppo" else {})}
     extra = {"output": None} if "output" in cfg.stage else {}
     module, data = instantiate(cfg.stage, _partial_=True)(**parents, **extra), instantiate(cfg.data, train=files[stage])
     module.tokenizer = data.tokenizer = tokenizer
     norms = Norms()
     lightning.seed_everything(7, verbose=False)
-    trainer = instantiate(cfg.trainer, callbacks=[norms], logger=False, enable_checkpointing=False,
-                          enable_progress_bar=False)  # fmt: skip
+    trainer = instantiate(
+        cfg.trainer, callbacks=[norms], logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     trainer.fit(module, data)
     assert trainer.global_step == 2
     assert norms.used == pytest.approx([1e-3, 1e-3], rel=1e-2)

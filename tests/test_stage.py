@@ -51,9 +51,13 @@ class Batches:
 def fit(module: Tiny, *, steps: int = 1, resume: Path | None = None, **trainer: Any) -> lightning.Trainer:
     """Train on so many batches an epoch, all the same."""
     fitted = lightning.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **{"max_epochs": 1, **trainer},
-    )  # fmt: skip
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, **trainer},
+    )
     fitted.fit(module, Batches(steps), ckpt_path=resume, weights_only=True)
     return fitted
 
@@ -129,7 +133,7 @@ def test_parts_may_have_learning_rates_of_their_own() -> None:
     """A frozen parameter is not in the optimizer, and each part's rate reaches its groups."""
 
     class Two(Tiny):
-        def trained_parts(self) -> Any:
+        def trainable_modules(self) -> Any:
             yield nn.ParameterList([self.linear.weight]), 0.1
             yield nn.ParameterList([self.linear.bias]), 0.3
 

@@ -18,16 +18,24 @@ from rlhf.errors import explain
 from test_configs import composed, plain
 
 STAGES = {
-    "What PPO and GRPO share": "ppo", "PPO": "ppo", "GRPO, RLOO, REINFORCE++": "grpo",
-    "Preferences: DPO and its relatives": "dpo", "Reward model": "reward",
-}  # fmt: skip
+    "What PPO and GRPO share": "ppo",
+    "PPO": "ppo",
+    "GRPO, RLOO, REINFORCE++": "grpo",
+    "Preferences: DPO and its relatives": "dpo",
+    "Reward model": "reward",
+}
 # small enough for a test, and far enough from the start that clip ranges, ratios and moments are at work
 SMALL = [
-    "data=jsonl", "data.batch_size=8", "data.max_length=64", "trainer.max_epochs=2", "trainer.limit_train_batches=null",
-    "stage.learning_rate=1e-3", "stage.schedule=constant",
-]  # fmt: skip
+    "data=jsonl",
+    "data.batch_size=8",
+    "data.max_length=64",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=null",
+    "stage.learning_rate=1e-3",
+    "stage.schedule=constant",
+]
 ONLINE = ["stage.sampling.max_new_tokens=8", "stage.minibatch_size=4", "stage.ppo_epochs=2"]
-OWN = {"ppo": ONLINE, "grpo": ONLINE, "dpo": ["stage.reference_cache=null"], "reward": ["data.demonstrations=null"]}
+OWN = {"ppo": ONLINE, "grpo": ONLINE, "dpo": ["stage.ref_logprobs_cache=null"], "reward": ["data.demonstrations=null"]}
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,11 @@ class Bench:
     def train(self, stage: str, typed: tuple[str, ...]) -> dict[str, Any]:
         cfg = composed(f"stage={stage}", *SMALL, *OWN[stage], *typed)
         cfg.data.update({"train": str(self.rows), "val_fraction": 0.0})
-        parents = {name: {"policy": self.policy, "reward_model": self.judge}[name]
-                   for name in ("policy", "reward_model") if name in cfg.stage}  # fmt: skip
+        parents = {
+            name: {"policy": self.policy, "reward_model": self.judge}[name]
+            for name in ("policy", "reward_model")
+            if name in cfg.stage
+        }
         module = instantiate(cfg.stage, _partial_=True)(**parents)
         data = instantiate(cfg.data)
         module.tokenizer = data.tokenizer = self.tokenizer
@@ -108,9 +119,12 @@ def seen() -> dict[tuple[str, ...], dict[str, Any]]:
 
 @pytest.fixture
 def bench(
-    seen: dict[tuple[str, ...], dict[str, Any]], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: Fixed,
+    seen: dict[tuple[str, ...], dict[str, Any]],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    policy: Fixed,
     judge: Fixed,
-) -> Bench:  # fmt: skip
+) -> Bench:
     bench = Bench(tmp_path, tokenizer, policy, judge)
     bench.seen = seen
     return bench
@@ -145,7 +159,7 @@ def test_a_run_without_a_change_is_the_same_run(bench: Bench) -> None:
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: f"{switch.stage} {switch.key}")
 def test_defaults_in_the_table_are_those_of_the_configuration(switch: Switch) -> None:
-    beside = [override for override in switch.beside if override.startswith(("estimator=", "objective="))]
+    beside = [override for override in switch.beside if override.startswith(("advantage=", "loss="))]
     if "=" in switch.key:  # a choice that is no default
         return
     if "." not in switch.key:  # a choice of a group

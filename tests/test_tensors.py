@@ -5,15 +5,15 @@ import torch
 from torch import Tensor, nan
 
 from rlhf.tensors import (
-    discounted_to_go,
+    discounted_cumsum,
     last_true,
     masked_mean,
     masked_scale,
     masked_sum,
     masked_whiten,
-    mean_of_rows,
     pad_right,
     scatter,
+    sequence_mean,
     states_before,
 )
 
@@ -119,7 +119,7 @@ def test_mean_of_rows_weighs_rows_alike() -> None:
     """(1 + 3) / 2 and 5: mean 3.5."""
     values = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 0.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    torch.testing.assert_close(mean_of_rows(values, mask), torch.tensor(3.5))
+    torch.testing.assert_close(sequence_mean(values, mask), torch.tensor(3.5))
 
 
 def test_discounted_to_go_by_hand() -> None:
@@ -127,4 +127,4 @@ def test_discounted_to_go_by_hand() -> None:
     values = torch.tensor([[nan, 2.0, 4.0, 8.0, nan], [torch.inf, 3.0, nan, nan, nan]])
     mask = torch.tensor([[False, True, True, True, False], [False, True, False, False, False]])
     expected = torch.tensor([[0.0, 6.0, 8.0, 8.0, 0.0], [0.0, 3.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(discounted_to_go(values, mask, 0.5), expected)
+    torch.testing.assert_close(discounted_cumsum(values, mask, 0.5), expected)

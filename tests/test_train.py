@@ -15,15 +15,28 @@ TINY = {
     "mamba": ["model=mamba", "model.hidden_size=32", "model.num_layers=1", "model.head_dim=16", "model.state_size=8"],
 }
 BUDGET = [
-    "trainer.max_steps=2", "trainer.limit_val_batches=1", "data.max_rows=40", "model.vocab_size=300", "trainer=cpu",
-]  # fmt: skip
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=1",
+    "data.max_rows=40",
+    "model.vocab_size=300",
+    "trainer=cpu",
+]
 STAGES = ("sft", "reward", "ppo", "dpo")
 LEFT_BEHIND = [
-    "sft/sft_final.pt", "sft/sft.log", "reward/reward_model_final.pt", "reward/reward.log", "ppo/ppo_final.pt",
-    "ppo/ppo.log", "dpo/dpo_final.pt", "dpo/dpo.log", "final_rl_model.pt", "evaluation/metrics.json",
+    "sft/sft_final.pt",
+    "sft/sft.log",
+    "reward/reward_model_final.pt",
+    "reward/reward.log",
+    "ppo/ppo_final.pt",
+    "ppo/ppo.log",
+    "dpo/dpo_final.pt",
+    "dpo/dpo.log",
+    "final_rl_model.pt",
+    "evaluation/metrics.json",
     "evaluation/samples.jsonl",
-    *(f"{stage}/checkpoints/last.ckpt" for stage in STAGES), *(f"{stage}/.hydra/config.yaml" for stage in STAGES),
-]  # fmt: skip
+    *(f"{stage}/checkpoints/last.ckpt" for stage in STAGES),
+    *(f"{stage}/.hydra/config.yaml" for stage in STAGES),
+]
 
 
 def train(repo: Path, root: Path, *typed: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -81,11 +94,11 @@ def test_variants_of_a_stage_stand_beside_each_other(repo: Path, tmp_path: Path)
     train(repo, tmp_path, "-m", "experiment=compare", "seed=1,2", "run=all", steps, *TINY["transformer"], *BUDGET)
     (first, second) = sorted((tmp_path / "all" / "sweeps" / "pipeline").glob("*seed=*/"))
     for folder, seed in ((first, 1), (second, 2)):
-        for name, target in {"rloo": "rloo_advantages", "dpo": "sigmoid_loss", "ipo": "ipo_loss"}.items():
+        for name, target in {"rloo": "rloo", "dpo": "sigmoid_loss", "ipo": "ipo_loss"}.items():
             (path,) = (folder / name).glob("*_final.pt")
             config = json.loads(torch.load(path, weights_only=True)["provenance"])["config"]
             assert (config["seed"], config["paths"]["run"]) == (seed, str(folder))
-            chosen = config["stage"]["estimator" if name == "rloo" else "objective"]["_target_"]
+            chosen = config["stage"]["advantage" if name == "rloo" else "loss"]["_target_"]
             assert chosen.endswith(target)
         metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
         assert metrics["models"].keys() == {"sft", "rloo", "dpo", "ipo", "target"}
@@ -180,29 +193,29 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["stage=sft", "stage.schedule=stairs"],
         ["stage.schedule=stairs", "cosine, linear, constant"],
     ),
-    "a loss for a stage that has none to choose": (["stage=sft", "objective=ipo"], ["objective", "stage=dpo"]),
-    "a reward for a stage that samples nothing": (["stage=dpo", "reward=function"], ["reward", "stage=grpo"]),
-    "an estimator for a stage with a critic": (["stage=ppo", "estimator=rloo"], ["estimator", "stage=grpo"]),
+    "a loss for a stage that has none to choose": (["stage=sft", "loss=ipo"], ["objective", "stage=dpo"]),
+    "a reward for a stage that samples nothing": (["stage=dpo", "reward=python"], ["reward", "stage=grpo"]),
+    "an estimator for a stage with a critic": (["stage=ppo", "advantage=rloo"], ["estimator", "stage=grpo"]),
     "k1 in the loss": (
-        ["stage=ppo", "stage.policy={tmp}/sft.pt", "stage.reward_model={tmp}/reward.pt", "stage.kl.place=loss"],
-        ["stage.kl.place=loss", "stage.kl.estimator=k3"],
+        ["stage=ppo", "stage.policy={tmp}/sft.pt", "stage.reward_model={tmp}/reward.pt", "stage.kl.apply_to=loss"],
+        ["stage.kl.apply_to=loss", "stage.kl.estimator=k3"],
     ),
     "a reward function that is not there": (
-        ["stage=ppo", "stage.policy={tmp}/sft.pt", "reward=function", "reward.path=none.py:score", "data.max_rows=40"],
+        ["stage=ppo", "stage.policy={tmp}/sft.pt", "reward=python", "reward.path=none.py:score", "data.max_rows=40"],
         ["reward.path=none.py:score", "no such file"],
     ),
-    "a loss nobody knows": (["stage=dpo", "objective=magic"], ["objective/magic", "sigmoid"]),
+    "a loss nobody knows": (["stage=dpo", "loss=magic"], ["objective/magic", "sigmoid"]),
     "a loss and a switch that exclude each other": (
-        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=simpo", "stage.reference_free=false"],
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=simpo", "stage.reference_free=false"],
         ["stage.reference_free=false", "simpo_loss", "stage.reference_free=true"],
     ),
     "more wrong labels than right ones": (
-        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=robust", "stage.objective.label_smoothing=0.6"],
-        ["stage.objective.label_smoothing=0.6", "stage.objective.label_smoothing=0.1"],
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=robust", "stage.loss.label_smoothing=0.6"],
+        ["stage.loss.label_smoothing=0.6", "stage.loss.label_smoothing=0.1"],
     ),
     "a number of a loss that is none": (
-        ["stage=dpo", "stage.policy={tmp}/sft.pt", "objective=simpo", "stage.objective.target_margin=wide"],
-        ["stage.objective.target_margin=wide is not a number"],
+        ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=simpo", "stage.loss.target_margin=wide"],
+        ["stage.loss.target_margin=wide is not a number"],
     ),
     "greedy PPO": (
         [
@@ -306,9 +319,16 @@ def test_a_run_goes_on_where_it_stopped(repo: Path, tmp_path: Path) -> None:
     40 rows in batches of 16 are 3 steps an epoch. The schedule is constant, since it depends on the number of epochs.
     """
     keys = [
-        "stage=sft", "trainer=cpu", *TINY["transformer"], "model.vocab_size=300", "data.max_rows=40",
-        "data.batch_size=16", "stage.samples=1", "stage.schedule=constant", "stage.warmup_ratio=0",
-    ]  # fmt: skip
+        "stage=sft",
+        "trainer=cpu",
+        *TINY["transformer"],
+        "model.vocab_size=300",
+        "data.max_rows=40",
+        "data.batch_size=16",
+        "stage.samples=1",
+        "stage.schedule=constant",
+        "stage.warmup_ratio=0",
+    ]
     first = [["run=whole", "trainer.max_epochs=2"], ["run=halves", "trainer.max_epochs=1"]]
     replied = one_after_another(repo, [[*keys, f"paths.root={tmp_path}", *typed] for typed in first])
     assert [code for code, *_ in replied] == [0, 0], replied

@@ -49,9 +49,11 @@ ACCURACY = {"accuracy": ("rewards/accuracies", "rewards/accuracies")}
 MARGIN = {"margin": ("rewards/margins", "rewards/margins")}
 CHOSEN = {"log-prob of chosen": ("logps/chosen", "logps/chosen")}
 PAIR_NUMBERS = {**LOSS, **ACCURACY, **MARGIN, **CHOSEN}
-AT_EACH_STEP = {"precompute_reference": False}  # as TRL does by default: the first margins are then 0 to the last bit
+AT_EACH_STEP = {
+    "precompute_ref_logprobs": False
+}  # as TRL does by default: the first margins are then 0 to the last bit
 NO_REFERENCE = {"reference_free": True}
-MEANS = {"length_normalised": True}
+MEANS = {"length_normalized": True}
 CASES = [
     Case(
         name="SFT",
@@ -111,7 +113,7 @@ CASES = [
         theirs={"loss_type": ["ipo"], "beta": 1.0},
         numbers={"loss": LOSS["loss"]},
         reason="TRL divides each log-ratio by the length of its answer, which the paper does not; ours does so with "
-        "stage.length_normalised=true, the row above. The paper's eq. 17 is ours",
+        "stage.length_normalized=true, the row above. The paper's eq. 17 is ours",
     ),
     Case(
         name="hinge",
@@ -134,7 +136,10 @@ CASES = [
         stage="dpo",
         trainer="CPOTrainer",
         ours={
-            "objective": ["conservative_loss", {"label_smoothing": 0.1}], "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE,
+            "objective": ["conservative_loss", {"label_smoothing": 0.1}],
+            "beta": 0.1,
+            "sft_coef": 1.0,
+            **NO_REFERENCE,
         },
         theirs={"loss_type": "sigmoid", "label_smoothing": 0.1, "beta": 0.1, "cpo_alpha": 1.0},
         numbers=PAIR_NUMBERS,
@@ -177,7 +182,7 @@ CASES = [
         theirs={"beta": 0.1},
         numbers={**LOSS, **MARGIN, "KL baseline": ("kto/kl", "kl"), **CHOSEN},
     ),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Row:
     reason: str = ""
 
     @property
-    def verdict(self) -> str:
+    def unpaired(self) -> str:
         if self.apart <= self.tolerance:
             return "agree"
         return "differ" if self.reason else "differ, unexplained"

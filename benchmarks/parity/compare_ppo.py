@@ -92,9 +92,13 @@ def losses(what: str, ours: list[dict[str, float]], theirs: dict[str, Any], ragg
 
 
 def number(
-    what: str, name: str, ours: list[dict[str, float]], theirs: list[dict[str, float]], reason: str = "",
+    what: str,
+    name: str,
+    ours: list[dict[str, float]],
+    theirs: list[dict[str, float]],
+    reason: str = "",
     label: str | None = None,
-) -> Row:  # fmt: skip
+) -> Row:
     """A row of one number a pass."""
     apart = largest_relative([each[name] for each in ours], [each[name] for each in theirs], FLOOR)
     extent = f"{len(ours)} passes" if len(ours) > 1 else "first pass"

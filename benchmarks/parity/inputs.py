@@ -32,10 +32,10 @@ def make(work: Path) -> None:
         save(policy, tokenizer, work / f"policy-{setting.name}")
     pairs = [json.loads(line) for line in (REPO / PAIRS).read_text().splitlines()]
     write(work / "one_token_prompts.jsonl", [{**pair, "document": "?"} for pair in pairs])
-    write(work / "verdicts.jsonl", [verdict(pair, i % 3 > 0) for i, pair in enumerate(pairs)])
+    write(work / "verdicts.jsonl", [unpaired(pair, i % 3 > 0) for i, pair in enumerate(pairs)])
 
 
-def verdict(pair: dict[str, str], label: bool) -> dict[str, Any]:
+def unpaired(pair: dict[str, str], label: bool) -> dict[str, Any]:
     """One answer of a pair, the better one if ``label`` is True."""
     return {"prompt": pair["document"], "completion": pair["chosen" if label else "rejected"], "label": label}
 

@@ -34,18 +34,18 @@ from cases import (
     Case,
     Iteration,
     fingerprint,
-)  # fmt: skip
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data import PromptBatch, TextBatch
-from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule, objective
+from rlhf.data import PreferenceDataModule, PromptBatch, SequenceBatch
+from rlhf.dpo import DPOModule, KTOModule, UnpairedDataModule, objective
 from rlhf.models import Pretrained
 from rlhf.ppo import PPOModule
 from rlhf.reward import RewardDataModule, RewardModule
-from rlhf.rewards import RewardModel
-from rlhf.rl import Experience, KLControl, Limits, Minibatch, PromptDataModule, ScoreShaping
-from rlhf.rollout import Rollout, Sampling
+from rlhf.reward_functions import ModelReward
+from rlhf.rl import Experience, KLController, Minibatch, RolloutDataModule, ScoreShaping, UpdateLimits
+from rlhf.sampling import Rollout, SamplingParams
 from rlhf.sft import SFTDataModule, SFTModule
 
 REPO = Path(__file__).parents[2]
@@ -72,9 +72,16 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def trainer(steps: int, **keys: Any) -> lightning.Trainer:
     return lightning.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **keys,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **keys,
+    )
 
 
 # curves
@@ -94,7 +101,7 @@ class SameHead(RewardModule):
 STAGES = {
     "sft": (SFTModule, SFTDataModule, "lm"),
     "reward": (SameHead, RewardDataModule, "reward"),
-    "dpo": (DPOModule, DPODataModule, "lm"),
+    "dpo": (DPOModule, PreferenceDataModule, "lm"),
     "kto": (KTOModule, UnpairedDataModule, "lm"),
 }
 
@@ -127,19 +134,22 @@ class Record(lightning.Callback):
         self.batches: list[str] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        texts = batch if isinstance(batch, TextBatch) else batch.texts
+        texts = batch if isinstance(batch, SequenceBatch) else batch.sequences
         # TRL's reward trainer does not know which part of a text is the answer
-        rows = rows_of(texts, texts.mask if self.stage == "reward" else texts.answer)
+        rows = rows_of(texts, texts.attention_mask if self.stage == "reward" else texts.response_mask)
         self.batches.append(fingerprint(rows[::-1] if self.stage == "kto" else rows))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def rows_of(texts: TextBatch, answers: Tensor) -> list[tuple[list[int], int]]:
+def rows_of(texts: SequenceBatch, answers: Tensor) -> list[tuple[list[int], int]]:
     """Token ids of each row, and how many of them are its answer."""
-    rows = zip(texts.tokens, texts.mask, answers, strict=True)
-    return [(tokens[mask].tolist(), int(answer.sum())) for tokens, mask, answer in rows]
+    rows = zip(texts.input_ids, texts.attention_mask, answers, strict=True)
+    return [
+        (input_ids[attention_mask].tolist(), int(response_mask.sum()))
+        for input_ids, attention_mask, response_mask in rows
+    ]
 
 
 def curve(case: Case, work: Path) -> dict[str, Any]:
@@ -149,9 +159,13 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
     module = module_class(policy=source, schedule="linear", **OPTIMIZER, **keywords(case))
     file = work / case.data.removeprefix("work:") if case.data.startswith("work:") else REPO / case.data
     data = in_file_order(data_class)(
-        train=str(file), val_fraction=0, template=case.template, max_length=MAX_LENGTH, max_rows=STEPS * BATCH_SIZE,
+        train=str(file),
+        val_fraction=0,
+        template=case.template,
+        max_length=MAX_LENGTH,
+        max_rows=STEPS * BATCH_SIZE,
         eval_batch_size=BATCH_SIZE,
-    )  # fmt: skip
+    )
     module.tokenizer = data.tokenizer = source.tokenizer()
     if not case.bos:
         data.tokenizer.bos_token = None
@@ -176,7 +190,7 @@ PASS_NUMBERS = {
     "value loss": "loss/value_avg",
     "approximate KL": "policy/approxkl_avg",
     "entropy": "policy/entropy_avg",
-    "ratio": "val/ratio",
+    "ratio": "policy/ratio",
 }
 
 
@@ -205,21 +219,21 @@ class Recorded(PPOModule):
 
     def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor]:
         whitened, returns = super().estimate_advantages(rewards, seen)
-        rows = zip(seen.rollout.tokens, seen.rollout.mask, seen.rollout.answer, strict=True)
+        rows = zip(seen.rollout.input_ids, seen.rollout.attention_mask, seen.rollout.response_mask, strict=True)
         self.note["rollout"] = [
-            {"prompt": tokens[mask & ~answer].tolist(), "answer": tokens[answer].tolist()}
-            for tokens, mask, answer in rows
+            {"prompt": input_ids[attention_mask & ~response_mask].tolist(), "answer": input_ids[response_mask].tolist()}
+            for input_ids, attention_mask, response_mask in rows
         ]
         tensors = {
             "logprobs": seen.logprobs,
-            "reference": seen.reference_logprobs,
+            "reference": seen.ref_logprobs,
             "kl": seen.kl,
             "values": seen.values,
             "advantages": returns - seen.values,
             "whitened advantages": whitened,
             "returns": returns,
         }
-        self.note.update({name: by_row(values, seen.rollout.answer) for name, values in tensors.items()})
+        self.note.update({name: by_row(values, seen.rollout.response_mask) for name, values in tensors.items()})
         return whitened, returns
 
     def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -228,28 +242,42 @@ class Recorded(PPOModule):
         return loss, numbers
 
 
-def by_row(values: Tensor, answer: Tensor) -> list[list[float]]:
+def by_row(values: Tensor, response_mask: Tensor) -> list[list[float]]:
     """[batch, time] values of answer tokens as one list a row."""
-    return [row[mask].tolist() for row, mask in zip(values, answer, strict=True)]
+    return [row[attention_mask].tolist() for row, attention_mask in zip(values, response_mask, strict=True)]
 
 
 def iteration(setting: Iteration, work: Path) -> dict[str, Any]:
     """One PPO iteration: what was answered, and what was computed of it."""
     source = Pretrained(str(work / f"policy-{setting.name}"))
     module = Recorded(
-        work, policy=source, reward_model=Pretrained(str(work / "reward")), reward=RewardModel(),
-        sampling=Sampling(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
+        work,
+        policy=source,
+        reward_model=Pretrained(str(work / "reward")),
+        reward=ModelReward(),
+        sampling=SamplingParams(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
         scores=ScoreShaping(
             subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=MISSING_EOS_PENALTY
         ),
-        kl=KLControl(estimator=setting.estimator), limits=Limits(), gamma=setting.gamma, gae_lambda=setting.gae_lambda,
-        whiten_rewards=setting.whiten_rewards, ppo_epochs=PASSES, minibatch_size=PROMPTS, schedule="constant",
-        **PPO, **PPO_OPTIMIZER,
-    )  # fmt: skip
-    data = PromptDataModule(
-        train=str(REPO / DEMONSTRATIONS), val_fraction=0, template=TEMPLATE, max_length=MAX_LENGTH, max_rows=PROMPTS,
+        kl=KLController(advantage=setting.estimator),
+        limits=UpdateLimits(),
+        gamma=setting.gamma,
+        gae_lambda=setting.gae_lambda,
+        whiten_rewards=setting.whiten_rewards,
+        ppo_epochs=PASSES,
+        minibatch_size=PROMPTS,
+        schedule="constant",
+        **PPO,
+        **PPO_OPTIMIZER,
+    )
+    data = RolloutDataModule(
+        train=str(REPO / DEMONSTRATIONS),
+        val_fraction=0,
+        template=TEMPLATE,
+        max_length=MAX_LENGTH,
+        max_rows=PROMPTS,
         batch_size=PROMPTS,
-    )  # fmt: skip
+    )
     module.tokenizer = data.tokenizer = source.tokenizer()
     lightning.seed_everything(0, verbose=False)
     trainer(PASSES).fit(module, data)

@@ -29,7 +29,7 @@ from cases import (
     PROMPTS,
     TEMPERATURE,
     Iteration,
-)  # fmt: skip
+)
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

@@ -1,18 +1,18 @@
 """From files to batches: records, one joint encoding, length-bucketed batches."""
 
-from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, TextBatch, VerdictBatch
+from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, SequenceBatch, UnpairedBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedAnswer, Encoder, join
+from rlhf.data.encode import EncodedResponse, Encoder, concatenate
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule
-from rlhf.data.prompts import PromptRecordDataModule
-from rlhf.data.records import Demonstration, Message, Preference, Prompt, Rating, Verdict
+from rlhf.data.prompts import PromptDataModule
+from rlhf.data.records import Demonstration, Message, Preference, Prompt, Rating, UnpairedPreference
 
 __all__ = [
     "Batch",
     "BatchLoader",
     "Demonstration",
-    "EncodedAnswer",
+    "EncodedResponse",
     "Encoder",
     "Message",
     "PairBatch",
@@ -20,12 +20,12 @@ __all__ = [
     "PreferenceDataModule",
     "Prompt",
     "PromptBatch",
-    "PromptRecordDataModule",
+    "PromptDataModule",
     "Rating",
     "RatingBatch",
     "RecordDataModule",
-    "TextBatch",
-    "Verdict",
-    "VerdictBatch",
-    "join",
+    "SequenceBatch",
+    "UnpairedBatch",
+    "UnpairedPreference",
+    "concatenate",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from rlhf.data.encode import EncodedAnswer
+from rlhf.data.encode import EncodedResponse
 from rlhf.data.records import Prompt
 from rlhf.tensors import pad_right
 
@@ -16,13 +16,13 @@ from rlhf.tensors import pad_right
 class Batch:
     """What every batch knows.
 
-    share: this batch's part in the optimizer step, so that the mean over the step does not depend on how it was cut
+    loss_weight: this batch's part in the optimizer step, so that the mean over the step does not depend on how it was cut
         into batches: terms of the loss here x batches in the step / terms of the loss in the step.
-    sft_share: the same for an SFT term that is added to the loss, whose terms are others.
+    sft_loss_weight: the same for an SFT term that is added to the loss, whose terms are others.
     """
 
-    share: float = 1.0
-    sft_share: float = 1.0
+    loss_weight: float = 1.0
+    sft_loss_weight: float = 1.0
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on a device; what is no tensor stays."""
@@ -54,26 +54,26 @@ class Batch:
 
 
 @dataclass
-class TextBatch(Batch):
+class SequenceBatch(Batch):
     """Prompts with answers.
 
-    tokens: [batch, time] token ids.
-    mask: [batch, time] bool, True on real tokens.
-    answer: [batch, time] bool, True from the first token of the answer to its EOS.
+    input_ids: [batch, time] token ids.
+    attention_mask: [batch, time] bool, True on real tokens.
+    response_mask: [batch, time] bool, True from the first token of the answer to its EOS.
     """
 
-    tokens: Tensor
-    mask: Tensor
-    answer: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
     terms: int = 0
 
     @classmethod
-    def collate(cls, rows: Sequence[EncodedAnswer]) -> "TextBatch":
-        tokens, mask = pad_right([row.tokens for row in rows])
+    def collate(cls, rows: Sequence[EncodedResponse]) -> "SequenceBatch":
+        input_ids, attention_mask = pad_right([row.input_ids for row in rows])
         starts = torch.tensor([row.start for row in rows])
-        answer = mask & (torch.arange(tokens.shape[1]) >= starts[:, None])
-        answer[:, 0] = False  # nothing stands before the first token
-        return cls(tokens, mask, answer, terms=int(answer.sum()))
+        response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
+        response_mask[:, 0] = False  # nothing stands before the first token
+        return cls(input_ids, attention_mask, response_mask, terms=int(response_mask.sum()))
 
     @property
     def loss_terms(self) -> int:
@@ -81,39 +81,39 @@ class TextBatch(Batch):
 
     @property
     def token_count(self) -> int:
-        return int(self.mask.sum())
+        return int(self.attention_mask.sum())
 
     @property
     def sequence_count(self) -> int:
-        return len(self.tokens)
+        return len(self.input_ids)
 
 
 @dataclass
-class JudgedBatch(Batch):
-    """Texts about which the data say something more. texts: [batch, time]."""
+class LabeledBatch(Batch):
+    """Texts about which the data say something more. sequences: [batch, time]."""
 
-    texts: TextBatch
+    sequences: SequenceBatch
 
     @property
     def token_count(self) -> int:
-        return self.texts.token_count
+        return self.sequences.token_count
 
     @property
     def sequence_count(self) -> int:
-        return self.texts.sequence_count
+        return self.sequences.sequence_count
 
 
 @dataclass
-class PairBatch(JudgedBatch):
+class PairBatch(LabeledBatch):
     """Preference pairs, as one batch of 2 x pairs rows: first all chosen answers, then all rejected ones.
 
-    texts: [2 x pairs, time].
+    sequences: [2 x pairs, time].
     margin: [pairs], reward units.
-    reference: [2 x pairs] summed log-probs of the answers under the reference, nats, where they are known already.
+    ref_logprobs: [2 x pairs] summed log-probs of the answers under the reference, nats, where they are known already.
     """
 
     margin: Tensor
-    reference: Tensor | None = None
+    ref_logprobs: Tensor | None = None
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen and rejected part of [2 x pairs] values: [pairs] each."""
@@ -126,22 +126,22 @@ class PairBatch(JudgedBatch):
 
     @property
     def sft_terms(self) -> int:
-        return int(self.halves(self.texts.answer)[0].sum())
+        return int(self.halves(self.sequences.response_mask)[0].sum())
 
 
 @dataclass
-class VerdictBatch(JudgedBatch):
+class UnpairedBatch(LabeledBatch):
     """Answers labelled one by one.
 
-    texts: [batch, time].
+    sequences: [batch, time].
     desirable: [batch] bool, the label.
     mismatched: [batch, time'], each prompt with the answer of another row.
-    reference: [batch] summed log-probs of the answers under the reference, nats, where they are known already.
+    ref_logprobs: [batch] summed log-probs of the answers under the reference, nats, where they are known already.
     """
 
     desirable: Tensor
-    mismatched: TextBatch
-    reference: Tensor | None = None
+    mismatched: SequenceBatch
+    ref_logprobs: Tensor | None = None
 
     @property
     def loss_terms(self) -> int:
@@ -149,11 +149,11 @@ class VerdictBatch(JudgedBatch):
 
     @property
     def sft_terms(self) -> int:
-        return int(self.texts.answer[self.desirable].sum())
+        return int(self.sequences.response_mask[self.desirable].sum())
 
 
 @dataclass
-class RatingBatch(JudgedBatch):
+class RatingBatch(LabeledBatch):
     """Answers with what they are worth. rewards: [batch], reward units."""
 
     rewards: Tensor
@@ -167,17 +167,17 @@ class RatingBatch(JudgedBatch):
 class PromptBatch(Batch):
     """Prompts to answer. tokens: one list of token ids a prompt; prompts: the records they come from."""
 
-    tokens: list[list[int]]
+    input_ids: list[list[int]]
     prompts: list[Prompt] = field(default_factory=list)
 
     @property
     def loss_terms(self) -> int:
-        return len(self.tokens)
+        return len(self.input_ids)
 
     @property
     def token_count(self) -> int:
-        return sum(map(len, self.tokens))
+        return sum(map(len, self.input_ids))
 
     @property
     def sequence_count(self) -> int:
-        return len(self.tokens)
+        return len(self.input_ids)

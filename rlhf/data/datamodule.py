@@ -13,7 +13,7 @@ from rlhf.data.batches import Batch
 from rlhf.data.encode import Encoder
 from rlhf.data.files import read_rows, where
 from rlhf.data.loader import BatchLoader, LengthBuckets
-from rlhf.data.records import EXPECTED, Prompt, Reader, RecordError
+from rlhf.data.records import EXPECTED, Prompt, RecordError, RecordParser
 from rlhf.errors import UserError
 from rlhf.models.tokenizer import chat_template
 
@@ -46,11 +46,23 @@ class RecordDataModule(lightning.LightningDataModule):
     whole_batches = False  # leave out the rows that do not fill the last batch of an epoch
 
     def __init__(
-        self, *, train: str | None = None, val: str | None = None, test: str | None = None, val_fraction: float = 0.05,
-        splits: Mapping[str, str] | None = None, subset: str | None = None, columns: Mapping[str, str] | None = None,
-        template: str | None = None, max_length: int = 512, max_rows: int | None = None, batch_size: int = 16,
-        eval_batch_size: int = 64, on_error: str = "stop", seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        val_fraction: float = 0.05,
+        splits: Mapping[str, str] | None = None,
+        subset: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        template: str | None = None,
+        max_length: int = 512,
+        max_rows: int | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        on_error: str = "stop",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.check_choice("on_error", on_error, ("stop", "skip"))
         for name, value in {
@@ -64,7 +76,7 @@ class RecordDataModule(lightning.LightningDataModule):
         self.val_fraction = val_fraction
         self.splits = dict(splits or {})
         self.subset = subset
-        self.reader = Reader(dict(columns or {}))
+        self.parser = RecordParser(dict(columns or {}))
         self.template = template
         self.max_length = max_length
         self.max_rows = max_rows
@@ -99,14 +111,14 @@ class RecordDataModule(lightning.LightningDataModule):
         if self.paths[split] is None:
             raise UserError(f"data.{split} names no file, and this stage reads it", f"data.{split}=<file>")
 
-    def texts(self) -> Iterator[str]:
+    def training_texts(self) -> Iterator[str]:
         """What the training records say, to train a tokenizer on."""
         self._require("train")
         for record in self.records("train"):
-            yield from self.text_of(record)
+            yield from self.texts_of_record(record)
 
-    def text_of(self, record: Any) -> Sequence[str]:
-        return [*(message["content"] for message in record.prompt.messages), " " + record.answer]
+    def texts_of_record(self, record: Any) -> Sequence[str]:
+        return [*(message["content"] for message in record.prompt.messages), " " + record.response]
 
     def _read(self, split: str) -> list[Any]:
         path = self.paths[split]
@@ -118,7 +130,7 @@ class RecordDataModule(lightning.LightningDataModule):
         form = self._form(rows[0]) if count else self.forms[0]
         for number in range(count):
             try:
-                records.append(self.reader.read(rows[number], form))
+                records.append(self.parser.read(rows[number], form))
             except RecordError as error:
                 errors.append((number, error))
         if errors:
@@ -131,7 +143,7 @@ class RecordDataModule(lightning.LightningDataModule):
     def _form(self, row: Mapping[str, Any]) -> type:
         for form in self.forms:
             try:
-                self.reader.read(row, form)
+                self.parser.read(row, form)
                 return form
             except RecordError:
                 continue
@@ -197,9 +209,13 @@ class RecordDataModule(lightning.LightningDataModule):
             if records:
                 cuts = {what: encoder.counts[what] for what in ("prompts cut", "answers cut")}
                 log.info(
-                    "%s: %d rows, %d dropped, %d prompts and %d answers cut to %d tokens", self.paths[split] or split,
-                    len(self._rows[split]), len(coded) - len(self._rows[split]), *cuts.values(), self.max_length,
-                )  # fmt: skip
+                    "%s: %d rows, %d dropped, %d prompts and %d answers cut to %d tokens",
+                    self.paths[split] or split,
+                    len(self._rows[split]),
+                    len(coded) - len(self._rows[split]),
+                    *cuts.values(),
+                    self.max_length,
+                )
                 if not self._rows[split]:
                     raise UserError(
                         f"{self.paths[split]}: no record fits into data.max_length={self.max_length} tokens",
@@ -221,7 +237,7 @@ class RecordDataModule(lightning.LightningDataModule):
         room = min(room, self.max_length // 2)
         encoder, records = self.encoder(), (self.records("val") or self.records("train"))[:count]
         prompts = [record if isinstance(record, Prompt) else record.prompt for record in records]
-        return [(encoder.prompt(prompt.messages, room=room), prompt) for prompt in prompts]
+        return [(encoder.encode_prompt(prompt.messages, room=room), prompt) for prompt in prompts]
 
     # tokens to batches
 

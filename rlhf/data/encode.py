@@ -11,10 +11,10 @@ from rlhf.errors import UserError
 
 
 @dataclass(frozen=True)
-class EncodedAnswer:
+class EncodedResponse:
     """Tokens of a prompt and its answer; the answer begins at ``start`` and ends with EOS unless it was cut."""
 
-    tokens: list[int]
+    input_ids: list[int]
     start: int
 
 
@@ -36,20 +36,20 @@ class Encoder:
         self._bos = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and self._encode("x", special=True)[0][:1] == [self._bos]
 
-    def prompt(self, messages: Sequence[Message], *, room: int = 0) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], *, room: int = 0) -> list[int]:
         """Tokens of a prompt, ready to be answered; ``room`` tokens of max_length are kept free for the answer."""
-        tokens = self._one_bos(self._encode(self._render(messages, answer=None))[0])
-        self.counts["prompts cut"] += len(tokens) > self.max_length - room
-        return self._cut_prompt(tokens, self.max_length - room)
+        input_ids = self._one_bos(self._encode(self._render(messages, response=None))[0])
+        self.counts["prompts cut"] += len(input_ids) > self.max_length - room
+        return self._cut_prompt(input_ids, self.max_length - room)
 
-    def answer(self, messages: Sequence[Message], answer: str) -> EncodedAnswer:
+    def encode_response(self, messages: Sequence[Message], response: str) -> EncodedResponse:
         """Tokens of a prompt and its answer, encoded as one text."""
-        return self.answers(messages, [answer])[0]
+        return self.encode_responses(messages, [response])[0]
 
-    def answers(self, messages: Sequence[Message], answers: Sequence[str]) -> list[EncodedAnswer]:
+    def encode_responses(self, messages: Sequence[Message], responses: Sequence[str]) -> list[EncodedResponse]:
         """Tokens of a prompt with each of several answers; where the prompt must be cut, it is cut alike for all."""
-        opening = self._render(messages, answer=None)
-        parts = [self._parts(opening, self._render(messages, answer=answer)) for answer in answers]
+        opening = self._render(messages, response=None)
+        parts = [self._parts(opening, self._render(messages, response=response)) for response in responses]
         longest = max(len(reply) for _, reply in parts)
         if longest > self.max_length - 1:
             self.counts["answers cut"] += sum(len(reply) > self.max_length - 1 for _, reply in parts)
@@ -59,22 +59,22 @@ class Encoder:
         coded = []
         for prompt, reply in parts:
             prompt = self._cut_prompt(prompt, room)
-            coded.append(EncodedAnswer(prompt + reply[: self.max_length - 1], len(prompt)))
+            coded.append(EncodedResponse(prompt + reply[: self.max_length - 1], len(prompt)))
         return coded
 
     def _parts(self, opening: str, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a whole text, parted where the answer begins."""
         boundary = len(opening) if text.startswith(opening) else _shared_prefix(opening, text)
-        tokens, ends = self._encode(text)
+        input_ids, ends = self._encode(text)
         # a token that straddles the boundary already speaks of the answer
-        start = next((i for i, end in enumerate(ends) if end > boundary), len(tokens))
-        return self._one_bos(tokens[:start]), self._one_eos(tokens[start:])
+        start = next((i for i, end in enumerate(ends) if end > boundary), len(input_ids))
+        return self._one_bos(input_ids[:start]), self._one_eos(input_ids[start:])
 
-    def _render(self, messages: Sequence[Message], answer: str | None) -> str:
-        conversation = list(messages) if answer is None else [*messages, {"role": "assistant", "content": answer}]
+    def _render(self, messages: Sequence[Message], response: str | None) -> str:
+        conversation = list(messages) if response is None else [*messages, {"role": "assistant", "content": response}]
         try:
             return str(
-                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer is None)
+                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=response is None)
             )
         except Exception as error:  # templates raise whatever their author wrote
             raise UserError(
@@ -87,8 +87,8 @@ class Encoder:
         if self.tokenizer.is_fast:
             coded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
             return list(coded["input_ids"]), [end for _, end in coded["offset_mapping"]]
-        tokens = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        return tokens, [len(self.tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))]
+        input_ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return input_ids, [len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
 
     def _one_bos(self, prompt: list[int]) -> list[int]:
         """Exactly one BOS for a tokenizer or template that uses it, and none for others."""
@@ -97,23 +97,23 @@ class Encoder:
             count += 1
         return [self._bos] * (count > 0 or self._adds_bos) + prompt[count:]
 
-    def _one_eos(self, answer: list[int]) -> list[int]:
+    def _one_eos(self, response: list[int]) -> list[int]:
         """The answer up to its closing EOS; what a template writes after that (a line feed) is left off."""
         eos = self.tokenizer.eos_token_id
-        last = max((i for i, token in enumerate(answer) if token == eos), default=None)
-        if last is not None and not self.tokenizer.decode(answer[last + 1 :]).strip():
-            return answer[: last + 1]
-        return [*answer, eos]
+        last = max((i for i, token in enumerate(response) if token == eos), default=None)
+        if last is not None and not self.tokenizer.decode(response[last + 1 :]).strip():
+            return response[: last + 1]
+        return [*response, eos]
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         return _cut_prompt(prompt, room, self._bos)
 
 
-def join(one: EncodedAnswer, other: EncodedAnswer, max_length: int, bos: int | None) -> EncodedAnswer:
+def concatenate(one: EncodedResponse, other: EncodedResponse, max_length: int, bos: int | None) -> EncodedResponse:
     """The prompt of one text with the answer of another, for texts that nobody wrote; the prompt is cut to fit."""
-    answer = other.tokens[other.start :]
-    prompt = _cut_prompt(one.tokens[: one.start], max_length - len(answer), bos)
-    return EncodedAnswer(prompt + answer, len(prompt))
+    response = other.input_ids[other.start :]
+    prompt = _cut_prompt(one.input_ids[: one.start], max_length - len(response), bos)
+    return EncodedResponse(prompt + response, len(prompt))
 
 
 def _cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:

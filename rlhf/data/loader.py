@@ -26,9 +26,17 @@ class LengthBuckets:
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, shuffle: bool, bucket: bool = True, seed: int = 0,
-        whole_only: bool = False, rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        bucket: bool = True,
+        seed: int = 0,
+        whole_only: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.lengths = torch.tensor(lengths)
         self.batch_size = min(batch_size, max(len(lengths) // world, 1))
         self.shuffle = shuffle
@@ -95,7 +103,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         self._taken, self._skip = self._skip, 0
         indices = islice(iter(self.batch_sampler), self._taken, None)
-        for batch in weighed(map(self._batch, indices), self.per_step, self.batch_sampler.world):
+        for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world):
             self._taken += 1
             yield batch
 
@@ -109,7 +117,7 @@ class BatchLoader:
         self._skip = state["taken"]
 
 
-def weighed(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:
+def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:
     """Give each batch its shares of the optimizer step it belongs to, over micro-batches and ranks.
 
     With it, the mean of ``loss x share`` that Lightning takes over ``per_step`` batches and ``world`` ranks is the mean
@@ -123,6 +131,6 @@ def weighed(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator
                 totals = totals.cuda() if dist.get_backend() == "nccl" else totals
                 dist.all_reduce(totals)
             shares = terms.double() * per_step * world / totals.cpu().clamp(min=1)
-            for batch, (share, sft_share) in zip(step, shares.tolist(), strict=True):
-                batch.share, batch.sft_share = share, sft_share
+            for batch, (loss_weight, sft_loss_weight) in zip(step, shares.tolist(), strict=True):
+                batch.loss_weight, batch.sft_loss_weight = loss_weight, sft_loss_weight
         yield from step

@@ -9,12 +9,12 @@ from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 
 
-class PromptRecordDataModule(RecordDataModule):
+class PromptDataModule(RecordDataModule):
     """Prompts of records of any form. See RecordDataModule for the keys; max_length includes room for the answer."""
 
     forms = (Prompt,)
 
-    def text_of(self, record: Any) -> list[str]:
+    def texts_of_record(self, record: Any) -> list[str]:
         return [*(message["content"] for message in record.messages), " " + (record.target or "")]
 
     def encode(self, encoder: Encoder, record: Any) -> Any:
@@ -25,10 +25,10 @@ class PromptRecordDataModule(RecordDataModule):
                 f"stage.sampling.max_new_tokens={room}",
                 f"data.max_length={2 * room}",
             )
-        return encoder.prompt(record.messages, room=room), record
+        return encoder.encode_prompt(record.messages, room=room), record
 
     def length(self, row: Any) -> int:
         return len(row[0])
 
     def collate(self, rows: list[Any]) -> PromptBatch:
-        return PromptBatch([tokens for tokens, _ in rows], [record for _, record in rows])
+        return PromptBatch([input_ids for input_ids, _ in rows], [record for _, record in rows])

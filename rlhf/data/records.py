@@ -23,12 +23,12 @@ class Prompt:
     """A conversation up to the next answer.
 
     messages: ends with what the user said.
-    source: the prompt as it stands in the data, for scoring functions.
+    raw_text: the prompt as it stands in the data, for scoring functions.
     target: the data's own answer, where it has one.
     """
 
     messages: Sequence[Message]
-    source: str
+    raw_text: str
     target: str | None = None
 
 
@@ -37,7 +37,7 @@ class Demonstration:
     """A prompt and the answer to learn."""
 
     prompt: Prompt
-    answer: str
+    response: str
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Rating:
     """A prompt, an answer and what it is worth, in reward units."""
 
     prompt: Prompt
-    answer: str
+    response: str
     reward: float
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UnpairedPreference:
     """A prompt, an answer and whether it is one to give."""
 
     prompt: Prompt
-    answer: str
+    response: str
     desirable: bool
 
 
@@ -72,19 +72,28 @@ EXPECTED = {
     Demonstration: '{"document": "...", "target": "..."}, {"prompt": "...", "completion": "..."}, {"messages": [...]}',
     Preference: '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     Rating: '{"prompt": "...", "response": "...", "reward": 0.5}',
-    Verdict: '{"prompt": "...", "completion": "...", "label": true}, or preference pairs',
+    UnpairedPreference: '{"prompt": "...", "completion": "...", "label": true}, or preference pairs',
     Prompt: '{"prompt": "..."} or {"document": "..."}',
 }
 
 # Every field that a record may have; ``data.columns`` in conf/data/ declares the same names.
 FIELDS = (
-    "prompt", "document", "target", "completion", "messages", "chosen", "rejected", "margin", "response", "reward",
+    "prompt",
+    "document",
+    "target",
+    "completion",
+    "messages",
+    "chosen",
+    "rejected",
+    "margin",
+    "response",
+    "reward",
     "label",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
-class Reader:
+class RecordParser:
     """Turns rows into records.
 
     Args:
@@ -118,7 +127,7 @@ class Reader:
             Demonstration: self.demonstration,
             Preference: self.preference,
             Rating: self.rating,
-            Verdict: self.verdict,
+            UnpairedPreference: self.unpaired,
             Prompt: self.prompt,
         }[form](row)
 
@@ -128,14 +137,14 @@ class Reader:
     def demonstration(self, row: Mapping[str, Any]) -> Demonstration:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
-            answer = self._closing_answer(messages, "messages")
+            response = self._closing_answer(messages, "messages")
             prompt = _conversation(messages[:-1])
         else:
-            answer = self._answer(row, "completion" if self.has(row, "completion") else "target", "demonstration")
+            response = self._answer(row, "completion" if self.has(row, "completion") else "target", "demonstration")
             prompt = self._prompt_of(row, "demonstration")
-        if not answer.strip():
+        if not response.strip():
             raise RecordError("the answer is empty: there is nothing to learn")
-        return Demonstration(prompt, answer)
+        return Demonstration(prompt, response)
 
     def preference(self, row: Mapping[str, Any]) -> Preference:
         margin = self._number(row, "margin", "preference") if self.has(row, "margin") else 0.0
@@ -149,15 +158,15 @@ class Reader:
         return Preference(prompt, chosen, rejected, margin)
 
     def rating(self, row: Mapping[str, Any]) -> Rating:
-        answer, reward = self._answer(row, "response", "rating"), self._number(row, "reward", "rating")
-        return Rating(self._prompt_of(row, "rating"), answer, reward)
+        response, reward = self._answer(row, "response", "rating"), self._number(row, "reward", "rating")
+        return Rating(self._prompt_of(row, "rating"), response, reward)
 
-    def verdict(self, row: Mapping[str, Any]) -> Verdict:
-        answer = self._answer(row, "response" if self.has(row, "response") else "completion", "unpaired")
+    def unpaired(self, row: Mapping[str, Any]) -> UnpairedPreference:
+        response = self._answer(row, "response" if self.has(row, "response") else "completion", "unpaired")
         label = self._get(row, "label", "unpaired")
         if label not in (True, False):  # 1 and 0 among them
             raise RecordError(f"field '{self.column('label')}' is {label!r}, neither true nor false")
-        return Verdict(self._prompt_of(row, "unpaired"), answer, bool(label))
+        return UnpairedPreference(self._prompt_of(row, "unpaired"), response, bool(label))
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The prompt of a row of any form, with the answer to learn as its target."""
@@ -177,7 +186,7 @@ class Reader:
             prompt, target, _ = self._transcripts(row)
         else:
             raise self._missing(row, "prompt", "prompt")
-        return Prompt(prompt.messages, prompt.source, target)
+        return Prompt(prompt.messages, prompt.raw_text, target)
 
     def _prompt_of(self, row: Mapping[str, Any], kind: str) -> Prompt:
         name = "document" if self.has(row, "document") and not self.has(row, "prompt") else "prompt"

@@ -1,4 +1,4 @@
-"""What the preference stages read: pairs of answers, or answers with a verdict each."""
+"""What the preference stages read: pairs of answers, or answers with a row each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,33 +7,28 @@ from typing import Any
 import torch
 
 from rlhf.data import (
-    EncodedAnswer,
+    EncodedResponse,
     Encoder,
     Preference,
-    PreferenceDataModule,
     RecordDataModule,
-    TextBatch,
-    Verdict,
-    VerdictBatch,
-    join,
+    SequenceBatch,
+    UnpairedBatch,
+    UnpairedPreference,
+    concatenate,
 )
 from rlhf.errors import UserError
 
 
-class DPODataModule(PreferenceDataModule):
-    """Pairs of answers. See RecordDataModule for the keys."""
-
-
 @dataclass
-class EncodedVerdict:
+class EncodedUnpaired:
     """An answer with its prompt and its label; ``reference`` holds its log-prob under the reference, once known."""
 
-    text: EncodedAnswer
+    text: EncodedResponse
     desirable: bool
-    reference: tuple[float] | None = None
+    ref_logprobs: tuple[float] | None = None
 
     @property
-    def answers(self) -> tuple[EncodedAnswer]:
+    def responses(self) -> tuple[EncodedResponse]:
         return (self.text,)
 
 
@@ -44,7 +39,7 @@ class UnpairedDataModule(RecordDataModule):
     the last batch of an epoch are left out of that epoch. See RecordDataModule for the keys; max_rows counts records.
     """
 
-    forms = (Verdict, Preference)
+    forms = (UnpairedPreference, Preference)
     whole_batches = True
 
     def __init__(self, **keys: Any) -> None:
@@ -56,34 +51,38 @@ class UnpairedDataModule(RecordDataModule):
                     f"data.{name}=16",
                 )
 
-    def records(self, split: str) -> list[Verdict]:
-        return [verdict for record in super().records(split) for verdict in _verdicts(record)]
+    def records(self, split: str) -> list[UnpairedPreference]:
+        return [row for record in super().records(split) for row in _as_unpaired(record)]
 
-    def text_of(self, record: Any) -> Sequence[str]:
-        return [*(message["content"] for message in record.prompt.messages), record.answer]
+    def texts_of_record(self, record: Any) -> Sequence[str]:
+        return [*(message["content"] for message in record.prompt.messages), record.response]
 
-    def encode(self, encoder: Encoder, record: Any) -> EncodedVerdict:
-        return EncodedVerdict(encoder.answer(record.prompt.messages, record.answer), record.desirable)
+    def encode(self, encoder: Encoder, record: Any) -> EncodedUnpaired:
+        return EncodedUnpaired(encoder.encode_response(record.prompt.messages, record.response), record.desirable)
 
     def length(self, row: Any) -> int:
-        return len(row.text.tokens)
+        return len(row.text.input_ids)
 
-    def collate(self, rows: list[Any]) -> VerdictBatch:
+    def collate(self, rows: list[Any]) -> UnpairedBatch:
         texts = [row.text for row in rows]
         bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
         mismatched = [
-            join(one, other, self.max_length, bos) for one, other in zip(texts, [*texts[1:], texts[0]], strict=True)
+            concatenate(one, other, self.max_length, bos)
+            for one, other in zip(texts, [*texts[1:], texts[0]], strict=True)
         ]
-        known = all(row.reference is not None for row in rows)
-        return VerdictBatch(
-            TextBatch.collate(texts),
+        known = all(row.ref_logprobs is not None for row in rows)
+        return UnpairedBatch(
+            SequenceBatch.collate(texts),
             desirable=torch.tensor([row.desirable for row in rows]),
-            mismatched=TextBatch.collate(mismatched),
-            reference=torch.tensor([row.reference[0] for row in rows]) if known else None,
+            mismatched=SequenceBatch.collate(mismatched),
+            ref_logprobs=torch.tensor([row.ref_logprobs[0] for row in rows]) if known else None,
         )
 
 
-def _verdicts(record: Verdict | Preference) -> Sequence[Verdict]:
-    if isinstance(record, Verdict):
+def _as_unpaired(record: UnpairedPreference | Preference) -> Sequence[UnpairedPreference]:
+    if isinstance(record, UnpairedPreference):
         return [record]
-    return [Verdict(record.prompt, record.chosen, True), Verdict(record.prompt, record.rejected, False)]
+    return [
+        UnpairedPreference(record.prompt, record.chosen, True),
+        UnpairedPreference(record.prompt, record.rejected, False),
+    ]

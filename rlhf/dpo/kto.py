@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data import VerdictBatch
+from rlhf.data import UnpairedBatch
 from rlhf.dpo.base import Numbers, PreferenceModule, lengths
-from rlhf.dpo.objective import answer_nll, kto_loss
+from rlhf.dpo.objective import kto_loss, response_nll
 from rlhf.tensors import masked_mean
 
 
@@ -23,36 +23,36 @@ class KTOModule(PreferenceModule):
     1 of 32 has one. Everything else of the loss is the same either way.
     """
 
-    def __init__(self, *, objective: Callable[..., Tensor] = kto_loss, **keys: Any) -> None:
-        super().__init__(objective=objective, **keys)
+    def __init__(self, *, loss: Callable[..., Tensor] = kto_loss, **keys: Any) -> None:
+        super().__init__(loss=loss, **keys)
 
-    def compare(self, batch: VerdictBatch) -> tuple[Tensor, Tensor, Numbers]:
-        logprobs, entropy = self.answer_logprobs(batch.texts)
-        reference = batch.reference if batch.reference is not None else self.reference_logprobs(batch.texts)
-        said = self.as_objective_reads(logprobs, reference, batch.texts)
+    def compare(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, Numbers]:
+        logprobs, entropy = self.response_logprobs(batch.sequences)
+        reference = batch.ref_logprobs if batch.ref_logprobs is not None else self.compute_ref_logprobs(batch.sequences)
+        said = self.loss_inputs(logprobs, reference, batch.sequences)
         kl, desirable = self.baseline(batch), batch.desirable
-        loss = self.objective(said, desirable, kl, beta=self.beta)
+        loss = self.loss(said, desirable, kl, beta=self.beta)
 
-        nll = answer_nll(logprobs[desirable], lengths(batch.texts)[desirable])
+        nll = response_nll(logprobs[desirable], lengths(batch.sequences)[desirable])
         return loss, nll, self._numbers(batch, self.beta * said.detach(), logprobs, kl, entropy)
 
     @torch.no_grad()
-    def baseline(self, batch: VerdictBatch) -> Tensor:
-        """How far the policy is from the reference, [], nats (a token with length_normalised), 0 or more.
+    def baseline(self, batch: UnpairedBatch) -> Tensor:
+        """How far the policy is from the reference, [], nats (a token with length_normalized), 0 or more.
 
         Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
         """
         texts = batch.mismatched
-        logprobs, _ = self.answer_logprobs(texts)
-        said = self.as_objective_reads(logprobs, self.reference_logprobs(texts), texts)
+        logprobs, _ = self.response_logprobs(texts)
+        said = self.loss_inputs(logprobs, self.compute_ref_logprobs(texts), texts)
         return self.trainer.strategy.reduce(said.mean(), reduce_op="mean").clamp(min=0)
 
-    def _numbers(self, batch: VerdictBatch, rewards: Tensor, logprobs: Tensor, kl: Tensor, entropy: Tensor) -> Numbers:
+    def _numbers(self, batch: UnpairedBatch, rewards: Tensor, logprobs: Tensor, kl: Tensor, entropy: Tensor) -> Numbers:
         """An answer counts as told apart if its reward is above the baseline just where it is desirable."""
         desirable = batch.desirable
         right = (rewards > self.beta * kl) == desirable
         groups: Numbers = [
-            (batch.texts.loss_terms, {"entropy": entropy}),
+            (batch.sequences.loss_terms, {"entropy": entropy}),
             (batch.loss_terms, {"rewards/accuracies": right.float().mean(), "kto/kl": kl}),
         ]
         for name, mask in (("chosen", desirable), ("rejected", ~desirable)):

@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import PromptBatch
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.rewards import load_scorer
-from rlhf.rollout import Sampling, roll_out
+from rlhf.reward_functions import load_scorer
+from rlhf.sampling import SamplingParams, generate
 from rlhf.tensors import masked_sum, pad_right
 
 TARGET = "target"  # the data's own answers, listed beside the models
 
 
 @dataclass
-class Answers:
+class ScoringBatch:
     """What one model said, a list entry a prompt."""
 
     texts: list[str] = field(default_factory=list)
@@ -50,9 +50,16 @@ class EvaluateModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, *, models: Mapping[str, ModelSource], baseline: str, reward_model: Any, gold: str | None,
-        sampling: Sampling, output: str, bootstrap: int = 2000,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        models: Mapping[str, ModelSource],
+        baseline: str,
+        reward_model: Any,
+        gold: str | None,
+        sampling: SamplingParams,
+        output: str,
+        bootstrap: int = 2000,
+    ) -> None:
         super().__init__()
         self.sources = dict(models)
         self.baseline = baseline
@@ -63,7 +70,7 @@ class EvaluateModule(lightning.LightningModule):
         self.bootstrap = bootstrap
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.policies: torch.nn.ModuleDict | None = None
-        self.answers: dict[str, Answers] = {}
+        self.answers: dict[str, ScoringBatch] = {}
         self.prompts: list[str] = []
         self.targets: list[str | None] = []
         self.metrics: dict[str, Any] = {}
@@ -77,11 +84,11 @@ class EvaluateModule(lightning.LightningModule):
                 self.reward_model = Frozen(self.reward_source.scalar_model(self.tokenizer))
 
     def on_test_start(self) -> None:
-        self.answers = {name: Answers() for name in self.sources}
+        self.answers = {name: ScoringBatch() for name in self.sources}
         self.prompts, self.targets = [], []
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self.prompts += [prompt.source for prompt in batch.prompts]
+        self.prompts += [prompt.raw_text for prompt in batch.prompts]
         self.targets += [prompt.target for prompt in batch.prompts]
         for name, policy in self.policies.items():
             self._answer(name, policy.model, batch)
@@ -89,40 +96,44 @@ class EvaluateModule(lightning.LightningModule):
             self._take_targets(batch)
 
     def _answer(self, name: str, policy: Policy, batch: PromptBatch) -> None:
-        rollout = roll_out(policy.lm, batch.tokens, self.sampling, self.sampling.stops(self.tokenizer))
+        rollout = generate(policy.lm, batch.input_ids, self.sampling, self.sampling.stop_ids(self.tokenizer))
         temperature = self.sampling.temperature or 1.0
         with self.trainer.precision_plugin.forward_context():
             ours, theirs = (
-                model(rollout.tokens, rollout.mask, rollout.answer, temperature).logprobs
+                model(rollout.input_ids, rollout.attention_mask, rollout.response_mask, temperature).logprobs
                 for model in (policy, self.policies[self.baseline])
             )
-        texts = rollout.texts(self.tokenizer)
+        texts = rollout.decode(self.tokenizer)
         self.answers[name].add(
             texts,
             length=rollout.lengths,
             truncated=~rollout.finished,
-            **{f"kl_to_{self.baseline}": masked_sum(ours - theirs, rollout.answer)},
-            **self._scores(batch, texts, rollout.tokens, rollout.mask),
+            **{f"kl_to_{self.baseline}": masked_sum(ours - theirs, rollout.response_mask)},
+            **self._scores(batch, texts, rollout.input_ids, rollout.attention_mask),
         )
 
     def _take_targets(self, batch: PromptBatch) -> None:
         encoder = self.trainer.datamodule.encoder()
         texts = [str(prompt.target) for prompt in batch.prompts]
-        coded = [encoder.answer(prompt.messages, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
-        tokens, mask = (tensor.to(self.device) for tensor in pad_right([row.tokens for row in coded]))
-        lengths = [float(len(row.tokens) - row.start) for row in coded]
-        self.answers.setdefault(TARGET, Answers()).add(
-            texts, length=lengths, **self._scores(batch, texts, tokens, mask)
+        coded = [
+            encoder.encode_response(prompt.messages, text) for prompt, text in zip(batch.prompts, texts, strict=True)
+        ]
+        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad_right([row.input_ids for row in coded]))
+        lengths = [float(len(row.input_ids) - row.start) for row in coded]
+        self.answers.setdefault(TARGET, ScoringBatch()).add(
+            texts, length=lengths, **self._scores(batch, texts, input_ids, attention_mask)
         )
 
-    def _scores(self, batch: PromptBatch, texts: list[str], tokens: Tensor, mask: Tensor) -> dict[str, Any]:
+    def _scores(
+        self, batch: PromptBatch, texts: list[str], input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         if self.reward_source is not None:
             with self.trainer.precision_plugin.forward_context():
-                scores["reward"] = self.reward_model(tokens, mask)
+                scores["reward"] = self.reward_model(input_ids, attention_mask)
         if self.gold is not None:
             scores["gold"] = self.gold(
-                [prompt.source for prompt in batch.prompts], texts, [prompt.target for prompt in batch.prompts]
+                [prompt.raw_text for prompt in batch.prompts], texts, [prompt.target for prompt in batch.prompts]
             )
         return scores
 
@@ -141,7 +152,7 @@ class EvaluateModule(lightning.LightningModule):
         for logger in self.loggers:
             logger.log_metrics({name: value for name, value in self._flat().items() if value == value}, step=0)
 
-    def _metrics_of(self, name: str, answers: Answers) -> dict[str, Any]:
+    def _metrics_of(self, name: str, answers: ScoringBatch) -> dict[str, Any]:
         metrics: dict[str, Any] = {number: self._interval(values, "mean") for number, values in answers.numbers.items()}
         for other in (self.baseline, TARGET):
             if other != name and other in self.answers:
@@ -205,12 +216,15 @@ class EvaluateModule(lightning.LightningModule):
             padding=(0, 0, 0, 1),
         )
         columns = {
-            "gold\nscore": ("gold",), "RM\nscore": ("reward",),
+            "gold\nscore": ("gold",),
+            "RM\nscore": ("reward",),
             f"gold wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "gold"),
             f"RM wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "reward"),
             f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
-            "KL": (f"kl_to_{self.baseline}",), "tokens": ("length",), "ROUGE\nL": ("rougeL",),
-        }  # fmt: skip
+            "KL": (f"kl_to_{self.baseline}",),
+            "tokens": ("length",),
+            "ROUGE\nL": ("rougeL",),
+        }
         models = self.metrics["models"]
         shown = {
             title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())
@@ -225,7 +239,7 @@ class EvaluateModule(lightning.LightningModule):
         return table
 
 
-def _tensor(answers: Answers, name: str) -> Tensor:
+def _tensor(answers: ScoringBatch, name: str) -> Tensor:
     return torch.tensor(answers.numbers[name], dtype=torch.float64)
 
 

@@ -1,7 +1,7 @@
 """Base models and what is put on top of them."""
 
-from rlhf.models.backbone import Policy, TokenScores, hidden_states, kl_divergence
-from rlhf.models.frozen import Frozen, switch_off_dropout
+from rlhf.models.backbone import Policy, PolicyOutput, hidden_states, kl_divergence
+from rlhf.models.frozen import Frozen, disable_dropout
 from rlhf.models.scalar import EnsembleModel, ScalarHead, ScalarModel, pessimistic_score
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
 from rlhf.models.tokenizer import chat_template, train_tokenizer
@@ -12,15 +12,15 @@ __all__ = [
     "Mamba",
     "ModelSource",
     "Policy",
+    "PolicyOutput",
     "Pretrained",
     "ScalarHead",
     "ScalarModel",
-    "TokenScores",
     "Transformer",
     "chat_template",
+    "disable_dropout",
     "hidden_states",
     "kl_divergence",
     "pessimistic_score",
-    "switch_off_dropout",
     "train_tokenizer",
 ]

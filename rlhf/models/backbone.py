@@ -13,7 +13,7 @@ from rlhf.tensors import scatter, states_before
 PIECE = 4096  # tokens whose logits are computed at once, so that without a gradient no more are held
 
 
-def hidden_states(trunk: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden state of every token, the same whatever the padding, the batch size or the neighbours.
 
     The trunk only ever sees right-padded text, where causality alone keeps padding out of every real token. No mask is
@@ -27,29 +27,29 @@ def hidden_states(trunk: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [batch, time, width]; what stands on padding means nothing.
     """
-    left_padded = not bool(mask[:, 0].all())
+    left_padded = not bool(attention_mask[:, 0].all())
     if left_padded:
-        order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        tokens = tokens.gather(1, order)
-    hidden: Tensor = trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        order = attention_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        input_ids = input_ids.gather(1, order)
+    hidden: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
     if left_padded:
         hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
     return hidden
 
 
 @dataclass
-class TokenScores:
+class PolicyOutput:
     """What a policy says of given tokens.
 
     logprobs: [batch, time] log pi(token), nats; 0 outside the mask.
     entropy: [batch, time] entropy of the distribution the token was drawn from, nats; no gradient unless asked for.
-    hits: [batch, time] bool, True where the token is the most likely one.
+    correct: [batch, time] bool, True where the token is the most likely one.
     hidden: [batch, time, width] last hidden states.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    hits: Tensor
+    correct: Tensor
     hidden: Tensor
 
 
@@ -66,13 +66,19 @@ class Policy(nn.Module):
         return int(self.lm.get_input_embeddings().num_embeddings)
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """Size of the last hidden state."""
         return int(self.lm.config.get_text_config().hidden_size)
 
     def forward(
-        self, tokens: Tensor, mask: Tensor, chosen: Tensor, temperature: float = 1.0, *, learn_entropy: bool = False
-    ) -> TokenScores:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy_grad: bool = False,
+    ) -> PolicyOutput:
         """Log-probs of the chosen tokens, each given the tokens before it.
 
         Args:
@@ -80,29 +86,31 @@ class Policy(nn.Module):
             mask: [batch, time] bool, True on real tokens.
             chosen: [batch, time] bool, the tokens to score; logits are computed for these only.
             temperature: divides the logits, as it did when the tokens were sampled.
-            learn_entropy: let the entropy carry a gradient too.
+            entropy_grad: let the entropy carry a gradient too.
         """
-        hidden = hidden_states(self.lm.base_model, tokens, mask)
-        states, targets = states_before(hidden, chosen), tokens[chosen]
+        hidden = hidden_states(self.lm.base_model, input_ids, attention_mask)
+        states, targets = states_before(hidden, response_mask), input_ids[response_mask]
         parts = [
-            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature, learn_entropy)
+            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature, entropy_grad)
             for i in range(0, max(len(targets), 1), PIECE)
         ]
-        logprobs, entropy, hits = (torch.cat(part) for part in zip(*parts, strict=True))
-        return TokenScores(scatter(logprobs, chosen), scatter(entropy, chosen), scatter(hits, chosen), hidden)
+        logprobs, entropy, correct = (torch.cat(part) for part in zip(*parts, strict=True))
+        return PolicyOutput(
+            scatter(logprobs, response_mask), scatter(entropy, response_mask), scatter(correct, response_mask), hidden
+        )
 
     def _score(
-        self, states: Tensor, targets: Tensor, temperature: float, learn_entropy: bool
+        self, states: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(states).float() / temperature
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             shifted = logits - logits.amax(dim=-1, keepdim=True)
             weights = shifted.exp()
             total = weights.sum(dim=-1)
             entropy = total.log() - (weights * shifted).sum(dim=-1) / total
-            hits = shifted.gather(-1, targets[:, None])[:, 0] == 0
-        return logprobs, entropy, hits
+            correct = shifted.gather(-1, targets[:, None])[:, 0] == 0
+        return logprobs, entropy, correct
 
     def logits(self, states: Tensor) -> Tensor:
         """Next-token logits of chosen hidden states: [tokens, width] to [tokens, vocabulary]."""
@@ -117,7 +125,7 @@ class Policy(nn.Module):
         """True if the logits are the output embedding of the last hidden state and nothing else (no cap, no scale)."""
         was_training = self.lm.training
         self.lm.eval()
-        tokens = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
+        input_ids = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
         states: list[Tensor] = []
 
         def enlarge(module: nn.Module, inputs: object, output: BaseModelOutputWithPast) -> None:
@@ -127,7 +135,7 @@ class Policy(nn.Module):
 
         hook = self.lm.base_model.register_forward_hook(enlarge)
         try:
-            logits = self.lm(input_ids=tokens, use_cache=False).logits
+            logits = self.lm(input_ids=input_ids, use_cache=False).logits
         finally:
             hook.remove()
         self.lm.train(was_training)
@@ -150,7 +158,7 @@ def kl_divergence(
     hidden: Tensor,
     reference: Policy,
     reference_hidden: Tensor,
-    chosen: Tensor,
+    response_mask: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
     """KL(policy || reference) of the whole next-token distribution at each chosen token; carries the policy's gradient.
@@ -164,13 +172,13 @@ def kl_divergence(
     Returns:
         [batch, time], nats; 0 outside ``chosen``. Logits are made in pieces of tokens, never for the whole batch.
     """
-    states, others = states_before(hidden, chosen), states_before(reference_hidden, chosen)
+    states, others = states_before(hidden, response_mask), states_before(reference_hidden, response_mask)
     parts = []
     for i in range(0, max(len(states), 1), PIECE):
         ours = (policy.logits(states[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
         theirs = (reference.logits(others[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
         parts.append((ours.exp() * (ours - theirs)).sum(dim=-1))
-    return scatter(torch.cat(parts), chosen)
+    return scatter(torch.cat(parts), response_mask)
 
 
 class _Replay(nn.Module):

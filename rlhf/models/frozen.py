@@ -30,7 +30,7 @@ class Frozen(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def switch_off_dropout(model: M) -> M:
+def disable_dropout(model: M) -> M:
     """Set every dropout of a model to 0, so that its train and eval modes give the same numbers.
 
     Source: Huang et al. 2024, detail 18 (arXiv:2403.17031): with dropout the ratio of PPO means nothing.

@@ -34,8 +34,11 @@ class ScalarHead(nn.Module):
         self.layers = _mlp(widths)
         self.others = nn.ModuleList(_mlp(widths) for _ in range(num_heads - 1))
         self.settings = {
-            "input_dim": input_dim, "hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads,
-        }  # fmt: skip
+            "input_dim": input_dim,
+            "hidden_dim": hidden_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+        }
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] to [...]: the mean over the heads, float32 whatever the precision of the body."""
@@ -82,7 +85,7 @@ class ScalarModel(nn.Module):
     def config(self) -> Any:
         return self.trunk.config
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Score of each sequence, read at its last real token; the mean over the heads.
 
         Args:
@@ -92,12 +95,12 @@ class ScalarModel(nn.Module):
         Returns:
             [batch], reward units; the mean score of the demonstrations is 0 once it has been stored.
         """
-        return self.scores(tokens, mask).mean(dim=1)
+        return self.scores(input_ids, attention_mask).mean(dim=1)
 
-    def scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What each head says of each sequence, [batch, heads], reward units; arguments as for a call."""
-        hidden = hidden_states(self.trunk, tokens, mask)
-        last = hidden[torch.arange(len(tokens), device=tokens.device), last_true(mask)]
+        hidden = hidden_states(self.trunk, input_ids, attention_mask)
+        last = hidden[torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask)]
         return self.head.scores(last) - self.reward_mean
 
     def values(self, hidden: Tensor) -> Tensor:
@@ -119,26 +122,25 @@ class EnsembleModel(nn.Module):
             raise UserError("an ensemble without members scores nothing", "stage.reward_model=[<path>, <path>]")
         self.members = nn.ModuleList(members)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean over all scores of each sequence, [batch], reward units; arguments as for ScalarModel."""
-        return self.scores(tokens, mask).mean(dim=1)
+        return self.scores(input_ids, attention_mask).mean(dim=1)
 
-    def scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[batch, all heads of all members], reward units, in the order of the members."""
-        return torch.cat([member.scores(tokens, mask) for member in self.members], dim=1)
+        return torch.cat([member.scores(input_ids, attention_mask) for member in self.members], dim=1)
 
 
-# fmt: off
 def pessimistic_score(
-    scores: Tensor,      # [batch, scorers] what heads or members say of each answer, reward units
+    scores: Tensor,  # [batch, scorers] what heads or members say of each answer, reward units
     *,
-    spread_coef: float,  # price of their disagreement, dimensionless; 0 is the mean
-) -> Tensor:             # [batch]          reward units
-    """Mean over the scorers less ``spread_coef`` population standard deviations: little is given for contested answers.
+    uncertainty_penalty: float,  # price of their disagreement, dimensionless; 0 is the mean
+) -> Tensor:  # [batch]          reward units
+    """Mean over the scorers less ``uncertainty_penalty`` population standard deviations: little is given for contested answers.
 
     Coste et al. 2023 (arXiv:2310.02743), uncertainty-weighted optimization, take off the variance; the standard
     deviation keeps the unit, so that the coefficient means the same for rewards of any size. No spread of a single
     scorer. Not meant to be differentiated: equal scores have no derivative of their spread.
     """
-    # fmt: on
-    return scores.mean(dim=1) - spread_coef * scores.std(dim=1, correction=0)
+
+    return scores.mean(dim=1) - uncertainty_penalty * scores.std(dim=1, correction=0)

@@ -20,8 +20,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     smallest = 259
     if vocab_size < smallest:
-        raise UserError(f"model.vocab_size={vocab_size} is too small for 256 bytes and 3 special tokens",
-                        f"model.vocab_size={smallest} or more")  # fmt: skip
+        raise UserError(
+            f"model.vocab_size={vocab_size} is too small for 256 bytes and 3 special tokens",
+            f"model.vocab_size={smallest} or more",
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -10,13 +10,13 @@ import torch
 from rlhf.data import (
     BatchLoader,
     Demonstration,
-    EncodedAnswer,
+    EncodedResponse,
     Encoder,
     Preference,
     PreferenceDataModule,
     Rating,
     RatingBatch,
-    TextBatch,
+    SequenceBatch,
 )
 from rlhf.data.files import read_rows
 from rlhf.data.loader import LengthBuckets
@@ -26,7 +26,7 @@ from rlhf.data.loader import LengthBuckets
 class EncodedRating:
     """An answer with its prompt, and what it is worth."""
 
-    text: EncodedAnswer
+    text: EncodedResponse
     reward: float
 
 
@@ -45,26 +45,28 @@ class RewardDataModule(PreferenceDataModule):
         self.demonstrations = demonstrations
         self.demonstration_rows = demonstration_rows
 
-    def text_of(self, record: Any) -> list[str]:
+    def texts_of_record(self, record: Any) -> list[str]:
         if isinstance(record, Preference):
-            return super().text_of(record)
-        return [*(message["content"] for message in record.prompt.messages), record.answer]
+            return super().texts_of_record(record)
+        return [*(message["content"] for message in record.prompt.messages), record.response]
 
     def encode(self, encoder: Encoder, record: Any) -> Any:
         if isinstance(record, Preference):
             return super().encode(encoder, record)
-        return EncodedRating(encoder.answer(record.prompt.messages, record.answer), record.reward)
+        return EncodedRating(encoder.encode_response(record.prompt.messages, record.response), record.reward)
 
     def length(self, row: Any) -> int:
-        return len(row.text.tokens) if isinstance(row, EncodedRating) else super().length(row)
+        return len(row.text.input_ids) if isinstance(row, EncodedRating) else super().length(row)
 
     def collate(self, rows: list[Any]) -> Any:
         if not isinstance(rows[0], EncodedRating):
             return super().collate(rows)
-        return RatingBatch(TextBatch.collate([row.text for row in rows]), torch.tensor([row.reward for row in rows]))
+        return RatingBatch(
+            SequenceBatch.collate([row.text for row in rows]), torch.tensor([row.reward for row in rows])
+        )
 
     @property
-    def holds_ratings(self) -> bool:
+    def has_ratings(self) -> bool:
         """True if the training records are ratings, False if they are pairs."""
         return isinstance(self.records("train")[0], Rating)
 
@@ -75,7 +77,7 @@ class RewardDataModule(PreferenceDataModule):
         count = limit * self.trainer.world_size if isinstance(limit, int) else int(limit * len(order))
         return islice(BatchLoader(rows, self.collate, order), count if rows else 0)
 
-    def demonstration_batches(self) -> Iterator[TextBatch]:
+    def demonstration_batches(self) -> Iterator[SequenceBatch]:
         """The demonstrations whose mean score becomes 0, in batches; none if no file is given."""
         if self.demonstrations is None:
             return
@@ -83,7 +85,7 @@ class RewardDataModule(PreferenceDataModule):
         encoder = self.encoder()
         coded = []
         for number in range(min(self.demonstration_rows, len(rows))):
-            record = self.reader.read(rows[number], Demonstration)
-            coded.append(encoder.answer(record.prompt.messages, record.answer))
-        order = LengthBuckets([len(row.tokens) for row in coded], self.eval_batch_size, shuffle=False)
-        yield from BatchLoader(coded, TextBatch.collate, order)  # type: ignore[misc]
+            record = self.parser.read(rows[number], Demonstration)
+            coded.append(encoder.encode_response(record.prompt.messages, record.response))
+        order = LengthBuckets([len(row.input_ids) for row in coded], self.eval_batch_size, shuffle=False)
+        yield from BatchLoader(coded, SequenceBatch.collate, order)  # type: ignore[misc]

@@ -10,14 +10,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import track
 from torch import Tensor
 
-from rlhf.checks import Check
-from rlhf.data import PairBatch, RatingBatch, TextBatch
+from rlhf.data import PairBatch, RatingBatch, SequenceBatch
 from rlhf.errors import UserError
-from rlhf.models import ModelSource, ScalarHead, ScalarModel, switch_off_dropout
-from rlhf.reward.checks import checks
-from rlhf.reward.objective import bradley_terry_loss, centering_penalty, head_spread, regression_loss
+from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
+from rlhf.preflight import Check
+from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
+from rlhf.reward.preflight import checks
 from rlhf.reward.report import pair_report, rating_report
-from rlhf.reward.writing import as_text, picture, scalars, write_json
+from rlhf.reward.report_output import as_text, picture, scalars, write_json
 from rlhf.stage import Result, StageModule
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,28 @@ class RewardModule(StageModule):
     """
 
     def __init__(
-        self, *, policy: ModelSource, input_dim: int | None = None, hidden_dim: int = 128, num_layers: int = 1,
-        num_heads: int = 1, label_smoothing: float = 0.0, centering_coef: float = 0.0, output: str | None = None,
+        self,
+        *,
+        policy: ModelSource,
+        input_dim: int | None = None,
+        hidden_dim: int = 128,
+        num_layers: int = 1,
+        num_heads: int = 1,
+        label_smoothing: float = 0.0,
+        centering_coef: float = 0.0,
+        output: str | None = None,
         **optimizer: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(**optimizer)
         if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"stage.label_smoothing={label_smoothing} is no probability from 0 to below 1/2",
-                            "stage.label_smoothing=0.1")  # fmt: skip
+            raise UserError(
+                f"stage.label_smoothing={label_smoothing} is no probability from 0 to below 1/2",
+                "stage.label_smoothing=0.1",
+            )
         if centering_coef < 0:
-            raise UserError(f"stage.centering_coef={centering_coef} would drive scores away from 0",
-                            "stage.centering_coef=0.01")  # fmt: skip
+            raise UserError(
+                f"stage.centering_coef={centering_coef} would drive scores away from 0", "stage.centering_coef=0.01"
+            )
         self.source = policy
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
@@ -63,23 +74,25 @@ class RewardModule(StageModule):
         self.model: ScalarModel | None = None
 
     @property
-    def figure_of_merit(self) -> str:  # type: ignore[override]
+    def monitor(self) -> str:  # type: ignore[override]
         return "val/accuracy" if "val/accuracy" in self.trainer.callback_metrics else "val/loss"
 
     def setup(self, stage: str) -> None:
         """Refuse keys that only mean something for pairs, before any weight is loaded."""
-        if stage == "fit" and self.trainer.datamodule.holds_ratings:
+        if stage == "fit" and self.trainer.datamodule.has_ratings:
             for key in ("label_smoothing", "centering_coef"):
                 if value := getattr(self, key):
                     raise UserError(f"stage.{key}={value} speaks of pairs, and the data are ratings", f"stage.{key}=0")
 
     def configure_model(self) -> None:
         if self.model is None:
-            lm = switch_off_dropout(self.source.language_model(self.tokenizer))
+            lm = disable_dropout(self.source.language_model(self.tokenizer))
             width = lm.config.get_text_config().hidden_size
             if self.input_dim not in (None, width):
-                raise UserError(f"stage.input_dim={self.input_dim}, but the model's hidden state is {width} wide",
-                                f"stage.input_dim={width}, or null")  # fmt: skip
+                raise UserError(
+                    f"stage.input_dim={self.input_dim}, but the model's hidden state is {width} wide",
+                    f"stage.input_dim={width}, or null",
+                )
             self.model = ScalarModel(lm.base_model, ScalarHead(width, self.hidden_dim, self.num_layers, self.num_heads))
 
     # learning
@@ -89,28 +102,28 @@ class RewardModule(StageModule):
         self.model.reward_mean.zero_()  # Training uses raw scores, even if the checkpoint already stores a mean.
 
     def training_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> Tensor:
-        loss, numbers = self.judge(batch)
+        loss, numbers = self.score(batch)
         self.log_train({f"train/{name}": value for name, value in numbers.items()})
-        return loss * batch.share
+        return loss * batch.loss_weight
 
     def validation_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> None:
-        self.log_val(self.judge(batch)[1], batch.loss_terms)
+        self.log_val(self.score(batch)[1], batch.loss_terms)
 
-    def judge(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, and the numbers to log."""
-        scores = self.model.scores(batch.texts.tokens, batch.texts.mask)  # [texts, heads]
-        on_kind = self._judge_ratings if isinstance(batch, RatingBatch) else self._judge_pairs
+        scores = self.model.scores(batch.sequences.input_ids, batch.sequences.attention_mask)  # [texts, heads]
+        on_kind = self._score_ratings if isinstance(batch, RatingBatch) else self._score_pairs
         loss, numbers = on_kind(batch, scores)
         if self.num_heads > 1:
-            numbers["spread"] = head_spread(scores)
+            numbers["spread"] = ensemble_std(scores)
         return loss, {"loss": loss, **numbers, "mean_reward": scores.mean()}
 
-    def _judge_ratings(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _score_ratings(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rated = scores + self.model.reward_mean  # on the scale of the data, also once the mean is stored
         loss = regression_loss(rated, batch.rewards[:, None].expand_as(rated))
         return loss, {"absolute_error": (rated.mean(dim=1) - batch.rewards).abs().mean()}
 
-    def _judge_pairs(self, batch: PairBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _score_pairs(self, batch: PairBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.halves(scores)
         loss = bradley_terry_loss(chosen, rejected, batch.margin[:, None], label_smoothing=self.label_smoothing)
         numbers = {}
@@ -152,11 +165,17 @@ class RewardModule(StageModule):
         scores = [self._scores(texts) for texts in data.demonstration_batches()]
         if scores:
             self.model.reward_mean.copy_(torch.cat(scores).mean(dim=0).view_as(self.model.reward_mean))
-            log.info("mean score of %d demonstrations: %.4f, subtracted from now on", sum(map(len, scores)),
-                     float(self.model.reward_mean.mean()))  # fmt: skip
-        elif self.num_heads > 1 and not self.centering_coef and not data.holds_ratings:
-            log.warning("nothing ties the zeros of the %d heads together, so that their spread says little: "
-                        "data.demonstrations=<file> does, or stage.centering_coef=0.01", self.num_heads)  # fmt: skip
+            log.info(
+                "mean score of %d demonstrations: %.4f, subtracted from now on",
+                sum(map(len, scores)),
+                float(self.model.reward_mean.mean()),
+            )
+        elif self.num_heads > 1 and not self.centering_coef and not data.has_ratings:
+            log.warning(
+                "nothing ties the zeros of the %d heads together, so that their spread says little: "
+                "data.demonstrations=<file> does, or stage.centering_coef=0.01",
+                self.num_heads,
+            )
 
     def _report(self) -> None:
         """Calibration and length bias on the validation data: metrics.json, TensorBoard, a few lines in the log."""
@@ -176,22 +195,29 @@ class RewardModule(StageModule):
 
     def _pair_report(self, batches: list[PairBatch]) -> dict[str, Any]:
         columns = [
-            (*batch.halves(self._scores(batch.texts).cpu()), *batch.halves(batch.texts.answer.sum(dim=1)))
+            (
+                *batch.halves(self._scores(batch.sequences).cpu()),
+                *batch.halves(batch.sequences.response_mask.sum(dim=1)),
+            )
             for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
         ]
         return pair_report(*map(torch.cat, zip(*columns, strict=True)))
 
     def _rating_report(self, batches: list[RatingBatch]) -> dict[str, Any]:
         columns = [
-            ((self._scores(batch.texts) + self.model.reward_mean).cpu(), batch.rewards, batch.texts.answer.sum(dim=1))
+            (
+                (self._scores(batch.sequences) + self.model.reward_mean).cpu(),
+                batch.rewards,
+                batch.sequences.response_mask.sum(dim=1),
+            )
             for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
         ]
         return rating_report(*map(torch.cat, zip(*columns, strict=True)))
 
-    def _scores(self, texts: TextBatch) -> Tensor:
+    def _scores(self, texts: SequenceBatch) -> Tensor:
         """What each head says of some texts, [texts, heads], in the precision of training."""
         with self.trainer.precision_plugin.forward_context():
-            return self.model.scores(texts.tokens.to(self.device), texts.mask.to(self.device))
+            return self.model.scores(texts.input_ids.to(self.device), texts.attention_mask.to(self.device))
 
     def checks(self, datamodule: Any) -> Iterator[Check]:
         return checks(self, datamodule)

@@ -15,11 +15,10 @@ BUCKETS = 5  # of lengths, spreads and rewards
 CURVE_BINS = 10  # of the reliability curve
 
 
-# fmt: off
 def pair_report(
-    chosen: Tensor,           # [pairs, heads] scores of the better answers, reward units
-    rejected: Tensor,         # [pairs, heads] scores of the others, reward units
-    chosen_length: Tensor,    # [pairs] tokens of the better answers
+    chosen: Tensor,  # [pairs, heads] scores of the better answers, reward units
+    rejected: Tensor,  # [pairs, heads] scores of the others, reward units
+    chosen_length: Tensor,  # [pairs] tokens of the better answers
     rejected_length: Tensor,  # [pairs] tokens of the others
 ) -> dict[str, Any]:
     """A reward model on preference pairs; a score is the mean over its heads.
@@ -29,7 +28,7 @@ def pair_report(
     (Guo et al. 2017, eq. 3, arXiv:1706.04599), over bins of equal counts. Labels are taken as they are: where one in
     ten is wrong, a calibrated model is never surer than 0.9.
     """
-    # fmt: on
+
     difference, longer_by = (chosen - rejected).mean(dim=1), chosen_length - rejected_length
     scores, lengths = torch.cat([chosen, rejected]), torch.cat([chosen_length, rejected_length])
     right, confidence = difference > 0, difference.abs().sigmoid()
@@ -53,14 +52,13 @@ def pair_report(
     }
 
 
-# fmt: off
 def rating_report(
-    scores: Tensor,   # [answers, heads] reward units, on the scale of the data
+    scores: Tensor,  # [answers, heads] reward units, on the scale of the data
     rewards: Tensor,  # [answers] what the data say, reward units
     lengths: Tensor,  # [answers] tokens
 ) -> dict[str, Any]:
     """A reward model on ratings; a score is the mean over its heads."""
-    # fmt: on
+
     score, spread = scores.mean(dim=1), scores.std(dim=1, correction=0)
     error = (score - rewards).abs()
     return {

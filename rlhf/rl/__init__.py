@@ -1,10 +1,18 @@
 """Learning from one's own answers: what PPO and the critic-free stages share."""
 
-from rlhf.rl.datamodule import PromptDataModule
+from rlhf.rl.datamodule import RolloutDataModule
 from rlhf.rl.experience import Experience, Minibatch
-from rlhf.rl.kl import KLControl
-from rlhf.rl.limits import Limits
-from rlhf.rl.module import OnlineModule
+from rlhf.rl.kl import KLController
+from rlhf.rl.module import OnPolicyModule
 from rlhf.rl.scores import ScoreShaping
+from rlhf.rl.update_limits import UpdateLimits
 
-__all__ = ["Experience", "KLControl", "Limits", "Minibatch", "OnlineModule", "PromptDataModule", "ScoreShaping"]
+__all__ = [
+    "Experience",
+    "KLController",
+    "Minibatch",
+    "OnPolicyModule",
+    "RolloutDataModule",
+    "ScoreShaping",
+    "UpdateLimits",
+]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from rlhf.data import PromptRecordDataModule
+from rlhf.data import PromptDataModule
 from rlhf.rl.experience import ExperienceLoader
 
 
-class PromptDataModule(PromptRecordDataModule):
+class RolloutDataModule(PromptDataModule):
     """Prompts of records of any form. See RecordDataModule for the keys; ``batch_size`` is the prompts of a rollout."""
 
     bucket = False  # a rollout is a random sample of the prompts

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf.data import Batch, BatchLoader, PromptBatch
-from rlhf.data.loader import weighed
+from rlhf.data.loader import with_loss_weights
 from rlhf.errors import UserError
-from rlhf.rollout import Rollout
+from rlhf.sampling import Rollout
 from rlhf.tensors import masked_sum
 
 
@@ -20,30 +20,30 @@ class Minibatch(Batch):
 
     tokens, mask, answer: as in Rollout.
     old_logprobs: log pi(token) when sampled, nats.
-    reference_logprobs: the same under the reference, nats.
+    ref_logprobs: the same under the reference, nats.
     advantages: how much better than expected, as a rule whitened over the rollout: standard deviations.
     old_values: critic's estimates when sampled, reward units; None without a critic.
     returns: what the critic should say, reward units; None without a critic.
-    by_answer: every answer counts alike in the loss, instead of every token.
+    by_sequence: every answer counts alike in the loss, instead of every token.
     last: True on the last minibatch of a rollout: its numbers are logged then.
     fresh: tokens and sequences that are new, on the first minibatch of a rollout.
     """
 
-    tokens: Tensor
-    mask: Tensor
-    answer: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
     old_logprobs: Tensor
-    reference_logprobs: Tensor
+    ref_logprobs: Tensor
     advantages: Tensor
     old_values: Tensor | None = None
     returns: Tensor | None = None
-    by_answer: bool = False
+    by_sequence: bool = False
     last: bool = False
     fresh: tuple[int, int] = (0, 0)
 
     @property
     def loss_terms(self) -> int:
-        return len(self.tokens) if self.by_answer else int(self.answer.sum())
+        return len(self.input_ids) if self.by_sequence else int(self.response_mask.sum())
 
     @property
     def first(self) -> bool:
@@ -65,28 +65,28 @@ class Experience:
 
     rollout: tokens, mask and answer.
     logprobs: log pi(token), nats.
-    reference_logprobs: the same under the reference, nats.
+    ref_logprobs: the same under the reference, nats.
     kl: KL to the reference at each token, nats: an estimate from the token, or the exact sum over the vocabulary.
     values: critic's estimates before the token, reward units; None without a critic.
     """
 
     rollout: Rollout
     logprobs: Tensor
-    reference_logprobs: Tensor
+    ref_logprobs: Tensor
     kl: Tensor
     values: Tensor | None = None
 
     @property
     def kl_per_sequence(self) -> Tensor:
         """Log-ratio of policy and reference of each answer, [batch], nats; its mean estimates the KL of an answer."""
-        return masked_sum(self.logprobs - self.reference_logprobs, self.rollout.answer)
+        return masked_sum(self.logprobs - self.ref_logprobs, self.rollout.response_mask)
 
 
 def cut(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Tokens, mask and answer of some rows, and other [batch, time] tensors, without the columns of mere padding."""
-    rows = rows.to(rollout.tokens.device)
-    width = int(rollout.mask[rows].sum(dim=1).max())
-    tensors = (rollout.tokens, rollout.mask, rollout.answer, *others)
+    rows = rows.to(rollout.input_ids.device)
+    width = int(rollout.attention_mask[rows].sum(dim=1).max())
+    tensors = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, *others)
     return tuple(None if tensor is None else tensor[rows, :width] for tensor in tensors)
 
 
@@ -127,7 +127,7 @@ class ExperienceLoader:
     def __iter__(self) -> Iterator[Minibatch]:
         world = self.batch_sampler.world
         for batch in self.prompts:
-            yield from weighed(self.iterate(batch), self.prompts.per_step, world)  # type: ignore[misc, arg-type]
+            yield from with_loss_weights(self.iterate(batch), self.prompts.per_step, world)  # type: ignore[misc, arg-type]
 
     def state_dict(self) -> dict[str, int]:
         return self.prompts.state_dict()

@@ -8,14 +8,14 @@ from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 HORIZON = 10000  # answers; as in the published code
-FULL = "full"  # the sum over the vocabulary in place of an estimate
+FULL = "full"  # the sum over the vocabulary in apply_to of an estimate
 
 
-class KLControl(nn.Module):
+class KLController(nn.Module):
     """The price of leaving the reference: where it is charged, how distance is measured, and whether the price adapts.
 
     Args:
-        place: ``reward``, charged to each token's reward (Ziegler et al. 2019), or ``loss``, a term of the loss with
+        apply_to: ``reward``, charged to each token's reward (Ziegler et al. 2019), or ``loss``, a term of the loss with
             its own gradient (Shao et al. 2024, GRPO).
         estimator: ``k1``, ``k2``, ``k3`` of the sampled token (J. Schulman, "Approximating KL divergence"), or
             ``full``, the exact sum over the vocabulary; that one costs another pass of the reference when in the loss.
@@ -35,17 +35,21 @@ class KLControl(nn.Module):
     coef: Tensor
 
     def __init__(
-        self, *, place: str = "reward", estimator: str = "k1", target_per_sequence: float | None = None,
+        self,
+        *,
+        apply_to: str = "reward",
+        estimator: str = "k1",
+        target_per_sequence: float | None = None,
         horizon: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        if place not in ("reward", "loss"):
-            raise UserError(f"stage.kl.place={place} is neither reward nor loss", "stage.kl.place=reward")
+        if apply_to not in ("reward", "loss"):
+            raise UserError(f"stage.kl.apply_to={apply_to} is neither reward nor loss", "stage.kl.apply_to=reward")
         if estimator not in (*ESTIMATORS, FULL):
             raise UserError(f"stage.kl.estimator={estimator} is none of k1, k2, k3, full", "stage.kl.estimator=k1")
-        if place == "loss" and estimator == "k1":
+        if apply_to == "loss" and estimator == "k1":
             raise UserError(
-                "stage.kl.place=loss with stage.kl.estimator=k1 holds nothing: its gradient is 0 on average",
+                "stage.kl.apply_to=loss with stage.kl.estimator=k1 holds nothing: its gradient is 0 on average",
                 "stage.kl.estimator=k3, k2 or full",
             )
         if target_per_sequence is not None and target_per_sequence <= 0:
@@ -54,11 +58,13 @@ class KLControl(nn.Module):
                 "stage.kl.target_per_sequence=6, or null",
             )
         if horizon is not None and target_per_sequence is None:
-            raise UserError(f"stage.kl.horizon={horizon} says how fast the price follows a target, and there is none",
-                            "stage.kl.target_per_sequence=6, or stage.kl.horizon=null")  # fmt: skip
+            raise UserError(
+                f"stage.kl.horizon={horizon} says how fast the price follows a target, and there is none",
+                "stage.kl.target_per_sequence=6, or stage.kl.horizon=null",
+            )
         if horizon is not None and horizon < 1:
             raise UserError(f"stage.kl.horizon={horizon} is below one answer", "stage.kl.horizon=10000")
-        self.place = place
+        self.apply_to = apply_to
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
         self.horizon = HORIZON if horizon is None else horizon
@@ -77,7 +83,7 @@ class KLControl(nn.Module):
 
     @property
     def in_loss(self) -> bool:
-        return self.place == "loss"
+        return self.apply_to == "loss"
 
     def steer(self, kl_per_sequence: Tensor, answers: int) -> None:
         """Move the price towards the target after an iteration; nothing without one.

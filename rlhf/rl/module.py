@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.checks import Check
 from rlhf.data import PromptBatch
 from rlhf.errors import UserError
-from rlhf.models import Frozen, ModelSource, Policy, TokenScores, kl_divergence, switch_off_dropout
-from rlhf.rewards import Answers, Reward
-from rlhf.rl.checks import checks
+from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout, kl_divergence
+from rlhf.preflight import Check
+from rlhf.reward_functions import RewardFunction, ScoringBatch
 from rlhf.rl.experience import Experience, Minibatch, cut, partition
-from rlhf.rl.kl import ESTIMATORS, FULL, KLControl
-from rlhf.rl.limits import Limits
-from rlhf.rl.numbers import rollout_numbers, update_numbers
+from rlhf.rl.kl import ESTIMATORS, FULL, KLController
+from rlhf.rl.metrics import rollout_metrics, update_metrics
 from rlhf.rl.objective import clipped_policy_loss, token_rewards
+from rlhf.rl.preflight import checks
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rollout import Rollout, Sampling, roll_out
+from rlhf.rl.update_limits import UpdateLimits
+from rlhf.sampling import Rollout, SamplingParams, generate
 from rlhf.stage import Result, StageModule
-from rlhf.tensors import masked_mean, mean_of_rows
+from rlhf.tensors import masked_mean, sequence_mean
 
 log = logging.getLogger(__name__)
-AVERAGES = {"token": masked_mean, "sequence": mean_of_rows}
+LOSS_REDUCTIONS = {"token_mean": masked_mean, "sequence_mean": sequence_mean}
 
 
-class OnlineModule(StageModule):
+class OnPolicyModule(StageModule):
     """A policy that answers prompts, is rewarded, and improves on its answers by clipped updates.
 
     Args:
@@ -43,28 +43,44 @@ class OnlineModule(StageModule):
         kl_coef: price of leaving the reference, reward units per nat in the reward, loss units per nat in the loss.
         clip_range: epsilon of the clipped surrogate, dimensionless (Schulman et al. 2017, arXiv:1707.06347).
         entropy_coef: bonus for the entropy of the policy, loss units per nat (Mnih et al. 2016, arXiv:1602.01783).
-        average: what counts alike in the loss, ``token`` or ``sequence`` (an answer).
+        loss_reduction: what counts alike in the loss, ``token`` or ``sequence`` (an answer).
         ppo_epochs: passes over a rollout.
         minibatch_size: answers of a rollout in a training batch, per device.
         optimizer keys: see StageModule.
     """
 
-    figure_of_merit = "val/score"
-    answers_per_prompt = 1
+    monitor = "val/score"
+    num_generations = 1
 
     def __init__(
-        self, *, policy: ModelSource, reward_model: Any, reward: Reward, sampling: Sampling, scores: ScoreShaping,
-        kl: KLControl, limits: Limits, kl_coef: float = 0.05, clip_range: float = 0.2, entropy_coef: float = 0.0,
-        average: str = "token", ppo_epochs: int = 4, minibatch_size: int = 64, **optimizer: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        policy: ModelSource,
+        reward_model: Any,
+        reward: RewardFunction,
+        sampling: SamplingParams,
+        scores: ScoreShaping,
+        kl: KLController,
+        limits: UpdateLimits,
+        kl_coef: float = 0.05,
+        clip_range: float = 0.2,
+        entropy_coef: float = 0.0,
+        loss_reduction: str = "token_mean",
+        ppo_epochs: int = 4,
+        minibatch_size: int = 64,
+        **optimizer: Any,
+    ) -> None:
         super().__init__(**optimizer)
         if sampling.temperature == 0:
             raise UserError(
                 "stage.sampling.temperature=0 explores nothing: learning from samples needs some",
                 "stage.sampling.temperature=0.7",
             )
-        if average not in AVERAGES:
-            raise UserError(f"stage.average={average} is neither token nor sequence", "stage.average=token")
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise UserError(
+                f"stage.loss_reduction={loss_reduction} is neither token_mean nor sequence_mean",
+                "stage.loss_reduction=token_mean",
+            )
         for name, least in {"ppo_epochs": ppo_epochs, "minibatch_size": minibatch_size}.items():
             if least < 1:
                 raise UserError(f"stage.{name}={least} leaves nothing to learn from", f"stage.{name}=1")
@@ -80,7 +96,7 @@ class OnlineModule(StageModule):
         self.limits = limits
         self.clip_range = clip_range
         self.entropy_coef = entropy_coef
-        self.average = AVERAGES[average]
+        self.loss_reduction = LOSS_REDUCTIONS[loss_reduction]
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
@@ -94,12 +110,10 @@ class OnlineModule(StageModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy, reference = (
-            Policy(switch_off_dropout(self.source.language_model(self.tokenizer))) for _ in range(2)
-        )
+        self.policy, reference = (Policy(disable_dropout(self.source.language_model(self.tokenizer))) for _ in range(2))
         self.reference = Frozen(reference)
-        self.reward.open(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
-        self.stops = self.sampling.stops(self.tokenizer)
+        self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
+        self.stops = self.sampling.stop_ids(self.tokenizer)
         if self.sampling.top_k or self.sampling.top_p < 1:
             log.warning(
                 "stage.sampling.top_k and top_p change what is sampled, but log-probs, ratio and KL are those of the "
@@ -110,43 +124,43 @@ class OnlineModule(StageModule):
 
     def minibatches_of(self, prompts: int) -> int:
         """How many minibatches an iteration over so many prompts has, all passes together."""
-        return self.ppo_epochs * -(-prompts * self.answers_per_prompt // self.minibatch_size)
+        return self.ppo_epochs * -(-prompts * self.num_generations // self.minibatch_size)
 
     def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
         """One iteration: answer the prompts, judge the answers, then hand them out a few times to learn from."""
-        rollout = self.answer(prompts)
-        parts = partition(len(rollout.tokens), self.minibatch_size)  # the first pass's minibatches
+        rollout = self.sample(prompts)
+        parts = partition(len(rollout.input_ids), self.minibatch_size)  # the first pass's minibatches
 
-        seen = self.look_back(rollout, parts)
-        raw, single = self.judge(rollout, prompts)  # [batch] reward units
+        seen = self.evaluate_rollout(rollout, parts)
+        raw, single = self.score(rollout, prompts)  # [batch] reward units
         self.scores.update(self.all_gather(raw).flatten())
         scores = self.scores(raw, rollout.finished)
         kl_coef = 0.0 if self.kl.in_loss else float(self.kl.coef)
-        rewards = token_rewards(scores, seen.kl, rollout.answer, kl_coef=kl_coef)
-        self._iteration = rollout_numbers(seen, raw, rewards, self.kl, self.scores)
+        rewards = token_rewards(scores, seen.kl, rollout.response_mask, kl_coef=kl_coef)
+        self._iteration = rollout_metrics(seen, raw, rewards, self.kl, self.scores)
         self._iteration.update({f"reward/{name}": values.mean() for name, values in single.items()})
         advantages, returns = self.estimate_advantages(rewards, seen)
         kl_per_sequence = self.all_gather(seen.kl_per_sequence)
         self.kl.steer(kl_per_sequence.mean(), kl_per_sequence.numel())
 
-        tensors = (seen.logprobs, seen.reference_logprobs, advantages, seen.values, returns)
+        tensors = (seen.logprobs, seen.ref_logprobs, advantages, seen.values, returns)
         for each_pass in range(self.ppo_epochs):
-            parts = parts if each_pass == 0 else partition(len(rollout.tokens), self.minibatch_size)
+            parts = parts if each_pass == 0 else partition(len(rollout.input_ids), self.minibatch_size)
             for number, rows in enumerate(parts):
-                part = Minibatch(*cut(rollout, rows, *tensors), by_answer=self.average is mean_of_rows)
+                part = Minibatch(*cut(rollout, rows, *tensors), by_sequence=self.loss_reduction is sequence_mean)
                 if each_pass == number == 0:
-                    part.fresh = int(rollout.mask.sum()), len(rollout.tokens)
+                    part.fresh = int(rollout.attention_mask.sum()), len(rollout.input_ids)
                 part.last = each_pass == self.ppo_epochs - 1 and number == len(parts) - 1
                 yield part
 
-    def answer(self, prompts: PromptBatch) -> Rollout:
+    def sample(self, prompts: PromptBatch) -> Rollout:
         """Sample answers to every prompt from the present policy; those to one prompt stand together."""
-        repeated = [tokens for tokens in prompts.tokens for _ in range(self.answers_per_prompt)]
+        repeated = [input_ids for input_ids in prompts.input_ids for _ in range(self.num_generations)]
         with self.trainer.precision_plugin.forward_context():
-            return roll_out(self.policy.lm, repeated, self.sampling, self.stops)
+            return generate(self.policy.lm, repeated, self.sampling, self.stops)
 
     @torch.no_grad()
-    def look_back(self, rollout: Rollout, parts: list[Tensor]) -> Experience:
+    def evaluate_rollout(self, rollout: Rollout, parts: list[Tensor]) -> Experience:
         """What the models say of sampled tokens, before they learn from them.
 
         It is taken in the parts that the first pass will train on: equal shapes give equal rounding, so the first
@@ -155,49 +169,59 @@ class OnlineModule(StageModule):
         found: dict[str, Tensor] = {}
         with self.trainer.precision_plugin.forward_context():
             for rows in parts:
-                for name, piece in self.seen_in(*cut(rollout, rows)).items():
-                    whole = found.setdefault(name, torch.zeros_like(rollout.tokens, dtype=torch.float))
+                for name, piece in self.evaluate_rows(*cut(rollout, rows)).items():
+                    whole = found.setdefault(name, torch.zeros_like(rollout.input_ids, dtype=torch.float))
                     whole[rows.to(whole.device), : piece.shape[1]] = piece
         return Experience(rollout, **found)
 
-    def seen_in(self, tokens: Tensor, mask: Tensor, answer: Tensor) -> dict[str, Tensor]:
-        """A part of ``look_back``: [rows, time] each."""
-        scores = self.policy(tokens, mask, answer, self.sampling.temperature)
-        reference = self.reference(tokens, mask, answer, self.sampling.temperature)
+    def evaluate_rows(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
+        """A part of ``evaluate_rollout``: [rows, time] each."""
+        scores = self.policy(input_ids, attention_mask, response_mask, self.sampling.temperature)
+        reference = self.reference(input_ids, attention_mask, response_mask, self.sampling.temperature)
         return {
             "logprobs": scores.logprobs,
-            "reference_logprobs": reference.logprobs,
-            "kl": self.divergence(scores, reference.logprobs, answer, reference),
-            **self.seen_besides(scores, tokens, mask, answer),
+            "ref_logprobs": reference.logprobs,
+            "kl": self.divergence(scores, reference.logprobs, response_mask, reference),
+            **self.extra_estimates(scores, input_ids, attention_mask, response_mask),
         }
 
-    def seen_besides(self, scores: TokenScores, tokens: Tensor, mask: Tensor, answer: Tensor) -> dict[str, Tensor]:
+    def extra_estimates(
+        self, scores: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+    ) -> dict[str, Tensor]:
         """What a stage wants to know beside that: a critic's values."""
         return {}
 
     def divergence(
-        self, scores: TokenScores, reference_logprobs: Tensor, answer: Tensor, reference: TokenScores | None
+        self, scores: PolicyOutput, ref_logprobs: Tensor, response_mask: Tensor, reference: PolicyOutput | None
     ) -> Tensor:
         """KL to the reference at each token by the configured estimator: [batch, time], nats; carries a gradient."""
         if self.kl.estimator == FULL:
             return kl_divergence(
-                self.policy, scores.hidden, self.reference.model, reference.hidden, answer, self.sampling.temperature
+                self.policy,
+                scores.hidden,
+                self.reference.model,
+                reference.hidden,
+                response_mask,
+                self.sampling.temperature,
             )
         # on padding both are 0, so no estimator sees anything else
         return ESTIMATORS[self.kl.estimator](
-            torch.where(answer, scores.logprobs, 0.0), torch.where(answer, reference_logprobs, 0.0)
+            torch.where(response_mask, scores.logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0)
         )
 
     @torch.no_grad()
-    def judge(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The reward of each answer, [batch], reward units, and the single rewards it is made of."""
-        repeated = [prompt for prompt in prompts.prompts for _ in range(self.answers_per_prompt)]
-        answers = Answers(
-            rollout.tokens, rollout.mask, [prompt.source for prompt in repeated], rollout.texts(self.tokenizer),
+        repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
+        answers = ScoringBatch(
+            rollout.input_ids,
+            rollout.attention_mask,
+            [prompt.raw_text for prompt in repeated],
+            rollout.decode(self.tokenizer),
             [prompt.target for prompt in repeated],
-        )  # fmt: skip
+        )
         with self.trainer.precision_plugin.forward_context():
-            return self.reward.detailed(answers)
+            return self.reward.score_with_components(answers)
 
     @abstractmethod
     def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor | None]:
@@ -214,76 +238,88 @@ class OnlineModule(StageModule):
         if part.first:
             self._stopped = False
         if self._stopped:
-            return self.learn_nothing()
+            return self.zero_loss()
         loss, numbers = self.compute_loss(part)
-        if self._goes_too_far(numbers):
-            return self.learn_nothing()
+        if self._exceeds_limits(numbers):
+            return self.zero_loss()
         self._note({**numbers, "policy/skipped": torch.zeros_like(loss), "train/loss": loss})
-        return loss * part.share
+        return loss * part.loss_weight
 
     def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a minibatch, [], and the numbers to log, ``val/ratio`` and ``policy/approxkl_avg`` among them."""
-        scores = self.look(part)
+        """Loss of a minibatch, [], and the numbers to log, ``policy/ratio`` and ``policy/approxkl_avg`` among them."""
+        scores = self.policy_output(part)
         return self.policy_loss(part, scores)
 
-    def look(self, part: Minibatch) -> TokenScores:
+    def policy_output(self, part: Minibatch) -> PolicyOutput:
         """The policy's scores of the answer tokens."""
         return self.policy(
-            part.tokens, part.mask, part.answer, self.sampling.temperature, learn_entropy=self.entropy_coef != 0
+            part.input_ids,
+            part.attention_mask,
+            part.response_mask,
+            self.sampling.temperature,
+            entropy_grad=self.entropy_coef != 0,
         )
 
-    def policy_loss(self, part: Minibatch, scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_loss(self, part: Minibatch, scores: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate, with the entropy bonus and the price of KL where the loss carries them."""
         surrogate = clipped_policy_loss(
-            scores.logprobs, part.old_logprobs, part.advantages, part.answer, clip_range=self.clip_range,
-            clip_range_high=self.limits.clip_range_high, dual_clip=self.limits.dual_clip, average=self.average,
-        )  # fmt: skip
+            scores.logprobs,
+            part.old_logprobs,
+            part.advantages,
+            part.response_mask,
+            clip_range=self.clip_range,
+            clip_range_high=self.limits.clip_range_high,
+            dual_clip=self.limits.dual_clip,
+            loss_reduction=self.loss_reduction,
+        )
         loss = surrogate
         high = self.limits.clip_range_high or self.clip_range
-        numbers = update_numbers(part, scores, low=self.clip_range, high=high)
+        numbers = update_metrics(part, scores, low=self.clip_range, high=high)
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * self.average(scores.entropy, part.answer)
+            loss = loss - self.entropy_coef * self.loss_reduction(scores.entropy, part.response_mask)
         if self.kl.in_loss:
-            kl = self.average(self._present_divergence(part, scores), part.answer)
+            kl = self.loss_reduction(self._present_divergence(part, scores), part.response_mask)
             loss = loss + float(self.kl.coef) * kl
             numbers["loss/kl_avg"] = kl
         return loss, {"loss/policy_avg": surrogate, **numbers}
 
-    def _present_divergence(self, part: Minibatch, scores: TokenScores) -> Tensor:
+    def _present_divergence(self, part: Minibatch, scores: PolicyOutput) -> Tensor:
         reference = None
         if self.kl.estimator == FULL:
-            reference = self.reference(part.tokens, part.mask, part.answer, self.sampling.temperature)
-        return self.divergence(scores, part.reference_logprobs, part.answer, reference)
+            reference = self.reference(
+                part.input_ids, part.attention_mask, part.response_mask, self.sampling.temperature
+            )
+        return self.divergence(scores, part.ref_logprobs, part.response_mask, reference)
 
-    def _goes_too_far(self, numbers: dict[str, Tensor]) -> bool:
+    def _exceeds_limits(self, numbers: dict[str, Tensor]) -> bool:
         """True if this minibatch must not be learned from; the same answer on every rank."""
         limits = self.limits
         if limits.stop_kl_per_token is not None:
             self._stopped = self._mean_over_ranks(numbers["policy/approxkl_avg"]) > limits.stop_kl_per_token
-        blown_up = limits.skip_ratio is not None and self._mean_over_ranks(numbers["val/ratio"]) > limits.skip_ratio
+        blown_up = limits.skip_ratio is not None and self._mean_over_ranks(numbers["policy/ratio"]) > limits.skip_ratio
         return self._stopped or blown_up
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         return float(self.trainer.strategy.reduce(value.detach(), reduce_op="mean"))
 
-    def learn_nothing(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """A loss without effect: the optimizer step that follows leaves every parameter and its moments alone."""
-        parts = [part for part, _ in self.trained_parts()]
+        parts = [part for part, _ in self.trainable_modules()]
         self._dropped = parts
         self._note({"policy/skipped": torch.ones((), device=self.device)})
         learned = [p for part in parts for p in part.parameters() if p.requires_grad]
         return torch.stack([(p.flatten()[0] * 0.0).float() for p in learned]).sum()
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        rollout = self.answer(prompts)
-        seen = self.look_back(rollout, [torch.arange(len(rollout.tokens))])
+        rollout = self.sample(prompts)
+        seen = self.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
         self.log_val(
             {
-                "score": self.judge(rollout, prompts)[0].mean(),
+                "score": self.score(rollout, prompts)[0].mean(),
                 "kl": seen.kl_per_sequence.mean(),
                 "length": rollout.lengths.float().mean(),
             },
-            len(prompts.tokens),
+            len(prompts.input_ids),
         )
 
     # numbers
@@ -297,7 +333,7 @@ class OnlineModule(StageModule):
             for parameter in part.parameters():
                 parameter.grad = None
         self._dropped = []
-        for name, value in self.optimizer_numbers(optimizer).items():
+        for name, value in self.optimizer_metrics(optimizer).items():
             self._updates[name].append(torch.as_tensor(value))
 
     def on_train_batch_end(self, outputs: Any, part: Minibatch, batch_idx: int) -> None:

@@ -29,13 +29,20 @@ class ScoreShaping(nn.Module):
     squares: Tensor
 
     def __init__(
-        self, *, subtract_mean: bool = True, scale_by_std: bool = True, clip: float | None = 5.0,
-        missing_eos_penalty: float = 1.0, missing_eos: str = "subtract",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        subtract_mean: bool = True,
+        scale_by_std: bool = True,
+        clip: float | None = 5.0,
+        missing_eos_penalty: float = 1.0,
+        missing_eos: str = "subtract",
+    ) -> None:
         super().__init__()
         if missing_eos not in ("subtract", "replace"):
-            raise UserError(f"stage.scores.missing_eos={missing_eos} is neither subtract nor replace",
-                            "stage.scores.missing_eos=subtract")  # fmt: skip
+            raise UserError(
+                f"stage.scores.missing_eos={missing_eos} is neither subtract nor replace",
+                "stage.scores.missing_eos=subtract",
+            )
         if clip is not None and clip <= 0:
             raise UserError(f"stage.scores.clip={clip} would leave nothing", "stage.scores.clip=5, or null")
         self.subtract_mean = subtract_mean

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf.data import Demonstration, EncodedAnswer, Encoder, RecordDataModule, TextBatch
+from rlhf.data import Demonstration, EncodedResponse, Encoder, RecordDataModule, SequenceBatch
 
 
 class SFTDataModule(RecordDataModule):
@@ -19,13 +19,13 @@ class SFTDataModule(RecordDataModule):
         self.check_choice("loss_on", loss_on, ("answer", "text"))
         self.loss_on = loss_on
 
-    def encode(self, encoder: Encoder, record: Any) -> EncodedAnswer:
-        coded = encoder.answer(record.prompt.messages, record.answer)
+    def encode(self, encoder: Encoder, record: Any) -> EncodedResponse:
+        coded = encoder.encode_response(record.prompt.messages, record.response)
         # the first token has nothing before it to be predicted from
-        return coded if self.loss_on == "answer" else EncodedAnswer(coded.tokens, 1)
+        return coded if self.loss_on == "answer" else EncodedResponse(coded.input_ids, 1)
 
     def length(self, row: Any) -> int:
-        return len(row.tokens)
+        return len(row.input_ids)
 
-    def collate(self, rows: list[Any]) -> TextBatch:
-        return TextBatch.collate(rows)
+    def collate(self, rows: list[Any]) -> SequenceBatch:
+        return SequenceBatch.collate(rows)

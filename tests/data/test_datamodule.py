@@ -10,7 +10,7 @@ import pytest
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import Demonstration, Preference, PreferenceDataModule, Prompt, PromptRecordDataModule, Rating
+from rlhf.data import Demonstration, Preference, PreferenceDataModule, Prompt, PromptDataModule, Rating
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.records import FIELDS
 from rlhf.errors import UserError
@@ -126,7 +126,7 @@ def test_skipped_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     path = write(tmp_path, rows[0], {"document": "Q"}, rows[1], {"document": "", "target": "A"}, rows[2])
     data = SFTDataModule(train=path, on_error="skip", val_fraction=0)
     with caplog.at_level(logging.INFO, logger="rlhf"):
-        assert [record.answer for record in data.records("train")] == ["A0", "A1", "A2"]
+        assert [record.response for record in data.records("train")] == ["A0", "A1", "A2"]
     assert f"{path}: 2 records dropped, the first: {path}:2: demonstration record has no 'target'" in caplog.text
     assert "3 records read, 2 dropped" in caplog.text
 
@@ -158,7 +158,7 @@ def test_val_is_held_out_of_train_when_there_is_none(tmp_path: Path, first: str)
     def split(first: str, seed: int = 0) -> tuple[list[str], list[str]]:
         data = SFTDataModule(train=path, val_fraction=0.1, seed=seed)
         order = ("train", "val") if first == "train" else ("val", "train")
-        found = {name: [record.answer for record in data.records(name)] for name in order}
+        found = {name: [record.response for record in data.records(name)] for name in order}
         return found["train"], found["val"]
 
     train, val = split(first)
@@ -200,8 +200,8 @@ def test_sft_batches_carry_the_loss_of_the_answer_and_its_eos(
     for loss_on, learned in (("answer", answer), ("text", [*opening[1:], *answer])):
         data = ready(SFTDataModule(train=path, val_fraction=0, loss_on=loss_on), tokenizer)
         (batch,) = data.train_dataloader()
-        assert batch.tokens.tolist() == [[*opening, *answer]]
-        assert batch.tokens[batch.answer].tolist() == learned
+        assert batch.input_ids.tolist() == [[*opening, *answer]]
+        assert batch.input_ids[batch.response_mask].tolist() == learned
         assert learned[-1] == EOS
 
 
@@ -218,7 +218,7 @@ def test_the_template_of_the_data_goes_before_the_tokenizers(
         tokenizer.chat_template = own
         data = ready(SFTDataModule(train=path, val_fraction=0, template=template), tokenizer)
         (row,) = data.encoded("train")
-        assert tokenizer.decode(row.tokens[: row.start]) == f"<bos>{opening}"
+        assert tokenizer.decode(row.input_ids[: row.start]) == f"<bos>{opening}"
 
 
 def test_cut_and_dropped_rows_are_logged(
@@ -235,7 +235,7 @@ def test_cut_and_dropped_rows_are_logged(
     with caplog.at_level(logging.INFO, logger="rlhf"):
         rows = data.encoded("train")
     assert len(rows) == 2
-    assert all(pair.chosen.tokens[-1] == pair.rejected.tokens[-1] == EOS for pair in rows)
+    assert all(pair.chosen.input_ids[-1] == pair.rejected.input_ids[-1] == EOS for pair in rows)
     assert "2 rows, 1 dropped, 2 prompts and 2 answers cut to 10 tokens" in caplog.text
 
 
@@ -254,7 +254,7 @@ def test_samples_are_validation_prompts_ready_to_be_answered(
     data = ready(SFTDataModule(train=write(tmp_path, *demonstrations(9)), val=val), tokenizer)
     samples = data.samples(2)
     assert [tokenizer.decode(tokens) for tokens, _ in samples] == ["<bos>Q0\nSummary:", "<bos>Q1\nSummary:"]
-    assert [prompt.source for _, prompt in samples] == ["Q0", "Q1"]
+    assert [prompt.raw_text for _, prompt in samples] == ["Q0", "Q1"]
 
 
 def test_samples_of_short_texts_keep_a_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -281,5 +281,5 @@ def test_texts_for_a_tokenizer_are_prompts_and_answers_of_train(tmp_path: Path) 
     ],
 )
 def test_prompts_are_read_from_any_form(tmp_path: Path, row: dict[str, Any]) -> None:
-    (prompt,) = PromptRecordDataModule(train=write(tmp_path, row), val_fraction=0).records("train")
-    assert (prompt.source, prompt.target) == ("Q0", "A" if len(row) > 1 or "messages" in row else None)
+    (prompt,) = PromptDataModule(train=write(tmp_path, row), val_fraction=0).records("train")
+    assert (prompt.raw_text, prompt.target) == ("Q0", "A" if len(row) > 1 or "messages" in row else None)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.data import BatchLoader, EncodedAnswer, PairBatch, TextBatch
-from rlhf.data.loader import LengthBuckets, weighed
+from rlhf.data import BatchLoader, EncodedResponse, PairBatch, SequenceBatch
+from rlhf.data.loader import LengthBuckets, with_loss_weights
 from rlhf.sft.objective import cross_entropy_loss
 
 LENGTHS = [3, 50, 4, 49, 5, 48, 6, 47, 7, 46, 8]  # 11 rows
@@ -102,19 +102,19 @@ def test_more_ranks_than_rows_still_take_the_same_steps() -> None:
     assert {row for order in orders for batch in order for row in batch} == {0, 1, 2}
 
 
-def row(index: int) -> EncodedAnswer:
+def row(index: int) -> EncodedResponse:
     """Row i: token 10 + i, and an answer of i + 1 tokens."""
-    return EncodedAnswer([10 + index] * (index + 2), 1)
+    return EncodedResponse([10 + index] * (index + 2), 1)
 
 
 def loader(per_step: int = 1) -> BatchLoader:
     return BatchLoader(
-        [row(i) for i in range(11)], TextBatch.collate, LengthBuckets(LENGTHS, 2, shuffle=True, seed=7), per_step
+        [row(i) for i in range(11)], SequenceBatch.collate, LengthBuckets(LENGTHS, 2, shuffle=True, seed=7), per_step
     )
 
 
-def rows_of(batches: list[TextBatch]) -> list[list[int]]:
-    return [(batch.tokens[:, 0] - 10).tolist() for batch in batches]
+def rows_of(batches: list[SequenceBatch]) -> list[list[int]]:
+    return [(batch.input_ids[:, 0] - 10).tolist() for batch in batches]
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 4, 6])
@@ -141,15 +141,15 @@ def test_a_loader_goes_on_where_it_stopped(taken: int) -> None:
 
 def test_a_resumed_loader_gives_the_same_shares() -> None:
     """Batches 2 and 3 make one optimizer step, whether or not 0 and 1 came before them in this process."""
-    whole = [batch.share for batch in loader(per_step=2)]
+    whole = [batch.loss_weight for batch in loader(per_step=2)]
     resumed = loader(per_step=2)
     resumed.load_state_dict({"taken": 2})
-    assert [batch.share for batch in resumed] == whole[2:]
+    assert [batch.loss_weight for batch in resumed] == whole[2:]
     assert len(set(whole)) > 1
 
 
-def answers(*terms: int) -> list[TextBatch]:
-    return [TextBatch.collate([EncodedAnswer([1] * (count + 1), 1)]) for count in terms]
+def answers(*terms: int) -> list[SequenceBatch]:
+    return [SequenceBatch.collate([EncodedResponse([1] * (count + 1), 1)]) for count in terms]
 
 
 def test_shares_by_hand() -> None:
@@ -157,29 +157,29 @@ def test_shares_by_hand() -> None:
 
     Lightning divides by 4 in the last step as well, so the shares of its 2 batches must make up for that.
     """
-    shares = [batch.share for batch in weighed(iter(answers(1, 2, 3, 10, 1, 3)), per_step=4)]
+    shares = [batch.loss_weight for batch in with_loss_weights(iter(answers(1, 2, 3, 10, 1, 3)), per_step=4)]
     assert shares == [0.25, 0.5, 0.75, 2.5, 1.0, 3.0]
 
 
 def test_shares_of_an_sft_term_by_hand() -> None:
     """Pairs whose chosen answers have 1 and 3, then 8 tokens: 2 + 1 pairs and 4 + 8 tokens in a step of 2 batches.
 
-    share = 2 x 2 / 3 and 1 x 2 / 3; sft_share = 4 x 2 / 12 and 8 x 2 / 12. A batch without such a term has none of it.
+    share = 2 x 2 / 3 and 1 x 2 / 3; sft_loss_weight = 4 x 2 / 12 and 8 x 2 / 12. A batch without such a term has none of it.
     """
 
     def pairs(*tokens: int) -> PairBatch:
-        rows = [EncodedAnswer([1] * (count + 1), 1) for count in tokens]
-        longer = [EncodedAnswer([1] * 9, 1)] * len(rows)
-        return PairBatch(TextBatch.collate([*rows, *longer]), torch.zeros(len(rows)))
+        rows = [EncodedResponse([1] * (count + 1), 1) for count in tokens]
+        longer = [EncodedResponse([1] * 9, 1)] * len(rows)
+        return PairBatch(SequenceBatch.collate([*rows, *longer]), torch.zeros(len(rows)))
 
-    step = list(weighed(iter([pairs(1, 3), pairs(8)]), per_step=2))
-    assert [batch.share for batch in step] == pytest.approx([4 / 3, 2 / 3])
-    assert [batch.sft_share for batch in step] == pytest.approx([8 / 12, 16 / 12])
-    assert [batch.sft_share for batch in weighed(iter(answers(1, 2)), per_step=2)] == [0.0, 0.0]
+    step = list(with_loss_weights(iter([pairs(1, 3), pairs(8)]), per_step=2))
+    assert [batch.loss_weight for batch in step] == pytest.approx([4 / 3, 2 / 3])
+    assert [batch.sft_loss_weight for batch in step] == pytest.approx([8 / 12, 16 / 12])
+    assert [batch.sft_loss_weight for batch in with_loss_weights(iter(answers(1, 2)), per_step=2)] == [0.0, 0.0]
 
 
 def test_without_accumulation_every_share_is_one() -> None:
-    assert [batch.share for batch in weighed(iter(answers(1, 7)), per_step=1)] == [1.0, 1.0]
+    assert [batch.loss_weight for batch in with_loss_weights(iter(answers(1, 7)), per_step=1)] == [1.0, 1.0]
 
 
 def test_four_batches_are_one_big_batch() -> None:
@@ -189,19 +189,23 @@ def test_four_batches_are_one_big_batch() -> None:
     would be (1 + 2 + 3 + 4) / 4 = 2.5.
     """
     loss = 0.0
-    for k, batch in enumerate(weighed(iter(answers(1, 2, 3, 10)), per_step=4), start=1):
-        loss += float(cross_entropy_loss(torch.full(batch.answer.shape, -float(k)), batch.answer)) * batch.share / 4
+    for k, batch in enumerate(with_loss_weights(iter(answers(1, 2, 3, 10)), per_step=4), start=1):
+        loss += (
+            float(cross_entropy_loss(torch.full(batch.response_mask.shape, -float(k)), batch.response_mask))
+            * batch.loss_weight
+            / 4
+        )
     assert loss == 3.375
 
 
 TWO_RANKS = """
 import sys, torch.distributed as dist
-from rlhf.data import EncodedAnswer, TextBatch
-from rlhf.data.loader import weighed
+from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.data.loader import with_loss_weights
 rank, terms = int(sys.argv[1]), [(1, 2), (3, 10)]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-batches = [TextBatch.collate([EncodedAnswer([1] * (count + 1), 1)]) for count in terms[rank]]
-print([batch.share for batch in weighed(iter(batches), per_step=2, world=2)])
+batches = [SequenceBatch.collate([EncodedResponse([1] * (count + 1), 1)]) for count in terms[rank]]
+print([batch.loss_weight for batch in with_loss_weights(iter(batches), per_step=2, world=2)])
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -213,9 +217,11 @@ def test_two_ranks_are_one_big_batch(tmp_path: Path, repo: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],
-            cwd=repo, stdout=subprocess.PIPE, text=True,
+            cwd=repo,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     shares = [process.communicate(timeout=120)[0].strip() for process in ranks]
     assert shares == ["[0.25, 0.5]", "[0.75, 2.5]"]

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Reader, RecordError, Verdict
+from rlhf.data.records import (
+    FIELDS,
+    Demonstration,
+    Preference,
+    Prompt,
+    Rating,
+    RecordError,
+    RecordParser,
+    UnpairedPreference,
+)
 from rlhf.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -32,9 +41,9 @@ def answered(text: str) -> list[dict[str, str]]:
         ({"document": None, "prompt": "Q", "completion": "A", "messages": None}, Demonstration(ASKED, "A")),
         ({"prompt": "Q", "completion": " A\n"}, Demonstration(ASKED, " A\n")),
     ],
-)  # fmt: skip
+)
 def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
-    assert Reader().read(row, Demonstration) == expected
+    assert RecordParser().read(row, Demonstration) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,13 +63,13 @@ def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
     ],
 )
 def test_preferences(row: dict[str, Any], expected: Preference) -> None:
-    assert Reader().read(row, Preference) == expected
+    assert RecordParser().read(row, Preference) == expected
 
 
 def test_transcripts_keep_the_lines_within_a_turn() -> None:
     """Only a blank line before a speaker's name starts a turn; 'Human:' inside a line is what somebody said."""
     opening = "\n\nHuman: one\n\ntwo Human: x\n\nAssistant:"
-    pair = Reader().read({"chosen": opening + " a\n\nb", "rejected": opening + " c"}, Preference)
+    pair = RecordParser().read({"chosen": opening + " a\n\nb", "rejected": opening + " c"}, Preference)
     assert pair.prompt.messages == [{"role": "user", "content": "one\n\ntwo Human: x"}]
     assert (pair.chosen, pair.rejected) == ("a\n\nb", "c")
 
@@ -74,20 +83,20 @@ def test_transcripts_keep_the_lines_within_a_turn() -> None:
     ],
 )
 def test_ratings(row: dict[str, Any], expected: Rating) -> None:
-    assert Reader().read(row, Rating) == expected
+    assert RecordParser().read(row, Rating) == expected
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "Q", "completion": "A", "label": True}, Verdict(ASKED, "A", True)),
-        ({"document": "Q", "response": "A", "label": False}, Verdict(ASKED, "A", False)),
-        ({"prompt": TALK, "completion": [ASSISTANT], "label": 1}, Verdict(TALKED, "A", True)),
-        ({"prompt": "Q", "response": "A", "completion": None, "label": 0}, Verdict(ASKED, "A", False)),
+        ({"prompt": "Q", "completion": "A", "label": True}, UnpairedPreference(ASKED, "A", True)),
+        ({"document": "Q", "response": "A", "label": False}, UnpairedPreference(ASKED, "A", False)),
+        ({"prompt": TALK, "completion": [ASSISTANT], "label": 1}, UnpairedPreference(TALKED, "A", True)),
+        ({"prompt": "Q", "response": "A", "completion": None, "label": 0}, UnpairedPreference(ASKED, "A", False)),
     ],
 )
-def test_verdicts(row: dict[str, Any], expected: Verdict) -> None:
-    assert Reader().read(row, Verdict) == expected
+def test_verdicts(row: dict[str, Any], expected: UnpairedPreference) -> None:
+    assert RecordParser().read(row, UnpairedPreference) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,42 +110,66 @@ def test_verdicts(row: dict[str, Any], expected: Verdict) -> None:
         ({"prompt": "Q", "response": "A", "reward": 1.0}, ASKED),  # what was rated is no target
         ({"prompt": TALK}, TALKED),
         ({"messages": TALK}, TALKED),
-        ({"messages": answered("B")}, Prompt(TALK, TALKED.source, "B")),
-        ({"chosen": SPEECH + " C", "rejected": SPEECH + " D"}, Prompt(TALK, TALKED.source, "C")),
+        ({"messages": answered("B")}, Prompt(TALK, TALKED.raw_text, "B")),
+        ({"chosen": SPEECH + " C", "rejected": SPEECH + " D"}, Prompt(TALK, TALKED.raw_text, "C")),
     ],
 )
 def test_prompts_of_any_form(row: dict[str, Any], expected: Prompt) -> None:
-    assert Reader().read(row, Prompt) == expected
+    assert RecordParser().read(row, Prompt) == expected
 
 
 @pytest.mark.parametrize(
     ("columns", "row", "form", "expected"),
     [
-        ({"prompt": "q", "rejected": "loser"}, {"q": "Q", "chosen": "A", "loser": "B"}, Preference,
-         Preference(ASKED, "A", "B")),
+        (
+            {"prompt": "q", "rejected": "loser"},
+            {"q": "Q", "chosen": "A", "loser": "B"},
+            Preference,
+            Preference(ASKED, "A", "B"),
+        ),
         ({"document": "body", "target": "tldr"}, {"body": "Q", "tldr": "A"}, Demonstration, Demonstration(ASKED, "A")),
         ({"messages": "turns"}, {"turns": [USER, ASSISTANT]}, Demonstration, Demonstration(ASKED, "A")),
-        ({"chosen": "good", "rejected": "bad"}, {"good": SPEECH + " C", "bad": SPEECH + " D"}, Preference,
-         Preference(TALKED, "C", "D")),
-        ({"response": "text", "reward": "stars"}, {"prompt": "Q", "text": "A", "stars": 5}, Rating,
-         Rating(ASKED, "A", 5.0)),
-        ({"margin": "gap"}, {"prompt": "Q", "chosen": "A", "rejected": "B", "gap": 3, "margin": 9}, Preference,
-         Preference(ASKED, "A", "B", 3.0)),
+        (
+            {"chosen": "good", "rejected": "bad"},
+            {"good": SPEECH + " C", "bad": SPEECH + " D"},
+            Preference,
+            Preference(TALKED, "C", "D"),
+        ),
+        (
+            {"response": "text", "reward": "stars"},
+            {"prompt": "Q", "text": "A", "stars": 5},
+            Rating,
+            Rating(ASKED, "A", 5.0),
+        ),
+        (
+            {"margin": "gap"},
+            {"prompt": "Q", "chosen": "A", "rejected": "B", "gap": 3, "margin": 9},
+            Preference,
+            Preference(ASKED, "A", "B", 3.0),
+        ),
         # the data's own 'prompt' is something else, and is not read
         ({"prompt": "q"}, {"prompt": "system text", "q": "Q"}, Prompt, ASKED),
     ],
-)  # fmt: skip
+)
 def test_columns_rename_fields(columns: dict[str, str], row: dict[str, Any], form: type, expected: Any) -> None:
-    assert Reader(columns).read(row, form) == expected
+    assert RecordParser(columns).read(row, form) == expected
 
 
 @pytest.mark.parametrize(
     ("row", "form", "reason", "missing"),
     [
-        ({"prompt": "Q", "chosen": "A", "loser": "B"}, Preference,
-         "preference record has no 'rejected'; its fields are 'prompt', 'chosen', 'loser'", "rejected"),
-        ({"prompt": "Q", "rejected": "B", "chosen": None}, Preference,
-         "preference record has no 'chosen'; its fields are 'prompt', 'rejected'", "chosen"),
+        (
+            {"prompt": "Q", "chosen": "A", "loser": "B"},
+            Preference,
+            "preference record has no 'rejected'; its fields are 'prompt', 'chosen', 'loser'",
+            "rejected",
+        ),
+        (
+            {"prompt": "Q", "rejected": "B", "chosen": None},
+            Preference,
+            "preference record has no 'chosen'; its fields are 'prompt', 'rejected'",
+            "chosen",
+        ),
         ({"chosen": "A", "rejected": "B"}, Preference, "has no 'prompt'", "prompt"),
         ({"prompt": "Q"}, Demonstration, "demonstration record has no 'target'", "target"),
         ({"target": "A"}, Demonstration, "demonstration record has no 'prompt'", "prompt"),
@@ -165,44 +198,57 @@ def test_columns_rename_fields(columns: dict[str, str], row: dict[str, Any], for
         ({"prompt": "Q", "response": "A", "reward": float("nan")}, Rating, "'reward' is nan, not a finite", None),
         ({"prompt": "Q", "response": "A", "reward": True}, Rating, "'reward' is True, not a finite number", None),
         ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": "big"}, Preference, "'margin' is 'big'", None),
-        ({"prompt": "Q", "completion": "A"}, Verdict, "unpaired record has no 'label'", "label"),
-        ({"prompt": "Q", "label": True}, Verdict, "unpaired record has no 'completion'", "completion"),
-        ({"prompt": "Q", "completion": "A", "label": "yes"}, Verdict, "'label' is 'yes', neither true nor", None),
-        ({"prompt": "Q", "completion": "A", "label": -1}, Verdict, "'label' is -1, neither true nor false", None),
+        ({"prompt": "Q", "completion": "A"}, UnpairedPreference, "unpaired record has no 'label'", "label"),
+        ({"prompt": "Q", "label": True}, UnpairedPreference, "unpaired record has no 'completion'", "completion"),
+        (
+            {"prompt": "Q", "completion": "A", "label": "yes"},
+            UnpairedPreference,
+            "'label' is 'yes', neither true nor",
+            None,
+        ),
+        (
+            {"prompt": "Q", "completion": "A", "label": -1},
+            UnpairedPreference,
+            "'label' is -1, neither true nor false",
+            None,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], form: type, reason: str, missing: str | None) -> None:
     """The reason names the field as the data call it; ``missing`` is the key of data.columns."""
     with pytest.raises(RecordError) as caught:
-        Reader().read(row, form)
+        RecordParser().read(row, form)
     assert reason in str(caught.value)
     assert caught.value.missing == missing
 
 
 def test_a_field_without_a_new_name_keeps_its_own() -> None:
     """``None`` stands for the field's own name, as in the configuration; other fields are renamed."""
-    reader = Reader({**dict.fromkeys(FIELDS), "rejected": "loser"})
+    reader = RecordParser({**dict.fromkeys(FIELDS), "rejected": "loser"})
     row = {"prompt": "Q", "chosen": "A", "loser": "B", "rejected": "C"}
     assert reader.read(row, Preference) == Preference(ASKED, "A", "B")
 
 
 @pytest.mark.parametrize(
     ("columns", "fix"),
-    [({"reject": "loser"}, r"data\.columns\.<field>=reject"), ({"loser": "rejected"}, r"data\.columns\.rejected=loser"),
-     ({"reject": None}, r"data\.columns\.<field>=reject")],
+    [
+        ({"reject": "loser"}, r"data\.columns\.<field>=reject"),
+        ({"loser": "rejected"}, r"data\.columns\.rejected=loser"),
+        ({"reject": None}, r"data\.columns\.<field>=reject"),
+    ],
     ids=["unknown", "the wrong way round", "unknown and null"],
-)  # fmt: skip
+)
 def test_an_unknown_field_name_is_refused(columns: dict[str, str | None], fix: str) -> None:
     """The message names the key, its value, the fields there are, and what to type."""
     ((name, column),) = columns.items()
     message = rf"^data\.columns\.{name}={column}: '{name}' is not a field .* prompt, document, .*, label, .*\n  {fix}$"
     with pytest.raises(UserError, match=message):
-        Reader({"prompt": "Q", **columns})
+        RecordParser({"prompt": "Q", **columns})
 
 
 def test_a_renamed_field_that_is_missing_goes_by_the_name_in_the_data() -> None:
     with pytest.raises(RecordError, match="no 'loser'; its fields are 'prompt', 'chosen'") as caught:
-        Reader({"rejected": "loser"}).read({"prompt": "Q", "chosen": "A"}, Preference)
+        RecordParser({"rejected": "loser"}).read({"prompt": "Q", "chosen": "A"}, Preference)
     assert caught.value.missing == "rejected"
 
 
@@ -212,11 +258,11 @@ def test_a_renamed_field_that_is_missing_goes_by_the_name_in_the_data() -> None:
         ({"prompt": "q"}, {"q": "", "target": "A"}, Demonstration, "q"),
         ({"reward": "stars"}, {"prompt": "Q", "response": "A", "stars": "five"}, Rating, "stars"),
         ({"messages": "turns"}, {"turns": 3}, Demonstration, "turns"),
-        ({"label": "good"}, {"prompt": "Q", "completion": "A", "good": 0.5}, Verdict, "good"),
+        ({"label": "good"}, {"prompt": "Q", "completion": "A", "good": 0.5}, UnpairedPreference, "good"),
     ],
 )
 def test_a_renamed_field_that_is_wrong_goes_by_the_name_in_the_data(
     columns: dict[str, str], row: dict[str, Any], form: type, name: str
 ) -> None:
     with pytest.raises(RecordError, match=f"field '{name}'"):
-        Reader(columns).read(row, form)
+        RecordParser(columns).read(row, form)

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers import ANSWERS, PROMPTS, Fixed
-from rlhf.dpo import DPODataModule, DPOModule, KTOModule, UnpairedDataModule
+from rlhf.data import PreferenceDataModule
+from rlhf.dpo import DPOModule, KTOModule, UnpairedDataModule
 
 
 class Record(lightning.Callback):
@@ -23,7 +24,7 @@ class Record(lightning.Callback):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.numbers.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.precomputed.append(batch.reference is not None)
+        self.precomputed.append(batch.ref_logprobs is not None)
 
     def curve(self, name: str) -> list[float]:
         return [numbers[name] for numbers in self.numbers]
@@ -42,16 +43,20 @@ class Setting:
 
     def data(self, *, kto: bool = False, **keys: Any) -> Any:
         """The 8 pairs, or for KTO the 16 answers; without a key they are read in batches of a quarter."""
-        kind, size = (UnpairedDataModule, 4) if kto else (DPODataModule, 2)
+        kind, size = (UnpairedDataModule, 4) if kto else (PreferenceDataModule, 2)
         keys = {"max_length": 96, "batch_size": size, "eval_batch_size": 3, "val_fraction": 0, **keys}
         data = kind(**{"train": str(self.pairs), **keys})
         data.tokenizer = self.tokenizer
         return data
 
     def train(
-        self, *, kto: bool = False, trainer: dict[str, Any] | None = None, data: dict[str, Any] | None = None,
+        self,
+        *,
+        kto: bool = False,
+        trainer: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
         **keys: Any,
-    ) -> tuple[Any, Record]:  # fmt: skip
+    ) -> tuple[Any, Record]:
         """Train by ``stage.*`` keys; the module and what was logged."""
         keys = {"policy": Fixed(self.lm), "learning_rate": 1e-3, "schedule": "constant", **keys}
         module, record = (KTOModule if kto else DPOModule)(**keys), Record()
@@ -59,10 +64,15 @@ class Setting:
         module.tokenizer = self.tokenizer
         lightning.seed_everything(7, verbose=False)
         lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[record],
             **{"max_epochs": 1, **(trainer or {})},
-        ).fit(module, datamodule)  # fmt: skip
+        ).fit(module, datamodule)
         return module, record
 
 

@@ -32,7 +32,7 @@ def test_first_loss_is_half_the_weights(setting: Any) -> None:
     16 answers, 8 of each kind: (8 x 1 + 8 x 3) / 16 / 2 = 1.
     """
     objective = partial(kto_loss, desirable_weight=1.0, undesirable_weight=3.0)
-    _, record = setting.train(kto=True, objective=objective, data={"batch_size": 16}, trainer={"max_epochs": 2})
+    _, record = setting.train(kto=True, loss=objective, data={"batch_size": 16}, trainer={"max_epochs": 2})
     assert record.curve("train/loss")[0] == pytest.approx(1.0)
     assert record.curve("kto/kl")[0] == pytest.approx(0.0, abs=1e-5)
     assert record.curve("train/loss")[1] < 1.0
@@ -45,7 +45,7 @@ def test_weights_change_the_outcome(setting: Any) -> None:
     first = set()
     for weights in ((1.0, 1.0), (2.0, 1.0), (1.0, 3.0)):
         objective = partial(kto_loss, **dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True)))
-        _, record = setting.train(kto=True, objective=objective, data={"batch_size": 16}, trainer={"max_steps": 1})
+        _, record = setting.train(kto=True, loss=objective, data={"batch_size": 16}, trainer={"max_steps": 1})
         first.add(round(record.curve("train/loss")[0], 5))
     assert first == {0.5, 0.75, 1.0}
 
@@ -61,7 +61,7 @@ def test_the_baseline_by_plain_transformers(setting: Any) -> None:
     texts = [row.text for row in rows]
     ratios = []
     for one, other in zip(texts, [*texts[1:], texts[0]], strict=True):
-        ratios.append(log_ratio(module, one.tokens[: one.start] + other.tokens[other.start :], one.start))
+        ratios.append(log_ratio(module, one.input_ids[: one.start] + other.input_ids[other.start :], one.start))
     mean = float(sum(ratios)) / 5
     assert abs(mean) > 0.01
     batch = data.collate(rows)
@@ -75,7 +75,7 @@ def test_numbers_of_a_batch_by_plain_transformers(setting: Any) -> None:
     module, _ = setting.train(kto=True, learning_rate=1e-2, trainer={"max_epochs": 2})
     data = setting.data(kto=True)
     rows = data.encoded("train")[:5]
-    ratios = torch.stack([log_ratio(module, row.text.tokens, row.text.start) for row in rows])
+    ratios = torch.stack([log_ratio(module, row.text.input_ids, row.text.start) for row in rows])
     batch = data.collate(rows)
     loss, _, groups = module.compare(batch)
     numbers = {name: float(value) for _, part in groups for name, value in part.items()}
@@ -84,7 +84,7 @@ def test_numbers_of_a_batch_by_plain_transformers(setting: Any) -> None:
     assert numbers["rewards/rejected"] == pytest.approx(0.1 * float(ratios[~desirable].mean()), rel=1e-3)
     assert numbers["rewards/margins"] == pytest.approx(numbers["rewards/chosen"] - numbers["rewards/rejected"])
     assert numbers["rewards/accuracies"] == pytest.approx(float(((ratios > kl) == desirable).float().mean()))
-    assert [terms for terms, _ in groups] == [int(batch.texts.answer.sum()), 5, 3, 2, 5]
+    assert [terms for terms, _ in groups] == [int(batch.sequences.response_mask.sum()), 5, 3, 2, 5]
     gains = torch.where(desirable, ratios - kl, kl - ratios)
     assert float(loss) == pytest.approx(float((1 / (1 + (0.1 * gains).exp())).mean()), rel=1e-3)
 
@@ -117,9 +117,12 @@ def test_accumulation_is_the_bigger_batch_at_one_baseline(setting: Any) -> None:
     eps is 1, as for the other objectives.
     """
     keys = {
-        "kto": True, "objective": partial(kto_loss, desirable_weight=1.0, undesirable_weight=2.5), "sft_coef": 0.7,
-        "eps": 1.0, "learning_rate": 1.0,
-    }  # fmt: skip
+        "kto": True,
+        "objective": partial(kto_loss, desirable_weight=1.0, undesirable_weight=2.5),
+        "sft_coef": 0.7,
+        "eps": 1.0,
+        "learning_rate": 1.0,
+    }
     big, _ = setting.train(data={"batch_size": 16}, trainer={"max_steps": 1}, **keys)
     small, record = setting.train(
         data={"batch_size": 4}, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys
@@ -131,9 +134,9 @@ def test_accumulation_is_the_bigger_batch_at_one_baseline(setting: Any) -> None:
 
 
 @one_architecture
-def test_length_normalised_changes_the_outcome(setting: Any) -> None:
+def test_length_normalized_changes_the_outcome(setting: Any) -> None:
     curves = [
-        setting.train(kto=True, length_normalised=switch, trainer={"max_steps": 3})[1].curve("train/loss")
+        setting.train(kto=True, length_normalized=switch, trainer={"max_steps": 3})[1].curve("train/loss")
         for switch in (False, True)
     ]
     assert curves[0] != pytest.approx(curves[1], rel=1e-4)
@@ -164,13 +167,13 @@ def test_mismatched_texts_stay_within_the_length(setting: Any) -> None:
     data = setting.data(kto=True, max_length=80)
     long, short = (row.text for row in data.encoded("train"))
     joined = data.collate(data.encoded("train")).mismatched
-    answer = short.tokens[short.start :]
-    first = joined.tokens[0][joined.mask[0]].tolist()
+    answer = short.input_ids[short.start :]
+    first = joined.input_ids[0][joined.attention_mask[0]].tolist()
     assert len(first) == 80 < long.start + len(answer)
-    assert first == [long.tokens[0], *long.tokens[: long.start][-(79 - len(answer)) :], *answer]
-    second = joined.tokens[1][joined.mask[1]].tolist()
-    assert second == [*short.tokens[: short.start], *long.tokens[long.start :]]
-    assert int(joined.answer[1].sum()) == len(long.tokens) - long.start
+    assert first == [long.input_ids[0], *long.input_ids[: long.start][-(79 - len(answer)) :], *answer]
+    second = joined.input_ids[1][joined.attention_mask[1]].tolist()
+    assert second == [*short.input_ids[: short.start], *long.input_ids[long.start :]]
+    assert int(joined.response_mask[1].sum()) == len(long.input_ids) - long.start
 
 
 @pytest.mark.parametrize("key", ["batch_size", "eval_batch_size"])

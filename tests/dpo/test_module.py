@@ -21,7 +21,7 @@ from rlhf.dpo.objective import (
 )
 from rlhf.errors import UserError
 
-ALONE = {"reference_free": True, "length_normalised": True}
+ALONE = {"reference_free": True, "length_normalized": True}
 SMOOTHED = {"label_smoothing": 0.1}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"objective": sigmoid_loss},
@@ -38,14 +38,14 @@ one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indi
 def token_logprobs(lm: PreTrainedModel, row: Any) -> Tensor:
     """Log-probs of the tokens of an answer by plain transformers, one text at a time: [tokens of the answer], nats."""
     with torch.no_grad():
-        logprobs = lm(input_ids=torch.tensor([row.tokens])).logits[0].log_softmax(dim=-1)
-    return torch.stack([logprobs[t - 1, row.tokens[t]] for t in range(row.start, len(row.tokens))])
+        logprobs = lm(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(dim=-1)
+    return torch.stack([logprobs[t - 1, row.input_ids[t]] for t in range(row.start, len(row.input_ids))])
 
 
 @pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "at each step"])
 def test_first_loss_is_ln_2(setting: Any, precompute: bool) -> None:
     """The policy is the reference until the first step: every margin is 0, and -ln sigmoid(0) = ln 2."""
-    _, record = setting.train(precompute_reference=precompute)
+    _, record = setting.train(precompute_ref_logprobs=precompute)
     assert record.curve("train/loss")[0] == pytest.approx(math.log(2))
     assert record.curve("train/loss")[1] != pytest.approx(math.log(2))
     assert record.precomputed == [precompute] * 4
@@ -72,7 +72,7 @@ def test_first_loss_without_a_reference_by_plain_transformers(setting: Any) -> N
     o = e^m / (1 - e^m) and nll over the tokens of the 8 chosen answers; DPO, beta 0.1, on s or m.
     """
     rows = setting.data().encoded("train")
-    chosen, rejected = ([token_logprobs(setting.lm, row.answers[side]) for row in rows] for side in (0, 1))
+    chosen, rejected = ([token_logprobs(setting.lm, row.responses[side]) for row in rows] for side in (0, 1))
     sums = torch.stack([a.sum() - b.sum() for a, b in zip(chosen, rejected, strict=True)])
     means = torch.stack([a.mean() - b.mean() for a, b in zip(chosen, rejected, strict=True)])
     odds = [(a.mean().exp() / (1 - a.mean().exp())) for a in (*chosen, *rejected)]
@@ -97,9 +97,9 @@ def test_first_loss_without_a_reference_by_plain_transformers(setting: Any) -> N
 
 
 @one_architecture
-def test_length_normalised_log_ratios_are_means_a_token(setting: Any) -> None:
+def test_length_normalized_log_ratios_are_means_a_token(setting: Any) -> None:
     """With a reference too: after a step, rewards are beta x the sum of log-ratios over the answer / its length."""
-    module, _ = setting.train(length_normalised=True, trainer={"max_steps": 1})
+    module, _ = setting.train(length_normalized=True, trainer={"max_steps": 1})
     data = setting.data()
     rows = data.encoded("train")
     _, _, [(terms, numbers), _] = module.compare(data.collate(rows))
@@ -119,8 +119,8 @@ def test_precomputing_the_reference_changes_no_number(setting: Any) -> None:
     the rounding noise of tiny gradients into whole steps.
     """
     keys = {"eps": 1.0, "learning_rate": 0.1, "trainer": {"max_epochs": 2}}
-    before, one = setting.train(precompute_reference=True, **keys)
-    during, other = setting.train(precompute_reference=False, **keys)
+    before, one = setting.train(precompute_ref_logprobs=True, **keys)
+    during, other = setting.train(precompute_ref_logprobs=False, **keys)
     for name in ("train/loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert len(set(one.curve(name))) > 1
         assert one.curve(name) == pytest.approx(other.curve(name), rel=1e-4, abs=1e-5)
@@ -145,7 +145,7 @@ def test_accumulation_is_the_bigger_batch(setting: Any, name: str) -> None:
     of tiny gradients into whole steps. The reference is scored in the policy's batches, so that log-ratios are exactly
     0, to which IPO's gradient is sensitive. Tolerances are the defaults.
     """
-    keys = {**OBJECTIVES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0, "precompute_reference": False}
+    keys = {**OBJECTIVES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0, "precompute_ref_logprobs": False}
     big, _ = setting.train(data={"batch_size": 8}, trainer={"max_steps": 1}, **keys)
     small, record = setting.train(
         data={"batch_size": 2}, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys
@@ -206,14 +206,14 @@ def test_without_a_reference_none_is_loaded(setting: Any) -> None:
     [
         ({"beta": 0.0}, ["stage.beta=0"]),
         ({"sft_coef": -0.1}, ["stage.sft_coef=-0.1"]),
-        ({"objective": partial(conservative_loss, label_smoothing=0.5)}, ["stage.objective.label_smoothing=0.5"]),
-        ({"objective": partial(robust_loss, label_smoothing=-0.1)}, ["stage.objective.label_smoothing=-0.1"]),
+        ({"objective": partial(conservative_loss, label_smoothing=0.5)}, ["stage.loss.label_smoothing=0.5"]),
+        ({"objective": partial(robust_loss, label_smoothing=-0.1)}, ["stage.loss.label_smoothing=-0.1"]),
         ({**OBJECTIVES["simpo"], "objective": partial(simpo_loss, target_margin=-1.0)}, ["target_margin=-1"]),
         (
             {**OBJECTIVES["simpo"], "reference_free": False},
-            ["stage.reference_free=false", "stage.objective._target_=rlhf.dpo.objective.simpo_loss"],
+            ["stage.reference_free=false", "stage.loss._target_=rlhf.dpo.objective.simpo_loss"],
         ),
-        ({**OBJECTIVES["simpo"], "length_normalised": False}, ["stage.length_normalised=false", "simpo_loss"]),
+        ({**OBJECTIVES["simpo"], "length_normalized": False}, ["stage.length_normalized=false", "simpo_loss"]),
         ({**OBJECTIVES["orpo"], "reference_free": False}, ["stage.reference_free=false", "odds_ratio_loss"]),
         ({"reference_free": True, "kto": True}, ["stage.reference_free=true", "kto_loss"]),
     ],

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf.dpo.objective import (
-    answer_nll,
     conservative_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
     needs,
     odds_ratio_loss,
+    response_nll,
     robust_loss,
     sigmoid_loss,
     simpo_loss,
@@ -183,14 +183,14 @@ def test_kto_loss_by_hand() -> None:
 def test_answer_nll_by_hand() -> None:
     """Answers of 2 and 6 tokens, -3 and -1 nats: 4 nats over 8 tokens; each answer's log-prob counts 1/8."""
     logprobs = log_ratios(-3, -1)
-    check_loss(answer_nll(logprobs, torch.tensor([2, 6])), 0.5, {logprobs: [-0.125, -0.125]})
+    check_loss(response_nll(logprobs, torch.tensor([2, 6])), 0.5, {logprobs: [-0.125, -0.125]})
 
 
 def test_answer_nll_of_no_answers_is_0() -> None:
     """A batch of undesirable answers has nothing to learn by heart, and no NaN either."""
     logprobs = log_ratios(-3, -1)
     none = torch.tensor([False, False])
-    check_loss(answer_nll(logprobs[none], torch.tensor([2, 6])[none]), 0.0, {logprobs: [0.0, 0.0]})
+    check_loss(response_nll(logprobs[none], torch.tensor([2, 6])[none]), 0.0, {logprobs: [0.0, 0.0]})
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,11 @@ def test_a_loss_says_what_it_needs() -> None:
 
     assert needs(reference_free=True)(loss) is loss
     assert vars(loss)["needs"] == {"reference_free": True}
-    assert vars(simpo_loss)["needs"] == vars(odds_ratio_loss)["needs"] == {
-        "reference_free": True, "length_normalised": True,
-    }  # fmt: skip
+    assert (
+        vars(simpo_loss)["needs"]
+        == vars(odds_ratio_loss)["needs"]
+        == {
+            "reference_free": True,
+            "length_normalized": True,
+        }
+    )

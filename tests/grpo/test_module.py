@@ -9,22 +9,24 @@ import torch
 from online import Setting, assert_same, changed
 from rlhf.errors import UserError
 from rlhf.grpo import GRPOModule
-from rlhf.grpo.objective import grpo_advantages, reinforce_pp_advantages, rloo_advantages
-from rlhf.rl import KLControl, ScoreShaping
+from rlhf.rl import KLController, ScoreShaping
+from rlhf.rl.advantages import grpo, reinforce_pp, rloo
 
 
 @pytest.fixture
 def groups(setting: Setting) -> Setting:
-    setting.stage = partial(GRPOModule, estimator=grpo_advantages)
+    setting.stage = partial(GRPOModule, advantage=grpo)
     return setting
 
 
 def test_answers_to_a_prompt_stand_together_and_are_compared(groups: Setting) -> None:
     """4 prompts a rollout, 2 answers each, one minibatch: the two have opposite advantages, the same on every token."""
-    _, record = groups.train(answers_per_prompt=2, minibatch_size=8, ppo_epochs=1, kl_coef=0.0)
+    _, record = groups.train(num_generations=2, minibatch_size=8, ppo_epochs=1, kl_coef=0.0)
     part = record.parts[0]
     rows = {}
-    for tokens, mask, answer, advantage in zip(part.tokens, part.mask, part.answer, part.advantages, strict=True):
+    for tokens, mask, answer, advantage in zip(
+        part.input_ids, part.attention_mask, part.response_mask, part.advantages, strict=True
+    ):
         prompt = tuple(tokens[mask & ~answer].tolist())
         rows.setdefault(prompt, []).append(advantage[answer])
         assert advantage[answer].unique().numel() == 1
@@ -35,32 +37,38 @@ def test_answers_to_a_prompt_stand_together_and_are_compared(groups: Setting) ->
 
 
 def test_first_ratio_and_first_kl_are_exact(groups: Setting) -> None:
-    _, record = groups.train(answers_per_prompt=2, minibatch_size=8, ppo_epochs=1)
+    _, record = groups.train(num_generations=2, minibatch_size=8, ppo_epochs=1)
     assert record.numbers[0]["objective/kl"] == 0.0
-    assert record.updates[0]["val/ratio"] == 1.0
+    assert record.updates[0]["policy/ratio"] == 1.0
 
 
-@pytest.mark.parametrize("estimator", [grpo_advantages, rloo_advantages, reinforce_pp_advantages])
+@pytest.mark.parametrize("estimator", [grpo, rloo, reinforce_pp])
 def test_every_estimator_learns_and_has_no_critic(setting: Setting, estimator: object) -> None:
-    setting.stage = partial(GRPOModule, estimator=estimator)
-    module, _ = setting.train(answers_per_prompt=2)
+    setting.stage = partial(GRPOModule, advantage=estimator)
+    module, _ = setting.train(num_generations=2)
     assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "scores", "kl"}
     assert changed(module.policy.lm, setting.policy.model)
 
 
 def test_accumulation_is_the_bigger_minibatch(groups: Setting) -> None:
     """4 minibatches of 2 answers make the step of 1 of 8, by token and by answer, with the KL in the loss."""
-    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0, "answers_per_prompt": 2, "entropy_coef": 0.01}
+    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0, "num_generations": 2, "entropy_coef": 0.01}
     for average in ("token", "sequence"):
         own = {"average": average, **keys}
         big, _ = groups.train(
-            minibatch_size=8, trainer={"max_steps": 1}, scores=ScoreShaping(),
-            kl=KLControl(place="loss", estimator="k3"), **own,
-        )  # fmt: skip
+            minibatch_size=8,
+            trainer={"max_steps": 1},
+            scores=ScoreShaping(),
+            kl=KLController(apply_to="loss", estimator="k3"),
+            **own,
+        )
         small, _ = groups.train(
-            minibatch_size=2, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, scores=ScoreShaping(),
-            kl=KLControl(place="loss", estimator="k3"), **own,
-        )  # fmt: skip
+            minibatch_size=2,
+            trainer={"max_steps": 1, "accumulate_grad_batches": 4},
+            scores=ScoreShaping(),
+            kl=KLController(apply_to="loss", estimator="k3"),
+            **own,
+        )
         assert changed(big.policy.lm, groups.policy.model)
         assert_same(small.policy.lm, big.policy.lm)
 
@@ -70,8 +78,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(groups: Setting, tmp
 
     def keys() -> dict:
         return {
-            "answers_per_prompt": 2,
-            "kl": KLControl(target_per_sequence=0.01, horizon=10),
+            "num_generations": 2,
+            "kl": KLController(target_per_sequence=0.01, horizon=10),
             "scores": ScoreShaping(),
         }
 
@@ -85,9 +93,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(groups: Setting, tmp
 
 def test_one_answer_is_refused_where_answers_are_compared(setting: Setting) -> None:
     """REINFORCE++ is content with one answer; GRPO and RLOO are not."""
-    setting.stage = partial(GRPOModule, estimator=reinforce_pp_advantages)
-    setting.module(answers_per_prompt=1)
-    for estimator in (grpo_advantages, partial(rloo_advantages)):
-        setting.stage = partial(GRPOModule, estimator=estimator)
-        with pytest.raises(UserError, match=r"stage\.answers_per_prompt=1"):
-            setting.module(answers_per_prompt=1)
+    setting.stage = partial(GRPOModule, advantage=reinforce_pp)
+    setting.module(num_generations=1)
+    for estimator in (grpo, partial(rloo)):
+        setting.stage = partial(GRPOModule, advantage=estimator)
+        with pytest.raises(UserError, match=r"stage\.num_generations=1"):
+            setting.module(num_generations=1)

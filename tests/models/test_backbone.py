@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.models import Frozen, Policy, backbone, hidden_states, switch_off_dropout
+from rlhf.models import Frozen, Policy, backbone, disable_dropout, hidden_states
 
 ROW = torch.tensor([[5, 260, 17, 3, 99, 41, 2]])
 TINY = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -53,8 +53,8 @@ def test_logprobs_entropy_and_hits_are_those_of_the_plain_model(lm: PreTrainedMo
     picked = expected.gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(scores.logprobs[:, 1:].detach(), picked)
     torch.testing.assert_close(scores.entropy[:, 1:], -(expected.exp() * expected).sum(dim=-1))
-    assert torch.equal(scores.hits[:, 1:], expected.argmax(dim=-1) == tokens[:, 1:])
-    assert scores.hits[0, 3]
+    assert torch.equal(scores.correct[:, 1:], expected.argmax(dim=-1) == tokens[:, 1:])
+    assert scores.correct[0, 3]
     assert not scores.entropy.requires_grad
 
 
@@ -168,10 +168,18 @@ def gpt2(dropout: float) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         GPT2Config(
-            vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
-            attn_pdrop=dropout, bos_token_id=1, eos_token_id=2,
+            vocab_size=300,
+            n_positions=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 def test_dropout_switched_off_makes_train_and_eval_agree() -> None:
@@ -180,7 +188,7 @@ def test_dropout_switched_off_makes_train_and_eval_agree() -> None:
     with torch.no_grad():
         asleep, awake = lm.eval()(input_ids=ROW).logits, lm.train()(input_ids=ROW).logits
         assert not torch.allclose(asleep, awake)
-        switch_off_dropout(lm)
+        disable_dropout(lm)
         assert torch.equal(lm.train()(input_ids=ROW).logits, asleep)
         assert torch.equal(lm.eval()(input_ids=ROW).logits, asleep)
 
@@ -193,12 +201,18 @@ def test_dropout_switched_off_makes_train_and_eval_agree() -> None:
         # Falcon's decoder layer reads it from the configuration, OPT also leaves out whole layers
         FalconConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, hidden_dropout=0.5),
         OPTConfig(
-            vocab_size=60, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
-            num_attention_heads=2, dropout=0.0, layerdrop=0.5,
+            vocab_size=60,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            dropout=0.0,
+            layerdrop=0.5,
         ),
     ],
     ids=lambda config: config.model_type,
-)  # fmt: skip
+)
 def test_dropout_kept_as_a_number_is_switched_off_too(config: PretrainedConfig) -> None:
     """Six passes in train mode: some differ from eval before, none after (one layer stays with chance 1/2)."""
     torch.manual_seed(0)
@@ -207,7 +221,7 @@ def test_dropout_kept_as_a_number_is_switched_off_too(config: PretrainedConfig) 
         expected = lm.eval()(input_ids=tokens).logits
         lm.train()
         assert not all(torch.equal(lm(input_ids=tokens).logits, expected) for _ in range(6))
-        switch_off_dropout(lm)
+        disable_dropout(lm)
         assert all(torch.equal(lm(input_ids=tokens).logits, expected) for _ in range(6))
 
 

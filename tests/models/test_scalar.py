@@ -121,8 +121,11 @@ def test_one_head_draws_the_weights_it_always_drew() -> None:
     torch.manual_seed(0)
     four = ScalarHead(6, hidden_dim=5, num_layers=2, num_heads=4)
     assert [name for name, _ in one.named_parameters()] == [
-        "layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias",
-    ]  # fmt: skip
+        "layers.0.weight",
+        "layers.0.bias",
+        "layers.2.weight",
+        "layers.2.bias",
+    ]
     assert all(torch.equal(weight, four.get_parameter(name)) for name, weight in one.named_parameters())
 
 
@@ -163,9 +166,11 @@ def test_pessimistic_score_by_hand() -> None:
     One scorer has no spread; coefficient 0 is the mean.
     """
     scores = torch.tensor([[0.0, 3.0, 6.0], [2.0, 2.0, 2.0]])
-    torch.testing.assert_close(pessimistic_score(scores, spread_coef=0.5), torch.tensor([3 - 0.5 * 6**0.5, 2.0]))
-    torch.testing.assert_close(pessimistic_score(scores, spread_coef=0.0), torch.tensor([3.0, 2.0]))
-    torch.testing.assert_close(pessimistic_score(scores[:, 2:], spread_coef=9.0), torch.tensor([6.0, 2.0]))
+    torch.testing.assert_close(
+        pessimistic_score(scores, uncertainty_penalty=0.5), torch.tensor([3 - 0.5 * 6**0.5, 2.0])
+    )
+    torch.testing.assert_close(pessimistic_score(scores, uncertainty_penalty=0.0), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(pessimistic_score(scores[:, 2:], uncertainty_penalty=9.0), torch.tensor([6.0, 2.0]))
 
 
 def test_scores_are_float32_whatever_the_precision_of_the_body() -> None:

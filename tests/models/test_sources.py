@@ -23,14 +23,26 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, **SPECIAL),
     "llama": LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, **SPECIAL,
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **SPECIAL,
     ),
     "mamba2": Mamba2Config(
-        vocab_size=300, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, state_size=8, n_groups=1,
-        chunk_size=4, **SPECIAL,
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=4,
+        **SPECIAL,
     ),
-}  # fmt: skip
+}
 
 
 def folder(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:

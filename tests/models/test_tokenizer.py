@@ -12,11 +12,18 @@ USER = {"role": "user", "content": "Hi"}
 @pytest.mark.parametrize(
     "text",
     [
-        "plain words", "  two spaces,\ttabs\r\nand line feeds\n\n", "straße, naïve, Ελλάδα", "東京へ行きます",
-        "👩‍👩‍👧 🇩🇪", "\x00\x07 control", "e\u0301 is not é", "\u200bzero width\ufeff",
-        "{{ jinja }} {% raw %} {prompt}", "",
+        "plain words",
+        "  two spaces,\ttabs\r\nand line feeds\n\n",
+        "straße, naïve, Ελλάδα",
+        "東京へ行きます",
+        "👩‍👩‍👧 🇩🇪",
+        "\x00\x07 control",
+        "e\u0301 is not é",
+        "\u200bzero width\ufeff",
+        "{{ jinja }} {% raw %} {prompt}",
+        "",
     ],
-)  # fmt: skip
+)
 def test_any_text_comes_back_byte_for_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     """Byte-level BPE has all 256 bytes: no unknown token, nothing normalised, no space added or cleaned up."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,8 +67,13 @@ def test_the_template_writes_one_bos_and_an_eos(tokenizer: PreTrainedTokenizerFa
 def test_a_conversation_has_one_bos_and_one_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     """Earlier answers end in a blank line, so that EOS always means: the conversation is over."""
     tokenizer.chat_template = chat_template("Q: {prompt}\nA:")
-    talk = [{"role": "system", "content": "Be kind."}, USER, {"role": "assistant", "content": "Hello"}, USER,
-            {"role": "assistant", "content": "Again"}]  # fmt: skip
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        USER,
+        {"role": "assistant", "content": "Hello"},
+        USER,
+        {"role": "assistant", "content": "Again"},
+    ]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
     assert text == "<bos>Be kind.\n\nQ: Hi\nA: Hello\n\nQ: Hi\nA: Again<eos>"
 
@@ -76,10 +88,18 @@ def test_a_tokenizer_without_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -
 @pytest.mark.parametrize(
     "around",
     [
-        "plain ", "it's \"quoted\" ", "line\nfeed\n\n", "back\\slash \\n \\", "{braces} {{x}} {% if %} {# no #} }} ",
-        "ends in quote'", "tab\t", "ümlaut 東 ", "'+'", "",
+        "plain ",
+        'it\'s "quoted" ',
+        "line\nfeed\n\n",
+        "back\\slash \\n \\",
+        "{braces} {{x}} {% if %} {# no #} }} ",
+        "ends in quote'",
+        "tab\t",
+        "ümlaut 東 ",
+        "'+'",
+        "",
     ],
-)  # fmt: skip
+)
 def test_a_template_is_taken_letter_by_letter(tokenizer: PreTrainedTokenizerFast, around: str) -> None:
     """Quotes, line feeds, backslashes and Jinja's own signs stand in the text as typed, before and after the prompt."""
     tokenizer.chat_template = chat_template(around + "{prompt}" + around)

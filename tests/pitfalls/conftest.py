@@ -25,9 +25,17 @@ def dropout_runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Runs:
     """The same from a GPT-2 with dropout 0.1 everywhere."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.1, embd_pdrop=0.1,
-        attn_pdrop=0.1, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=300,
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     lm = AutoModelForCausalLM.from_config(config).eval()
     return Runs(tmp_path, tokenizer, ends_often(lm, tokenizer.eos_token_id))
 
@@ -53,10 +61,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: P
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
             env={**os.environ, **meeting, "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=180)[0] for process in processes]
     finally:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import ANSWERS, PROMPTS, Fixed
-from rlhf.dpo import DPODataModule, DPOModule
+from rlhf.data import PreferenceDataModule
+from rlhf.dpo import DPOModule
 from rlhf.models import ScalarHead, ScalarModel
 from rlhf.ppo import PPOModule
 from rlhf.reward import RewardDataModule, RewardModule
-from rlhf.rewards import RewardModel
-from rlhf.rl import KLControl, Limits, PromptDataModule, ScoreShaping
-from rlhf.rollout import Sampling
+from rlhf.reward_functions import ModelReward
+from rlhf.rl import KLController, RolloutDataModule, ScoreShaping, UpdateLimits
+from rlhf.sampling import SamplingParams
 from rlhf.sft import SFTDataModule, SFTModule
 
 DEMONSTRATIONS = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)]
@@ -32,8 +33,8 @@ PAIRS = [
 STAGES: dict[str, tuple[Any, Any, list[dict[str, Any]]]] = {
     "sft": (SFTModule, SFTDataModule, DEMONSTRATIONS),
     "reward": (RewardModule, RewardDataModule, PAIRS),
-    "ppo": (PPOModule, PromptDataModule, DEMONSTRATIONS),
-    "dpo": (DPOModule, DPODataModule, PAIRS),
+    "ppo": (PPOModule, RolloutDataModule, DEMONSTRATIONS),
+    "dpo": (DPOModule, PreferenceDataModule, PAIRS),
 }
 # AdamW's eps is 1: a step is then close to lr x gradient, where the usual eps would turn the rounding noise of tiny
 # gradients into whole steps
@@ -124,9 +125,14 @@ class Runs:
         return str(path)
 
     def build(
-        self, stage: str, *, data: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None,
-        callbacks: Sequence[lightning.Callback] = (), **keys: Any,
-    ) -> Run:  # fmt: skip
+        self,
+        stage: str,
+        *,
+        data: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        callbacks: Sequence[lightning.Callback] = (),
+        **keys: Any,
+    ) -> Run:
         """A stage that has not been trained yet: one epoch in one batch, at a constant learning rate of 1e-3."""
         module_class, data_class, records = STAGES[stage]
         # as a fresh model comes: Lightning trains a module in the mode that it finds it in
@@ -140,13 +146,21 @@ class Runs:
         module.tokenizer = datamodule.tokenizer = self.tokenizer
         kept, logged = Batches(), Numbers()
         fitted = lightning.Trainer(
-            logger=logged, callbacks=[*callbacks, kept],
+            logger=logged,
+            callbacks=[*callbacks, kept],
             **{
-                "accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0,
-                "default_root_dir": self.folder, "enable_checkpointing": False, "enable_progress_bar": False,
-                "enable_model_summary": False, "use_distributed_sampler": False, **(trainer or {}),
+                "accelerator": "cpu",
+                "max_epochs": 1,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "default_root_dir": self.folder,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+                **(trainer or {}),
             },
-        )  # fmt: skip
+        )
         return Run(module, datamodule, fitted, kept, logged)
 
     def fit(self, stage: str, *, resume: Path | None = None, **keys: Any) -> Run:
@@ -161,15 +175,15 @@ def _own_keys(stage: str) -> dict[str, Any]:
     if stage == "sft":
         return {"samples": 0}
     if stage == "ppo":
-        sampling = Sampling(max_new_tokens=8, temperature=0.7)
-        shared = {"reward": RewardModel(), "scores": ScoreShaping(), "kl": KLControl(), "limits": Limits()}
+        sampling = SamplingParams(max_new_tokens=8, temperature=0.7)
+        shared = {"reward": ModelReward(), "scores": ScoreShaping(), "kl": KLController(), "limits": UpdateLimits()}
         return {**shared, "sampling": sampling, "minibatch_size": 8, "ppo_epochs": 1}
     return {}
 
 
 def texts(batch: Any) -> Any:
     """Tokens, mask and answer of a batch of any stage, [batch, time] each."""
-    return getattr(batch, "texts", batch)
+    return getattr(batch, "sequences", batch)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pitfalls.runs import STAGES, Run, Runs, texts
 from rlhf.errors import UserError
-from rlhf.export import open_source, save_result
+from rlhf.export import open_model_source, save_result
 from rlhf.models import backbone
 
 
@@ -28,7 +28,7 @@ def test_22_the_reward_head_is_saved_and_never_made_up(runs: Runs, tmp_path: Pat
     save_result(reward.module.result(), path, {})
     trained = {name: weight.clone() for name, weight in reward.module.model.state_dict().items()}
     assert "head.layers.2.weight" in trained
-    run = runs.fit("ppo", reward_model=open_source(str(path)), learning_rate=0.0, trainer={"max_steps": 1})
+    run = runs.fit("ppo", reward_model=open_model_source(str(path)), learning_rate=0.0, trainer={"max_steps": 1})
     for model in (run.module.reward.model.model, run.module.critic):
         torch.testing.assert_close(dict(model.state_dict()), trained, rtol=0.0, atol=0.0)
 
@@ -36,7 +36,7 @@ def test_22_the_reward_head_is_saved_and_never_made_up(runs: Runs, tmp_path: Pat
     del content["weights"]["head.layers.2.weight"]
     torch.save(content, path)
     with pytest.raises(UserError, match=r"the reward head is not in the file: head\.layers\.2\.weight"):
-        runs.fit("ppo", reward_model=open_source(str(path)))
+        runs.fit("ppo", reward_model=open_model_source(str(path)))
 
 
 def test_23_global_step_counts_optimizer_steps(runs: Runs) -> None:
@@ -62,7 +62,7 @@ def test_24_resume_goes_on_in_the_middle_of_an_epoch(runs: Runs, stage: str, tmp
     trainer = {"max_epochs": 2, "enable_checkpointing": True}
     whole = runs.fit(stage, trainer=trainer, callbacks=[every], **keys)
     rest = runs.fit(stage, trainer=trainer, resume=tmp_path / "step=5.ckpt", **keys)
-    order, again = ([texts(batch).tokens.tolist() for batch in run.batches] for run in (whole, rest))
+    order, again = ([texts(batch).input_ids.tolist() for batch in run.batches] for run in (whole, rest))
     assert len(order) == 8
     assert again == order[5:]
     assert order[:4] != order[4:], "the second epoch has an order of its own"
@@ -174,13 +174,13 @@ def test_28_logits_of_a_rollout_are_never_held_at_once(runs: Runs, monkeypatch: 
         return run
 
     run = runs.build("ppo")
-    for name in ("answer", "look_back", "judge", "training_step"):
+    for name in ("answer", "evaluate_rollout", "judge", "training_step"):
         setattr(run.module, name, watched(name, getattr(run.module, name)))
     run.trainer.fit(run.module, run.data)
-    answers = int(run.batches[0].answer.sum())
+    answers = int(run.batches[0].response_mask.sum())
     assert answers > 20
-    assert run.batches[0].tokens.numel() > 2 * answers
-    assert most == {"answer": 8, "look_back": 5, "judge": 0, "training_step": most["training_step"]}
+    assert run.batches[0].input_ids.numel() > 2 * answers
+    assert most == {"answer": 8, "evaluate_rollout": 5, "judge": 0, "training_step": most["training_step"]}
     assert most["training_step"] <= answers
 
 

@@ -17,7 +17,7 @@ from pitfalls.runs import ONE_STEP, PAIRS, PLAIN_SCORES, STAGES, Run, Runs, logp
 from rlhf.dpo.objective import ipo_loss
 from rlhf.errors import UserError
 from rlhf.models import Policy, Pretrained, chat_template
-from rlhf.rl import KLControl, ScoreShaping
+from rlhf.rl import KLController, ScoreShaping
 from test_configs import composed
 
 NAN = float("nan")
@@ -35,13 +35,13 @@ class Spoil(lightning.Callback):
     def __init__(self, columns: int, *, garbage: bool) -> None:
         self.columns, self.garbage = columns, garbage
         self.draw = torch.Generator().manual_seed(0)
-        self.mask: Tensor | None = None
+        self.attention_mask: Tensor | None = None
         self.poisoned = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if hasattr(module, "answer"):  # the stages that sample
-            answer = module.answer
-            module.answer = lambda prompts: self.spoil(answer(prompts))
+            answer = module.response_mask
+            module.response_mask = lambda prompts: self.spoil(answer(prompts))
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         for part in module.modules() if self.garbage else ():
@@ -49,31 +49,31 @@ class Spoil(lightning.Callback):
                 part.register_forward_hook(self.poison)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.mask = self.spoil(texts(batch)).mask
+        self.attention_mask = self.spoil(texts(batch)).attention_mask
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.mask = None
+        self.attention_mask = None
 
     def spoil(self, text: Any) -> Any:
         """Spoil tokens, masks and numbers, [batch, time] each, in place."""
-        shape = text.mask.shape
+        shape = text.attention_mask.shape
         for part in fields(text):
             value = getattr(text, part.name)
             if isinstance(value, Tensor) and value.shape == shape:
                 setattr(text, part.name, F.pad(value, (0, self.columns)))
         if self.garbage:
-            noise = torch.randint(3, 300, text.tokens.shape, generator=self.draw)
-            text.tokens = torch.where(text.mask, text.tokens, noise)
+            noise = torch.randint(3, 300, text.input_ids.shape, generator=self.draw)
+            text.input_ids = torch.where(text.attention_mask, text.input_ids, noise)
             for part in fields(text):
                 value = getattr(text, part.name)
-                if isinstance(value, Tensor) and value.shape == text.mask.shape and value.is_floating_point():
-                    setattr(text, part.name, torch.where(text.answer, value, NAN))
+                if isinstance(value, Tensor) and value.shape == text.attention_mask.shape and value.is_floating_point():
+                    setattr(text, part.name, torch.where(text.response_mask, value, NAN))
         return text
 
     def poison(self, trunk: Any, inputs: Any, output: Any) -> Any:
         states = output.last_hidden_state
-        if self.mask is not None and states.shape[:2] == self.mask.shape:
-            output.last_hidden_state = torch.where(self.mask[..., None], states, NAN)
+        if self.attention_mask is not None and states.shape[:2] == self.attention_mask.shape:
+            output.last_hidden_state = torch.where(self.attention_mask[..., None], states, NAN)
             self.poisoned += 1
         return output
 
@@ -89,13 +89,16 @@ def check_outcome(runs: Runs, stage: str, spoil: Spoil) -> None:
     batches = {"batch_size": 8 if stage == "ppo" else 2}
     keys.update(eps=1.0, learning_rate=0.03)  # steps that do not magnify rounding
     clean = runs.fit(stage, data=batches, **keys)
-    spoiled = runs.fit(stage, data=batches, callbacks=[spoil], **keys)
-    assert clean.trainer.global_step == spoiled.trainer.global_step == 4
-    assert texts(spoiled.batches[0]).mask.shape[1] == texts(clean.batches[0]).mask.shape[1] + spoil.columns
-    assert len(numbers(clean)) == len(numbers(spoiled)) > 0
-    for one, other in zip(numbers(clean), numbers(spoiled), strict=True):
+    corrupt_padding = runs.fit(stage, data=batches, callbacks=[spoil], **keys)
+    assert clean.trainer.global_step == corrupt_padding.trainer.global_step == 4
+    assert (
+        texts(corrupt_padding.batches[0]).attention_mask.shape[1]
+        == texts(clean.batches[0]).attention_mask.shape[1] + spoil.columns
+    )
+    assert len(numbers(clean)) == len(numbers(corrupt_padding)) > 0
+    for one, other in zip(numbers(clean), numbers(corrupt_padding), strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6)  # float32 sums of other shapes
-    torch.testing.assert_close(spoiled.weights(), clean.weights())
+    torch.testing.assert_close(corrupt_padding.weights(), clean.weights())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -118,8 +121,10 @@ def test_15_score_lands_on_the_last_answer_token(runs: Runs) -> None:
     """
     run = runs.fit("ppo", gamma=0.5, gae_lambda=1.0, kl_coef=0.0, scores=ScoreShaping(**PLAIN_SCORES))
     (part,) = run.batches
-    assert len(set(part.answer.sum(dim=1).tolist())) > 1, "answers of one length end in the same column"
-    for row, mask, answer, returns in zip(part.tokens, part.mask, part.answer, part.returns, strict=True):
+    assert len(set(part.response_mask.sum(dim=1).tolist())) > 1, "answers of one length end in the same column"
+    for row, mask, answer, returns in zip(
+        part.input_ids, part.attention_mask, part.response_mask, part.returns, strict=True
+    ):
         score, count = score_alone(runs.judge, row[mask]), int(answer.sum())
         expected = [score * 0.5 ** (count - 1 - place) for place in range(count)]
         assert returns[answer].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)  # A + V in float32
@@ -130,7 +135,7 @@ def test_16_whitening_is_masked_and_removes_the_mean(runs: Runs) -> None:
     run = runs.fit("ppo", minibatch_size=4)
     assert len(run.batches) == 2
     advantages, returns, values = (
-        torch.cat([getattr(part, name)[part.answer] for part in run.batches])
+        torch.cat([getattr(part, name)[part.response_mask] for part in run.batches])
         for name in ("advantages", "returns", "old_values")
     )
     assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-6)
@@ -157,15 +162,28 @@ def test_17_two_ranks_are_one_big_batch(two_ranks: Path, architecture: str, tmp_
 
 # key: a value other than that of `outcome`
 OPTIMIZER = {
-    "learning_rate": 2e-3, "weight_decay": 0.5, "betas": [0.5, 0.9], "eps": 1e-2, "schedule": "linear",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.5,
+    "betas": [0.5, 0.9],
+    "eps": 1e-2,
+    "schedule": "linear",
     "warmup_ratio": 0.5,
-}  # fmt: skip
+}
 STAGE = {**OPTIMIZER, "policy": None, "samples": 2, "max_new_tokens": 2}
 DATA = {
-    "train": "other", "val": "other", "val_fraction": 0.25, "columns": {"completion": "other"},
-    "template": "[{prompt}]", "max_length": 12, "max_rows": 6, "batch_size": 4, "eval_batch_size": 3,
-    "on_error": "skip", "seed": 3, "loss_on": "text",
-}  # fmt: skip
+    "train": "other",
+    "val": "other",
+    "val_fraction": 0.25,
+    "columns": {"completion": "other"},
+    "template": "[{prompt}]",
+    "max_length": 12,
+    "max_rows": 6,
+    "batch_size": 4,
+    "eval_batch_size": 3,
+    "on_error": "skip",
+    "seed": 3,
+    "loss_on": "text",
+}
 ONLY_HUB = {"splits", "subset"}  # parts of a hub data set; a local file has none
 TRAINER = {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}
 # what else has to be so for a key to matter: val_fraction is of a run without a file for validation
@@ -183,7 +201,7 @@ def outcome(runs: Runs, *, stage: dict[str, Any], data: dict[str, Any], trainer:
     small = {"samples": 1, "max_new_tokens": 4, "learning_rate": 1e-4}  # so little that answers do not end at once
     run = runs.build("sft", data=keys, trainer={"max_epochs": 2, **trainer}, **{**small, **stage})
     samples: list[Any] = []
-    run.module.show_samples = samples.append
+    run.module.log_samples = samples.append
     lightning.seed_everything(7, verbose=False)
     try:
         run.trainer.fit(run.module, run.data)
@@ -252,31 +270,31 @@ def test_19_the_reference_of_evaluation_is_the_untrained_model(runs: Runs, tmp_p
 
 def test_20_ipo_says_whether_it_sums_or_averages(runs: Runs) -> None:
     """The first loss is (1 / (2 beta))^2 in both forms. After a step IPO of the paper has seen sums of log-probs; with
-    ``length_normalised`` means a token: the losses part, by arithmetic on the log-probs of whole answers.
+    ``length_normalized`` means a token: the losses part, by arithmetic on the log-probs of whole answers.
     """
     curves = {}
     for switch in (False, True):
         run = runs.fit(
-            "dpo", objective=ipo_loss, beta=0.5, length_normalised=switch, learning_rate=1e-2, trainer={"max_epochs": 2}
+            "dpo", loss=ipo_loss, beta=0.5, length_normalized=switch, learning_rate=1e-2, trainer={"max_epochs": 2}
         )
         first, second = run.curve("train/loss")
         assert first == pytest.approx(1.0)  # (0 - 1 / (2 x 0.5))^2
         texts = run.batches[-1].texts
         with torch.no_grad():
             now, before = (
-                Policy(lm)(texts.tokens, texts.mask, texts.answer).logprobs.sum(dim=1)
+                Policy(lm)(texts.input_ids, texts.attention_mask, texts.response_mask).logprobs.sum(dim=1)
                 for lm in (runs_after_one_step(runs, switch), runs.lm.eval())
             )
-        said = (now - before) / (texts.answer.sum(dim=1) if switch else 1)
+        said = (now - before) / (texts.response_mask.sum(dim=1) if switch else 1)
         chosen, rejected = said.chunk(2)
         assert second == pytest.approx(float((chosen - rejected - 1.0).square().mean()), rel=1e-4)
         curves[switch] = second
     assert curves[False] != pytest.approx(curves[True], rel=1e-3)
 
 
-def runs_after_one_step(runs: Runs, length_normalised: bool) -> Any:
+def runs_after_one_step(runs: Runs, length_normalized: bool) -> Any:
     """The policy of the first of the two epochs."""
-    run = runs.fit("dpo", objective=ipo_loss, beta=0.5, length_normalised=length_normalised, learning_rate=1e-2)
+    run = runs.fit("dpo", loss=ipo_loss, beta=0.5, length_normalized=length_normalized, learning_rate=1e-2)
     return run.module.policy.lm.eval()
 
 
@@ -288,7 +306,7 @@ def test_21_the_target_of_the_price_is_per_sequence_and_says_so(runs: Runs) -> N
     """
 
     def price(target: float) -> tuple[float, float]:
-        kl = KLControl(target_per_sequence=target, horizon=8)
+        kl = KLController(target_per_sequence=target, horizon=8)
         keys = {"kl": kl, "kl_coef": 0.1, "learning_rate": 1e-2, "trainer": {"max_epochs": 2}}
         run = runs.fit("ppo", **keys)
         return run.curve("kl_coef")[1], run.curve("objective/kl")[1]
@@ -298,9 +316,9 @@ def test_21_the_target_of_the_price_is_per_sequence_and_says_so(runs: Runs) -> N
     assert charged == pytest.approx(0.08)
     assert kl > 1e-3
 
-    control = KLControl(target_per_sequence=kl, horizon=8)
+    control = KLController(target_per_sequence=kl, horizon=8)
     control.start(0.08)
     control.steer(torch.tensor(kl), 8)
     assert float(control.coef) == pytest.approx(0.08)
     with pytest.raises(TypeError, match="target_per_token"):
-        KLControl(target_per_token=kl)  # type: ignore[call-arg]
+        KLController(target_per_token=kl)  # type: ignore[call-arg]

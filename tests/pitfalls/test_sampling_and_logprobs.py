@@ -15,8 +15,8 @@ from pitfalls.runs import PLAIN_SCORES, Runs, logprobs_alone
 from rlhf.errors import UserError
 from rlhf.models import Frozen
 from rlhf.rl import ScoreShaping
-from rlhf.rollout import Sampling
 from rlhf.run import _trainer
+from rlhf.sampling import SamplingParams
 
 
 def test_08_logprobs_are_of_the_whole_distribution_at_the_temperature_of_sampling(runs: Runs) -> None:
@@ -24,10 +24,10 @@ def test_08_logprobs_are_of_the_whole_distribution_at_the_temperature_of_samplin
 
     The policy is still the reference, and the KL between the two is 0 to the last bit.
     """
-    sampling = Sampling(max_new_tokens=8, temperature=0.7, top_k=5, top_p=0.9)
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.7, top_k=5, top_p=0.9)
     run = runs.fit("ppo", sampling=sampling, trainer={"max_steps": 1})
     (part,) = run.batches
-    for row, answer, old in zip(part.tokens, part.answer, part.old_logprobs, strict=True):
+    for row, answer, old in zip(part.input_ids, part.response_mask, part.old_logprobs, strict=True):
         ids = row[: int(answer.nonzero()[-1]) + 1]
         everything = logprobs_alone(runs.lm, ids, temperature=0.7)
         chosen = everything.gather(1, ids[1:, None])[:, 0]
@@ -42,9 +42,9 @@ def check_first_ratio(runs: Runs) -> None:
     """Two minibatches before the first update, in the parts they are learned in: every ratio is 1, bit for bit."""
     run = runs.fit("ppo", minibatch_size=4, trainer={"accumulate_grad_batches": 2})
     assert len(run.batches) == 2
-    lengths = run.batches[0].answer.sum(dim=1)
+    lengths = run.batches[0].response_mask.sum(dim=1)
     assert lengths.min() < lengths.max(), "answers of one length would not show what padding does"
-    assert run.curve("val/ratio") == [1.0]
+    assert run.curve("policy/ratio") == [1.0]
     assert run.curve("policy/approxkl_avg") == [0.0]
     assert run.curve("objective/kl") == [0.0]
 
@@ -66,12 +66,12 @@ class Modes(lightning.Callback):
         self.frozen: list[bool] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        parts = frozen_parts(module)
+        parts = check_frozen_models(module)
         self.trained.append(module.policy.lm.training)
         self.frozen.append(any(part.training or wants_gradient(part) for whole in parts for part in whole.modules()))
 
 
-def frozen_parts(module: Any) -> list[nn.Module]:
+def check_frozen_models(module: Any) -> list[nn.Module]:
     return [part.model for part in module.modules() if isinstance(part, Frozen)]
 
 
@@ -86,10 +86,10 @@ def test_10_frozen_parts_stay_in_eval_without_gradient(runs: Runs, stage: str, c
     val = {"val": str(runs.folder / f"{stage}.jsonl")}
     run = runs.fit(stage, data=val, callbacks=[modes], trainer={"max_epochs": 3})
     run.module.train()
-    assert len(frozen_parts(run.module)) == count
+    assert len(check_frozen_models(run.module)) == count
     assert modes.trained == [True] * 3
     assert modes.frozen == [False] * 3
-    assert not any(part.training for whole in frozen_parts(run.module) for part in whole.modules())
+    assert not any(part.training for whole in check_frozen_models(run.module) for part in whole.modules())
     reference = run.module.reference.model
     torch.testing.assert_close(reference.lm.state_dict(), runs.lm.state_dict(), rtol=0.0, atol=0.0)
 
@@ -114,7 +114,7 @@ def test_10_dropout_is_off_in_every_part(dropout_runs: Runs, stage: str) -> None
 
 def same_answers(stage: str) -> dict[str, Any]:
     """PPO draws one answer for good: the most likely one."""
-    sampling = Sampling(max_new_tokens=8, temperature=0.7, top_k=1)
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.7, top_k=1)
     return {"sampling": sampling, "scores": ScoreShaping(**PLAIN_SCORES)} if stage == "ppo" else {}
 
 
@@ -128,12 +128,14 @@ def test_11_the_missing_eos_penalty_looks_at_the_configured_stop_token(runs: Run
     scores = {**PLAIN_SCORES, "missing_eos_penalty": 7.0}
     rewards = {}
     for name, stops in {"configured": others, "eos": None}.items():
-        sampling = Sampling(max_new_tokens=1, temperature=0.7, stop_tokens=stops)
+        sampling = SamplingParams(max_new_tokens=1, temperature=0.7, stop_tokens=stops)
         run = runs.fit("ppo", sampling=sampling, scores=ScoreShaping(**scores), kl_coef=0.0, trainer={"max_steps": 1})
         (truncated,), (shaped,) = run.curve("response/truncated"), run.curve("objective/rlhf_reward")
         rewards[name] = shaped - run.curve("objective/scores")[0]
-        ended = [int(row[answer][-1]) == runs.tokenizer.eos_token_id
-                 for row, answer in zip(run.batches[0].tokens, run.batches[0].answer, strict=True)]  # fmt: skip
+        ended = [
+            int(row[answer][-1]) == runs.tokenizer.eos_token_id
+            for row, answer in zip(run.batches[0].input_ids, run.batches[0].response_mask, strict=True)
+        ]
         assert truncated == pytest.approx(sum(ended) / 8 if stops else 1 - sum(ended) / 8)
         assert rewards[name] == pytest.approx(-7.0 * truncated, abs=1e-5)
     assert rewards["configured"] != rewards["eos"]

@@ -28,7 +28,7 @@ def same_words(tokenizer: PreTrainedTokenizerFast, **special: str) -> PreTrained
 def rows(batch: Any) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer tokens of each row of a batch."""
     text = texts(batch)
-    parts = zip(text.tokens, text.mask, text.answer, strict=True)
+    parts = zip(text.input_ids, text.attention_mask, text.response_mask, strict=True)
     return [(row[real & ~answer].tolist(), row[answer].tolist()) for row, real, answer in parts]
 
 
@@ -39,11 +39,11 @@ def test_01_eos_carries_loss(runs: Runs, tokenizer: PreTrainedTokenizerFast) -> 
     """
     runs.tokenizer = same_words(tokenizer, pad_token="<eos>")
     run = runs.fit("sft", trainer={"max_epochs": 20}, learning_rate=1e-2)
-    assert not run.batches[0].mask.all(), "without padding this would show nothing"
+    assert not run.batches[0].attention_mask.all(), "without padding this would show nothing"
     gains = []
     for prompt, answer in rows(run.batches[0]):
         assert answer[-1] == EOS
-        ids = run.batches[0].tokens.new_tensor([*prompt, *answer])
+        ids = run.batches[0].input_ids.new_tensor([*prompt, *answer])
         before, after = (logprobs_alone(lm, ids)[-1, EOS] for lm in (runs.lm, run.module.policy.lm))
         gains.append(float(after - before))
     assert sum(gains) / len(gains) > 1.0
@@ -91,7 +91,7 @@ def test_04_truncation_keeps_the_answer_and_is_counted(
     with caplog.at_level(logging.INFO, logger="rlhf"):
         run = runs.fit(stage, data={"train": runs.write("long", records), "max_length": 16})
     batch = run.batches[0]
-    assert texts(batch).mask.sum(dim=1).max() == 16
+    assert texts(batch).attention_mask.sum(dim=1).max() == 16
     assert all(answer for _, answer in rows(batch))
     ended = [answer[-1] == EOS for _, answer in rows(batch)]
     assert ended.count(True) == len(ended) / 2

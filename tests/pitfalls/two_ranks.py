@@ -8,7 +8,7 @@ import torch
 
 from pitfalls.runs import ONE_STEP, Runs
 from rlhf.models import Pretrained
-from rlhf.rollout import Sampling
+from rlhf.sampling import SamplingParams
 
 DDP = {"strategy": "ddp", "devices": 2, "max_steps": 1}
 
@@ -25,9 +25,9 @@ def main(folder: Path, rank: int) -> None:
     torch.save((run.module.policy.lm.state_dict(), [batch.loss_terms for batch in run.batches]), own / "sft.pt")
 
     # the answers of rank 0 end after 2 tokens, those of rank 1 go on to 16: what one waits for, the other must still do
-    sampling = Sampling(max_new_tokens=(2, 16)[rank], temperature=0.7)
+    sampling = SamplingParams(max_new_tokens=(2, 16)[rank], temperature=0.7)
     run = runs.fit("ppo", data={"batch_size": 4}, trainer={**DDP, "max_steps": 2, "max_epochs": 2}, sampling=sampling)
-    longest = [int(batch.answer.sum(dim=1).max()) for batch in run.batches]
+    longest = [int(batch.response_mask.sum(dim=1).max()) for batch in run.batches]
     torch.save((run.module.policy.lm.state_dict(), longest), own / "ppo.pt")
 
 

@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models import ScalarHead
 from rlhf.ppo import PPOModule
 from rlhf.rl import Minibatch, ScoreShaping
-from rlhf.rollout import Sampling
+from rlhf.sampling import SamplingParams
 
 
 def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,19 +22,19 @@ def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytes
     The second minibatch comes after a step, so there they differ.
     """
     seen: list[tuple[Tensor, Tensor]] = []
-    look = PPOModule.look
+    look = PPOModule.policy_output
 
     def noting(self: PPOModule, part: Minibatch) -> Any:
         scores = look(self, part)
         seen.append((scores.logprobs.detach(), part.old_logprobs))
         return scores
 
-    monkeypatch.setattr(PPOModule, "look", noting)
+    monkeypatch.setattr(PPOModule, "policy_output", noting)
     _, record = setting.train(kl_coef=0.1)
     assert torch.equal(*seen[0])
     assert not torch.equal(*seen[1])
     assert record.numbers[0]["objective/kl"] == 0.0
-    lengths = record.parts[0].answer.sum(dim=1)
+    lengths = record.parts[0].response_mask.sum(dim=1)
     assert lengths.min() < lengths.max(), "answers of one length would not show what padding does"
 
 
@@ -45,9 +45,9 @@ def test_old_logprobs_and_values_are_those_of_the_models_alone(setting: Setting)
     _, record = setting.train()
     part = record.parts[0]
     lm, judge = setting.policy.model, setting.judge.model
-    for row in range(len(part.tokens)):
-        length, answer = int(part.mask[row].sum()), part.answer[row]
-        ids = part.tokens[row : row + 1, :length]
+    for row in range(len(part.input_ids)):
+        length, answer = int(part.attention_mask[row].sum()), part.response_mask[row]
+        ids = part.input_ids[row : row + 1, :length]
         with torch.no_grad():
             logprobs = (lm(ids).logits[0, :-1] / 0.7).log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
             values = judge.head(judge.trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1])
@@ -105,9 +105,9 @@ def test_accumulation_is_the_bigger_minibatch(setting: Setting) -> None:
     big, seen = setting.train(minibatch_size=8, trainer={"max_steps": 1}, **keys)
     keys["scores"] = ScoreShaping(clip=None)
     small, parts = setting.train(minibatch_size=2, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys)
-    counts = [int(part.answer.sum()) for part in parts.parts]
+    counts = [int(part.response_mask.sum()) for part in parts.parts]
     assert len(set(counts)) > 1
-    assert sum(counts) == int(seen.parts[0].answer.sum())
+    assert sum(counts) == int(seen.parts[0].response_mask.sum())
     assert changed(big.policy.lm, setting.policy.model)
     assert_same(small.policy.lm, big.policy.lm)
     assert_same(small.critic, big.critic)
@@ -122,22 +122,22 @@ def test_accumulation_across_iterations_is_refused(setting: Setting) -> None:
 def test_padding_of_a_minibatch_is_never_seen(setting: Setting) -> None:
     """Random tokens and NaN on every slot that is no answer token change neither the loss nor any gradient."""
     module, record = setting.train()
-    part = next(part for part in record.parts if not part.mask.all())
+    part = next(part for part in record.parts if not part.attention_mask.all())
     nan = torch.tensor(float("nan"))
     garbage = {
-        name: torch.where(part.answer, getattr(part, name), nan)
+        name: torch.where(part.response_mask, getattr(part, name), nan)
         for name in ("old_logprobs", "old_values", "advantages", "returns")
     }
-    noise = torch.randint(3, 300, part.tokens.shape, generator=torch.Generator().manual_seed(0))
-    spoiled = replace(part, tokens=torch.where(part.mask, part.tokens, noise), **garbage)
-    assert not torch.equal(spoiled.tokens, part.tokens)
+    noise = torch.randint(3, 300, part.input_ids.shape, generator=torch.Generator().manual_seed(0))
+    corrupt_padding = replace(part, tokens=torch.where(part.attention_mask, part.input_ids, noise), **garbage)
+    assert not torch.equal(corrupt_padding.input_ids, part.input_ids)
 
     def loss_and_gradients(batch: Minibatch) -> tuple[Tensor, ...]:
         loss = module.training_step(batch, 0)
-        learned = [p for trained, _ in module.trained_parts() for p in trained.parameters()]
+        learned = [p for trained, _ in module.trainable_modules() for p in trained.parameters()]
         return loss, *torch.autograd.grad(loss, learned, allow_unused=True)
 
-    expected, got = loss_and_gradients(part), loss_and_gradients(spoiled)
+    expected, got = loss_and_gradients(part), loss_and_gradients(corrupt_padding)
     assert expected[0].isfinite()
     used = [gradient for gradient in expected[1:] if gradient is not None]
     assert max(float(gradient.abs().max()) for gradient in used) > 0
@@ -168,7 +168,7 @@ def test_dimensions_are_checked_against_the_model(setting: Setting, key: str, th
 def test_what_cannot_work_is_refused(setting: Setting) -> None:
     """Greedy sampling, an unknown critic, and a learning rate for a critic that has none of its own."""
     with pytest.raises(UserError, match=r"stage\.sampling\.temperature=0"):
-        setting.module(sampling=Sampling(temperature=0.0))
+        setting.module(sampling=SamplingParams(temperature=0.0))
     with pytest.raises(UserError, match=r"stage\.critic=both"):
         setting.module(critic="both")
     with pytest.raises(UserError, match=r"stage\.critic_learning_rate .* stage\.critic=shared"):

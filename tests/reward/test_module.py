@@ -67,9 +67,14 @@ class Setting:
         return str(path)
 
     def train(
-        self, train: str, *, data: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None,
-        resume: Path | None = None, **keys: Any,
-    ) -> tuple[RewardModule, Record]:  # fmt: skip
+        self,
+        train: str,
+        *,
+        data: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        resume: Path | None = None,
+        **keys: Any,
+    ) -> tuple[RewardModule, Record]:
         module, record = (
             RewardModule(policy=Fixed(self.lm), **{"learning_rate": 1e-3, "schedule": "constant", **keys}),
             Record(),
@@ -87,10 +92,14 @@ class Setting:
         module.tokenizer = datamodule.tokenizer = self.tokenizer
         lightning.seed_everything(7, verbose=False)
         lightning.Trainer(
-            accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=[record, *self.callbacks],
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[record, *self.callbacks],
             **{"max_epochs": 1, "logger": False, **(trainer or {})},
-        ).fit(module, datamodule, ckpt_path=resume, weights_only=True)  # fmt: skip
+        ).fit(module, datamodule, ckpt_path=resume, weights_only=True)
         return module, record
 
     def raw_score(self, module: RewardModule, prompt: str, answer: str) -> float:
@@ -364,9 +373,13 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "demonstrations", "warned"),
-    [({}, False, False), ({"num_heads": 2}, False, True), ({"num_heads": 2}, True, False),
-     ({"num_heads": 2, "centering_coef": 0.1}, False, False)],
-)  # fmt: skip
+    [
+        ({}, False, False),
+        ({"num_heads": 2}, False, True),
+        ({"num_heads": 2}, True, False),
+        ({"num_heads": 2, "centering_coef": 0.1}, False, False),
+    ],
+)
 def test_heads_without_a_common_zero_are_warned_about(
     setting: Setting, caplog: pytest.LogCaptureFixture, keys: dict[str, Any], demonstrations: bool, warned: bool
 ) -> None:
@@ -434,8 +447,11 @@ def test_the_report_stands_in_tensorboard(setting: Setting, tmp_path: Path) -> N
 
 def test_rows_without_report(setting: Setting, tmp_path: Path) -> None:
     """No validation rows, no validation wanted, or a dry run: nothing is written; nor without a folder to write to."""
-    for data, trainer in (({}, {}), ({"val": setting.pairs}, {"limit_val_batches": 0}),
-                          ({"val": setting.pairs}, {"fast_dev_run": True})):  # fmt: skip
+    for data, trainer in (
+        ({}, {}),
+        ({"val": setting.pairs}, {"limit_val_batches": 0}),
+        ({"val": setting.pairs}, {"fast_dev_run": True}),
+    ):
         setting.train(setting.pairs, data=data, trainer=trainer, output=str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
     before = set(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from rlhf.reward.objective import bradley_terry_loss, centering_penalty, head_spread, regression_loss
+from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -102,6 +102,6 @@ def test_head_spread_by_hand() -> None:
     half the distance is the deviation of two: 1.5, 1, 0.5; mean 1
     """
     scores = torch.tensor([[1.0, 9.0], [2.0, 5.0], [6.0, 10.0]])
-    torch.testing.assert_close(head_spread(scores), torch.tensor(1.0))
-    torch.testing.assert_close(head_spread(scores + torch.tensor([100.0, 0.0])), torch.tensor(1.0))
-    torch.testing.assert_close(head_spread(scores[:, :1]), torch.tensor(0.0))
+    torch.testing.assert_close(ensemble_std(scores), torch.tensor(1.0))
+    torch.testing.assert_close(ensemble_std(scores + torch.tensor([100.0, 0.0])), torch.tensor(1.0))
+    torch.testing.assert_close(ensemble_std(scores[:, :1]), torch.tensor(0.0))

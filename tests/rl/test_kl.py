@@ -7,7 +7,7 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.models import Policy, kl_divergence
-from rlhf.rl import KLControl
+from rlhf.rl import KLController
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
 
 
@@ -66,7 +66,7 @@ def test_the_price_follows_its_target() -> None:
 
     KL 12: error clip(1) = 0.2: 0.1 x 1.02;  KL 6.3: error 0.05: x 1.005;  KL 3: error clip(-0.5): x 0.98
     """
-    kl = KLControl(target_per_sequence=6.0, horizon=100)
+    kl = KLController(target_per_sequence=6.0, horizon=100)
     kl.start(0.1)
     expected = 0.1
     for measured, factor in ((12.0, 1.02), (6.3, 1.005), (3.0, 0.98)):
@@ -76,14 +76,14 @@ def test_the_price_follows_its_target() -> None:
 
 
 def test_without_a_target_the_price_stays() -> None:
-    kl = KLControl()
+    kl = KLController()
     kl.start(0.1)
     kl.steer(torch.tensor(100.0), 64)
     assert float(kl.coef) == 0.1
 
 
 def test_the_price_survives_a_checkpoint() -> None:
-    old, new = KLControl(target_per_sequence=1.0), KLControl(target_per_sequence=1.0)
+    old, new = KLController(target_per_sequence=1.0), KLController(target_per_sequence=1.0)
     old.start(0.1)
     new.start(0.5)
     old.steer(torch.tensor(9.0), 64)
@@ -94,8 +94,8 @@ def test_the_price_survives_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"place": "loss"}, r"stage\.kl\.place=loss with stage\.kl\.estimator=k1"),
-        ({"place": "both"}, r"stage\.kl\.place=both"),
+        ({"place": "loss"}, r"stage\.kl\.apply_to=loss with stage\.kl\.estimator=k1"),
+        ({"place": "both"}, r"stage\.kl\.apply_to=both"),
         ({"estimator": "k4"}, r"stage\.kl\.estimator=k4"),
         ({"target_per_sequence": 0.0}, r"stage\.kl\.target_per_sequence=0"),
         ({"horizon": 0, "target_per_sequence": 6.0}, r"stage\.kl\.horizon=0"),
@@ -104,11 +104,11 @@ def test_the_price_survives_a_checkpoint() -> None:
 )
 def test_what_cannot_hold_is_refused(keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        KLControl(**keys)
+        KLController(**keys)
 
 
 def test_prices_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"stage\.kl_coef=-1"):
-        KLControl().start(-1)
+        KLController().start(-1)
     with pytest.raises(UserError, match="0 stays 0"):
-        KLControl(target_per_sequence=6).start(0.0)
+        KLController(target_per_sequence=6).start(0.0)

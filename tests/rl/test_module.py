@@ -9,8 +9,8 @@ import torch
 from online import Setting, assert_same, changed
 from rlhf.errors import UserError
 from rlhf.ppo import PPOModule
-from rlhf.rl import KLControl, Limits, Minibatch, ScoreShaping
-from rlhf.rollout import Sampling
+from rlhf.rl import KLController, Minibatch, ScoreShaping, UpdateLimits
+from rlhf.sampling import SamplingParams
 
 
 def test_a_stop_on_kl_ends_the_learning_from_a_rollout(setting: Setting) -> None:
@@ -18,7 +18,7 @@ def test_a_stop_on_kl_ends_the_learning_from_a_rollout(setting: Setting) -> None
 
     So one epoch is one step, and no moment of AdamW moves afterwards.
     """
-    stopped, record = setting.train(limits=Limits(stop_kl_per_token=1e-12))
+    stopped, record = setting.train(limits=UpdateLimits(stop_kl_per_token=1e-12))
     once, _ = setting.train(trainer={"max_steps": 1})
     assert len(record.parts) == 4
     assert_same(stopped.policy, once.policy, rtol=0.0, atol=0.0)
@@ -30,7 +30,7 @@ def test_a_stop_on_kl_ends_the_learning_from_a_rollout(setting: Setting) -> None
 
 def test_a_new_rollout_is_learned_from_again(setting: Setting) -> None:
     """The stop holds for its rollout only: in the second epoch the first minibatch counts again."""
-    _, record = setting.train(trainer={"max_epochs": 2}, limits=Limits(stop_kl_per_token=1e-12))
+    _, record = setting.train(trainer={"max_epochs": 2}, limits=UpdateLimits(stop_kl_per_token=1e-12))
     assert [updates["policy/skipped"] for updates in record.updates] == [0.0, 1.0, 1.0, 1.0] * 2
 
 
@@ -38,13 +38,13 @@ def test_a_minibatch_whose_ratio_blew_up_is_skipped_alone(setting: Setting, monk
     """The second minibatch claims to have been 10 times less likely when sampled: skipped, the others learned from."""
     iteration = PPOModule.iteration
 
-    def spoiled(self: PPOModule, prompts: Any) -> Any:
+    def corrupt_padding(self: PPOModule, prompts: Any) -> Any:
         for number, part in enumerate(iteration(self, prompts)):
             part.old_logprobs = part.old_logprobs - 2.3 * (number == 1)
             yield part
 
-    monkeypatch.setattr(PPOModule, "iteration", spoiled)
-    _, record = setting.train(limits=Limits(skip_ratio=5.0))
+    monkeypatch.setattr(PPOModule, "iteration", corrupt_padding)
+    _, record = setting.train(limits=UpdateLimits(skip_ratio=5.0))
     assert [updates["policy/skipped"] for updates in record.updates] == [0.0, 1.0, 0.0, 0.0]
 
 
@@ -61,14 +61,14 @@ def test_while_the_critic_warms_up_the_policy_stays(setting: Setting) -> None:
         assert changed(later.policy.lm, setting.policy.model)
 
 
-@pytest.mark.parametrize("start", ["sft", "fresh"])
-def test_the_critic_starts_from_what_was_asked_for(setting: Setting, start: str) -> None:
+@pytest.mark.parametrize("start", ["sft", "random"])
+def test_the_critic_inits_from_what_was_asked_for(setting: Setting, start: str) -> None:
     """``sft``: the policy's body under a new head; ``fresh``: neither the policy's body nor the judge's."""
     torch.manual_seed(0)
-    module = setting.module(critic_start=start)
+    module = setting.module(critic_init=start)
     module.configure_model()
     body, policy, judge = module.critic.trunk, setting.policy.model.base_model, setting.judge.model.trunk
-    assert changed(body, policy) == (start == "fresh")
+    assert changed(body, policy) == (start == "random")
     assert start == "sft" or changed(body, judge)
     assert changed(module.critic.head, setting.judge.model.head)
 
@@ -76,7 +76,7 @@ def test_the_critic_starts_from_what_was_asked_for(setting: Setting, start: str)
 def test_a_price_in_the_loss_leaves_the_rewards_alone(setting: Setting) -> None:
     """In the reward, kl_coef 1 charges the second rollout; in the loss its rewards are the bare scores, summed."""
     for place, estimator in (("reward", "k1"), ("loss", "k3"), ("loss", "full")):
-        kl = KLControl(place=place, estimator=estimator)
+        kl = KLController(apply_to=place, advantage=estimator)
         _, record = setting.train(trainer={"max_epochs": 2}, kl=kl, kl_coef=1.0, scores=ScoreShaping())
         charged = record.numbers[1]["objective/non_score_reward"]
         assert record.numbers[1]["objective/kl"] != 0
@@ -92,7 +92,7 @@ def test_the_entropy_bonus_raises_entropy(setting: Setting) -> None:
 
     def entropy(module: PPOModule) -> float:
         with torch.no_grad():
-            return float(module.look(part).entropy[part.answer].mean())
+            return float(module.policy_output(part).entropy[part.response_mask].mean())
 
     assert entropy(with_it) > entropy(without)
 
@@ -101,26 +101,26 @@ def test_stop_tokens_end_answers_and_are_no_missing_eos(setting: Setting) -> Non
     """Answers end at "e", whose text is a token of its own; such an answer is finished, and EOS is then a token like
     others. A text that is no single token is refused.
     """
-    sampling = Sampling(max_new_tokens=16, temperature=0.7, stop_tokens=["e", "t"])
+    sampling = SamplingParams(max_new_tokens=16, temperature=0.7, stop_tokens=["e", "t"])
     _, record = setting.train(sampling=sampling)
     vocabulary = setting.tokenizer.get_vocab()
     part = record.parts[0]
-    answers = [tokens[answer].tolist() for tokens, answer in zip(part.tokens, part.answer, strict=True)]
+    answers = [tokens[answer].tolist() for tokens, answer in zip(part.input_ids, part.response_mask, strict=True)]
     stops = {vocabulary["e"], vocabulary["t"]}
     assert all(len(answer) == 16 or answer[-1] in stops for answer in answers)
     assert not any(stops & set(answer[:-1]) for answer in answers)
-    assert sampling.stops(setting.tokenizer) == [vocabulary["e"], vocabulary["t"]]
+    assert sampling.stop_ids(setting.tokenizer) == [vocabulary["e"], vocabulary["t"]]
     with pytest.raises(UserError, match="'no token' is no single token"):
-        setting.train(sampling=Sampling(max_new_tokens=8, stop_tokens=["no token"]))
+        setting.train(sampling=SamplingParams(max_new_tokens=8, stop_tokens=["no token"]))
     with pytest.raises(UserError, match="is no list of tokens"):
-        Sampling(stop_tokens="e")
+        SamplingParams(stop_tokens="e")
 
 
 def test_a_resumed_run_goes_on_with_price_and_warm_up(setting: Setting, tmp_path: Path) -> None:
     """Two epochs in one go, against two halves: the price, the moments of the scores, the warm-up's count."""
 
     def keys() -> dict[str, Any]:
-        kl = KLControl(target_per_sequence=0.01, horizon=10)
+        kl = KLController(target_per_sequence=0.01, horizon=10)
         return {"kl": kl, "scores": ScoreShaping(), "critic_warmup": 1}
 
     whole, _ = setting.train(trainer={"max_epochs": 2}, **keys())
@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_with_price_and_warm_up(setting: Setting, tmp_path
 )
 def test_limits_that_leave_nothing_are_refused(keys: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Limits(**keys)
+        UpdateLimits(**keys)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_limits_that_leave_nothing_are_refused(keys: dict[str, float], message: 
         ({"ppo_epochs": 0}, r"stage\.ppo_epochs=0"),
         ({"minibatch_size": 0}, r"stage\.minibatch_size=0"),
         ({"kl_coef": -0.1}, r"stage\.kl_coef=-0.1"),
-        ({"critic_start": "policy"}, r"stage\.critic_start=policy"),
-        ({"critic": "shared", "critic_start": "sft"}, r"stage\.critic_start .* stage\.critic=shared"),
-        ({"critic_start": "reward_model", "reward_model": None}, "the reward is no model"),
+        ({"critic_init": "policy"}, r"stage\.critic_init=policy"),
+        ({"critic": "shared", "critic_init": "sft"}, r"stage\.critic_init .* stage\.critic=shared"),
+        ({"critic_init": "reward_model", "reward_model": None}, "the reward is no model"),
         ({"value_clip_range": 0.0}, r"stage\.value_clip_range=0"),
     ],
 )

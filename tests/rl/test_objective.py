@@ -14,7 +14,7 @@ from rlhf.rl.objective import (
     policy_ratio,
     token_rewards,
 )
-from rlhf.tensors import mean_of_rows
+from rlhf.tensors import sequence_mean
 
 NAN, INF = math.nan, math.inf
 
@@ -139,10 +139,10 @@ def test_losses_by_answer_weigh_answers_alike() -> None:
     mask = torch.tensor([[True, True], [True, False]])
     zeros, advantages = torch.zeros(2, 2), torch.tensor([[3.0, 1.0], [5.0, NAN]])
     loss = clipped_policy_loss(zeros, zeros, advantages, mask, clip_range=0.2)
-    by_answer = clipped_policy_loss(zeros, zeros, advantages, mask, clip_range=0.2, average=mean_of_rows)
+    by_answer = clipped_policy_loss(zeros, zeros, advantages, mask, clip_range=0.2, average=sequence_mean)
     torch.testing.assert_close((loss, by_answer), (torch.tensor(-3.0), torch.tensor(-3.5)))
     values = torch.tensor([[1.0, 3.0], [2.0, INF]])
-    value_loss = clipped_value_loss(values, zeros, zeros, mask, clip_range=None, average=mean_of_rows)
+    value_loss = clipped_value_loss(values, zeros, zeros, mask, clip_range=None, average=sequence_mean)
     torch.testing.assert_close(value_loss, torch.tensor(2.25))
 
 

@@ -14,9 +14,15 @@ from helpers import PROMPTS, Fixed
 from rlhf.sft import SFTDataModule, SFTModule
 
 ANSWERS = [
-    "May", "Nadia Falk, camera, Dunmore, May, 90 euros.", "In short, it rains.", "90 euros", "A",
-    "The mayor opened it.", "B b", "Monday",
-]  # fmt: skip
+    "May",
+    "Nadia Falk, camera, Dunmore, May, 90 euros.",
+    "In short, it rains.",
+    "90 euros",
+    "A",
+    "The mayor opened it.",
+    "B b",
+    "Monday",
+]
 
 
 class Record(lightning.Callback):
@@ -54,10 +60,16 @@ class Setting:
         module.tokenizer = datamodule.tokenizer = self.tokenizer
         lightning.seed_everything(7, verbose=False)
         self.trainer = lightning.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=[record],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            callbacks=[record],
             **{"max_epochs": 1, **(trainer or {})},
-        )  # fmt: skip
+        )
         self.trainer.fit(module, datamodule)
         return module, record
 
@@ -92,9 +104,9 @@ def test_eos_is_learned_and_padding_is_not(setting: Setting) -> None:
     """Every row's last loss term is its EOS, once, and no term stands on padding."""
     _, record = setting.train()
     batch = record.batches[0]
-    assert not (batch.answer & ~batch.mask).any()
-    assert not batch.mask.all(), "without padding this would show nothing"
-    learned = [row[chosen].tolist() for row, chosen in zip(batch.tokens, batch.answer, strict=True)]
+    assert not (batch.response_mask & ~batch.attention_mask).any()
+    assert not batch.attention_mask.all(), "without padding this would show nothing"
+    learned = [row[chosen].tolist() for row, chosen in zip(batch.input_ids, batch.response_mask, strict=True)]
     eos = setting.tokenizer.eos_token_id
     assert all(row[-1] == eos and row.count(eos) == 1 for row in learned)
 
@@ -117,7 +129,7 @@ def test_accumulation_is_the_bigger_batch_for_answers_of_different_lengths(setti
 
 
 def test_validation_loss_is_the_mean_over_tokens_of_all_batches(setting: Setting) -> None:
-    """Batches of 3, 3 and 2 texts are weighed by their tokens; nothing is trained (learning rate 0)."""
+    """Batches of 3, 3 and 2 texts are with_loss_weights by their tokens; nothing is trained (learning rate 0)."""
     expected: list[float] = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         losses, start = setting.nll(prompt, answer)
