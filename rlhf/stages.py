@@ -1,7 +1,7 @@
 """The stages of the pipeline, as ``conf/stage/*.yaml`` declare them.
 
-This is the only list of stages: output files, inputs, order, demo files, help texts and tests follow from it. Reading it
-does not import torch.
+This is the only list of stages: output files, inputs, order, demo files, help texts and tests follow from it. It can be
+read without importing torch.
 """
 
 from collections.abc import Mapping
