@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
-PICTURE = REPO / "benchmarks" / "overoptimization.png"
+PICTURE = REPO / "docs" / "images" / "overoptimization.png"
 
 
 def main() -> None:

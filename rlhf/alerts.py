@@ -1,51 +1,83 @@
-"""Alerts while a stage trains: in the log, with what to turn, and in TensorBoard as ``alerts/<name>``, 0 or 1."""
+"""Alerts on training metrics: a warning with advice in the log, and ``alerts/<name>`` (0 or 1) in the other loggers."""
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from rlhf.logs import TextLogger
+from rlhf.stage import StageModule
 
 log = logging.getLogger(__name__)
-KEPT = 50  # numbers of each kind that are remembered
-EARLY = 10  # numbers before which neither a critic nor a gradient norm is judged
+MAX_HISTORY = 50  # Earlier values of a metric that are kept.
+MIN_HISTORY = 10  # Values of a metric before its median or the critic's explained variance is used.
 
-# what each alarm means, and what to turn: the rows of the README's troubleshooting table
+
+class Advice(NamedTuple):
+    """What an active alert means, and what to change. The documentation's table of alerts is generated from these."""
+
+    meaning: str
+    change: str
+
+
 ADVICE = {
-    "kl": "the policy has left the reference: stage.kl_coef up, stage.learning_rate down, stage.clip_range=0.1, "
-    "stage.ppo_epochs=2",
-    "length": "scores rise because answers grow (reward hacking): stage.kl_coef up, fewer iterations "
-    "(trainer.limit_train_batches), a reward model without length bias; compare gold",
-    "repetition": "answers repeat themselves: stage.kl_coef up, stage.learning_rate down, stage.sampling.temperature=1",
-    "truncation": "answers do not end: stage.scores.missing_eos_penalty up, stage.sampling.max_new_tokens up, more SFT",
-    "entropy": "answers collapse to one: stage.sampling.temperature=1, stage.kl_coef up, stage.learning_rate down",
-    "explained_variance": "the critic is worse than a constant, advantages are noise: stage.critic_learning_rate up, "
-    "stage.value_coef up, stage.value_clip_range=null; look at val/accuracy of the reward model",
-    "gradient_norm": "training is unstable: stage.learning_rate down, stage.warmup_ratio up, "
-    "trainer.gradient_clip_val=1.0; look at the data of this step",
+    "kl": Advice(
+        "The policy has moved far away from the reference model.",
+        "Raise stage.kl_coef, lower stage.learning_rate, or set stage.clip_range=0.1 or stage.ppo_epochs=2.",
+    ),
+    "length": Advice(
+        "Scores rise because responses get longer, which is a form of reward hacking.",
+        "Raise stage.kl_coef, train for fewer iterations (trainer.limit_train_batches), or use a reward model without "
+        "length bias. Compare the responses of stage=evaluate.",
+    ),
+    "repetition": Advice(
+        "Responses repeat themselves.",
+        "Raise stage.kl_coef, lower stage.learning_rate, or set stage.sampling.temperature=1.",
+    ),
+    "truncation": Advice(
+        "Responses reach the maximum length without EOS.",
+        "Raise stage.scores.missing_eos_penalty or stage.sampling.max_new_tokens, or train stage=sft for longer.",
+    ),
+    "entropy": Advice(
+        "The policy has collapsed: it samples nearly the same response every time.",
+        "Set stage.sampling.temperature=1, raise stage.kl_coef, or lower stage.learning_rate.",
+    ),
+    "explained_variance": Advice(
+        "The critic predicts returns worse than a constant would, so advantages are mostly noise.",
+        "Raise stage.critic_learning_rate or stage.value_coef, or set stage.value_clip_range=null. Check val/accuracy "
+        "of the reward model.",
+    ),
+    "gradient_norm": Advice(
+        "The gradient is much larger than before, or not finite: training is unstable.",
+        "Lower stage.learning_rate, raise stage.warmup_ratio, or set trainer.gradient_clip_val=1.0. Inspect the data "
+        "of this step.",
+    ),
 }
 
 
 class Alerts(Callback):
-    """Watches the numbers a stage logs. A threshold of null switches its alarm off.
+    """Warns when the metrics of a stage indicate a problem. A threshold of null disables its alert.
 
     Args:
-        max_kl_per_sequence: highest ``objective/kl``, nats an answer, mean of the window.
-        max_length_growth: highest ``response/length`` while ``objective/scores`` have risen, times that of the first
-            window of the run, mean of the window.
-        max_repetition_share: highest ``response/repetition``, share of runs of 4 tokens, mean of the window.
-        max_truncated_share: highest ``response/truncated``, share of answers, mean of the window.
-        min_entropy_per_token: lowest ``policy/entropy_avg``, nats a token, mean of the window.
-        min_explained_variance: lowest ``critic/explained_variance``, mean of the window, after the first 10 iterations.
-        max_gradient_norm_ratio: highest ``grad_norm``, times the median of the 50 before it, after the first 10.
-        window: numbers a mean is taken over, so that one bad batch is no alarm: iterations in PPO.
+        max_kl_per_sequence: Largest ``objective/kl``, in nats per response, as a mean over the window.
+        max_length_growth: Largest ``response/length`` relative to the first window of the run, as a mean over the
+            window. The alert fires only if ``objective/scores`` have risen as well.
+        max_repetition_share: Largest ``response/repetition``, the fraction of 4-grams that repeat, as a mean over the
+            window.
+        max_truncated_share: Largest ``response/truncated``, a fraction of responses, as a mean over the window.
+        min_entropy_per_token: Smallest ``policy/entropy_avg``, in nats per token, as a mean over the window.
+        min_explained_variance: Smallest ``critic/explained_variance``, as a mean over the window. The first 10
+            iterations are ignored.
+        max_gradient_norm_ratio: Largest ``grad_norm`` relative to the median of the previous 50. The alert needs 10
+            previous values, unless the norm is not finite.
+        window: Number of values in a mean, so that a single bad batch does not fire an alert. In PPO and GRPO, a value
+            is an iteration.
     """
 
     def __init__(
@@ -68,15 +100,16 @@ class Alerts(Callback):
         self.min_explained_variance = min_explained_variance
         self.max_gradient_norm_ratio = max_gradient_norm_ratio
         self.window = window
-        self.first: dict[str, list[float]] = {}  # the first window of each number
-        self.last: dict[str, list[float]] = {}  # the newest of each number
-        self.ringing: dict[str, bool] = {}
+        self.first_values: dict[str, list[float]] = {}  # The first window of each metric.
+        self.recent_values: dict[str, list[float]] = {}  # Oldest first.
+        self.active: dict[str, bool] = {}
+        self._seen_step = -1
 
-    # what sounds
+    # Rules
 
-    def watched(self) -> dict[str, tuple[tuple[str, ...], float]]:
-        """The alarms that are on: which numbers each reads, and its threshold."""
-        every = {
+    def rules(self) -> dict[str, tuple[tuple[str, ...], float]]:
+        """Return the metrics and the threshold of every enabled alert, by name."""
+        rules = {
             "kl": (("objective/kl",), self.max_kl_per_sequence),
             "length": (("response/length", "objective/scores"), self.max_length_growth),
             "repetition": (("response/repetition",), self.max_repetition_share),
@@ -85,97 +118,101 @@ class Alerts(Callback):
             "explained_variance": (("critic/explained_variance",), self.min_explained_variance),
             "gradient_norm": (("grad_norm",), self.max_gradient_norm_ratio),
         }
-        return {name: (reads, limit) for name, (reads, limit) in every.items() if limit is not None}
+        return {name: (metrics, limit) for name, (metrics, limit) in rules.items() if limit is not None}
 
-    def hear(self, numbers: Mapping[str, Any]) -> dict[str, str]:
-        """Take in the numbers of a step; which alarms sound, each with what it saw, and "" for those that do not.
+    def update(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Add the metrics of one step.
 
-        Only alarms whose numbers are all there are named.
+        Returns:
+            A message for each alert that fires, and an empty string for each one that does not. Alerts whose metrics
+            are missing are left out.
         """
-        on = {name: (reads, limit) for name, (reads, limit) in self.watched().items() if numbers.keys() >= set(reads)}
-        for name in {name for reads, _ in on.values() for name in reads}:
-            value = float(numbers[name])
-            if len(first := self.first.setdefault(name, [])) < self.window:
+        rules = {name: rule for name, rule in self.rules().items() if metrics.keys() >= set(rule[0])}
+        for name in {name for names, _ in rules.values() for name in names}:
+            value = float(metrics[name])
+            if len(first := self.first_values.setdefault(name, [])) < self.window:
                 first.append(value)
-            self.last[name] = [*self.last.get(name, []), value][-KEPT - 1 :]
-        return {name: self._seen(name, reads, limit) for name, (reads, limit) in on.items()}
+            self.recent_values[name] = [*self.recent_values.get(name, []), value][-MAX_HISTORY - 1 :]
+        return {name: self._message(name, names, limit) for name, (names, limit) in rules.items()}
 
-    def _seen(self, name: str, reads: tuple[str, ...], limit: float) -> str:
-        values = self.last[reads[0]]
-        if name == "gradient_norm":
-            return f"{reads[0]} {values[-1]:.3g}, {limit:g} times its median" if spikes(values, limit) else ""
-        now = recent_mean(values, self.window)
-        if now is None:
+    def _message(self, alert: str, names: tuple[str, ...], limit: float) -> str:
+        """Return what was measured if the alert fires, otherwise an empty string."""
+        values = self.recent_values[names[0]]
+        if alert == "gradient_norm":
+            fires = is_spike(values, limit)
+            return f"{names[0]} is {values[-1]:.3g}, more than {limit:g} times its median" if fires else ""
+        mean = recent_mean(values, self.window)
+        if mean is None or (alert == "explained_variance" and len(values) < MIN_HISTORY + self.window):
             return ""
-        if name == "length":
-            score, first_score = recent_mean(self.last[reads[1]], self.window), fmean(self.first[reads[1]])
-            growth = now / max(fmean(self.first[reads[0]]), 1.0)
-            sounds = above(growth, limit) and score is not None and score > first_score
-            return f"{reads[0]} {growth:.2f} times that of the start, {reads[1]} up to {score:.3g}" if sounds else ""
-        if name == "explained_variance" and len(values) < EARLY + self.window:
+        if alert == "length":
+            return self._length_message(mean, limit)
+        if alert in ("entropy", "explained_variance"):
+            return f"{names[0]} is {mean:.3g}, below {limit:g}" if not mean >= limit else ""
+        return f"{names[0]} is {mean:.3g}, above {limit:g}" if not mean <= limit else ""
+
+    def _length_message(self, length: float, limit: float) -> str:
+        score = recent_mean(self.recent_values["objective/scores"], self.window)
+        growth = length / max(fmean(self.first_values["response/length"]), 1.0)
+        has_risen = score is not None and score > fmean(self.first_values["objective/scores"])
+        if growth <= limit or not has_risen:
             return ""
-        sounds = below(now, limit) if name in ("entropy", "explained_variance") else above(now, limit)
-        return f"{reads[0]} {now:.3g}, limit {limit:g}" if sounds else ""
+        return f"response/length is {growth:.2f} times its initial value, and objective/scores has risen to {score:.3g}"
 
-    # when
+    # Callback hooks
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        # plain numbers cost nothing to read; reading a tensor makes the device wait, as logging does in such steps
-        logs = trainer.global_step % trainer.log_every_n_steps == 0
-        if logs or not any(isinstance(value, Tensor) for value in module.numbers.values()):
+    def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # type: ignore[override]
+        # Floats are free to read. Reading a tensor waits for the device, so it is done only in steps that log anyway.
+        is_log_step = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_log_step or not any(isinstance(value, Tensor) for value in module.metrics.values()):
             self._report(trainer, module)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
-        self._report(trainer, module)  # PPO's last iteration, which logs after the batch has ended
+    def on_train_epoch_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self._report(trainer, module)  # The last iteration of PPO is logged after the last batch has ended.
 
-    def _report(self, trainer: Trainer, module: Any) -> None:
-        numbers, module.numbers = module.numbers, {}
-        heard = self.hear(numbers)
-        began = {name for name, seen in heard.items() if seen and not self.ringing.get(name)}
-        self.ringing |= {name: bool(seen) for name, seen in heard.items()}
+    def _report(self, trainer: Trainer, module: StageModule) -> None:
+        if module.metrics_step == self._seen_step:
+            return
+        self._seen_step = module.metrics_step
+        messages = self.update(module.metrics)
+        started = sorted(name for name, message in messages.items() if message and not self.active.get(name))
+        self.active |= {name: bool(message) for name, message in messages.items()}
         if not trainer.is_global_zero:
             return
-        for name in sorted(began):
-            log.warning("alarm %s at step %d: %s. %s", name, trainer.global_step, heard[name], ADVICE[name])
+        for name in started:
+            log.warning(
+                "alert %s at step %d: %s. %s", name, trainer.global_step, messages[name], " ".join(ADVICE[name])
+            )
+        scalars = {f"alerts/{name}": float(bool(message)) for name, message in messages.items()}
         for logger in trainer.loggers:
-            if heard and not isinstance(logger, TextLogger):  # the text has the warnings
-                scalars = {f"alerts/{name}": float(bool(seen)) for name, seen in heard.items()}
+            if scalars and not isinstance(logger, TextLogger):  # The text log already has the warnings.
                 logger.log_metrics(scalars, step=trainer.global_step)
 
-    # what a resumed run goes on with
+    # State of a resumed run
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "last": self.last, "ringing": self.ringing}
+        return {"first_values": self.first_values, "recent_values": self.recent_values, "active": self.active}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.first, self.last, self.ringing = state["first"], state["last"], state["ringing"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first_values = state_dict["first_values"]
+        self.recent_values = state_dict["recent_values"]
+        self.active = state_dict["active"]
 
 
 def recent_mean(values: Sequence[float], window: int) -> float | None:
-    """Mean of the newest ``window`` values, oldest first; None before there are so many."""
+    """Return the mean of the last ``window`` values, or None if there are fewer."""
     return fmean(islice(reversed(values), window)) if len(values) >= window else None
 
 
-def above(value: float, limit: float) -> bool:
-    """Whether a number is above its limit, or no number at all."""
-    return not value <= limit
-
-
-def below(value: float, limit: float) -> bool:
-    """Whether a number is below its limit, or no number at all."""
-    return not value >= limit
-
-
-def spikes(values: Sequence[float], ratio: float, early: int = EARLY) -> bool:
-    """Whether the newest value is above ``ratio`` times the median of those before it, or is not finite.
+def is_spike(values: Sequence[float], ratio: float, min_history: int = MIN_HISTORY) -> bool:
+    """Return whether the last value is not finite, or above ``ratio`` times the median of the finite values before it.
 
     Args:
-        values: oldest first, at least one.
-        ratio: dimensionless.
-        early: values before which a finite one is not judged.
+        values: At least one value, oldest first.
+        ratio: Largest acceptable ratio of the last value to the median.
+        min_history: Number of earlier finite values that a finite spike requires.
     """
-    *before, newest = values
-    if not math.isfinite(newest):
+    *before, last = values
+    if not math.isfinite(last):
         return True
-    usual = [value for value in before if math.isfinite(value)]
-    return len(usual) >= early and newest > ratio * median(usual)
+    finite = [value for value in before if math.isfinite(value)]
+    return len(finite) >= min_history and last > ratio * median(finite)

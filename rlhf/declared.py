@@ -11,13 +11,13 @@ from rlhf.errors import ConfigError
 
 
 def declared_arguments(function: Callable[..., Any]) -> set[str]:
-    """Return the names of the arguments that a function declares and that are not filled in yet.
+    """Return the names of the arguments that a function declares and that are not bound yet.
 
     Args:
-        function: A function, a ``functools.partial`` of one, or an ``nn.Module``, whose ``forward`` is read.
+        function: A function, a ``functools.partial`` of one, or an ``nn.Module``, whose ``forward`` is inspected.
     """
-    filled = function.keywords.keys() if isinstance(function, partial) else set()
-    return set(_parameters(function)) - filled
+    bound = function.keywords.keys() if isinstance(function, partial) else set()
+    return set(_parameters(function)) - bound
 
 
 def call_declared(function: Callable[..., Any], **available: Any) -> Any:
@@ -25,7 +25,7 @@ def call_declared(function: Callable[..., Any], **available: Any) -> Any:
 
     Args:
         function: See ``declared_arguments``.
-        available: Every argument that the caller can offer, by name.
+        available: Every argument that the caller can provide, by name.
 
     Raises:
         ConfigError: The function requires an argument that is not available.

@@ -1,23 +1,19 @@
-"""Mistakes a user can mend, and how they are shown: where, what, why, and what to type."""
+"""User errors and how they are reported: the key, the value, the constraint and the fix, without a traceback."""
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# groups of the configuration that only some stages have: what they choose, and one of those stages
-GROUPS = {
-    "loss": ("the loss of stage=dpo", "dpo"),
-    "reward": ("where the rewards of stage=ppo and stage=grpo come from", "ppo"),
-    "advantage": ("the advantages of stage=grpo", "grpo"),
-}
 
+class UserError(ValueError):
+    """A mistake that the user can fix. It is shown as plain text, without a traceback, and ends the process.
 
-class UserError(Exception):
-    """A mistake in what was typed or given: shown as plain text, without a traceback, with exit code 2.
-
-    The message says where, what and why; ``hint`` says what to type instead.
+    Args:
+        message: The key, the value and the constraint.
+        hint: The fix, on a line of its own.
     """
 
     exit_code = 2
@@ -27,68 +23,127 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message}\n  {self.hint}" if self.hint else message
+        return _with_hint(super().__str__(), self.hint)
+
+
+class ConfigError(UserError):
+    """A setting that is invalid, or that contradicts another one."""
+
+
+class DataError(UserError):
+    """Data or a file that cannot be used."""
+
+
+class Stopped(Exception):
+    """A signal has ended the run. It is shown as plain text, without a traceback.
+
+    Args:
+        message: What was stopped, by which signal, and what has been saved. An empty message shows nothing.
+        hint: How to continue.
+        exit_code: 128 plus the number of the signal, as a shell reports it.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, exit_code: int) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = int(exit_code)
+
+    def __str__(self) -> str:
+        return _with_hint(super().__str__(), self.hint)
+
+
+def _with_hint(message: str, hint: str) -> str:
+    return f"{message}\n  {hint}" if hint else message
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show a user's mistake in plain words and leave with its exit code, 2; a bug keeps its traceback."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
+    """Report a user error as plain text and exit with its code, 2; a bug keeps its traceback.
+
+    A run that a signal has ended exits with 128 plus the number of the signal.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them itself.
     try:
         yield
+    except KeyboardInterrupt:  # During training, rlhf.checkpoint turns it into Stopped.
+        sys.stderr.write("The run was interrupted by Ctrl-C (SIGINT) outside of training.\n")
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        sys.stderr.write(f"{message}\n")
-        sys.exit(next((cause.exit_code for cause in _causes(error) if isinstance(cause, UserError)), 2))
+        if message:
+            sys.stderr.write(f"{message}\n")
+        sys.exit(next((cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped)), 2))
 
 
 def explain(error: BaseException) -> str | None:
-    """The text to show for a user's mistake; None for anything else."""
+    """Return the text to show for a user error; None for a bug."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for cause in _causes(error):
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | Stopped):
             return str(cause)
         if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} has no value\n  type {cause.full_key}=<value>"
-        if type(cause).__name__ == "MisconfigurationException":  # Lightning's; not imported, it would load torch
-            return f"the Trainer refuses this: {cause}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
+            return f"{cause.full_key} has no value.\n  Set {cause.full_key}=<value>"
+        if type(cause).__name__ == "MisconfigurationException":  # Importing Lightning's type would load torch.
+            return _trainer_message(cause)
     if isinstance(error, InstantiationException):
         reason = error.__cause__
         if isinstance(reason, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
-            return f"the Trainer refuses this: {reason}\n  the keys are trainer.*, see conf/trainer/auto.yaml"
-        return f"{reason}\n  the keys are those of the class: see conf/" if isinstance(reason, TypeError) else None
+            return _trainer_message(reason)
+        return (
+            f"{reason}\n  The keys are the keywords of the class; see conf/." if isinstance(reason, TypeError) else None
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
-        return f"{f'{override}: ' if override else ''}{_what(str(error))}\n  {_hint(error)}"
+        return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"
     return None
 
 
+def _trainer_message(reason: BaseException) -> str:
+    return (
+        f"The Lightning Trainer rejects its arguments: {reason}\n  The keys are trainer.*; see conf/trainer/auto.yaml."
+    )
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    """Yield an error, its cause, the cause of that, and so on."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
-def _what(message: str) -> str:
-    """Hydra's message without its advice to force a key in, and without its search path."""
-    lines = message.split("Config search path")[0].strip().splitlines()
+def _hydra_message(error: BaseException) -> str:
+    """Return Hydra's message without its advice to force a key in and without its search path."""
+    lines = str(error).split("Config search path")[0].strip().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("To append to your "))
-    return re.sub(r"^Could not override '([^']+)'\.$", r"\1: there is no such key", text)
+    overridden = re.fullmatch(r"Could not override '([^']+)'\.", text)
+    if overridden is None:
+        return text
+    # The unknown key may be inside of the value, as in data.columns={loser: text}.
+    unknown = next((str(key) for cause in _causes(error) if (key := getattr(cause, "full_key", None))), "")
+    return f"{unknown if unknown.startswith(overridden[1]) else overridden[1]}: there is no such key."
 
 
-def _hint(error: BaseException) -> str:
-    for group, (what, stage) in GROUPS.items():
-        if f"Could not override '{group}'" in str(error):
-            return f"it chooses {what}; in the pipeline: 'pipeline.overrides.{stage}=[\"{group}=<name>\"]'"
+def _hydra_hint(error: BaseException) -> str:
+    """Return the fix for an error of Hydra: which stages have a group, or how to configure a step of the pipeline."""
+    from rlhf.stages import stages_with_group
+
+    group = re.search(r"Could not override '(\w+)'", str(error))
+    if group and (names := stages_with_group(group[1])):
+        stage = names[0]
+        return (
+            f"{group[1]}=<name> belongs to {' and '.join(f'stage={name}' for name in names)}. In the pipeline, type "
+            f"'pipeline.overrides.{stage}=[\"{group[1]}=<name>\"]'"
+        )
     if any("Key 'stage' is not in struct" in str(cause) for cause in _causes(error)):
         return (
-            "the pipeline runs several stages: choose one (stage=ppo), or type "
+            "The pipeline runs several stages. Choose one (stage=ppo), or type "
             "'pipeline.overrides.ppo=[\"stage.<key>=<value>\"]'"
         )
-    return "python train.py stage=<stage> --cfg job   shows every key"
+    if added := re.search(r"Could not override 'pipeline\.(variants|overrides)", str(error)):
+        return f"Add a key with a plus sign: '+pipeline.{added[1]}.<step>=[\"<key>=<value>\"]'"
+    return "python train.py stage=<stage> --cfg job   shows every key."

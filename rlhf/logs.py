@@ -1,4 +1,4 @@
-"""The plain-text log of a stage: messages and metrics in one file, one line a step."""
+"""The plain-text log of a stage: messages and metrics in one file."""
 
 import logging
 from argparse import Namespace
@@ -10,11 +10,11 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-lines = logging.getLogger("rlhf.metrics")
+metrics_log = logging.getLogger("rlhf.metrics")  # written to <stage>.log, but not to the terminal
 
 
 class TextLogger(Logger):
-    """A Lightning logger that writes each step's numbers as one line of ``<stage>.log``."""
+    """Lightning logger that writes the metrics of each step as one line of ``<stage>.log``."""
 
     @property
     def name(self) -> str:
@@ -26,34 +26,34 @@ class TextLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        numbers = (f"{name}={value:.6g}" for name, value in sorted(metrics.items()) if name != "epoch")
-        lines.info("step=%s %s", step, " ".join(numbers))
+        values = (f"{name}={value:.6g}" for name, value in sorted(metrics.items()) if name != "epoch")
+        metrics_log.info("step=%s %s", step, " ".join(values))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration stands in ``.hydra/config.yaml``."""
+        """Do nothing: the configuration is stored in ``.hydra/config.yaml``."""
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """While this is open, what the project logs is also written to a file; it grows, so nothing is lost."""
+    """Append the log messages of this package to a file while the context is active."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("rlhf")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    lines.addHandler(handler)
-    lines.propagate = False  # numbers go to the file, not to the terminal
+    metrics_log.addHandler(handler)
+    metrics_log.propagate = False
     try:
         yield
     finally:
         ours.removeHandler(handler)
-        lines.removeHandler(handler)
+        metrics_log.removeHandler(handler)
         handler.close()
 
 
 def quiet_libraries() -> None:
-    """Keep Lightning's greetings and the warnings that do not concern a user of this project off the terminal."""
+    """Silence third-party banners and warnings that do not concern users."""
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):

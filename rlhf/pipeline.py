@@ -1,4 +1,4 @@
-"""All stages in order: each step's configuration is composed as if its command had been typed."""
+"""All steps of the pipeline in order. Each step is configured as if its own command had been typed."""
 
 import logging
 import time
@@ -10,78 +10,105 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.errors import UserError
-from rlhf.export import FINAL, RL_TRAINED
+from rlhf.errors import ConfigError
+from rlhf.export import RL_TRAINED
 from rlhf.logs import log_file
 from rlhf.run import run_stage
+from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
-STEPS = (*FINAL, "evaluate")
 
 
 def run_pipeline(cfg: DictConfig) -> float:
-    """Run the steps of ``pipeline.steps``; the last one's figure of merit.
+    """Run the steps of ``pipeline.steps`` and return the monitored metric of the last one.
 
-    Every step's configuration is composed before the first one starts, so that a mistyped key costs nothing.
+    The configuration of every step is composed before the first one starts, so that a mistyped key is reported at once.
     """
+    # 1. Check the steps and compose the configuration of each.
     steps = list(cfg.pipeline.steps)
-    known = (*STEPS, *cfg.pipeline.variants)
-    if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in known]:
-        raise UserError(f"pipeline: there is no step {', '.join(unknown)}", f"steps: {', '.join(known)}")
-    if taken := [name for name in cfg.pipeline.variants if name in STEPS]:
-        raise UserError(f"pipeline.variants.{taken[0]}: there is a stage of that name", "another name")
-    if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in steps]:
-        raise UserError(f"pipeline.overrides.{idle[0]} changes a step that pipeline.steps={steps} leaves out")
-    folder = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
-    configs = {step: step_config(cfg, step, folder) for step in steps}
+    check_steps(cfg, steps)
+    directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
+    configs = {step: step_config(cfg, step, directory) for step in steps}
 
-    merit, seconds = float("nan"), {}
-    with log_file(folder / "pipeline" / "pipeline.log"):
+    # 2. Run them in order.
+    monitored, seconds = float("nan"), {}
+    with log_file(directory / "pipeline" / "pipeline.log"):
         for number, (step, config) in enumerate(configs.items(), 1):
             log.info("step %d of %d: %s", number, len(steps), step)
-            OmegaConf.save(config, _made(Path(config.paths.output) / ".hydra") / "config.yaml")
+            hydra_directory = Path(config.paths.output) / ".hydra"
+            hydra_directory.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, hydra_directory / "config.yaml")
             started = time.perf_counter()
-            merit = run_stage(config)
+            monitored = run_stage(config)
             seconds[step] = time.perf_counter() - started
-    Console().print(_where(folder, configs, seconds))
-    return merit
+
+    # 3. Print where the outputs are.
+    Console().print(output_table(directory, configs, seconds))
+    return monitored
 
 
-def step_config(cfg: DictConfig, step: str, folder: Path) -> DictConfig:
-    """The configuration of one step: what was typed for all, then what was typed for this step."""
-    typed = [
-        override
-        for override in HydraConfig.get().overrides.task
-        if override.split("=")[0].lstrip("+~") not in ("stage",)
-    ]
-    shared = [override for override in typed if not override.lstrip("+~").startswith("pipeline.")]
+def check_steps(cfg: DictConfig, steps: list[str]) -> None:
+    """Reject unknown steps, variants named like a stage, and overrides of a step that does not run.
+
+    Raises:
+        ConfigError: The pipeline is configured inconsistently.
+    """
+    known = (*stages(), *cfg.pipeline.variants)
+    if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in known]:
+        raise ConfigError(
+            f"pipeline.steps and pipeline.overrides must name known steps, got {', '.join(unknown)}.",
+            f"Known steps: {', '.join(known)}.",
+        )
+    if taken := [name for name in cfg.pipeline.variants if name in stages()]:
+        raise ConfigError(
+            f"pipeline.variants.{taken[0]} has the name of a stage.", "Choose another name for the variant."
+        )
+    if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in steps]:
+        raise ConfigError(
+            f"pipeline.overrides.{idle[0]} has no effect: pipeline.steps=[{','.join(steps)}] lacks this step.",
+            f"Remove pipeline.overrides.{idle[0]}, or add {idle[0]} to pipeline.steps.",
+        )
+
+
+def step_config(cfg: DictConfig, step: str, directory: Path) -> DictConfig:
+    """Compose the configuration of one step.
+
+    Args:
+        cfg: The configuration of the pipeline.
+        step: A stage or a variant.
+        directory: Directory of the run, or of this job of a sweep.
+
+    Returns:
+        The configuration with the overrides of the command line, followed by those of ``pipeline.overrides.<step>``.
+    """
+    typed = [override for override in HydraConfig.get().overrides.task if _key(override) != "stage"]
+    shared = [override for override in typed if not _key(override).startswith("pipeline.")]
     variant = cfg.pipeline.variants.get(step)
-    kind = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{folder / step}'"]
+    chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{directory / step}'"]
     own = list(cfg.pipeline.overrides.get(step, []))
-    return compose("config", overrides=[*kind, *shared, f"paths.run='{folder}'", *own])
+    return compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *own])
 
 
-def _is_sweep(cfg: DictConfig) -> bool:
-    return str(cfg.paths.output) != str(Path(cfg.paths.run) / "pipeline")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _where(folder: Path, configs: dict[str, DictConfig], seconds: dict[str, float]) -> Table:
-    table = Table(title=f"where everything lies; {sum(seconds.values()):.0f} s in all")
+def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[str, float]) -> Table:
+    """Return a table of the files that each step has written and of the time that it took."""
+    table = Table(title=f"Outputs; {sum(seconds.values()):.0f} s in total")
     for title in ("step", "seconds", "files"):
         table.add_column(title, justify="right" if title == "seconds" else "left", overflow="fold")
     for step, config in configs.items():
         output = Path(config.paths.output)
-        files = [
-            output / name
-            for name in (FINAL.get(config.stage_name, "metrics.json"), "samples.jsonl", f"{config.stage_name}.log")
-        ]
-        table.add_row(step, f"{seconds[step]:.0f}", "\n".join(str(file) for file in files if file.is_file()))
-    if (final := folder / RL_TRAINED).is_file():
+        names = (stages()[config.stage_name].final or "metrics.json", "samples.jsonl", f"{config.stage_name}.log")
+        files = [output / name for name in names if (output / name).is_file()]
+        table.add_row(step, f"{seconds[step]:.0f}", "\n".join(map(str, files)))
+    if (final := directory / RL_TRAINED).is_file():
         table.add_row("result", "", f'{final}   (load_model("rl_trained"))')
-    table.add_row("curves", "", f"tensorboard --logdir {folder}")
+    table.add_row("curves", "", f"tensorboard --logdir {directory}")
     return table
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
+
+
+def _is_sweep(cfg: DictConfig) -> bool:
+    """Return whether Hydra has given this job of a multirun its own output directory."""
+    return str(cfg.paths.output) != str(Path(cfg.paths.run) / "pipeline")

@@ -1,6 +1,7 @@
-"""Tensor arithmetic every stage shares. All tensors of tokens are [batch, time]; entry t speaks of token t.
+"""Masked tensor arithmetic shared by all stages.
 
-Masks come before everything else: what stands on a masked slot, NaN included, reaches neither a value nor a gradient.
+Per-token tensors have shape [batch, time], and entry t belongs to token t. Masks are applied before any arithmetic, so
+masked values, including NaN, affect neither results nor gradients.
 """
 
 import torch
@@ -8,74 +9,100 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries where ``mask`` is True; 0 where there are none.
+    """Mean of the unmasked entries, or 0 if there are none.
 
     Args:
-        values: [any shape], any unit.
-        mask: [the same shape], bool.
+        values: [any shape] values of any unit.
+        mask: [same shape] bool, True on the entries to average.
 
     Returns:
-        [], the unit of ``values``.
+        Scalar, in the unit of ``values``.
     """
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over rows of each row's mean over its True entries, so that long and short rows count alike.
+    """Mean over rows of the masked mean of each row, so that long and short rows have equal weight.
 
     Args:
-        values: [batch, time], any unit.
-        mask: [batch, time], bool.
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool, True on the entries to average.
 
     Returns:
-        [], the unit of ``values``.
+        Scalar, in the unit of ``values``.
     """
     return (masked_sum(values, mask) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
+def masked_fraction(hits: Tensor, mask: Tensor) -> Tensor:
+    """Fraction of the True entries of ``mask`` that are also True in ``hits``; 0 if ``mask`` has none.
+
+    Args:
+        hits: [any shape], bool.
+        mask: [same shape], bool.
+
+    Returns:
+        Scalar from 0 to 1.
+    """
+    return (hits & mask).sum() / mask.sum().clamp(min=1)
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over time of the entries where ``mask`` is True: [batch, time] to [batch]."""
+    """Sum of the unmasked entries of each row: [batch, time] to [batch]."""
     return torch.where(mask, values, 0.0).sum(dim=1)
 
 
 def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Distances from the mean divided by the standard deviation, both over the True entries; the mean stays.
+    """Scale to unit variance over the unmasked entries, keeping their mean.
 
-    Args and returns: as for masked_whiten, but the unit stays that of ``values``.
+        x' = mean + (x - mean) / sqrt(variance + epsilon)
 
-    Source: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shift (arXiv:2403.17031).
+    Args:
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool, True on the entries to scale.
+        epsilon: Added to the variance, so that equal values stay as they are.
+
+    Returns:
+        [batch, time] scaled values; 0 on masked entries.
+
+    Reference: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shifting the mean (arXiv:2403.17031).
     """
     mean = masked_mean(values, mask)
     return torch.where(mask, masked_whiten(values, mask, epsilon=epsilon) + mean, 0.0)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Values less their mean, divided by their standard deviation, both over the True entries only.
+    """Shift to zero mean and scale to unit variance over the unmasked entries.
+
+        x' = (x - mean) / sqrt(variance + epsilon)
 
     Args:
-        values: [batch, time], any unit.
-        mask: [batch, time], bool.
-        epsilon: added to the variance, so that equal values become 0.
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool, True on the entries to whiten.
+        epsilon: Added to the variance, so that equal values become 0.
 
     Returns:
-        [batch, time], standard deviations; 0 on masked entries.
+        [batch, time] whitened values, in standard deviations; 0 on masked entries.
 
-    Source: Huang et al. 2024, detail 20 of PPO (arXiv:2403.17031); unlike some peers the mean is not added back.
+    Reference: Huang et al. 2024, detail 20 of PPO (arXiv:2403.17031). Some implementations add the mean back; this
+    one does not.
     """
-    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
-    return centred * torch.rsqrt(masked_mean(centred.square(), mask) + epsilon)
+    centered = torch.where(mask, values - masked_mean(values, mask), 0.0)
+    return centered * torch.rsqrt(masked_mean(centered.square(), mask) + epsilon)
 
 
 def discounted_cumsum(values: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """Each entry with all later ones of its row, the further off the less: ``S_t = x_t + discount S_{t+1}``.
+    """Discounted sum of each entry and all later entries in its row.
+
+        S_t = x_t + discount * S_{t+1}
 
     Args:
-        values: [batch, time], any unit.
-        mask: [batch, time], bool; its True entries stand together.
-        discount: a step; 1 gives plain sums.
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool; the True entries of a row must be contiguous.
+        discount: Discount factor per token; 1 gives plain sums.
 
     Returns:
-        [batch, time], the unit of ``values``; 0 on masked entries.
+        [batch, time] sums, in the unit of ``values``; 0 on masked entries.
     """
     sums = torch.zeros_like(values)
     later = torch.zeros_like(values[:, 0])
@@ -86,34 +113,52 @@ def discounted_cumsum(values: Tensor, mask: Tensor, discount: float) -> Tensor:
 
 
 def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The hidden states from which the masked tokens are predicted: the next-token shift of this project.
+    """Hidden states from which the selected tokens are predicted (the next-token shift).
 
-    A causal model reads tokens 0..t-1 and predicts token t from the state at t-1.
+    A causal model predicts token t from the state at position t - 1. Every shift in this project goes through this
+    function.
 
     Args:
-        hidden: [batch, time, width], the state after each token.
-        mask: [batch, time], bool; column 0 must be False (nothing stands before the first token).
+        hidden: [batch, time, width] hidden state at each token.
+        mask: [batch, time] bool, True on the tokens to predict. Column 0 must be False, because nothing precedes the
+            first token.
 
     Returns:
-        [masked tokens, width], row by row.
+        [selected tokens, width] hidden states, row by row.
     """
     row, column = mask.nonzero(as_tuple=True)
     return hidden[row, column - 1]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put one value a masked token, [masked tokens], back into [batch, time]; 0 elsewhere."""
+    """Write one value per selected token back into a [batch, time] tensor of zeros.
+
+    Args:
+        values: [selected tokens] values, row by row.
+        mask: [batch, time] bool, True on the selected tokens.
+
+    Returns:
+        [batch, time] values; 0 on masked entries.
+    """
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def last_true(mask: Tensor) -> Tensor:
-    """Index of the last True entry of each row: [batch, time] bool to [batch]; found by place, never by token id."""
+    """Index of the last True entry in each row: [batch, time] bool to [batch]."""
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
 
 
 def pad_right(rows: list[list[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Lists of token ids as one right-padded tensor and the mask of its real tokens, both [batch, time]."""
+    """Pad lists of token ids on the right.
+
+    Args:
+        rows: Lists of token ids.
+        value: Token id of the padding. The mask depends on the lengths only, so this may also be a real token.
+
+    Returns:
+        [batch, time] token ids, and [batch, time] bool, True on real tokens.
+    """
     width = max(map(len, rows))
-    tokens = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+    input_ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
-    return tokens, torch.arange(width) < lengths[:, None]
+    return input_ids, torch.arange(width) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""Files a stage leaves behind: they open again, exactly, in a new process, and only if they are whole."""
+"""Exports reload exactly, in a new process, and only if they are complete."""
 
 import json
 import subprocess
@@ -8,17 +8,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf import load_model
 from rlhf.errors import UserError
-from rlhf.export import FINAL, describe, open_model_source, save_huggingface, save_result
+from rlhf.export import open_model_source, save_huggingface, save_result
 from rlhf.models import ModelSource, ScalarHead, ScalarModel
-from rlhf.sft import SFTDataModule, SFTModule
 from rlhf.stage import Result
+from rlhf.stages import stages
 
 TEXT = "<bos>It rains.\nSummary: May<eos>"
 MESSAGES = [{"role": "user", "content": "It rains."}]
@@ -32,8 +31,8 @@ def reward_model(lm: PreTrainedModel) -> ScalarModel:
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, outputs: Path, stage: str = "sft") -> Path:
-    path = outputs / "rlhf" / stage / FINAL[stage]
-    save_result(Result(model, tokenizer), path, {"stage": stage, "parents": {}})
+    path = outputs / "rlhf" / stage / str(stages()[stage].final)
+    save_result(Result(model, tokenizer), path, {"stage": stage, "inputs": {}})
     return path
 
 
@@ -56,20 +55,20 @@ def rewrite(path: Path, change: Any) -> None:
     torch.save(content, path)
 
 
-def test_an_export_holds_no_code(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """weights_only=True opens it; weights are tensors, everything else is text and numbers; provenance is JSON."""
+def test_an_export_contains_no_code(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """It loads with weights_only=True. Weights are tensors, everything else is text and numbers, provenance is JSON."""
     path = save(lm, tokenizer, tmp_path)
     content = torch.load(path, weights_only=True)
-    assert json.loads(content["provenance"]) == {"stage": "sft", "parents": {}}
+    assert json.loads(content["provenance"]) == {"stage": "sft", "inputs": {}}
     assert content["weights"].keys() == lm.state_dict().keys()
     assert all(isinstance(weight, torch.Tensor) for weight in content["weights"].values())
-    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing is left beside it"
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file is left"
 
 
-def test_a_policy_opens_again_with_its_tokenizer(
+def test_a_policy_reloads_with_its_tokenizer(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """The same logits bit for bit, the same tokens, the same chat template, in eval mode on the device asked for."""
+    """Logits, vocabulary and chat template are equal; the model is in eval mode on the requested device."""
     save(lm, tokenizer, tmp_path)
     model, opened, device = load_model("sft", device="cpu", outputs=str(tmp_path))
     assert torch.equal(logits(model, opened), logits(lm, tokenizer))
@@ -79,10 +78,10 @@ def test_a_policy_opens_again_with_its_tokenizer(
     assert (device, model.training) == (torch.device("cpu"), False)
 
 
-def test_a_reward_model_scores_as_before(
+def test_a_reward_model_reloads_with_its_scores(
     reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Head, hidden layer and stored mean come back: equal scores, and 0.25 less than without the mean."""
+    """Head, hidden layer and stored mean are restored: scores are equal, and 0.25 below those without the mean."""
     save(reward_model, tokenizer, tmp_path, "reward")
     model, opened, _ = load_model("reward", device="cpu", outputs=str(tmp_path))
     assert torch.equal(scores(model, opened), scores(reward_model, tokenizer))
@@ -99,8 +98,8 @@ def four_heads(lm: PreTrainedModel) -> ScalarModel:
     return model
 
 
-def test_several_heads_open_again(four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Every head and every mean: the scores of each head are the same bit for bit."""
+def test_several_heads_reload(four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Every head and every mean is restored: the scores of each head are equal bit for bit."""
     path = save(four_heads, tokenizer, tmp_path, "reward")
     model = open_model_source(str(path)).scalar_model(tokenizer).eval()
     ids = torch.arange(20, 29)[None]
@@ -110,10 +109,10 @@ def test_several_heads_open_again(four_heads: ScalarModel, tokenizer: PreTrained
     assert model.reward_mean.tolist() == [0.25, -1.0, 2.0, 0.5]
 
 
-def test_a_file_from_before_there_were_several_heads_opens(
+def test_a_file_without_a_number_of_heads_opens(
     reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Its head settings name no number of heads: it has one, under the names and with the mean it always had."""
+    """A file whose head settings have no num_heads has one head, with the same parameter names and a scalar mean."""
     path = save(reward_model, tokenizer, tmp_path, "reward")
     rewrite(path, lambda content: content["head"].pop("num_heads"))
     content = torch.load(path, weights_only=True)
@@ -130,8 +129,8 @@ def test_a_file_from_before_there_were_several_heads_opens(
     assert torch.equal(scores(model, opened), scores(reward_model, tokenizer))
 
 
-def lose(path: Path, start: str) -> None:
-    """Take out of a file the weights whose names start like that."""
+def remove_weights(path: Path, start: str) -> None:
+    """Remove the weights whose names start with a prefix from a file."""
 
     def change(content: dict[str, Any]) -> None:
         kept = {name: weight for name, weight in content["weights"].items() if not name.startswith(start)}
@@ -144,72 +143,72 @@ def lose(path: Path, start: str) -> None:
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("head.layers.2.weight", r"the reward head is not in the file: head\.layers\.2\.weight\n"),
-        ("head.", r"the reward head is not in the file: head\.layers\.0\.bias, head\.layers\.0\.weight, head"),
-        ("head.others.2", r"the reward head is not in the file: head\.others\.2\.0\.bias"),
-        ("reward_mean", r"these weights are not in the file: reward_mean\n"),
-        ("trunk.", r"these weights are not in the file: trunk\..* and \d+ more"),
+        ("head.layers.2.weight", r"the reward head is missing from the file: head\.layers\.2\.weight\."),
+        ("head.", r"the reward head is missing from the file: head\.layers\.0\.bias, head\.layers\.0\.weight, head"),
+        ("head.others.2", r"the reward head is missing from the file: head\.others\.2\.0\.bias"),
+        ("reward_mean", r"these weights are missing from the file: reward_mean\."),
+        ("trunk.", r"these weights are missing from the file: trunk\..* and \d+ more"),
     ],
 )
-def test_missing_weights_are_refused(
+def test_missing_weights_are_rejected(
     four_heads: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, lost: str, message: str
 ) -> None:
-    """A head that is not there is never made up anew (trl#1379): the file's name and what it lacks."""
+    """A missing head is never initialized at random (trl#1379): the error names the file and the missing weights."""
     path = save(four_heads, tokenizer, tmp_path, "reward")
-    lose(path, lost)
+    remove_weights(path, lost)
     with pytest.raises(UserError, match=rf"reward_model_final\.pt: {message}"):
         load_model(str(path))
 
 
-def test_a_policy_without_all_its_weights_is_refused(
+def test_a_policy_with_a_missing_weight_is_rejected(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = save(lm, tokenizer, tmp_path)
     name = next(name for name in lm.state_dict() if "norm" in name)
-    lose(path, name)
-    with pytest.raises(UserError, match=rf"sft_final\.pt: these weights are not in the file: {name}"):
+    remove_weights(path, name)
+    with pytest.raises(UserError, match=rf"sft_final\.pt: these weights are missing from the file: {name}"):
         load_model("sft", outputs=str(tmp_path))
 
 
-def test_weights_of_another_shape_are_refused(
+def test_weights_of_a_wrong_shape_are_rejected(
     reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """A head of another width, and a weight that no layer has."""
+    """A head of a different width, and a weight that belongs to no layer."""
     path = save(reward_model, tokenizer, tmp_path, "reward")
     rewrite(path, lambda content: content["weights"].update({"head.layers.2.weight": torch.zeros(1, 8)}))
-    with pytest.raises(UserError, match=r"do not fit the model it describes: head\.layers\.2\.weight"):
+    with pytest.raises(UserError, match=r"do not fit the model configuration: head\.layers\.2\.weight"):
         load_model(str(path))
     path = save(reward_model, tokenizer, tmp_path, "reward")
     rewrite(path, lambda content: content["weights"].update({"head.layers.9.weight": torch.zeros(1, 7)}))
-    with pytest.raises(UserError, match=r"do not fit the model it describes: head\.layers\.9\.weight"):
+    with pytest.raises(UserError, match=r"do not fit the model configuration: head\.layers\.9\.weight"):
         load_model(str(path))
 
 
-def test_a_policy_is_no_reward_model(
+def test_a_policy_cannot_be_opened_as_a_reward_model(
     lm: PreTrainedModel, reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Each is refused in the other's place, in words."""
+    """Opening one kind as the other raises an error that names both."""
     policy, reward = save(lm, tokenizer, tmp_path), save(reward_model, tokenizer, tmp_path, "reward")
-    with pytest.raises(UserError, match="holds a language model, not a scalar model"):
+    with pytest.raises(UserError, match="contains a language model, but a scalar model is needed"):
         open_model_source(str(policy)).scalar_model(tokenizer)
-    with pytest.raises(UserError, match="holds a scalar model, not a language model"):
+    with pytest.raises(UserError, match="contains a scalar model, but a language model is needed"):
         open_model_source(str(reward)).language_model(tokenizer)
 
 
-def test_a_reward_model_of_another_tokenizer_is_refused(
+def test_a_reward_model_with_another_tokenizer_is_rejected(
     reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, source: ModelSource, tmp_path: Path
 ) -> None:
-    """It would read other words than the policy wrote."""
+    """It would misinterpret the token ids of the policy."""
     path = save(reward_model, tokenizer, tmp_path, "reward")
-    other = source.tokenizer(["quite another text about something else"])
-    with pytest.raises(UserError, match=r"its tokenizer .* is not the policy's"):
+    other = source.tokenizer(["an entirely different text"])
+    with pytest.raises(UserError, match=r"the tokenizer of the reward model .* differs from that of the policy"):
         open_model_source(str(path)).scalar_model(other)
 
 
-def test_a_hugging_face_folder_opens_in_plain_transformers(
+def test_a_hugging_face_folder_opens_in_transformers(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Identical logits, tied embeddings included, and the chat template; it also opens here by its path."""
+    """Logits are identical and the chat template is kept. load_model opens the folder by its path."""
     path, folder = save(lm, tokenizer, tmp_path), tmp_path / "hf"
     save_huggingface(str(path), str(folder))
     plain, opened = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -222,22 +221,22 @@ def test_a_hugging_face_folder_opens_in_plain_transformers(
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])
-def test_a_broken_file_says_so(
+def test_a_broken_file_is_named(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
 ) -> None:
-    """Cut in the middle, no archive at all, empty, or an archive of something else: its name, in plain words."""
+    """The error names a file that is truncated, empty, not an archive, or an archive of something else."""
     path = save(lm, tokenizer, tmp_path)
     whole = path.read_bytes()
     if damage == "foreign":
         torch.save({"weights": {}}, path)
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage])
-    with pytest.raises(UserError, match=rf"{path.name}: not a (whole )?file of this project"):
+    with pytest.raises(UserError, match=rf"{path.name}: not a valid rlhf export"):
         load_model(str(path))
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    """A pickle that would write a file when opened is refused, and writes nothing."""
+    """A pickle that would write a file when it is loaded is rejected, and writes nothing."""
 
     class Bomb:
         def __reduce__(self) -> Any:
@@ -271,34 +270,34 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         7,
     ],
 )
-def test_a_tokenizer_file_with_another_name_is_refused(
+def test_a_tokenizer_file_with_an_unsafe_name_is_rejected(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
 ) -> None:
-    """A file of the checkpoint could otherwise be written anywhere on the disk; not even the good files are written."""
+    """Such a file could otherwise be written anywhere on the disk. Valid files are not written, either."""
     path = save(lm, tokenizer, tmp_path)
     if isinstance(name, str) and name.startswith("/"):
         name = str(tmp_path / "absolute" / "tokenizer.json")
         Path(name).parent.mkdir()
     rewrite(path, lambda content: content["tokenizer"].update({name: "changed"}))
-    temporary = tmp_path / "a" / "b"  # where '../../x' would be written beside the export
+    temporary = tmp_path / "a" / "b"  # '../../x' would be written to the directory of the export
     temporary.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match=r"sft_final\.pt: its tokenizer contains a file named ") as error:
+    with pytest.raises(UserError, match=r"sft_final\.pt: the tokenizer contains a file named ") as error:
         open_model_source(str(path)).tokenizer()
     assert repr(name) in str(error.value)
-    assert "only plain names of tokenizer files" in str(error.value)
+    assert "Only plain names of tokenizer files" in str(error.value)
     assert "run the stage again: python train.py stage=" in str(error.value)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
-def test_every_file_of_a_tokenizer_comes_back(
+def test_every_file_of_a_tokenizer_is_restored(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """The files that ``save_pretrained`` writes for the opened tokenizer are those of the original.
 
-    All of them are equal byte for byte, except for ``tokenizer_config.json``, in which ``transformers`` notes where a
-    tokenizer was opened.
+    All of them are equal byte for byte, except for ``tokenizer_config.json``, to which ``transformers``
+    adds where a tokenizer was opened.
     """
     path, folders = save(lm, tokenizer, tmp_path), (tmp_path / "before", tmp_path / "after")
     tokenizer.save_pretrained(folders[0])
@@ -332,29 +331,29 @@ def test_every_file_of_a_tokenizer_comes_back(
 def test_the_names_that_transformers_writes_are_allowed(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Text and bytes under every usual name reach the folder that the tokenizer is opened from, unchanged."""
+    """Text and bytes under every usual name reach the directory that the tokenizer is opened from unchanged."""
     path = save(lm, tokenizer, tmp_path)
     for stored, data in (("text", b"text"), (torch.tensor([255, 0, 10], dtype=torch.uint8), b"\xff\x00\n")):
         rewrite(path, lambda content, stored=stored: content.update({"tokenizer": {name: stored}}))
         seen: dict[str, bytes] = {}
 
-        def look(folder: str, seen: dict[str, bytes] = seen, **options: Any) -> None:
+        def record(folder: str, seen: dict[str, bytes] = seen, **options: Any) -> None:
             seen.update({file.name: file.read_bytes() for file in Path(folder).iterdir()})
 
-        monkeypatch.setattr(AutoTokenizer, "from_pretrained", look)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", record)
         open_model_source(str(path)).tokenizer()
         assert seen == {name: data}
 
 
-def test_a_crash_while_writing_leaves_the_old_file_whole(
+def test_a_failed_write_keeps_the_existing_file(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up halfway: what was there before still opens, byte for byte."""
+    """The disk fills up halfway through: the previous file is unchanged."""
     path = save(lm, tokenizer, tmp_path)
     old = path.read_bytes()
 
     def fill_the_disk(content: Any, file: Any) -> None:
-        file.write(b"half of it")
+        file.write(b"incomplete")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
@@ -363,50 +362,17 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
     assert path.read_bytes() == old
 
 
-def test_what_is_not_there_names_the_command(tmp_path: Path) -> None:
-    """A stage that has not run: the command that runs it; a word that is no name: the names there are."""
+def test_a_missing_model_names_the_command(tmp_path: Path) -> None:
+    """For a stage that has not run, the error contains the command; for an unknown name, the models that exist."""
     outputs = str(tmp_path)
     with pytest.raises(UserError, match=r"python train\.py .*run=qwen"):
         load_model("rl_trained", run="qwen", outputs=outputs)
-    with pytest.raises(UserError, match=r"names: rl_trained, sft, reward, ppo, grpo, dpo"):
+    with pytest.raises(UserError, match=r"load_model\('sfft'\): .* Models of run=rlhf: none"):
         load_model("sfft", outputs=outputs)
-    with pytest.raises(UserError, match=r"nothing\.pt: no such file\n  python train\.py stage="):
+    with pytest.raises(
+        UserError, match=r"nothing\.pt: there is no such file\.\n  Make it first: python train\.py stage="
+    ):
         open_model_source(str(tmp_path / "nothing.pt"))
-
-
-def test_a_lightning_checkpoint_opens_without_its_run(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """The model of a checkpoint of SFT, with the header that run.py puts into it, after one step of training."""
-
-    class Header(lightning.Callback):
-        def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-            checkpoint["rlhf"] = describe(module.result(), {"stage": "sft"})
-
-    class Fixed:
-        def language_model(self, tokenizer: Any) -> Any:
-            return deepcopy(lm)
-
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "It rains.", "completion": "May"}\n')
-    module = SFTModule(policy=Fixed(), learning_rate=0.1, samples=0)
-    data = SFTDataModule(train=str(rows), val_fraction=0)
-    module.tokenizer = data.tokenizer = tokenizer
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        max_steps=1,
-        callbacks=[Header()],
-    )
-    trainer.fit(module, data)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    model, opened, _ = load_model(str(tmp_path / "last.ckpt"), device="cpu")
-    assert torch.equal(logits(model, opened), logits(module.policy.lm.eval(), tokenizer))
-    assert not torch.equal(logits(model, opened), logits(lm, tokenizer)), "training changed nothing"
 
 
 IN_A_NEW_PROCESS = """
@@ -422,13 +388,13 @@ with torch.no_grad():
 def test_a_new_process_computes_the_same(
     lm: PreTrainedModel, reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, repo: Path
 ) -> None:
-    """Logits and scores bit for bit: nothing that matters lived only in the memory of the process that saved it."""
+    """Logits and scores are bit-for-bit equal: the files contain everything that they depend on."""
     save(lm, tokenizer, tmp_path)
     save(reward_model, tokenizer, tmp_path, "reward")
     ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
     torch.save(ids, tmp_path / "ids")
-    files = [str(tmp_path), str(tmp_path / "ids"), str(tmp_path / "answer")]
+    files = [str(tmp_path), str(tmp_path / "ids"), str(tmp_path / "outputs")]
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *files], check=True, cwd=repo)
-    got_logits, got_scores = torch.load(tmp_path / "answer")
+    got_logits, got_scores = torch.load(tmp_path / "outputs")
     assert torch.equal(got_logits, logits(lm, tokenizer))
     assert torch.equal(got_scores, scores(reward_model, tokenizer))

@@ -18,8 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers import GPT2Config, LlamaConfig, Mamba2Config  # isort: skip
 
 from helpers import PROMPTS, Fixed
-from rlhf.data import EncodedResponse, Encoder, PreferenceDataModule, RecordDataModule, SequenceBatch
-from rlhf.dpo import DPOModule, KTOModule, UnpairedDataModule
+from rlhf.data import (
+    EncodedResponse,
+    Encoder,
+    PreferenceDataModule,
+    RecordDataModule,
+    SequenceBatch,
+    UnpairedDataModule,
+)
+from rlhf.dpo import DPOModule, KTOModule
 from rlhf.errors import UserError, plain_errors
 from rlhf.export import Export, save_result
 from rlhf.grpo import GRPOModule

@@ -114,7 +114,7 @@ def in_file_order(datamodule: type) -> type:
     """
 
     class InFileOrder(datamodule):
-        bucket = False
+        bucket_by_length = False
 
         def train_dataloader(self) -> Any:
             return self.loader("train")

@@ -1,12 +1,13 @@
-"""From files to batches: records, one joint encoding, length-bucketed batches."""
+"""Data of all stages: files to records, records to token ids, token ids to batches of similar length."""
 
 from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, SequenceBatch, UnpairedBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedResponse, Encoder, concatenate
+from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule
 from rlhf.data.prompts import PromptDataModule
 from rlhf.data.records import Demonstration, Message, Preference, Prompt, Rating, UnpairedPreference
+from rlhf.data.unpaired import UnpairedDataModule
 
 __all__ = [
     "Batch",
@@ -26,6 +27,7 @@ __all__ = [
     "RecordDataModule",
     "SequenceBatch",
     "UnpairedBatch",
+    "UnpairedDataModule",
     "UnpairedPreference",
-    "concatenate",
+    "replace_response",
 ]

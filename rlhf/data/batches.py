@@ -1,4 +1,4 @@
-"""Batches, and how rows become one. All token tensors are [batch, time], padded on the right."""
+"""Batches. All token tensors have shape [batch, time] and are padded on the right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,52 +14,59 @@ from rlhf.tensors import pad_right
 
 @dataclass(kw_only=True)
 class Batch:
-    """What every batch knows.
+    """Base class of all batches.
 
-    loss_weight: this batch's part in the optimizer step, so that the mean over the step does not depend on how it was cut
-        into batches: terms of the loss here x batches in the step / terms of the loss in the step.
-    sft_loss_weight: the same for an SFT term that is added to the loss, whose terms are others.
+    The weights make the mean over an optimizer step independent of how the step is divided into batches and ranks:
+
+        weight = terms in this batch * batches per step / terms in the step
+
+    Args:
+        loss_weight: Factor of the loss; its terms are ``loss_terms``.
+        sft_loss_weight: Factor of an SFT loss that a stage adds to its own; its terms are ``sft_terms``.
     """
 
     loss_weight: float = 1.0
     sft_loss_weight: float = 1.0
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with its tensors on a device; what is no tensor stays."""
+        """Return a copy of the batch with its tensors on a device."""
         moved = {
-            part.name: value.to(device)
-            for part in fields(self)
-            if isinstance(value := getattr(self, part.name), Tensor | Batch)
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor | Batch)
         }
         return replace(self, **moved)
 
     @property
     def loss_terms(self) -> int:
-        """How many terms the mean of the loss is taken over: tokens or pairs."""
+        """Number of terms that the loss is averaged over, such as tokens or pairs."""
         raise NotImplementedError
 
     @property
     def sft_terms(self) -> int:
-        """How many terms the mean of an added SFT term is taken over: tokens of the better answers."""
+        """Number of terms of an added SFT loss: tokens of the chosen or desirable responses."""
         return 0
 
     @property
     def token_count(self) -> int:
-        """Real tokens, for throughput."""
+        """Number of real tokens, for throughput."""
         raise NotImplementedError
 
     @property
     def sequence_count(self) -> int:
+        """Number of sequences, for throughput."""
         raise NotImplementedError
 
 
 @dataclass
 class SequenceBatch(Batch):
-    """Prompts with answers.
+    """Prompts with responses.
 
-    input_ids: [batch, time] token ids.
-    attention_mask: [batch, time] bool, True on real tokens.
-    response_mask: [batch, time] bool, True from the first token of the answer to its EOS.
+    Args:
+        input_ids: [batch, time] token ids.
+        attention_mask: [batch, time] bool, True on real tokens.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        terms: Number of True entries of ``response_mask``, counted before the batch moves to a device.
     """
 
     input_ids: Tensor
@@ -69,10 +76,11 @@ class SequenceBatch(Batch):
 
     @classmethod
     def collate(cls, rows: Sequence[EncodedResponse]) -> "SequenceBatch":
+        """Pad rows on the right and compute their masks."""
         input_ids, attention_mask = pad_right([row.input_ids for row in rows])
         starts = torch.tensor([row.start for row in rows])
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
-        response_mask[:, 0] = False  # nothing stands before the first token
+        response_mask[:, 0] = False  # nothing precedes the first token, so it cannot be predicted
         return cls(input_ids, attention_mask, response_mask, terms=int(response_mask.sum()))
 
     @property
@@ -90,7 +98,11 @@ class SequenceBatch(Batch):
 
 @dataclass
 class LabeledBatch(Batch):
-    """Texts about which the data say something more. sequences: [batch, time]."""
+    """Base class of batches whose sequences have labels, such as preferences or rewards.
+
+    Args:
+        sequences: Prompts with responses.
+    """
 
     sequences: SequenceBatch
 
@@ -105,18 +117,20 @@ class LabeledBatch(Batch):
 
 @dataclass
 class PairBatch(LabeledBatch):
-    """Preference pairs, as one batch of 2 x pairs rows: first all chosen answers, then all rejected ones.
+    """Preference pairs. All chosen responses come first, then all rejected responses in the same order.
 
-    sequences: [2 x pairs, time].
-    margin: [pairs], reward units.
-    ref_logprobs: [2 x pairs] summed log-probs of the answers under the reference, nats, where they are known already.
+    Args:
+        sequences: [2 * pairs, time] prompts with responses.
+        margin: [pairs] by how much the chosen response is better, in reward units.
+        ref_logprobs: [2 * pairs] summed log-probs of the responses under the reference model, in nats; None if they
+            have not been precomputed.
     """
 
     margin: Tensor
     ref_logprobs: Tensor | None = None
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected part of [2 x pairs] values: [pairs] each."""
+        """Split [2 * pairs, ...] values into those of the chosen and those of the rejected responses."""
         chosen, rejected = values.chunk(2)
         return chosen, rejected
 
@@ -131,12 +145,14 @@ class PairBatch(LabeledBatch):
 
 @dataclass
 class UnpairedBatch(LabeledBatch):
-    """Answers labelled one by one.
+    """Unpaired preferences: single responses with a label.
 
-    sequences: [batch, time].
-    desirable: [batch] bool, the label.
-    mismatched: [batch, time'], each prompt with the answer of another row.
-    ref_logprobs: [batch] summed log-probs of the answers under the reference, nats, where they are known already.
+    Args:
+        sequences: [batch, time] prompts with responses.
+        desirable: [batch] bool, the label.
+        mismatched: [batch, time'] each prompt with the response of another row.
+        ref_logprobs: [batch] summed log-probs of the responses under the reference model, in nats; None if they have
+            not been precomputed.
     """
 
     desirable: Tensor
@@ -154,7 +170,12 @@ class UnpairedBatch(LabeledBatch):
 
 @dataclass
 class RatingBatch(LabeledBatch):
-    """Answers with what they are worth. rewards: [batch], reward units."""
+    """Responses with rewards.
+
+    Args:
+        sequences: [batch, time] prompts with responses.
+        rewards: [batch] rewards, in reward units.
+    """
 
     rewards: Tensor
 
@@ -165,7 +186,12 @@ class RatingBatch(LabeledBatch):
 
 @dataclass
 class PromptBatch(Batch):
-    """Prompts to answer. tokens: one list of token ids a prompt; prompts: the records they come from."""
+    """Prompts to sample responses for.
+
+    Args:
+        input_ids: A list of token ids per prompt, without padding.
+        prompts: The record of each prompt.
+    """
 
     input_ids: list[list[int]]
     prompts: list[Prompt] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""From records to tokens: prompt and answer in one encoding, one BOS, an EOS that is learned."""
+"""Encode records as token ids: prompt and response as one text, with one BOS and a final EOS that is learned."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,66 +7,82 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Message
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """Tokens of a prompt and its answer; the answer begins at ``start`` and ends with EOS unless it was cut."""
+    """Token ids of a prompt followed by a response.
+
+    Args:
+        input_ids: Token ids. The last one is EOS, unless the response was truncated.
+        start: Index of the first token of the response.
+    """
 
     input_ids: list[int]
     start: int
 
 
 class Encoder:
-    """Joins prompts and answers by the tokenizer's chat template and turns them into tokens.
+    """Renders prompts and responses with the tokenizer's chat template and encodes them.
 
     Args:
-        tokenizer: carries a chat template.
-        max_length: longest prompt with answer, tokens. What is longer loses the beginning of its prompt first; only an
-            answer that is too long by itself is cut, and then does not end in EOS.
+        tokenizer: A tokenizer with a chat template.
+        max_length: Maximum length of prompt and response together, in tokens. Longer sequences lose the beginning of
+            the prompt. A response that alone is longer than ``max_length - 1`` is truncated as well, without an EOS.
 
-    ``counts`` says how many prompts and answers were cut.
+    Attributes:
+        counts: Number of ``truncated_prompts`` and ``truncated_responses`` so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.counts: Counter[str] = Counter()
-        self._bos = tokenizer.bos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and self._encode("x", special=True)[0][:1] == [self._bos]
 
-    def encode_prompt(self, messages: Sequence[Message], *, room: int = 0) -> list[int]:
-        """Tokens of a prompt, ready to be answered; ``room`` tokens of max_length are kept free for the answer."""
+    def encode_prompt(self, messages: Sequence[Message], *, reserve: int = 0) -> list[int]:
+        """Encode a prompt up to the point where the response begins.
+
+        Args:
+            messages: The conversation.
+            reserve: Number of tokens of ``max_length`` to keep free for the response.
+        """
         input_ids = self._one_bos(self._encode(self._render(messages, response=None))[0])
-        self.counts["prompts cut"] += len(input_ids) > self.max_length - room
-        return self._cut_prompt(input_ids, self.max_length - room)
+        limit = self.max_length - reserve
+        self.counts["truncated_prompts"] += len(input_ids) > limit
+        return _keep_end(input_ids, limit, self._bos)
 
     def encode_response(self, messages: Sequence[Message], response: str) -> EncodedResponse:
-        """Tokens of a prompt and its answer, encoded as one text."""
+        """Encode a prompt and a response as one text."""
         return self.encode_responses(messages, [response])[0]
 
     def encode_responses(self, messages: Sequence[Message], responses: Sequence[str]) -> list[EncodedResponse]:
-        """Tokens of a prompt with each of several answers; where the prompt must be cut, it is cut alike for all."""
-        opening = self._render(messages, response=None)
-        parts = [self._parts(opening, self._render(messages, response=response)) for response in responses]
-        longest = max(len(reply) for _, reply in parts)
-        if longest > self.max_length - 1:
-            self.counts["answers cut"] += sum(len(reply) > self.max_length - 1 for _, reply in parts)
-            longest = self.max_length - 1
-        room = self.max_length - longest
-        self.counts["prompts cut"] += any(len(prompt) > room for prompt, _ in parts)
-        coded = []
-        for prompt, reply in parts:
-            prompt = self._cut_prompt(prompt, room)
-            coded.append(EncodedResponse(prompt + reply[: self.max_length - 1], len(prompt)))
-        return coded
+        """Encode a prompt with each of several responses.
 
-    def _parts(self, opening: str, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a whole text, parted where the answer begins."""
-        boundary = len(opening) if text.startswith(opening) else _shared_prefix(opening, text)
+        If the prompt must be truncated, the longest response decides and all responses get the same prompt: otherwise,
+        the prompt would reveal which of them is the longer one.
+        """
+        opening = self._render(messages, response=None)
+        pairs = [self._split(opening, self._render(messages, response=response)) for response in responses]
+        longest = max(len(response) for _, response in pairs)
+        if longest > self.max_length - 1:
+            self.counts["truncated_responses"] += sum(len(response) > self.max_length - 1 for _, response in pairs)
+            longest = self.max_length - 1
+        limit = self.max_length - longest
+        self.counts["truncated_prompts"] += any(len(prompt) > limit for prompt, _ in pairs)
+        encoded = []
+        for prompt, response in pairs:
+            prompt = _keep_end(prompt, limit, self._bos)
+            encoded.append(EncodedResponse(prompt + response[: self.max_length - 1], len(prompt)))
+        return encoded
+
+    def _split(self, opening: str, text: str) -> tuple[list[int], list[int]]:
+        """Encode the complete text and split its token ids where the response begins."""
+        boundary = len(opening) if text.startswith(opening) else _common_prefix_length(opening, text)
         input_ids, ends = self._encode(text)
-        # a token that straddles the boundary already speaks of the answer
+        # A token that spans the boundary counts as part of the response.
         start = next((i for i, end in enumerate(ends) if end > boundary), len(input_ids))
         return self._one_bos(input_ids[:start]), self._one_eos(input_ids[start:])
 
@@ -76,53 +92,54 @@ class Encoder:
             return str(
                 self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=response is None)
             )
-        except Exception as error:  # templates raise whatever their author wrote
-            raise UserError(
-                f"the tokenizer's chat template refuses a conversation of {[m['role'] for m in conversation]}: {error}",
-                'another template: data.template="{prompt}\\n"',
+        except Exception as error:  # templates raise whatever their authors chose
+            roles = [message["role"] for message in conversation]
+            raise ConfigError(
+                f"The tokenizer's chat template does not support a conversation with the roles {roles} ({error}).",
+                'Use another template: data.template="{prompt}\\n"',
             ) from error
 
     def _encode(self, text: str, special: bool = False) -> tuple[list[int], list[int]]:
-        """Tokens of a text, and for each the place in the text where it ends."""
+        """Return the token ids of a text, and for each token the index in the text where it ends."""
         if self.tokenizer.is_fast:
-            coded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-            return list(coded["input_ids"]), [end for _, end in coded["offset_mapping"]]
+            encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+            return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
         input_ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         return input_ids, [len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
 
     def _one_bos(self, prompt: list[int]) -> list[int]:
-        """Exactly one BOS for a tokenizer or template that uses it, and none for others."""
+        """Start with exactly one BOS if the tokenizer or the template writes one, and with none otherwise."""
         count = 0
         while self._bos is not None and count < len(prompt) and prompt[count] == self._bos:
             count += 1
-        return [self._bos] * (count > 0 or self._adds_bos) + prompt[count:]
+        bos = [self._bos] if self._bos is not None and (count > 0 or self._adds_bos) else []
+        return bos + prompt[count:]
 
     def _one_eos(self, response: list[int]) -> list[int]:
-        """The answer up to its closing EOS; what a template writes after that (a line feed) is left off."""
+        """End with exactly one EOS. White space that a template writes after it, such as a line feed, is removed."""
         eos = self.tokenizer.eos_token_id
         last = max((i for i, token in enumerate(response) if token == eos), default=None)
         if last is not None and not self.tokenizer.decode(response[last + 1 :]).strip():
             return response[: last + 1]
         return [*response, eos]
 
-    def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
-        return _cut_prompt(prompt, room, self._bos)
 
-
-def concatenate(one: EncodedResponse, other: EncodedResponse, max_length: int, bos: int | None) -> EncodedResponse:
-    """The prompt of one text with the answer of another, for texts that nobody wrote; the prompt is cut to fit."""
+def replace_response(
+    row: EncodedResponse, other: EncodedResponse, max_length: int, bos_token_id: int | None
+) -> EncodedResponse:
+    """Combine the prompt of one row with the response of another; the prompt is truncated to fit ``max_length``."""
     response = other.input_ids[other.start :]
-    prompt = _cut_prompt(one.input_ids[: one.start], max_length - len(response), bos)
+    prompt = _keep_end(row.input_ids[: row.start], max_length - len(response), bos_token_id)
     return EncodedResponse(prompt + response, len(prompt))
 
 
-def _cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
-    """The end of a prompt, with its BOS: what was said last matters most to the answer."""
-    if len(prompt) <= room:
+def _keep_end(prompt: list[int], limit: int, bos: int | None) -> list[int]:
+    """Truncate a prompt to its last tokens, which matter most to the response, and keep its BOS."""
+    if len(prompt) <= limit:
         return prompt
     opening = prompt[:1] if prompt[:1] == [bos] else []
-    return opening + prompt[len(prompt) - (room - len(opening)) :]
+    return opening + prompt[len(prompt) - (limit - len(opening)) :]
 
 
-def _shared_prefix(one: str, other: str) -> int:
+def _common_prefix_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,69 +1,85 @@
-"""Rows from JSONL, JSON, CSV and Parquet files and from the hub, all through the ``datasets`` library."""
+"""Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets, read with the ``datasets`` library."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import DataError
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 LINE_PER_ROW = {".jsonl", ".ndjson"}
-SMALL = 100_000_000  # bytes
+PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
 
 
 def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> Sequence[dict[str, Any]]:
-    """The rows of a local file, or of a split of a hub data set.
+    """Read the rows of a local file, or of a split of a Hub dataset.
 
     Args:
-        path: a file whose ending names its format, or a hub id such as ``Anthropic/hh-rlhf``.
-        split: which split of a hub data set; slices such as ``train[:1000]`` work.
-        subset: the configuration of a hub data set that has several.
+        path: A file whose extension determines its format, or a Hub dataset ID such as ``Anthropic/hh-rlhf``.
+        split: Split of a Hub dataset; slices such as ``train[:1000]`` are allowed.
+        subset: Configuration name of a Hub dataset that has several.
 
     Raises:
-        UserError: nothing there, an unknown ending, or a line that is no JSON.
+        DataError: There is no such file or dataset, its format is unknown, or its content is invalid.
     """
+    from datasets import load_dataset
+
+    if Path(path).is_file() or Path(path).suffix.lower() in BUILDERS:
+        return _read_file(path)
+    try:
+        rows: Sequence[dict[str, Any]] = load_dataset(path, subset, split=split)
+    except Exception as error:  # the Hub client raises dozens of types, from an unknown dataset to no network
+        raise DataError(
+            f"{path}: neither a local file nor a Hub dataset that can be loaded ({_reason(error)}).",
+            "For a local file: data=jsonl data.train=<file>. For a Hub dataset: data=hub data.train=<owner/name>",
+        ) from error
+    return rows
+
+
+def _read_file(path: str) -> Sequence[dict[str, Any]]:
     from datasets import disable_progress_bars, enable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    ending = Path(path).suffix.lower()
-    if Path(path).is_file() or ending in BUILDERS:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file", "the path is relative to the folder you started in")
-        if ending not in BUILDERS:
-            raise UserError(f"{path}: cannot tell its format from '{ending}'", f"endings read: {' '.join(BUILDERS)}")
-        if not Path(path).stat().st_size:
-            raise UserError(f"{path}: the file is empty")
-        if ending in LINE_PER_ROW:
-            _check_encoding(path)
-        # a bar is for what takes longer than a few seconds
-        (disable_progress_bars if Path(path).stat().st_size < SMALL else enable_progress_bars)()
-        options = {"sep": "\t"} if ending == ".tsv" else {}
-        try:
-            return load_dataset(BUILDERS[ending], data_files=path, split="train", **options)
-        except (DatasetGenerationError, ValueError, OSError) as error:
-            _find_bad_line(path, ending)
-            raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
+    extension = Path(path).suffix.lower()
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such file.", "Relative paths are resolved against the current directory.")
+    if extension not in BUILDERS:
+        raise DataError(
+            f"{path}: the file extension '{extension}' is not supported.", f"Supported: {' '.join(BUILDERS)}"
+        )
+    if not Path(path).stat().st_size:
+        raise DataError(f"{path}: the file is empty.")
+    if extension in LINE_PER_ROW:
+        _check_encoding(path)
+    (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
+    options = {"sep": "\t"} if extension == ".tsv" else {}
     try:
-        return load_dataset(path, subset, split=split)
-    except Exception as error:  # the hub client raises dozens of types, from no such set to no network
-        raise UserError(
-            f"{path}: neither a file here nor a data set of the hub that can be reached ({_reason(error)})",
-            "data=jsonl data.train=<file>, or data=hub data.train=<owner/name>",
-        ) from error
+        rows: Sequence[dict[str, Any]] = load_dataset(BUILDERS[extension], data_files=path, split="train", **options)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        if extension in LINE_PER_ROW:
+            _find_invalid_line(path)
+        raise DataError(f"{path}: the file cannot be read ({_reason(error)}).") from error
+    return rows
 
 
-def where(path: str, row: int) -> str:
-    """Where a row stands: ``file:line`` for a file of lines, ``file, row n`` for others; rows count from 0."""
+def location(path: str, row: int) -> str:
+    """Return the location of a row: ``file:line`` for JSONL, ``file, row n`` for other formats.
+
+    Args:
+        path: A file or a Hub dataset ID.
+        row: Index of the row, from 0. The returned line and row numbers start from 1.
+    """
     if Path(path).suffix.lower() not in LINE_PER_ROW:
         return f"{path}, row {row + 1}"
-    for seen, (number, _) in enumerate(_lines(path)):
-        if seen == row:
+    for index, (number, _) in enumerate(_lines(path)):
+        if index == row:
             return f"{path}:{number}"
     return path
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of every line that is not blank."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -71,40 +87,33 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_encoding(path: str) -> None:
-    """The reader would only stumble over other bytes once their row is asked for."""
+    """Raise an error if a file is not UTF-8. The ``datasets`` library would fail only when a row is accessed."""
     try:
         for _ in _lines(path):
             pass
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{path}: the file must be UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
-def _find_bad_line(path: str, ending: str) -> None:
-    """Raise an error that names the first line a reader of JSON lines would stumble over."""
-    if ending not in LINE_PER_ROW:
-        return
-    kinds: dict[str, tuple[type, int]] = {}
-    try:
-        for number, line in _lines(path):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a line holds one JSON object, this is {type(row).__name__}")
-            for key, value in row.items():
-                kind, first = kinds.setdefault(key, (type(value), number))
-                if (
-                    value is not None
-                    and kind is not type(None)
-                    and kind is not type(value)
-                    and {kind, type(value)} != {int, float}
-                ):
-                    raise UserError(
-                        f"{path}:{number}: field '{key}' is {type(value).__name__}, but {kind.__name__} in line {first}"
-                    )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+def _find_invalid_line(path: str) -> None:
+    """Raise an error that names the first line that is not valid JSON or does not match the lines before it."""
+    types: dict[str, tuple[type, int]] = {}
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: the line is not JSON ({error.msg} at column {error.colno}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: the line must be a JSON object, got {type(row).__name__}.")
+        for key, value in row.items():
+            expected, first = types.setdefault(key, (type(value), number))
+            if expected is type(None) or value is None or {expected, type(value)} == {int, float}:
+                continue
+            if expected is not type(value):
+                raise DataError(
+                    f"{path}:{number}: the field '{key}' must have one type in all lines, got {type(value).__name__} "
+                    f"here and {expected.__name__} in line {first}."
+                )
 
 
 def _reason(error: BaseException) -> str:

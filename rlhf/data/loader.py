@@ -1,4 +1,4 @@
-"""Which rows make a batch, in which order, on which rank."""
+"""Loading: which rows form a batch, in which order, on which rank, and with which weight in the optimizer step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -9,20 +9,22 @@ import torch.distributed as dist
 
 from rlhf.data.batches import Batch
 
-WINDOW = 50  # batches among which rows of like length are put together
+BUCKET_BATCHES = 50  # rows are sorted by length within buckets of at most this many batches
 
 
-class LengthBuckets:
-    """Row indices in batches of like length, in an order drawn from seed and epoch.
+class BucketBatchSampler:
+    """Yields row indices in batches of similar length, in an order that depends only on seed and epoch.
 
     Args:
-        lengths: of the rows, tokens.
-        batch_size: rows a rank gets in a batch.
-        shuffle: draw a new order each epoch; otherwise longest first, so that a batch too large shows at once.
-        bucket: put rows of like length together, so that little is padding.
-        seed: of the order.
-        whole_only: leave out the last rows of an epoch where they do not fill a batch.
-        rank, world: this process among those that share the rows; each gets the same number of batches.
+        lengths: Length of each row, in tokens.
+        batch_size: Rows per batch and rank.
+        shuffle: Use a new random order in each epoch. Otherwise the longest rows come first, so that a batch that does
+            not fit into memory fails at once.
+        bucket: Sort rows by length within buckets, to reduce padding.
+        seed: Seed of the order.
+        drop_last: Leave out the last rows of an epoch if they do not fill a batch.
+        rank: Rank of this process.
+        world: Number of processes that share the rows. All of them yield the same number of batches.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class LengthBuckets:
         shuffle: bool,
         bucket: bool = True,
         seed: int = 0,
-        whole_only: bool = False,
+        drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -42,86 +44,101 @@ class LengthBuckets:
         self.shuffle = shuffle
         self.bucket = bucket
         self.seed = seed
-        self.whole_only = whole_only
+        self.drop_last = drop_last
         self.rank = rank
         self.world = world
         self.epoch = 0
 
     @property
-    def sampler(self) -> "LengthBuckets":
-        """Whose ``set_epoch`` Lightning calls before each epoch: it looks for ``loader.batch_sampler.sampler``."""
+    def sampler(self) -> "BucketBatchSampler":
+        """The object itself: Lightning calls ``loader.batch_sampler.sampler.set_epoch`` before each epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole = self.batch_size * self.world
-        return len(self.lengths) // whole if self.whole_only else -(-len(self.lengths) // whole)
+        size = self.batch_size * self.world
+        return len(self.lengths) // size if self.drop_last else -(-len(self.lengths) // size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        count, whole = len(self.lengths), self.batch_size * self.world
-        order = torch.randperm(count, generator=draw) if self.shuffle else torch.arange(count)
+        # 1. Put all rows in random order, or in file order.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        count, size = len(self.lengths), self.batch_size * self.world
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+
+        # 2. Sort each bucket by length. Small data get four buckets or more, so that neighbors change every epoch.
         if self.bucket:
-            window = whole * min(WINDOW, max(count // (4 * whole), 1)) if self.shuffle else count
-            order = torch.cat(
-                [part[self.lengths[part].argsort(descending=True, stable=True)] for part in order.split(window)]
-            )
-        batches = [batch for batch in order.split(whole) if len(batch) == whole or not self.whole_only]
+            width = size * min(BUCKET_BATCHES, max(count // (4 * size), 1)) if self.shuffle else count
+            buckets = order.split(width)
+            order = torch.cat([rows[self.lengths[rows].argsort(descending=True, stable=True)] for rows in buckets])
+
+        # 3. Cut the rows into batches of all ranks together, and shuffle the batches.
+        batches = [batch for batch in order.split(size) if len(batch) == size or not self.drop_last]
         if self.shuffle:
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=draw)]
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+        # 4. Yield this rank's rows. A rank without rows in the last batch repeats one, so that no rank misses a step.
         for batch in batches:
             rows = batch[self.rank :: self.world].tolist()
-            # a rank that the last rows do not reach answers with a copy: every rank takes every step
             yield rows or batch[:1].tolist()
 
 
 class BatchLoader:
-    """An iterable of batches that Lightning can resume.
+    """An iterable of batches that can be resumed within an epoch.
 
     Args:
-        rows: encoded rows.
-        collate: makes a batch of some of them.
-        batches: which ones, in an order of each epoch's own.
-        per_step: batches in an optimizer step (``trainer.accumulate_grad_batches``).
+        rows: Encoded rows.
+        collate: Makes a batch of a list of rows.
+        batches: Yields the row indices of each batch.
+        per_step: Batches per optimizer step and rank (``trainer.accumulate_grad_batches``).
     """
 
     def __init__(
-        self, rows: Sequence[Any], collate: Callable[[list[Any]], Batch], batches: LengthBuckets, per_step: int = 1
+        self,
+        rows: Sequence[Any],
+        collate: Callable[[list[Any]], Batch],
+        batches: BucketBatchSampler,
+        per_step: int = 1,
     ) -> None:
         self.rows = rows
         self.collate = collate
         self.batch_sampler = batches
         self.per_step = per_step
-        self._taken = 0  # batches of this epoch handed out so far
-        self._skip = 0  # batches to leave out once, after a resume
+        self._position = 0  # batches of the current epoch that have been yielded
+        self._resume_at = 0  # batches to skip in the first epoch after resuming
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._taken, self._skip = self._skip, 0
-        indices = islice(iter(self.batch_sampler), self._taken, None)
+        self._position, self._resume_at = self._resume_at, 0
+        indices = islice(iter(self.batch_sampler), self._position, None)
         for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world):
-            self._taken += 1
+            self._position += 1
             yield batch
 
     def _batch(self, indices: list[int]) -> Batch:
         return self.collate([self.rows[i] for i in indices])
 
     def state_dict(self) -> dict[str, int]:
-        return {"taken": self._taken % len(self)}
+        return {"position": self._position % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["taken"]
+        self._resume_at = state["position"]
 
 
 def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:
-    """Give each batch its shares of the optimizer step it belongs to, over micro-batches and ranks.
+    """Set the weights of each batch within its optimizer step, over micro-batches and ranks.
 
-    With it, the mean of ``loss x share`` that Lightning takes over ``per_step`` batches and ``world`` ranks is the mean
-    over all terms of the loss: 4 batches of 8 are 1 batch of 32, however long their texts (transformers#35203).
+    Lightning averages ``loss * loss_weight`` over ``per_step`` batches and ``world`` ranks. With these weights, the
+    result is the mean over all terms of the step, so 4 batches of 8 sequences give the same gradient as 1 batch of 32,
+    whatever their lengths (see transformers issue 35203).
+
+    Args:
+        batches: The batches of this rank.
+        per_step: Batches per optimizer step and rank.
+        world: Number of ranks.
     """
     while step := list(islice(batches, per_step)):
         if per_step > 1 or world > 1:
@@ -130,7 +147,7 @@ def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -
             if world > 1:
                 totals = totals.cuda() if dist.get_backend() == "nccl" else totals
                 dist.all_reduce(totals)
-            shares = terms.double() * per_step * world / totals.cpu().clamp(min=1)
-            for batch, (loss_weight, sft_loss_weight) in zip(step, shares.tolist(), strict=True):
+            weights = terms.double() * per_step * world / totals.cpu().clamp(min=1)
+            for batch, (loss_weight, sft_loss_weight) in zip(step, weights.tolist(), strict=True):
                 batch.loss_weight, batch.sft_loss_weight = loss_weight, sft_loss_weight
         yield from step

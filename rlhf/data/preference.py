@@ -1,5 +1,6 @@
-"""Preference pairs as batches, for the stages that learn from them."""
+"""Data of the stages that train on preference pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,20 @@ import torch
 from rlhf.data.batches import PairBatch, SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder
-from rlhf.data.records import Preference
+from rlhf.data.records import Preference, Record
 
 
 @dataclass
 class EncodedPair:
-    """Both answers of a pair with their prompt; ``reference`` holds their log-probs under the reference, once known."""
+    """Token ids of a preference pair: one prompt with two responses.
+
+    Args:
+        chosen: Prompt and chosen response.
+        rejected: Prompt and rejected response.
+        margin: By how much the chosen response is better, in reward units.
+        ref_logprobs: Summed log-probs of the chosen and the rejected response under the reference model, in nats. They
+            are None until ``stage=dpo`` fills them in before training; ``collate`` then copies them into every batch.
+    """
 
     chosen: EncodedResponse
     rejected: EncodedResponse
@@ -26,16 +35,21 @@ class EncodedPair:
 
 
 class PreferenceDataModule(RecordDataModule):
-    """Pairs of answers. See RecordDataModule for the keys."""
+    """Reads preference pairs. The arguments are those of ``RecordDataModule``."""
 
-    forms = (Preference,)
+    record_types: Sequence[type[Record]] = (Preference,)
+
+    @property
+    def has_margins(self) -> bool:
+        """True if a training record has a margin, which only some losses read."""
+        return any(record.margin for record in self.records("train") if isinstance(record, Preference))
 
     def texts_of_record(self, record: Any) -> list[str]:
         return [*(message["content"] for message in record.prompt.messages), record.chosen, record.rejected]
 
     def encode(self, encoder: Encoder, record: Any) -> Any:
         chosen, rejected = encoder.encode_responses(record.prompt.messages, [record.chosen, record.rejected])
-        if chosen.input_ids == rejected.input_ids:  # they differed only in what was cut
+        if chosen.input_ids == rejected.input_ids:  # they differ only in tokens that were truncated
             return None
         return EncodedPair(chosen, rejected, record.margin)
 
@@ -43,7 +57,7 @@ class PreferenceDataModule(RecordDataModule):
         return max(len(row.chosen.input_ids), len(row.rejected.input_ids))
 
     def collate(self, rows: list[Any]) -> Any:
-        texts = SequenceBatch.collate([row.chosen for row in rows] + [row.rejected for row in rows])
+        sequences = SequenceBatch.collate([row.chosen for row in rows] + [row.rejected for row in rows])
         known = all(row.ref_logprobs is not None for row in rows)
         ref_logprobs = torch.tensor([row.ref_logprobs for row in rows]).T.flatten() if known else None
-        return PairBatch(texts, torch.tensor([row.margin for row in rows]), ref_logprobs)
+        return PairBatch(sequences, torch.tensor([row.margin for row in rows]), ref_logprobs)

@@ -1,4 +1,4 @@
-"""Prompts as batches, for the stages that answer them."""
+"""Data of the stages that sample responses to prompts."""
 
 from typing import Any
 
@@ -6,26 +6,30 @@ from rlhf.data.batches import PromptBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import Encoder
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 
 
 class PromptDataModule(RecordDataModule):
-    """Prompts of records of any form. See RecordDataModule for the keys; max_length includes room for the answer."""
+    """Reads prompts from records of any kind. The arguments are those of ``RecordDataModule``.
 
-    forms = (Prompt,)
+    ``max_length`` covers prompt and response. The LightningModule determines how many of these tokens are reserved for
+    the response: it must have an attribute ``response_budget``, the maximum response length in tokens.
+    """
+
+    record_types = (Prompt,)
 
     def texts_of_record(self, record: Any) -> list[str]:
         return [*(message["content"] for message in record.messages), " " + (record.target or "")]
 
     def encode(self, encoder: Encoder, record: Any) -> Any:
-        room = self.trainer.lightning_module.sampling.max_new_tokens
-        if room >= self.max_length:
-            raise UserError(
-                f"data.max_length={self.max_length} leaves no room for a prompt beside "
-                f"stage.sampling.max_new_tokens={room}",
-                f"data.max_length={2 * room}",
+        budget = self.trainer.lightning_module.response_budget
+        if budget >= self.max_length:
+            raise ConfigError(
+                f"data.max_length must be greater than stage.sampling.max_new_tokens ({budget}), got "
+                f"{self.max_length}. Prompts share data.max_length with responses.",
+                f"Set data.max_length={2 * budget}.",
             )
-        return encoder.encode_prompt(record.messages, room=room), record
+        return encoder.encode_prompt(record.messages, reserve=budget), record
 
     def length(self, row: Any) -> int:
         return len(row[0])

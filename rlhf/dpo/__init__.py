@@ -1,7 +1,6 @@
-"""Direct preference optimization: the policy learns from preferences, without a reward model."""
+"""Direct preference optimization and its relatives: train a policy on preferences, without a reward model."""
 
-from rlhf.dpo.datamodule import UnpairedDataModule
 from rlhf.dpo.kto import KTOModule
 from rlhf.dpo.module import DPOModule
 
-__all__ = ["DPOModule", "KTOModule", "UnpairedDataModule"]
+__all__ = ["DPOModule", "KTOModule"]

@@ -1,65 +1,72 @@
-"""What the stages that learn from preferences have in common."""
+"""Base class of the modules that train on preferences."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.data import Batch, SequenceBatch
+from rlhf.check import Check
+from rlhf.data import Batch, RecordDataModule, SequenceBatch
+from rlhf.declared import declared_arguments
+from rlhf.dpo.metrics import MetricGroup
+from rlhf.dpo.objective import RANGES, response_lengths
 from rlhf.dpo.preflight import checks
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, Policy, disable_dropout
-from rlhf.preflight import Check
-from rlhf.stage import Result, StageModule
+from rlhf.stage import Metrics, Result, StageModule
 from rlhf.tensors import masked_mean
 
-# numbers to log, each group with how many terms its numbers are means over
-Numbers: TypeAlias = list[tuple[int, dict[str, Tensor]]]
-RANGES = {
-    "label_smoothing": (0.0, 0.5),
-    "target_margin": (0.0, float("inf")),
-    "desirable_weight": (0.0, float("inf")),
-    "undesirable_weight": (0.0, float("inf")),
-}
+log = logging.getLogger(__name__)
 
 
 class PreferenceModule(StageModule):
-    """A policy that learns which answers are better, by default held by a frozen reference.
+    """Trains a policy on preference data, by default regularized towards a frozen reference model.
 
     Args:
-        policy: what to start from, and the reference; null: the run's SFT model.
-        loss: the loss, a function of ``rlhf.dpo.objective`` with its own numbers filled in: ``loss=ipo``.
-        beta: strength of the pull to the reference; reward units per nat. Some losses say otherwise.
-        reference_free: leave the reference out: the losses read log pi. No second model is loaded.
-        length_normalized: log-probs of answers are means a token instead of sums.
-        sft_coef: weight of the SFT term, the negative log-likelihood a token of the better answers; loss units per nat.
-        precompute_ref_logprobs: score all answers with the reference, if there is one, before training instead of at
-            every step.
-        ref_logprobs_cache: folder where precomputed scores are kept, by model and data: a sweep computes them once;
-            null for none.
-        optimizer keys: see StageModule.
+        policy: Model to start from. It is also the reference model. null: the SFT model of the run.
+        loss: Preference loss, see ``rlhf.dpo.objective``: a function with its settings filled in, or an ``nn.Module``.
+        beta: Strength of the regularization towards the reference model, in reward units per nat. Some losses define it
+            differently.
+        reference_free: Train without a reference model. The loss then reads log-probs instead of log-ratios.
+        length_normalized: Average log-probs over the tokens of a response instead of summing them.
+        sft_coef: Weight of the SFT term, the negative log-likelihood per token of the chosen responses.
+        precompute_ref_logprobs: Compute the reference model's log-probs of all responses once, before training, instead
+            of at every step. This needs a ``RecordDataModule``.
+        ref_logprobs_cache: Directory where precomputed log-probs are stored, keyed by model and data, so that the runs
+            of a sweep compute them once. null: they are not stored.
+        learning_rate: Peak learning rate of AdamW.
+        schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
+        warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
+        optimizer: Further keywords of ``StageModule``.
     """
 
     monitor = "val/rewards/accuracies"
+    policy: Policy
+    reference: Frozen | None
 
     def __init__(
         self,
         *,
         policy: ModelSource,
         loss: Callable[..., Tensor],
-        beta: float = 0.1,
+        beta: float = 0.3,
         reference_free: bool = False,
         length_normalized: bool = False,
         sft_coef: float = 0.0,
         precompute_ref_logprobs: bool = True,
         ref_logprobs_cache: str | None = None,
+        learning_rate: float = 1e-4,
+        schedule: str = "linear",
+        warmup_ratio: float = 0.05,
         **optimizer: Any,
     ) -> None:
-        super().__init__(**optimizer)
+        super().__init__(learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio, **optimizer)
         self.source = policy
         self.loss = loss
         self.beta = beta
@@ -68,116 +75,144 @@ class PreferenceModule(StageModule):
         self.sft_coef = sft_coef
         self.precompute_ref_logprobs = precompute_ref_logprobs
         self.ref_logprobs_cache = ref_logprobs_cache
-        self.policy: Policy | None = None
-        self.reference: Frozen | None = None
-        self._check_numbers()
-        self._check_switches()
+        self.reference = None
+        self._check_ranges()
+        self._check_loss()
 
-    def _check_numbers(self) -> None:
+    def _check_ranges(self) -> None:
         if self.beta <= 0:
-            raise UserError(f"stage.beta={self.beta} is not above 0", "stage.beta=0.1")
+            raise ConfigError(f"stage.beta must be positive, got {self.beta}.", "Set stage.beta=0.1.")
         if self.sft_coef < 0:
-            raise UserError(f"stage.sft_coef={self.sft_coef} is below 0", "stage.sft_coef=0")
-        for name, value in getattr(self.loss, "keywords", {}).items():
-            low, high = RANGES.get(name, (-float("inf"), float("inf")))
+            raise ConfigError(f"stage.sft_coef must be at least 0, got {self.sft_coef}.", "Set stage.sft_coef=0.")
+        settings = self.loss.keywords if isinstance(self.loss, partial) else {}
+        for name, value in settings.items():
+            low, high = RANGES.get(name, (-torch.inf, torch.inf))
             if not low <= value < high:
-                raise UserError(
-                    f"stage.loss.{name}={value} is not from {low:g} to below {high:g}",
-                    f"stage.loss.{name}={0.1 if high < 1 else 1.0}",
+                constraint = f"at least {low:g}" + (f" and below {high:g}" if high < torch.inf else "")
+                valid = 0.1 if high < 1 else 1.0
+                raise ConfigError(
+                    f"stage.loss.{name} must be {constraint}, got {value}.", f"Set stage.loss.{name}={valid}."
                 )
 
-    def _check_switches(self) -> None:
-        """Refuse a setting that the loss is not defined for."""
-        loss: Any = getattr(self.loss, "func", self.loss)  # without its numbers
+    def _check_loss(self) -> None:
+        """Reject settings that the loss is not defined for."""
+        if isinstance(self.loss, partial) and isinstance(self.loss.func, type):
+            raise ConfigError(
+                f"stage.loss._partial_ must be false for the class {self._loss_name()}, got true.",
+                "Set stage.loss._partial_=false.",
+            )
+        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
         for switch, needed in getattr(loss, "needs", {}).items():
             if getattr(self, switch) != needed:
                 needed_word, given_word = str(needed).lower(), str(not needed).lower()
-                raise UserError(
-                    f"stage.{switch}={given_word} contradicts stage.loss._target_={loss.__module__}."
-                    f"{loss.__qualname__}, which is defined for {switch}={needed_word} only",
-                    f"stage.{switch}={needed_word}, or another loss: loss=sigmoid",
+                raise ConfigError(
+                    f"stage.{switch} must be {needed_word} with stage.loss._target_={self._loss_name()}, "
+                    f"got stage.{switch}={given_word}.",
+                    f"Set stage.{switch}={needed_word}, or choose another loss, such as loss=sigmoid.",
                 )
 
-    def configure_model(self) -> None:
-        if self.policy is None:
-            self.policy = self._open()
-            if not self.reference_free:
-                # opened from the same place, so that a resumed run keeps the first reference
-                self.reference = Frozen(self._open())
+    def _loss_name(self) -> str:
+        """Return the import path of the loss."""
+        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        named = loss if hasattr(loss, "__qualname__") else type(loss)
+        return f"{named.__module__}.{named.__qualname__}"
 
-    def _open(self) -> Policy:
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if (
+            stage == "fit"
+            and getattr(datamodule, "has_margins", False)
+            and "margins" not in declared_arguments(self.loss)
+        ):
+            log.warning(
+                "The preference data have margins, which have no effect: stage.loss._target_=%s does not read them. "
+                "A loss of pairs reads them if it declares the argument 'margins'.",
+                self._loss_name(),
+            )
+
+    def configure_model(self) -> None:
+        if hasattr(self, "policy"):
+            return
+        self.policy = self._open_policy()
+        if not self.reference_free:
+            # The reference is opened from the same source, not copied, so that a resumed run has the same reference.
+            self.reference = Frozen(self._open_policy())
+
+    def _open_policy(self) -> Policy:
         return Policy(disable_dropout(self.source.language_model(self.tokenizer)))
 
-    # the reference
+    # Reference model
 
     def on_fit_start(self) -> None:
-        if self.reference is None or not self.precompute_ref_logprobs:
+        """Store reference log-probs in the datamodule's rows, from which its ``collate`` copies them into batches."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.reference is None or not self.precompute_ref_logprobs or not isinstance(data, RecordDataModule):
             return
-        data, folder, key = self.trainer.datamodule, None, ""
+        directory, key = None, ""
         if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:
             arithmetic = f"{self.trainer.precision} on {self.device.type}"
-            folder, key = Path(self.ref_logprobs_cache), model_key(self.reference.model.lm, arithmetic)
-        known = ReferenceLogprobs(self._score_by_reference, data.eval_batch_size, folder, key)
+            directory, key = Path(self.ref_logprobs_cache), model_key(self.reference.model.lm, arithmetic)
+        ref_logprobs = ReferenceLogprobs(self.compute_ref_logprobs, data.eval_batch_size, directory, key)
         for split in ("train", "val"):
             if data.records(split):
-                known.fill(data.encoded(split), split)
-
-    def _score_by_reference(self, texts: SequenceBatch) -> Tensor:
-        return self.compute_ref_logprobs(self.transfer_batch_to_device(texts, self.device, 0))
+                ref_logprobs.fill(data.encoded(split), split)
 
     @torch.no_grad()
-    def compute_ref_logprobs(self, texts: SequenceBatch) -> Tensor:
-        """Summed log-probs of the answers under the reference, [batch], nats."""
+    def compute_ref_logprobs(self, sequences: SequenceBatch) -> Tensor:
+        """Compute the summed log-probs of responses under the reference model: [batch], in nats."""
+        sequences = sequences.to(self.device)
         with self.trainer.precision_plugin.forward_context():
-            logprobs: Tensor = self.reference(texts.input_ids, texts.attention_mask, texts.response_mask).logprobs.sum(
-                dim=1
-            )
+            output = self.reference(sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+            logprobs: Tensor = output.logprobs.sum(dim=1)
             return logprobs
 
-    # the loss
+    # Loss
 
     @abstractmethod
-    def compare(self, batch: Any) -> tuple[Tensor, Tensor, Numbers]:
-        """Preference loss and SFT term of a batch, [] each, and the numbers to log."""
+    def loss_and_metrics(self, batch: Any) -> tuple[Tensor, Tensor, list[MetricGroup]]:
+        """Compute the preference loss and the SFT term of a batch, which are scalars, and the metrics to log."""
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        preference, nll, groups = self.compare(batch)
-        self.log_train({"train/loss": preference + self.sft_coef * nll, "nll": nll})
-        for terms, numbers in groups:
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        loss, nll, groups = self.loss_and_metrics(batch)
+        metrics = {"train/loss": loss + self.sft_coef * nll, "nll": nll}
+        for terms, values in groups:
             if terms:
-                self.log_train(numbers)
-        # each mean has its own share of the step: the terms of one are pairs or answers, those of the other tokens
-        return preference * batch.loss_weight + self.sft_coef * nll * batch.sft_loss_weight
+                metrics |= values
+        # The two means have their own weights: one runs over pairs or responses, the other over tokens.
+        return loss * batch.loss_weight + self.sft_coef * nll * batch.sft_loss_weight, metrics
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        preference, nll, groups = self.compare(batch)
-        self.log_val({"loss": preference + self.sft_coef * nll}, batch.loss_terms)
-        for terms, numbers in [(batch.sft_terms, {"nll": nll}), *groups]:
-            self.log_val(numbers, terms)
+        loss, nll, groups = self.loss_and_metrics(batch)
+        self.log_val({"loss": loss + self.sft_coef * nll}, batch.loss_terms)
+        for terms, values in [MetricGroup(batch.sft_terms, {"nll": nll}), *groups]:
+            self.log_val(values, terms)
 
-    def response_logprobs(self, texts: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Summed log-probs of the answers under the policy, [batch], and their mean entropy a token, []; nats."""
-        scores = self.policy(texts.input_ids, texts.attention_mask, texts.response_mask)
-        return scores.logprobs.sum(dim=1), masked_mean(scores.entropy, texts.response_mask)
+    def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """Compute the summed log-probs of responses under the policy, and the mean entropy per token.
 
-    def loss_inputs(self, logprobs: Tensor, reference: Tensor | None, texts: SequenceBatch) -> Tensor:
-        """What the policy says of each answer by the stage's switches, [batch], nats or nats a token.
+        Returns:
+            [batch] log-probs and a scalar entropy, both in nats.
+        """
+        output = self.policy(sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+        return output.logprobs.sum(dim=1), masked_mean(output.entropy, sequences.response_mask)
+
+    def response_scores(self, logprobs: Tensor, ref_logprobs: Tensor | None, sequences: SequenceBatch) -> Tensor:
+        """Log-prob or log-ratio of each response, as the loss expects it.
 
         Args:
-            logprobs: [batch] summed log-probs of the answers under the policy, nats.
-            reference: [batch] the same under the reference; None where there is none.
-            texts: the answers, for their lengths.
-        """
-        said = logprobs if reference is None else logprobs - reference
-        return said / lengths(texts) if self.length_normalized else said
+            logprobs: [batch] summed log-probs of the responses under the policy, in nats.
+            ref_logprobs: [batch] the same under the reference model; None without a reference model.
+            sequences: The responses, for their lengths.
 
-    def checks(self, datamodule: Any) -> Iterator[Check]:
+        Returns:
+            [batch], in nats, or nats per token with ``length_normalized``.
+        """
+        scores = logprobs if ref_logprobs is None else logprobs - ref_logprobs
+        return scores / response_lengths(sequences.response_mask) if self.length_normalized else scores
+
+    def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         return checks(self, datamodule)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)
-
-
-def lengths(texts: SequenceBatch) -> Tensor:
-    """[batch] tokens of each answer that are learned, 1 at least."""
-    return texts.response_mask.sum(dim=1).clamp(min=1)

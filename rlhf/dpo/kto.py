@@ -1,4 +1,4 @@
-"""The same stage for answers that are labelled one by one."""
+"""KTO: the DPO stage for unpaired preferences."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,61 +7,54 @@ import torch
 from torch import Tensor
 
 from rlhf.data import UnpairedBatch
-from rlhf.dpo.base import Numbers, PreferenceModule, lengths
-from rlhf.dpo.objective import kto_loss, response_nll
-from rlhf.tensors import masked_mean
+from rlhf.declared import call_declared
+from rlhf.dpo.base import PreferenceModule
+from rlhf.dpo.metrics import MetricGroup, unpaired_metrics
+from rlhf.dpo.objective import kto_loss, response_lengths, response_nll
 
 
 class KTOModule(PreferenceModule):
-    """Moves the policy towards desirable answers and away from undesirable ones. See PreferenceModule for the keys.
+    """Trains a policy on unpaired preferences: desirable responses become more likely, undesirable ones less likely.
 
-    The baseline, the policy's distance from the reference, is estimated on prompts that are joined with the answer of
-    the next row of their batch. That costs a forward pass of policy and of reference a step, without gradient, so the
-    reference stays in memory even where its log-probs of the data's answers are known.
+    The KL baseline of the loss is estimated on mismatched sequences: the prompt of each row with the response of the
+    next row. This takes one forward pass of the policy and one of the reference model per step, without gradients. The
+    reference model therefore stays in memory even if its log-probs for the data are precomputed.
 
-    The baseline is a statistic of the batch, averaged over ranks: accumulated, 4 batches of 8 have four baselines where
-    1 of 32 has one. Everything else of the loss is the same either way.
+    The baseline is a statistic of one batch on all ranks. With gradient accumulation, 4 batches of 8 rows use four
+    baselines, where one batch of 32 rows uses one; nothing else in the loss depends on accumulation.
+
+    Args:
+        loss: Loss of unpaired preferences. It declares by name what it reads: ``log_ratios``, ``desirable``, ``kl`` and
+            ``beta``, as ``rlhf.dpo.objective.kto_loss`` does.
+        keys: Keywords of ``PreferenceModule``.
     """
 
     def __init__(self, *, loss: Callable[..., Tensor] = kto_loss, **keys: Any) -> None:
         super().__init__(loss=loss, **keys)
 
-    def compare(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, Numbers]:
+    def loss_and_metrics(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        reference = batch.ref_logprobs if batch.ref_logprobs is not None else self.compute_ref_logprobs(batch.sequences)
-        said = self.loss_inputs(logprobs, reference, batch.sequences)
-        kl, desirable = self.baseline(batch), batch.desirable
-        loss = self.loss(said, desirable, kl, beta=self.beta)
-
-        nll = response_nll(logprobs[desirable], lengths(batch.sequences)[desirable])
-        return loss, nll, self._numbers(batch, self.beta * said.detach(), logprobs, kl, entropy)
+        known = batch.ref_logprobs
+        ref_logprobs = known if known is not None else self.compute_ref_logprobs(batch.sequences)
+        scores = self.response_scores(logprobs, ref_logprobs, batch.sequences)
+        kl, desirable = self.kl_baseline(batch), batch.desirable
+        loss = call_declared(self.loss, log_ratios=scores, desirable=desirable, kl=kl, beta=self.beta)
+        nll = response_nll(logprobs[desirable], response_lengths(batch.sequences.response_mask)[desirable])
+        return loss, nll, unpaired_metrics(batch, scores.detach(), logprobs.detach(), entropy, kl, beta=self.beta)
 
     @torch.no_grad()
-    def baseline(self, batch: UnpairedBatch) -> Tensor:
-        """How far the policy is from the reference, [], nats (a token with length_normalized), 0 or more.
+    def kl_baseline(self, batch: UnpairedBatch) -> Tensor:
+        """Estimate the KL divergence of the policy from the reference model on mismatched sequences.
 
-        Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
+            kl = max(0, mean_i [log pi(y_j | x_i) - log ref(y_j | x_i)]),    j = i + 1, averaged over ranks
+
+        Returns:
+            Scalar, in nats, or nats per token with ``length_normalized``.
+
+        Reference: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
         """
-        texts = batch.mismatched
-        logprobs, _ = self.response_logprobs(texts)
-        said = self.loss_inputs(logprobs, self.compute_ref_logprobs(texts), texts)
-        return self.trainer.strategy.reduce(said.mean(), reduce_op="mean").clamp(min=0)
-
-    def _numbers(self, batch: UnpairedBatch, rewards: Tensor, logprobs: Tensor, kl: Tensor, entropy: Tensor) -> Numbers:
-        """An answer counts as told apart if its reward is above the baseline just where it is desirable."""
-        desirable = batch.desirable
-        right = (rewards > self.beta * kl) == desirable
-        groups: Numbers = [
-            (batch.sequences.loss_terms, {"entropy": entropy}),
-            (batch.loss_terms, {"rewards/accuracies": right.float().mean(), "kto/kl": kl}),
-        ]
-        for name, mask in (("chosen", desirable), ("rejected", ~desirable)):
-            means = {
-                f"rewards/{name}": masked_mean(rewards, mask),
-                f"logps/{name}": masked_mean(logprobs.detach(), mask),
-            }
-            groups.append((int(mask.sum()), means))
-        (_, chosen), (_, rejected) = groups[2:]
-        margin = chosen["rewards/chosen"] - rejected["rewards/rejected"]
-        both = batch.loss_terms if desirable.any() and not desirable.all() else 0
-        return [*groups, (both, {"rewards/margins": margin})]
+        sequences = batch.mismatched
+        logprobs, _ = self.response_logprobs(sequences)
+        scores = self.response_scores(logprobs, self.compute_ref_logprobs(sequences), sequences)
+        kl: Tensor = self.trainer.strategy.reduce(scores.mean(), reduce_op="mean")
+        return kl.clamp(min=0)

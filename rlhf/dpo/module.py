@@ -1,4 +1,4 @@
-"""The DPO stage: pairs of answers."""
+"""The DPO stage, for preference pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,36 +6,42 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.data import PairBatch
-from rlhf.dpo.base import Numbers, PreferenceModule, lengths
-from rlhf.dpo.objective import response_nll, sigmoid_loss
+from rlhf.declared import call_declared
+from rlhf.dpo.base import PreferenceModule
+from rlhf.dpo.metrics import MetricGroup, pair_metrics
+from rlhf.dpo.objective import response_lengths, response_nll, sigmoid_loss
 
 
 class DPOModule(PreferenceModule):
-    """Moves the policy towards chosen answers and away from rejected ones. See PreferenceModule for the keys."""
+    """Trains a policy on preference pairs: chosen responses become more likely, rejected ones less likely.
+
+    Args:
+        loss: Loss of pairs, see ``rlhf.dpo.objective``. On the command line, choose one with ``loss=<name>``.
+        keys: Keywords of ``PreferenceModule``.
+    """
 
     def __init__(self, *, loss: Callable[..., Tensor] = sigmoid_loss, **keys: Any) -> None:
         super().__init__(loss=loss, **keys)
 
-    def compare(self, batch: PairBatch) -> tuple[Tensor, Tensor, Numbers]:
+    def loss_and_metrics(self, batch: PairBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        chosen, rejected = batch.halves(self.loss_inputs(logprobs, self._reference(batch), batch.sequences))
-        loss = self.loss(chosen, rejected, beta=self.beta)
+        scores = self.response_scores(logprobs, self._ref_logprobs(batch), batch.sequences)
+        chosen, rejected = batch.halves(scores)
+        chosen_lengths, rejected_lengths = batch.halves(response_lengths(batch.sequences.response_mask))
+        loss = call_declared(
+            self.loss,
+            chosen=chosen,
+            rejected=rejected,
+            beta=self.beta,
+            margins=batch.margin,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
+        nll = response_nll(batch.halves(logprobs)[0], chosen_lengths)
+        return loss, nll, pair_metrics(batch, scores.detach(), logprobs.detach(), entropy, beta=self.beta)
 
-        chosen_logprobs, rejected_logprobs = batch.halves(logprobs)
-        nll = response_nll(chosen_logprobs, batch.halves(lengths(batch.sequences))[0])
-        rewards = self.beta * chosen.detach(), self.beta * rejected.detach()
-        numbers = {
-            "rewards/chosen": rewards[0].mean(),
-            "rewards/rejected": rewards[1].mean(),
-            "rewards/accuracies": (rewards[0] > rewards[1]).float().mean(),
-            "rewards/margins": (rewards[0] - rewards[1]).mean(),
-            "logps/chosen": chosen_logprobs.mean(),
-            "logps/rejected": rejected_logprobs.mean(),
-        }
-        return loss, nll, [(batch.loss_terms, numbers), (batch.sequences.loss_terms, {"entropy": entropy})]
-
-    def _reference(self, batch: PairBatch) -> Tensor | None:
-        """[2 x pairs], nats: what is known already, or what the reference says now; None without a reference."""
+    def _ref_logprobs(self, batch: PairBatch) -> Tensor | None:
+        """Log-probs under the reference model, precomputed or computed now: [2 x pairs], or None without a reference."""
         if self.reference is None:
             return None
         return batch.ref_logprobs if batch.ref_logprobs is not None else self.compute_ref_logprobs(batch.sequences)

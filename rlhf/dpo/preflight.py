@@ -1,17 +1,18 @@
-"""What the stages that learn from preferences prove of themselves with ``check=true``."""
+"""Pre-flight checks (``check=true``) of the modules that train on preferences."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from rlhf.data import Batch
+from rlhf.check import Check
+from rlhf.data import Batch, RecordDataModule
 from rlhf.dpo.objective import kto_loss, sigmoid_loss
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs
 from rlhf.preflight import (
-    Check,
     check_accumulation_equivalence,
     check_eos_in_loss,
     check_frozen_models,
@@ -22,72 +23,77 @@ from rlhf.preflight import (
     logprob_measure,
     micro_batches,
     sample_rows,
-    training_loss,
     unpadded_rows,
 )
+from rlhf.stage import Metrics
 
 
-def checks(module: Any, datamodule: Any) -> Iterator[Check]:
-    """Checks of a PreferenceModule on its own data."""
-    rows = [replace(row) for row in sample_rows(datamodule)]  # so that the data's own learn nothing of this
-    batch = datamodule.collate(rows).to(module.device)
-    texts, policy, reference = batch.sequences, module.policy, module.reference
-    loss = getattr(module.loss, "func", module.loss)  # without its numbers
-    yield check_single_bos(module.tokenizer, unpadded_rows(texts))
+def checks(module: Any, datamodule: RecordDataModule) -> Iterator[Check]:
+    """Check a ``PreferenceModule`` on its models and data.
+
+    Args:
+        module: The module, on its device and with its models, before the first step.
+        datamodule: Its data. The checks work on copies of its rows.
+    """
+    rows = [replace(row) for row in sample_rows(datamodule)]
+    batch: Any = datamodule.collate(rows).to(module.device)
+    sequences, policy, reference = batch.sequences, module.policy, module.reference
+    loss = module.loss.func if isinstance(module.loss, partial) else module.loss
+    yield check_single_bos(module.tokenizer, unpadded_rows(sequences))
     yield check_eos_in_loss(module, policy, batch, datamodule.max_length)
-    yield check_no_dropout(module, "policy", policy, logprob_measure(policy), texts)
+    yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
     if reference is not None:
         yield check_frozen_models(module)
-        yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), texts)
-    if reference is not None and module.trainer.ckpt_path is None:  # a resumed policy has left the reference
+        yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
+    if reference is not None and module.trainer.ckpt_path is None:  # A resumed policy differs from its reference model.
         yield check_first_rewards(module, batch)
         if loss is sigmoid_loss and not module.sft_coef:
             yield check_first_loss(module, batch)
-    yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), texts, policy.lm)
-    if reference is not None:  # the same numbers however the rows are batched
-        ReferenceLogprobs(module._score_by_reference, len(rows)).fill(rows, "check")
+    yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), sequences, policy.lm)
+    if reference is not None:  # Every batch below must see the same reference log-probs, to the last bit.
+        ReferenceLogprobs(module.compute_ref_logprobs, len(rows)).fill(rows, "check")
     whole = datamodule.collate(rows).to(module.device)
     yield check_padding_is_ignored(module, whole)
-    if loss is not kto_loss:  # its baseline is a statistic of the batch
+    if loss is not kto_loss:  # The KL baseline of KTO is a statistic of the batch.
         yield check_accumulation_equivalence(module, whole, micro_batches(rows, datamodule))
 
 
 @torch.no_grad()
 def check_first_rewards(module: Any, batch: Batch) -> Check:
-    """While the policy is the reference, no answer has a reward yet.
+    """Check that all rewards are 0 while the policy equals the reference model.
 
-    Both see the same tensors, so their log-probs are equal to the last bit.
+    Both models see the same tensors, so their log-probs are equal to the last bit.
     """
-    numbers = _as_in_training(module, batch)
-    rewards = max(abs(float(numbers[name])) for name in ("rewards/chosen", "rewards/rejected") if name in numbers)
+    metrics = _training_metrics(module, batch)
+    rewards = max(abs(float(metrics[name])) for name in ("rewards/chosen", "rewards/rejected") if name in metrics)
     return Check(
         "first rewards exactly 0",
         rewards == 0,
         f"largest mean reward {rewards:.1e}",
         "0",
-        "policy and reference are not the same model, or not in the same state (dropout, precision): rewards would be "
-        "measured from somewhere else than where training starts",
+        "Policy and reference model differ in their weights or in their state (dropout, precision), so rewards are not "
+        "measured from the point where training starts.",
     )
 
 
 @torch.no_grad()
 def check_first_loss(module: Any, batch: Batch) -> Check:
-    """While the policy is the reference, the sigmoid loss is ln 2 whatever the data."""
-    loss = float(_as_in_training(module, batch)["train/loss"])
+    """Check that the sigmoid loss is ln 2 while the policy equals the reference model."""
+    loss = float(_training_metrics(module, batch)["train/loss"])
     return Check(
         "first loss ln 2",
         abs(loss - math.log(2)) < 1e-6,
         f"{loss:.7f}",
         f"{math.log(2):.7f} +- 1e-6",
-        "policy and reference say different things of the same answers, or the loss reads something else than their "
-        "difference",
+        "Policy and reference model have different log-probs for the same responses, or the loss reads something other "
+        "than their difference.",
     )
 
 
-def _as_in_training(module: Any, batch: Batch) -> dict[str, Any]:
-    """The numbers of a training step in train mode, where dropout would show, and in the Trainer's precision."""
+def _training_metrics(module: Any, batch: Batch) -> Metrics:
+    """Return the metrics of a training step in train mode, where dropout is active, and in the training precision."""
     module.train()
     with module.trainer.precision_plugin.forward_context():
-        numbers = training_loss(module, batch)[1]
+        metrics: Metrics = module.training_loss(batch)[1]
     module.eval()
-    return numbers
+    return metrics

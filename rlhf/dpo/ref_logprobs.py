@@ -1,9 +1,8 @@
-"""Log-probs of the data's answers under the reference: computed once, kept on disk, found again by what made them."""
+"""Log-probs of the data's responses under the reference model, computed once and cached on disk by model and data."""
 
 import hashlib
 import json
 import logging
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,66 +15,76 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ReferenceLogprobs:
-    """Scores answers with the reference, or reads from disk what an earlier run scored.
+    """Computes log-probs of responses under the reference model, or reads them from the cache of an earlier run.
 
     Args:
-        score: texts to [batch] summed log-probs of their answers, nats.
-        batch_size: answers scored at once.
-        folder: where results are kept, a file a data split; null: nowhere.
-        model_key: what names the scoring model, see ``model_key``.
+        compute: Function from sequences to [batch] summed log-probs of their responses, in nats.
+        batch_size: Responses per forward pass.
+        directory: Directory of the cache, with one file per split. None: nothing is cached.
+        model_key: Identifies the reference model, see ``model_key``.
     """
 
-    score: Callable[[SequenceBatch], Tensor]
+    compute: Callable[[SequenceBatch], Tensor]
     batch_size: int
-    folder: Path | None = None
+    directory: Path | None = None
     model_key: str = ""
 
     def fill(self, rows: Sequence[Any], split: str) -> None:
-        """Give each row the log-probs of its ``answers``, as its ``reference``."""
-        answers = [answer for row in rows for answer in row.responses]
-        values = iter(self.of(answers, split).tolist())
+        """Set ``ref_logprobs`` of each encoded row to the log-probs of its ``responses``.
+
+        The rows are the ones that the datamodule keeps, so its ``collate`` copies the values into every later batch.
+        """
+        responses = [response for row in rows for response in row.responses]
+        values = iter(self.logprobs(responses, split).tolist())
         for row in rows:
             row.ref_logprobs = tuple(next(values) for _ in row.responses)
 
-    def of(self, answers: Sequence[EncodedResponse], split: str) -> Tensor:
-        """[answers] log-probs, nats, from disk if they lie there."""
-        if self.folder is None:
-            return self._compute(answers, split)
-        path = self.folder / f"{self._key(answers)}.pt"
-        logprobs = _read(path, len(answers))
-        if logprobs is not None:
-            log.info("reference log-probs, %s: read from %s", split, path)
-            return logprobs
-        logprobs = self._compute(answers, split)
-        _write(logprobs, path)
-        log.info("reference log-probs, %s: computed, kept in %s", split, path)
+    def logprobs(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
+        """Return the log-probs of responses, from the cache if possible: [responses], in nats."""
+        if self.directory is None:
+            return self._compute(responses, split)
+        path = self.directory / f"{self._key(responses)}.pt"
+        cached = _read(path, len(responses))
+        if cached is not None:
+            log.info("Reference log-probs of %s: read from %s", split, path)
+            return cached
+        logprobs = self._compute(responses, split)
+        # Parallel jobs of a sweep may write the same file.
+        atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
+        log.info("Reference log-probs of %s: computed and stored in %s", split, path)
         return logprobs
 
-    def _compute(self, answers: Sequence[EncodedResponse], split: str) -> Tensor:
-        """Longest first, so that a batch too large shows at once."""
-        order = sorted(range(len(answers)), key=lambda i: len(answers[i].input_ids), reverse=True)
-        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        logprobs = torch.zeros(len(answers))
-        for part in track(parts, f"reference log-probs, {split}", transient=True, disable=not parts):
-            logprobs[part] = self.score(SequenceBatch.collate([answers[i] for i in part])).float().cpu()
+    def _compute(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
+        # The longest sequences come first, so that a batch that does not fit into memory fails at once.
+        order = sorted(range(len(responses)), key=lambda i: len(responses[i].input_ids), reverse=True)
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        logprobs = torch.zeros(len(responses))
+        for chunk in track(chunks, f"reference log-probs, {split}", transient=True, disable=not chunks):
+            logprobs[chunk] = self.compute(SequenceBatch.collate([responses[i] for i in chunk])).float().cpu()
         return logprobs
 
-    def _key(self, answers: Sequence[EncodedResponse]) -> str:
-        """SHA-256 of model and tokens: of what the numbers depend on, and not of where it lay."""
+    def _key(self, responses: Sequence[EncodedResponse]) -> str:
+        """Return the SHA-256 of the model and the token ids. It depends on their content, not on file paths."""
         digest = hashlib.sha256(self.model_key.encode())
-        for answer in answers:
-            digest.update(array("q", [len(answer.input_ids), answer.start, *answer.input_ids]).tobytes())
+        for response in responses:
+            digest.update(array("q", [len(response.input_ids), response.start, *response.input_ids]).tobytes())
         return digest.hexdigest()
 
 
 def model_key(lm: PreTrainedModel, arithmetic: str) -> str:
-    """SHA-256 of a model's weights and configuration and of what it is run with, such as ``bf16-mixed on cuda``."""
+    """Return the SHA-256 of a model's weights and configuration.
+
+    Args:
+        lm: The model.
+        arithmetic: Precision and device type that it runs with, such as ``bf16-mixed on cuda``.
+    """
     settings = {name: value for name, value in lm.config.to_dict().items() if name != "_name_or_path"}
     digest = hashlib.sha256(json.dumps([arithmetic, settings], sort_keys=True, default=str).encode())
     for name, weight in sorted(lm.state_dict().items()):
@@ -85,22 +94,16 @@ def model_key(lm: PreTrainedModel, arithmetic: str) -> str:
 
 
 def _read(path: Path, count: int) -> Tensor | None:
-    """The log-probs that lie there; None for no file, or one that is broken."""
+    """Read log-probs from a cache file; None if there is no such file or it is invalid."""
     if not path.is_file():
         return None
     try:
-        logprobs = torch.load(path, weights_only=True)["logprobs"]
+        logprobs: Tensor = torch.load(path, weights_only=True)["logprobs"]
         if logprobs.shape != (count,) or not bool(logprobs.isfinite().all()):
-            raise ValueError(f"{count} finite numbers expected")
-    except Exception as error:  # a broken file shows itself in many ways
-        log.warning("%s: not a whole file of log-probs (%s); they are computed again", path, type(error).__name__)
+            raise ValueError(f"expected {count} finite values")
+    except Exception as error:  # torch.load raises many types of exceptions for invalid files.
+        log.warning(
+            "%s is not a valid file of reference log-probs (%s). They are computed again.", path, type(error).__name__
+        )
         return None
     return logprobs
-
-
-def _write(logprobs: Tensor, path: Path) -> None:
-    """Written beside its place and renamed: jobs side by side never read half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save({"logprobs": logprobs}, beside)
-    os.replace(beside, path)

@@ -75,6 +75,11 @@ class EvaluateModule(lightning.LightningModule):
         self.targets: list[str | None] = []
         self.metrics: dict[str, Any] = {}
 
+    @property
+    def response_budget(self) -> int:
+        """Tokens of ``data.max_length`` that ``PromptDataModule`` reserves for the response."""
+        return self.sampling.max_new_tokens
+
     def configure_model(self) -> None:
         if self.policies is None:
             self.policies = torch.nn.ModuleDict(

@@ -1,4 +1,4 @@
-"""Learning without a critic: several answers to a prompt are each other's baseline (GRPO, RLOO, REINFORCE++)."""
+"""On-policy training without a critic: GRPO, RLOO and REINFORCE++."""
 
 from rlhf.grpo.module import GRPOModule
 

@@ -1,37 +1,41 @@
-"""The critic-free stage."""
+"""The GRPO stage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from rlhf.errors import UserError
-from rlhf.rl import Experience, OnPolicyModule
+from rlhf.declared import declared_arguments
+from rlhf.errors import ConfigError
+from rlhf.rl import AdvantageEstimator, OnPolicyModule
+from rlhf.rl.advantages import grpo
+from rlhf.rl.settings import estimator_name
 
 
 class GRPOModule(OnPolicyModule):
-    """Group relative policy optimization and its relatives: several answers to a prompt, and no critic.
+    """Group relative policy optimization and other methods without a critic (Shao et al. 2024, arXiv:2402.03300).
+
+    By default the KL penalty is k1 in the reward, as in PPO. The cited paper uses k3 in the loss:
+    ``stage.kl.apply_to=loss stage.kl.estimator=k3``.
 
     Args:
-        advantage: from token rewards to advantages; ``advantage=grpo|rloo|reinforce_pp|reinforce_pp_baseline``
-            chooses. It is called with
-            rewards and mask, [batch, time] each, and ``group_size``.
-        num_generations: answers sampled to each prompt: the size of a group.
-        other keys: see OnPolicyModule.
+        advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
+        num_generations: Number of responses per prompt, the size of a group.
+        keys: The remaining keys are those of ``OnPolicyModule``.
+
+    Raises:
+        ConfigError: The advantage estimator requires a critic, or as ``OnPolicyModule``.
     """
 
-    def __init__(self, *, advantage: Callable[..., Tensor], num_generations: int = 4, **online: Any) -> None:
-        super().__init__(**online)
-        if num_generations < getattr(getattr(advantage, "func", advantage), "smallest_group", 1):
-            raise UserError(
-                f"stage.num_generations={num_generations}: an answer alone has nothing to be compared with",
-                "stage.num_generations=4, or advantage=reinforce_pp",
+    def __init__(self, *, advantage: AdvantageEstimator = grpo, num_generations: int = 4, **keys: Any) -> None:
+        if "values" in declared_arguments(advantage):
+            raise ConfigError(
+                f"The advantage estimator {estimator_name(advantage)} requires a critic, which stage=grpo does not "
+                "train.",
+                "Set stage=ppo or advantage=grpo.",
             )
-        self.advantage = advantage
-        self.num_generations = num_generations
+        super().__init__(advantage=advantage, num_generations=num_generations, **keys)
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
+        assert self.policy is not None
         yield self.policy, self.learning_rate
-
-    def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, None]:
-        return self.advantage(rewards, seen.rollout.response_mask, group_size=self.num_generations), None

@@ -2,12 +2,12 @@
 
 from rlhf.models.backbone import Policy, PolicyOutput, hidden_states, kl_divergence
 from rlhf.models.frozen import Frozen, disable_dropout
-from rlhf.models.scalar import EnsembleModel, ScalarHead, ScalarModel, pessimistic_score
+from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel, pessimistic_score
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
 from rlhf.models.tokenizer import chat_template, train_tokenizer
 
 __all__ = [
-    "EnsembleModel",
+    "RewardModelEnsemble",
     "Frozen",
     "Mamba",
     "ModelSource",

@@ -1,6 +1,8 @@
-"""A causal language model as the stages see it: hidden states in one place, log-probs in one place."""
+"""Causal language models as policies: the one place that computes hidden states, and the one that computes log-probs."""
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +12,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf.tensors import scatter, states_before
 
-PIECE = 4096  # tokens whose logits are computed at once, so that without a gradient no more are held
+LOGIT_CHUNK_TOKENS = 4096  # logits of at most this many tokens are computed at once, to save memory
 
 
 def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden state of every token, the same whatever the padding, the batch size or the neighbours.
+    """Last hidden state of every token, independent of padding, batch size and the other rows of the batch.
 
-    The trunk only ever sees right-padded text, where causality alone keeps padding out of every real token. No mask is
-    passed: attention and state-space models agree, and positions count from the first real token.
+    The trunk only sees right-padded rows, where causality alone keeps padding away from real tokens. It therefore needs
+    no attention mask, which attention and state-space models interpret differently, and positions are counted from the
+    first real token.
 
     Args:
-        trunk: the body of a causal model, transformer or state-space.
-        tokens: [batch, time] token ids.
-        mask: [batch, time] bool, True on real tokens; they stand together, padding left or right of them.
+        trunk: A causal model without its output layer.
+        input_ids: [batch, time] token ids.
+        attention_mask: [batch, time] bool, True on real tokens. They must be contiguous; padding may be on either side.
 
     Returns:
-        [batch, time, width]; what stands on padding means nothing.
+        [batch, time, width] hidden states; those of padding are meaningless.
     """
     left_padded = not bool(attention_mask[:, 0].all())
     if left_padded:
@@ -39,35 +42,42 @@ def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 
 @dataclass
 class PolicyOutput:
-    """What a policy says of given tokens.
+    """Log-probs and related quantities of given tokens under a policy.
 
-    logprobs: [batch, time] log pi(token), nats; 0 outside the mask.
-    entropy: [batch, time] entropy of the distribution the token was drawn from, nats; no gradient unless asked for.
-    correct: [batch, time] bool, True where the token is the most likely one.
-    hidden: [batch, time, width] last hidden states.
+    Args:
+        logprobs: [batch, time] log-prob of each response token, in nats; 0 outside the response.
+        entropy: [batch, time] entropy of the distribution that each response token was drawn from, in nats; 0 outside
+            the response.
+        is_argmax: [batch, time] bool, True where a response token is the most likely token.
+        hidden: [batch, time, width] last hidden states.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    correct: Tensor
+    is_argmax: Tensor
     hidden: Tensor
 
 
 class Policy(nn.Module):
-    """A Hugging Face causal language model that gives log-probs of chosen tokens."""
+    """A Hugging Face causal language model that returns log-probs of given tokens.
+
+    Args:
+        lm: The language model.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        self._plain_head: bool | None = None
+        self._linear_head: bool | None = None
 
     @property
     def vocab_size(self) -> int:
+        """Number of token embeddings."""
         return int(self.lm.get_input_embeddings().num_embeddings)
 
     @property
     def hidden_size(self) -> int:
-        """Size of the last hidden state."""
+        """Width of the last hidden state."""
         return int(self.lm.config.get_text_config().hidden_size)
 
     def forward(
@@ -79,29 +89,32 @@ class Policy(nn.Module):
         *,
         entropy_grad: bool = False,
     ) -> PolicyOutput:
-        """Log-probs of the chosen tokens, each given the tokens before it.
+        """Compute the log-prob of each response token given all tokens before it.
 
         Args:
-            tokens: [batch, time] token ids.
-            mask: [batch, time] bool, True on real tokens.
-            chosen: [batch, time] bool, the tokens to score; logits are computed for these only.
-            temperature: divides the logits, as it did when the tokens were sampled.
-            entropy_grad: let the entropy carry a gradient too.
+            input_ids: [batch, time] token ids.
+            attention_mask: [batch, time] bool, True on real tokens.
+            response_mask: [batch, time] bool, True on response tokens. Logits are computed for these tokens only.
+            temperature: Divides the logits, as it did when the tokens were sampled.
+            entropy_grad: Whether gradients flow through the entropy, too.
         """
         hidden = hidden_states(self.lm.base_model, input_ids, attention_mask)
         states, targets = states_before(hidden, response_mask), input_ids[response_mask]
-        parts = [
-            self._score(states[i : i + PIECE], targets[i : i + PIECE], temperature, entropy_grad)
-            for i in range(0, max(len(targets), 1), PIECE)
+        chunks = [
+            self._evaluate(
+                states[i : i + LOGIT_CHUNK_TOKENS], targets[i : i + LOGIT_CHUNK_TOKENS], temperature, entropy_grad
+            )
+            for i in range(0, max(len(targets), 1), LOGIT_CHUNK_TOKENS)
         ]
-        logprobs, entropy, correct = (torch.cat(part) for part in zip(*parts, strict=True))
+        logprobs, entropy, is_argmax = (torch.cat(values) for values in zip(*chunks, strict=True))
         return PolicyOutput(
-            scatter(logprobs, response_mask), scatter(entropy, response_mask), scatter(correct, response_mask), hidden
+            scatter(logprobs, response_mask), scatter(entropy, response_mask), scatter(is_argmax, response_mask), hidden
         )
 
-    def _score(
+    def _evaluate(
         self, states: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-prob, entropy and argmax match, [tokens] each, of target tokens given the states before them."""
         logits = self.logits(states).float() / temperature
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
@@ -109,27 +122,28 @@ class Policy(nn.Module):
             weights = shifted.exp()
             total = weights.sum(dim=-1)
             entropy = total.log() - (weights * shifted).sum(dim=-1) / total
-            correct = shifted.gather(-1, targets[:, None])[:, 0] == 0
-        return logprobs, entropy, correct
+            is_argmax = shifted.gather(-1, targets[:, None])[:, 0] == 0
+        return logprobs, entropy, is_argmax
 
     def logits(self, states: Tensor) -> Tensor:
-        """Next-token logits of chosen hidden states: [tokens, width] to [tokens, vocabulary]."""
-        if self._plain_head is None:
-            self._plain_head = self._head_is_plain()
-        if self._plain_head:
-            return self.lm.get_output_embeddings()(states)
-        return self._logits_by_model(states)
+        """Next-token logits of hidden states: [tokens, width] to [tokens, vocabulary]."""
+        if self._linear_head is None:
+            self._linear_head = self._has_linear_head()
+        if self._linear_head:
+            logits: Tensor = self.lm.get_output_embeddings()(states)
+            return logits
+        return self._logits_of_model(states)
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """True if the logits are the output embedding of the last hidden state and nothing else (no cap, no scale)."""
+    def _has_linear_head(self) -> bool:
+        """Return whether the logits are the output embedding applied to the last hidden state, without cap or scale."""
         was_training = self.lm.training
         self.lm.eval()
         input_ids = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
         states: list[Tensor] = []
 
         def enlarge(module: nn.Module, inputs: object, output: BaseModelOutputWithPast) -> None:
-            # a cap does not show on the small logits of a young model
+            # The logits of an untrained model are so small that a soft cap hardly changes them.
             output.last_hidden_state = output.last_hidden_state * 1000
             states.append(output.last_hidden_state)
 
@@ -141,16 +155,28 @@ class Policy(nn.Module):
         self.lm.train(was_training)
         return torch.allclose(self.lm.get_output_embeddings()(states[0]).float(), logits.float(), rtol=1e-3)
 
-    def _logits_by_model(self, states: Tensor) -> Tensor:
-        """The model's own road from states to logits, with its body replaced by the states already computed."""
-        body = _Replay(states)
-        name = self.lm.base_model_prefix
-        original = getattr(self.lm, name)
-        self.lm._modules[name] = body
-        try:
-            return self.lm(input_ids=torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
-        finally:
-            self.lm._modules[name] = original
+    def _logits_of_model(self, states: Tensor) -> Tensor:
+        """Compute logits with the model's own head, which may scale or cap them.
+
+        The forward pass runs on a shallow copy of the model, which shares all parameters and has a trunk that returns
+        the given states. The model itself is not modified.
+        """
+        head = copy.copy(self.lm)
+        head._modules = {**self.lm._modules, self.lm.base_model_prefix: _KnownStates(states)}
+        input_ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        logits: Tensor = head(input_ids=input_ids).logits
+        return logits[0]
+
+
+class _KnownStates(nn.Module):
+    """A trunk that returns hidden states that have been computed before."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states[None])
 
 
 def kl_divergence(
@@ -161,32 +187,28 @@ def kl_divergence(
     response_mask: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """KL(policy || reference) of the whole next-token distribution at each chosen token; carries the policy's gradient.
+    """Exact KL(policy || reference) of the next-token distributions before each response token.
+
+        KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v))
+
+    The sum is over the whole vocabulary; ``rlhf.rl.kl`` has the estimates from the sampled tokens alone. Logits are
+    computed in chunks of tokens, never for the whole batch.
 
     Args:
-        policy, reference: models over one vocabulary.
-        hidden, reference_hidden: [batch, time, width] their last hidden states.
-        chosen: [batch, time] bool, the tokens before which the distributions are compared.
-        temperature: divides both logits.
+        policy: p. Gradients flow through this model.
+        hidden: [batch, time, width] last hidden states of the policy.
+        reference: q, a model with the same vocabulary.
+        reference_hidden: [batch, time, width'] last hidden states of the reference model.
+        response_mask: [batch, time] bool, True on response tokens.
+        temperature: Divides the logits of both models.
 
     Returns:
-        [batch, time], nats; 0 outside ``chosen``. Logits are made in pieces of tokens, never for the whole batch.
+        [batch, time] KL, in nats; 0 outside the response.
     """
-    states, others = states_before(hidden, response_mask), states_before(reference_hidden, response_mask)
-    parts = []
-    for i in range(0, max(len(states), 1), PIECE):
-        ours = (policy.logits(states[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
-        theirs = (reference.logits(others[i : i + PIECE]).float() / temperature).log_softmax(dim=-1)
-        parts.append((ours.exp() * (ours - theirs)).sum(dim=-1))
-    return scatter(torch.cat(parts), response_mask)
-
-
-class _Replay(nn.Module):
-    """Stands in for a model's body and answers with states that are already known."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return BaseModelOutputWithPast(last_hidden_state=self.states[None])
+    states, ref_states = states_before(hidden, response_mask), states_before(reference_hidden, response_mask)
+    chunks = []
+    for i in range(0, max(len(states), 1), LOGIT_CHUNK_TOKENS):
+        logp = (policy.logits(states[i : i + LOGIT_CHUNK_TOKENS]).float() / temperature).log_softmax(dim=-1)
+        logq = (reference.logits(ref_states[i : i + LOGIT_CHUNK_TOKENS]).float() / temperature).log_softmax(dim=-1)
+        chunks.append((logp.exp() * (logp - logq)).sum(dim=-1))
+    return scatter(torch.cat(chunks), response_mask)

@@ -108,7 +108,7 @@ class ScalarModel(nn.Module):
         return (self.head.scores(hidden) - self.reward_mean).mean(dim=-1)
 
 
-class EnsembleModel(nn.Module):
+class RewardModelEnsemble(nn.Module):
     """Several reward models that judge the same answers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Proximal policy optimization: the policy answers, the reward model judges, the policy improves."""
+"""Proximal policy optimization."""
 
 from rlhf.ppo.module import PPOModule
 

@@ -1,48 +1,66 @@
 """The PPO stage."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from rlhf.errors import UserError
-from rlhf.models import PolicyOutput, ScalarHead, ScalarModel, disable_dropout, hidden_states
-from rlhf.ppo.preflight import critic_preflight
-from rlhf.preflight import Check
-from rlhf.rl import Experience, Minibatch, OnPolicyModule
-from rlhf.rl.objective import clipped_value_loss, explained_variance, gae
-from rlhf.tensors import masked_scale, masked_whiten, scatter, states_before
+from rlhf.check import Check
+from rlhf.data import PromptBatch, RecordDataModule
+from rlhf.declared import call_declared, declared_arguments
+from rlhf.errors import ConfigError
+from rlhf.models import PolicyOutput, ScalarHead
+from rlhf.ppo.critic import CRITIC_INITS, Critic, critic_values, critic_width, open_critic
+from rlhf.ppo.preflight import critic_checks
+from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
+from rlhf.rl.advantages import gae
+from rlhf.rl.objective import clipped_value_loss
+from rlhf.rl.settings import estimator_name
+from rlhf.tensors import masked_scale, masked_whiten
 
-STARTS = ("reward_model", "sft", "random")
+ADVANTAGE_KEYS = {"gamma", "gae_lambda"}  # have no effect if the advantage estimator does not declare them
+CRITIC_KEYS = {
+    *("value_clip_range", "value_coef", "critic", "critic_init", "critic_warmup", "critic_learning_rate", "obs_dim")
+}
 
 
 class PPOModule(OnPolicyModule):
     """Proximal policy optimization of a language model (Schulman et al. 2017; Ziegler et al. 2019).
 
+    The critic is built only if the advantage estimator declares ``values``, as ``gae`` does.
+
     Args:
-        gamma: discount a token.
-        gae_lambda: of generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438).
-        whiten_rewards: token rewards of a rollout around their mean, over their standard deviation, before advantages.
-        whiten_advantages: advantages less their mean, over their standard deviation.
-        value_clip_range: largest rewarded change of a value, reward units; null for no clipping.
-        value_coef: weight of the critic's loss.
-        critic: ``separate``, a model of its own, or ``shared``, a head on the policy.
-        critic_init: what a critic of its own starts from: ``reward_model``, ``sft`` (the policy's weights and a new
-            head) or ``fresh`` (random weights); null: the reward model where there is one, otherwise SFT.
-        critic_warmup: iterations at the start in which only the critic learns.
-        critic_learning_rate: null: the policy's.
-        obs_dim: width of the hidden state the critic reads; null asks the model.
-        action_dim: size of the vocabulary; null asks the model.
-        other keys: see OnPolicyModule.
+        advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
+        gamma: Discount factor per token, for estimators that declare ``gamma``.
+        gae_lambda: lambda of generalized advantage estimation, for estimators that declare ``gae_lambda`` (Schulman et
+            al. 2016, arXiv:1506.02438).
+        whiten_rewards: Scale the token rewards of a rollout to unit variance, keeping their mean, before advantages are
+            estimated.
+        whiten_advantages: Shift and scale the advantages of a rollout to zero mean and unit variance.
+        value_clip_range: Clip range of the value loss, in reward units. null disables clipping.
+        value_coef: Weight of the value loss.
+        critic: ``separate`` trains a separate model, ``shared`` a value head on the policy.
+        critic_init: Initial weights of a separate critic: ``reward_model``, ``sft`` (the policy's trunk with a new
+            head) or ``random``. null: the reward model if there is one, otherwise ``sft``.
+        critic_warmup: Number of iterations at the start in which only the critic is trained.
+        critic_learning_rate: Peak learning rate of the critic. null: equal to ``learning_rate``.
+        obs_dim: Expected width of the hidden states that the critic reads. null accepts any width.
+        action_dim: Expected vocabulary size of the policy. null accepts any size.
+        keys: The remaining keys are those of ``OnPolicyModule``.
+
+    Raises:
+        ConfigError: A value is out of range, settings contradict each other, or a setting has no effect.
     """
 
     iterations: Tensor
+    critic: Critic
 
     def __init__(
         self,
         *,
+        advantage: AdvantageEstimator = gae,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         whiten_rewards: bool = False,
@@ -55,29 +73,16 @@ class PPOModule(OnPolicyModule):
         critic_learning_rate: float | None = None,
         obs_dim: int | None = None,
         action_dim: int | None = None,
-        **online: Any,
+        **keys: Any,
     ) -> None:
-        super().__init__(**online)
-        if critic not in ("separate", "shared"):
-            raise UserError(f"stage.critic={critic} is neither separate nor shared", "stage.critic=separate")
-        if critic_init not in (None, *STARTS):
-            raise UserError(
-                f"stage.critic_init={critic_init} is none of {', '.join(STARTS)}", "stage.critic_init=reward_model"
-            )
-        for name, value in {"critic_learning_rate": critic_learning_rate, "critic_init": critic_init}.items():
-            if critic == "shared" and value is not None:
-                raise UserError(
-                    f"stage.{name} needs a critic of its own, but stage.critic=shared",
-                    f"stage.critic=separate, or stage.{name}=null",
-                )
+        given = {name: value for name, value in locals().items() if name in ADVANTAGE_KEYS | CRITIC_KEYS}
+        super().__init__(advantage=advantage, **keys)
+        _check_critic(critic, critic_init, critic_learning_rate, value_clip_range)
+        _check_unused(advantage, given)
         if critic_init == "reward_model" and not self.reward_sources:
-            raise UserError(
-                "stage.critic_init=reward_model, but the reward is no model",
-                "stage.critic_init=sft, or stage.reward_model=<path>",
-            )
-        if value_clip_range is not None and value_clip_range <= 0:
-            raise UserError(
-                f"stage.value_clip_range={value_clip_range} lets no value move", "stage.value_clip_range=0.2, or null"
+            raise ConfigError(
+                "stage.critic_init=reward_model requires a reward model, but the reward function uses none.",
+                "Set stage.critic_init=sft or stage.reward_model=<path>.",
             )
         self.gamma = gamma
         self.gae_lambda = gae_lambda
@@ -85,92 +90,156 @@ class PPOModule(OnPolicyModule):
         self.whiten_advantages = whiten_advantages
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
+        self.has_critic = "values" in declared_arguments(advantage)
         self.shared_critic = critic == "shared"
         self.critic_init = critic_init or ("reward_model" if self.reward_sources else "sft")
         self.critic_warmup = critic_warmup
-        self.critic_learning_rate = critic_learning_rate if critic_learning_rate is not None else self.learning_rate
-        self.dims = {"obs_dim": obs_dim, "action_dim": action_dim}
-        self.register_buffer("iterations", torch.zeros((), dtype=torch.long))  # begun so far
+        self.critic_learning_rate = self.learning_rate if critic_learning_rate is None else critic_learning_rate
+        self.obs_dim = obs_dim
+        self.action_dim = action_dim
+        self.register_buffer("iterations", torch.zeros((), dtype=torch.long))  # number of iterations started
+
+    # Models
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
         super().configure_model()
-        self.critic: ScalarModel | ScalarHead = (
-            ScalarHead(self.policy.hidden_size) if self.shared_critic else disable_dropout(self._open_critic())
-        )
-        width = self.policy.hidden_size if self.shared_critic else self.critic.config.get_text_config().hidden_size
-        for name, there in {"obs_dim": width, "action_dim": self.policy.vocab_size}.items():
-            if self.dims[name] not in (None, there):
-                raise UserError(
-                    f"stage.{name}={self.dims[name]}, but the model has {there}", f"stage.{name}={there}, or null"
-                )
-
-    def _open_critic(self) -> ScalarModel:
-        if self.critic_init == "reward_model":
-            model: ScalarModel = self.reward_sources[0].scalar_model(self.tokenizer)
-            return model
-        lm = self.source.language_model(self.tokenizer)
-        if self.critic_init == "random":
-            lm = AutoModelForCausalLM.from_config(lm.config)
-        return ScalarModel(lm.base_model, ScalarHead(self.policy.hidden_size))
+        assert self.policy is not None
+        _check_dimension("action_dim", self.action_dim, self.policy.vocab_size)
+        if not self.has_critic:
+            return
+        if self.shared_critic:
+            self.critic = ScalarHead(self.policy.hidden_size)
+        else:
+            reward_model = next(iter(self.reward_sources), None)
+            self.critic = open_critic(
+                self.critic_init, policy=self.source, reward_model=reward_model, tokenizer=self.tokenizer
+            )
+        _check_dimension("obs_dim", self.obs_dim, critic_width(self.critic, self.policy.hidden_size))
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
+        assert self.policy is not None
         yield self.policy, self.learning_rate
-        yield self.critic, self.critic_learning_rate
+        if self.has_critic:
+            yield self.critic, self.critic_learning_rate
 
-    def checks(self, datamodule: Any) -> Iterator[Check]:
-        yield from super().checks(datamodule)
-        yield from critic_preflight(self, datamodule)
+    def token_values(
+        self, output: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+    ) -> Tensor | None:
+        return critic_values(self.critic, output, input_ids, attention_mask, response_mask) if self.has_critic else None
 
-    # one iteration
+    def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
+        yield from super().preflight_checks(datamodule)
+        if self.has_critic:
+            yield from critic_checks(self, datamodule, self.collector, self.critic)
 
-    def extra_estimates(
-        self, scores: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
-    ) -> dict[str, Tensor]:
-        return {"values": self.values_of(scores, input_ids, attention_mask, response_mask)}
+    # One iteration
 
-    def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor]:
-        response_mask = seen.rollout.response_mask
+    def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
+        self.iterations += 1
+        yield from super().iteration(prompts)
+
+    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
+        response_mask = experience.rollout.response_mask
         if self.whiten_rewards:
             rewards = masked_scale(rewards, response_mask)
-        advantages, returns = gae(rewards, seen.values, response_mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
-        self._iteration["critic/explained_variance"] = explained_variance(seen.values, returns, response_mask)
-        self.iterations += 1
+        estimate = call_declared(
+            self.advantage,
+            rewards=rewards,
+            response_mask=response_mask,
+            values=experience.values,
+            group_size=self.num_generations,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+        advantages, returns = estimate if isinstance(estimate, tuple) else (estimate, None)
+        if self.has_critic and returns is None:
+            raise ConfigError(
+                f"The advantage estimator {estimator_name(self.advantage)} declares the argument 'values', so it must "
+                "return two tensors: advantages, and the returns to fit the critic to."
+            )
         return masked_whiten(advantages, response_mask) if self.whiten_advantages else advantages, returns
 
-    # learning
+    # Updates
 
-    def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = self.policy_output(part)
-        warming_up = bool(self.iterations <= self.critic_warmup)
-        values = self.values_of(scores, part.input_ids, part.attention_mask, part.response_mask, detach=warming_up)
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the critic is trained in this iteration."""
+        return self.has_critic and bool(self.iterations <= self.critic_warmup)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        warmup = [self.policy] if self.warming_up and self.policy is not None else []
+        return [*super().frozen_modules(), *warmup]
+
+    def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.has_critic:
+            return super().compute_loss(minibatch)
+        output = self.policy_update.policy_output(minibatch)
+        values = critic_values(
+            self.critic,
+            output,
+            minibatch.input_ids,
+            minibatch.attention_mask,
+            minibatch.response_mask,
+            detach=self.warming_up,
+        )
+        assert minibatch.old_values is not None
+        assert minibatch.returns is not None
         value_loss = clipped_value_loss(
             values,
-            part.old_values,
-            part.returns,
-            part.response_mask,
+            minibatch.old_values,
+            minibatch.returns,
+            minibatch.response_mask,
             clip_range=self.value_clip_range,
             loss_reduction=self.loss_reduction,
         )
-        policy_loss, numbers = self.policy_loss(part, scores)
-        if warming_up:  # the policy takes part with weight 0: every rank then has a gradient for every parameter
-            self._dropped = [self.policy]
+        policy_loss, metrics = self.policy_update.loss(minibatch, output)
+        if self.warming_up:  # Keep the policy in the graph: distributed training needs a gradient of every parameter.
             policy_loss = policy_loss * 0.0
-        return policy_loss + self.value_coef * value_loss, {**numbers, "loss/value_avg": value_loss}
+        return policy_loss + self.value_coef * value_loss, {**metrics, "loss/value_avg": value_loss}
 
-    def values_of(
-        self,
-        scores: PolicyOutput,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_mask: Tensor,
-        *,
-        detach: bool = False,
-    ) -> Tensor:
-        """The critic's values before the answer tokens, [batch, time]; ``detach`` keeps a shared trunk out of it."""
-        if self.shared_critic:
-            hidden = scores.hidden.detach() if detach else scores.hidden
-            return scatter(self.critic(states_before(hidden, response_mask)), response_mask)
-        hidden = hidden_states(self.critic.trunk, input_ids, attention_mask)
-        return scatter(self.critic.values(states_before(hidden, response_mask)), response_mask)
+
+def _check_critic(
+    critic: str, critic_init: str | None, critic_learning_rate: float | None, value_clip_range: float | None
+) -> None:
+    """Refuse values of the critic's settings that are out of range or contradict each other."""
+    if critic not in ("separate", "shared"):
+        raise ConfigError(f"stage.critic must be separate or shared, got {critic}.", "Set stage.critic=separate.")
+    if critic_init not in (None, *CRITIC_INITS):
+        raise ConfigError(
+            f"stage.critic_init must be null or one of {', '.join(CRITIC_INITS)}, got {critic_init}.",
+            "Set stage.critic_init=reward_model.",
+        )
+    for name, value in {"critic_learning_rate": critic_learning_rate, "critic_init": critic_init}.items():
+        if critic == "shared" and value is not None:
+            raise ConfigError(
+                f"stage.{name}={value} has no effect with stage.critic=shared.",
+                f"Set stage.critic=separate or remove stage.{name}.",
+            )
+    if value_clip_range is not None and value_clip_range <= 0:
+        raise ConfigError(
+            f"stage.value_clip_range must be positive or null, got {value_clip_range}.",
+            "Set stage.value_clip_range=0.2 or remove it.",
+        )
+
+
+def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:
+    """Refuse settings that differ from their default and that the advantage estimator does not use."""
+    declared = declared_arguments(advantage)
+    unused = (ADVANTAGE_KEYS - declared) | (set() if "values" in declared else CRITIC_KEYS)
+    parameters = inspect.signature(PPOModule.__init__).parameters
+    for name in sorted(unused):
+        if given[name] != parameters[name].default:
+            raise ConfigError(
+                f"stage.{name}={given[name]} has no effect with the advantage estimator {estimator_name(advantage)}, "
+                f"which uses {'no critic' if name in CRITIC_KEYS else f'no {name} of the stage'}.",
+                f"Set advantage=gae or remove stage.{name}.",
+            )
+
+
+def _check_dimension(name: str, expected: int | None, found: int) -> None:
+    if expected not in (None, found):
+        raise ConfigError(
+            f"stage.{name} must be {found}, as in the model, got {expected}.", f"Set stage.{name}={found} or remove it."
+        )

@@ -1,12 +1,12 @@
-"""``check=true``: before it trains, a stage proves itself on the user's own model and data.
+"""Pre-flight checks: ``check=true`` verifies a stage on the user's own model and data before it trains.
 
-A check measures one property and says whether it holds. Those common to several stages are in ``properties.py``; each
-slice's ``checks.py`` says which apply to it. They look at a few rows, the shortest and the longest, and leave
-everything as they found it, so that training goes on as if they had not been.
+A check measures one property and compares it with a limit. The checks that several stages share are in ``checks.py``;
+each stage's ``preflight.py`` selects those that apply to it and adds its own. They use a few rows, the shortest and the
+longest, and do not affect training: the run is bit-for-bit identical with and without them.
 """
 
+from rlhf.check import Check
 from rlhf.preflight.checks import (
-    Check,
     check_accumulation_equivalence,
     check_ends_with_eos,
     check_eos_in_loss,
@@ -24,15 +24,14 @@ from rlhf.preflight.measurements import (
     micro_batches,
     sample_rows,
     score_measure,
-    training_loss,
     unpadded_rows,
 )
-from rlhf.preflight.runner import ChecksFailed, run_preflight
+from rlhf.preflight.runner import PreflightFailed, run_preflight
 
 __all__ = [
     "Check",
-    "ChecksFailed",
     "Measure",
+    "PreflightFailed",
     "check_accumulation_equivalence",
     "check_ends_with_eos",
     "check_eos_in_loss",
@@ -48,6 +47,5 @@ __all__ = [
     "run_preflight",
     "sample_rows",
     "score_measure",
-    "training_loss",
     "unpadded_rows",
 ]

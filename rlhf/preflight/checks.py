@@ -1,205 +1,204 @@
-"""The properties that stages have in common, one function each."""
+"""Pre-flight checks that several stages use, one function per property."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.check import Check
 from rlhf.data import Batch, SequenceBatch
 from rlhf.data.loader import with_loss_weights
 from rlhf.models import Frozen, Policy, ScalarModel
 from rlhf.preflight.measurements import (
     Measure,
-    alone,
     corrupt_padding,
-    difference,
     full_precision,
     gradient_difference,
-    left_padded,
-    limit_of,
     logprob_measure,
+    one_at_a_time,
     pad_columns,
+    pad_left,
+    relative_difference,
     response_values,
     score_measure,
+    tolerance,
     training_gradient,
-    training_loss,
 )
+from rlhf.stage import Result, StageModule
 from rlhf.tensors import last_true
 
-if TYPE_CHECKING:
-    from rlhf.stage import Result, StageModule
+EXTRA_COLUMNS = 7  # Columns of padding that the padding checks add.
 
-EXTRA = 7  # columns of padding added
-
-
-@dataclass(frozen=True)
-class Check:
-    """One property of a stage, measured.
-
-    name: what should hold.
-    passed: whether it does.
-    measured: what was found.
-    limit: what would have been accepted.
-    fault: where it does not hold: what is wrong, what it does to training, and what to look at.
-    """
-
-    name: str
-    passed: bool
-    measured: str
-    limit: str
-    fault: str
+# Checks of the data
 
 
-# of the data
-
-
-def check_single_bos(tokenizer: Any, rows: Sequence[Sequence[int]]) -> Check:
-    """A text begins with one BOS, where the tokenizer has one and it is used.
+def check_single_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> Check:
+    """Check that every sequence begins with exactly one BOS, if the tokenizer adds one.
 
     Args:
-        rows: token ids of each text, without padding.
+        tokenizer: The tokenizer of the stage.
+        rows: Token ids of each sequence, without padding.
     """
     bos = tokenizer.bos_token_id
-    found = sorted({_leading(row, bos) for row in rows})
-    wanted = bos is not None and list(tokenizer("x")["input_ids"])[:1] == [bos]
+    counts = sorted({_leading_count(row, bos) for row in rows})
+    adds_bos = bos is not None and list(tokenizer("x")["input_ids"])[:1] == [bos]
     return Check(
-        "a text begins with one BOS",
-        found == [1] or (found == [0] and not wanted),
-        "the tokenizer has no BOS" if bos is None else f"BOS at the beginning: {', '.join(map(str, found))}",
-        "1" if wanted else "1, or 0 in all",
-        f"models are trained on texts that begin with one {tokenizer.bos_token!r}: the template and the tokenizer both "
-        "write it, or neither does; see the chat template and data.template",
+        "every sequence begins with one BOS",
+        counts == [1] or (counts == [0] and not adds_bos),
+        "the tokenizer has no BOS" if bos is None else f"BOS tokens at the beginning: {', '.join(map(str, counts))}",
+        "1" if adds_bos else "1, or 0 in every sequence",
+        f"Models are trained on sequences that begin with one {tokenizer.bos_token!r}. Here, the chat template and the "
+        "tokenizer both add it, or neither does. See the chat template and data.template.",
     )
 
 
-def _leading(row: Sequence[int], token: int | None) -> int:
-    return next((place for place, one in enumerate(row) if one != token), len(row))
+def _leading_count(row: Sequence[int], token: int | None) -> int:
+    return next((count for count, other in enumerate(row) if other != token), len(row))
 
 
-def check_ends_with_eos(tokenizer: Any, texts: SequenceBatch, max_length: int) -> Check:
-    """An answer ends in EOS, unless it was cut at ``max_length`` tokens."""
-    closed, cut = _closed(texts.input_ids, texts.attention_mask, tokenizer.eos_token_id, max_length)
+def check_ends_with_eos(tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch, max_length: int) -> Check:
+    """Check that every response ends with EOS.
+
+    Args:
+        tokenizer: The tokenizer of the stage.
+        batch: Prompts with responses.
+        max_length: Sequences of this many tokens were truncated and need not end with EOS.
+    """
+    has_eos, truncated = _endings(batch.input_ids, batch.attention_mask, tokenizer.eos_token_id, max_length)
     return Check(
-        "every answer ends in EOS",
-        bool((closed | cut).all()),
-        f"{int(closed.sum())} of {len(closed)} end in EOS, {int((cut & ~closed).sum())} were cut",
-        "all that were not cut",
-        f"answers without {tokenizer.eos_token!r} teach a model never to end: see the chat template and data.template",
+        "every response ends with EOS",
+        bool((has_eos | truncated).all()),
+        f"{int(has_eos.sum())} of {len(has_eos)} end with EOS, {int((truncated & ~has_eos).sum())} were truncated",
+        "all that were not truncated",
+        f"Responses without {tokenizer.eos_token!r} teach a model never to stop. See the chat template and "
+        "data.template.",
     )
 
 
-def _closed(input_ids: Tensor, attention_mask: Tensor, eos: int, max_length: int) -> tuple[Tensor, Tensor]:
-    """Which rows end in EOS, and which are as long as a text may be: [batch] bool each."""
+def _endings(input_ids: Tensor, attention_mask: Tensor, eos: int, max_length: int) -> tuple[Tensor, Tensor]:
+    """Return which rows end with EOS and which have the maximum length, [batch] bool each."""
     rows = torch.arange(len(input_ids), device=input_ids.device)
     return input_ids[rows, last_true(attention_mask)] == eos, attention_mask.sum(dim=1) >= max_length
 
 
-def check_eos_in_loss(module: "StageModule", policy: Policy, batch: Batch, max_length: int) -> Check:
-    """The loss of the stage's training step depends on the log-prob of every closing EOS.
+def check_eos_in_loss(module: StageModule, policy: Policy, batch: Batch, max_length: int) -> Check:
+    """Check that the training loss depends on the log-prob of every final EOS.
 
     Args:
-        policy: the part that is trained; what it says of the tokens is watched as the loss is computed.
-        max_length: tokens; longer texts were cut and need not end in EOS.
+        module: The stage.
+        policy: The trained policy. A hook records its log-probs while the loss is computed.
+        batch: A training batch.
+        max_length: Sequences of this many tokens were truncated and need not end with EOS.
     """
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def note(part: nn.Module, inputs: Any, scores: Any) -> None:
-        if scores.logprobs.requires_grad:
-            seen.append((*inputs[:3], scores.logprobs))
+    def record(policy: nn.Module, inputs: Any, output: Any) -> None:
+        if output.logprobs.requires_grad:
+            calls.append((*inputs[:3], output.logprobs))
 
-    hook = policy.register_forward_hook(note)
+    hook = policy.register_forward_hook(record)
     try:
         with full_precision(module):
-            loss = training_loss(module, batch)[0]
+            loss = module.training_loss(batch)[0]
     finally:
         hook.remove()
-    slopes = torch.autograd.grad(loss, [logprobs for *_, logprobs in seen], materialize_grads=True)
-    ended = learned = missing = 0
-    for (input_ids, attention_mask, response_mask, _), slope in zip(seen, slopes, strict=True):
-        closed, cut = _closed(input_ids, attention_mask, module.tokenizer.eos_token_id, max_length)
-        at_end = (response_mask & (slope != 0))[
-            torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask)
-        ]
-        ended += int(closed.sum())
-        learned += int((closed & at_end).sum())
-        missing += int((~closed & ~cut).sum())
+    gradients = torch.autograd.grad(loss, [logprobs for *_, logprobs in calls], materialize_grads=True)
+    total = learned = missing = 0
+    for (input_ids, attention_mask, response_mask, _), gradient in zip(calls, gradients, strict=True):
+        has_eos, truncated = _endings(input_ids, attention_mask, module.tokenizer.eos_token_id, max_length)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        in_loss = (response_mask & (gradient != 0))[rows, last_true(attention_mask)]
+        total += int(has_eos.sum())
+        learned += int((has_eos & in_loss).sum())
+        missing += int((~has_eos & ~truncated).sum())
     return Check(
-        "EOS carries loss",
-        ended == learned and not missing,
-        f"in {learned} of {ended} answers that end in EOS; {missing} whole answers have none",
+        "EOS contributes to the loss",
+        total == learned and not missing,
+        f"in {learned} of {total} responses that end with EOS; {missing} complete responses have no EOS",
         "all",
-        "the policy never learns to end an answer: EOS is missing from the text or masked out of the loss, as happens "
-        "where pad = eos and padding is found by its token id; masks have to say where padding is",
+        "The policy never learns to end a response: EOS is missing from the sequence, or masked out of the loss. The "
+        "usual cause is pad_token = eos_token with padding that is recognized by its token id instead of a mask.",
     )
 
 
-# of models
+# Checks of the models
 
 
 def check_padding_invariance(
-    module: "StageModule", what: str, read: Measure, texts: SequenceBatch, model: Any
+    module: StageModule, name: str, measure: Measure, batch: SequenceBatch, model: Any
 ) -> Iterator[Check]:
-    """A text gets the same numbers alone, among others, with more padding, and with padding left or right of it.
+    """Check that values depend neither on padding, left or right, nor on the other sequences of the batch.
 
     Args:
-        what: name of the numbers, such as ``log-probs of the policy``.
-        read: takes them.
-        texts: [batch, time]; of unlike length.
-        model: whose configuration says how long a text may be.
+        module: The stage.
+        name: What is measured, such as ``log-probs``.
+        measure: Computes the values.
+        batch: Sequences of different lengths.
+        model: The model whose configuration limits the length of a sequence.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    extra = EXTRA if longest is None else max(min(EXTRA, longest - texts.input_ids.shape[1]), 0)
-    wide = pad_columns(texts, extra)
-    views = {"in a batch": texts, "more padding": wide, "padding left": left_padded(wide)}
+    max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    free = EXTRA_COLUMNS if max_length is None else max_length - batch.input_ids.shape[1]
+    padded = pad_columns(batch, max(min(EXTRA_COLUMNS, free), 0))
+    views = {"in a batch": batch, "more padding": padded, "padding on the left": pad_left(padded)}
     with torch.no_grad(), full_precision(module):
-        expected = torch.cat([response_values(read, text) for text in alone(texts)])
-        apart = {name: difference(response_values(read, view), expected) for name, view in views.items()}
-        garbage = difference(response_values(read, corrupt_padding(wide)), response_values(read, wide))
-    limit = limit_of(module)
-    bad = [name for name, value in apart.items() if not value <= limit]
+        expected = torch.cat([response_values(measure, row) for row in one_at_a_time(batch)])
+        differences = {view: relative_difference(response_values(measure, views[view]), expected) for view in views}
+        corrupted = response_values(measure, corrupt_padding(padded))
+        difference = relative_difference(corrupted, response_values(measure, padded))
+    limit = tolerance(module)
+    failed = [view for view, value in differences.items() if not value <= limit]
     yield Check(
-        f"{what}: a text alone = among others, however padded",
-        not bad,
-        ", ".join(f"{name} {value:.1e}" for name, value in apart.items()),
+        f"{name} do not depend on padding or on other sequences",
+        not failed,
+        ", ".join(f"{view} {value:.1e}" for view, value in differences.items()),
         f"{limit:.0e}, relative",
-        f"padding or neighbours leak into the numbers ({', '.join(bad)}): positions, mask or state count padding as "
-        "text; they have to go through rlhf.models.hidden_states",
+        f"Padding or other sequences affect the values ({', '.join(failed)}): positions, attention mask or recurrent "
+        "state include padding. Compute hidden states with rlhf.models.hidden_states.",
     )
     yield Check(
-        f"{what}: other tokens on padding change nothing",
-        garbage <= limit,
-        f"difference {garbage:.1e}",
+        f"{name} do not depend on the token ids of padding",
+        difference <= limit,
+        f"difference {difference:.1e}",
         f"{limit:.0e}, relative",
-        "the model reads what stands on padding: it needs a causal body, and a mask that does not depend on token ids",
+        "The model reads padding tokens. It needs a causal trunk, and an attention mask that does not depend on token "
+        "ids.",
     )
 
 
-def check_no_dropout(module: "StageModule", what: str, model: nn.Module, read: Measure, texts: SequenceBatch) -> Check:
-    """Train and eval mode of a model give the same numbers."""
+def check_no_dropout(module: StageModule, name: str, model: nn.Module, measure: Measure, batch: SequenceBatch) -> Check:
+    """Check that a model computes the same values in train and in eval mode.
+
+    Args:
+        module: The stage.
+        name: Name of the model.
+        model: The model.
+        measure: Computes values with it.
+        batch: Sequences to compute them for.
+    """
     modes = {part: part.training for part in model.modules()}
     with torch.no_grad(), full_precision(module):
         model.eval()
-        expected = response_values(read, texts)
+        expected = response_values(measure, batch)
         model.train()
-        apart = difference(response_values(read, texts), expected)
+        difference = relative_difference(response_values(measure, batch), expected)
     for part, training in modes.items():
         part.training = training
-    drops = nn.modules.dropout._DropoutNd
-    left_on = [f"{name} {part.p:g}" for name, part in model.named_modules() if isinstance(part, drops) and part.p > 0]
+    dropout = nn.modules.dropout._DropoutNd
+    active = [f"{key} {part.p:g}" for key, part in model.named_modules() if isinstance(part, dropout) and part.p > 0]
     return Check(
-        f"no dropout in the {what}",
-        apart <= limit_of(module) and not left_on,
-        f"train and eval mode differ by {apart:.1e}; dropouts above 0: {len(left_on)}",
-        f"{limit_of(module):.0e}, relative; none",
-        "dropout is on, so the same text gets other numbers each time and ratios and rewards are noise; "
-        f"rlhf.models.disable_dropout sets it to 0 ({', '.join(left_on[:3]) or 'in the configuration'})",
+        f"no dropout in the {name}",
+        difference <= tolerance(module) and not active,
+        f"train and eval mode differ by {difference:.1e}; dropout layers with p > 0: {len(active)}",
+        f"{tolerance(module):.0e}, relative; none",
+        "Dropout changes the values of a sequence from one call to the next, which makes ratios and rewards noisy. "
+        f"rlhf.models.disable_dropout turns it off ({', '.join(active[:3]) or 'the model applies it by itself'}).",
     )
 
 
-def check_frozen_models(module: "StageModule") -> Check:
-    """References and reward models stay in eval mode, have no gradient and share no weights with what learns."""
+def check_frozen_models(module: StageModule) -> Check:
+    """Check that reference and reward models stay in eval mode, have no gradients and share no trained weights."""
     module.train()
     trained = {parameter.data_ptr() for parameter in module.parameters()}
     faults, count = [], 0
@@ -209,83 +208,103 @@ def check_frozen_models(module: "StageModule") -> Check:
             if any(inner.training for inner in part.model.modules()):
                 faults.append(f"{name} is in train mode")
             if any(weight.requires_grad or weight.grad is not None for weight in part.model.parameters()):
-                faults.append(f"{name} has a gradient")
+                faults.append(f"{name} has gradients")
             if any(weight.data_ptr() in trained for weight in part.model.parameters()):
-                faults.append(f"{name} shares weights with what is trained")
+                faults.append(f"{name} shares weights with a trained model")
     module.eval()
     return Check(
         "frozen models stay frozen",
         not faults and count > 0,
-        ", ".join(faults) or f"{count} in eval mode, without gradient, with weights of their own",
+        ", ".join(faults) or f"{count} in eval mode, without gradients and without trained weights",
         "all",
-        "what answers are measured by would move with the policy: hold such a model in rlhf.models.Frozen, opened anew",
+        "The models that responses are measured with would change together with the policy. Open a separate copy and "
+        "wrap it in rlhf.models.Frozen.",
     )
 
 
-# of the loss
+# Checks of the loss
 
 
-def check_padding_is_ignored(module: "StageModule", batch: Batch) -> Check:
-    """Other tokens and NaN on padding change neither the loss of the training step nor its gradient."""
+def check_padding_is_ignored(module: StageModule, batch: Batch) -> Check:
+    """Check that other tokens and NaN in the padding change neither the training loss nor its gradient."""
     with full_precision(module):
         loss, gradient = training_gradient(module, [batch])
-        spoiled_loss, spoiled_gradient = training_gradient(module, [corrupt_padding(batch)])
-    apart = difference(torch.tensor(spoiled_loss), torch.tensor(loss))
-    slope = gradient_difference(spoiled_gradient, gradient)
-    limit = limit_of(module)
-    return Check(
-        "garbage on padding changes neither loss nor gradient",
-        apart <= limit and slope <= limit,
-        f"loss {apart:.1e}, gradient {slope:.1e}",
-        f"{limit:.0e}, relative",
-        "what stands on padding is learned from: mask before exp, log and means (nan * 0 is nan), see rlhf.tensors",
+        corrupted_loss, corrupted_gradient = training_gradient(module, [corrupt_padding(batch)])
+    return _same_gradient(
+        module,
+        "loss and gradient do not depend on padding",
+        (corrupted_loss, corrupted_gradient),
+        (loss, gradient),
+        "Training learns from padding. Mask values before exp, log and means, because nan * 0 is nan. See rlhf.tensors.",
     )
 
 
-def check_accumulation_equivalence(module: "StageModule", whole: Batch, parts: list[Batch]) -> Check:
-    """Micro-batches of unlike length, each with its share, give the gradient of all rows in one batch."""
-    shared = [part.to(module.device) for part in with_loss_weights(iter(parts), len(parts))]
+def check_accumulation_equivalence(module: StageModule, batch: Batch, micro_batches: list[Batch]) -> Check:
+    """Check that accumulating over micro-batches of different lengths gives the gradient of one large batch.
+
+    Args:
+        module: The stage.
+        batch: All rows in one batch.
+        micro_batches: The same rows in several batches.
+    """
+    weighted = [part.to(module.device) for part in with_loss_weights(iter(micro_batches), len(micro_batches))]
     with full_precision(module):
-        loss, gradient = training_gradient(module, [whole])
-        parts_loss, parts_gradient = training_gradient(module, shared)
-    apart = difference(torch.tensor(parts_loss), torch.tensor(loss))
-    slope = gradient_difference(parts_gradient, gradient)
-    limit = limit_of(module)
-    return Check(
-        f"gradient of {len(parts)} micro-batches = gradient of one batch",
-        apart <= limit and slope <= limit,
-        f"loss {apart:.1e}, gradient {slope:.1e}",
-        f"{limit:.0e}, relative",
-        "trainer.accumulate_grad_batches would train something else: the loss has to be a mean over Batch.loss_terms, "
-        "and training_step has to return loss x batch.loss_weight",
+        expected = training_gradient(module, [batch])
+        accumulated = training_gradient(module, weighted)
+    return _same_gradient(
+        module,
+        f"accumulating {len(micro_batches)} micro-batches gives the gradient of one batch",
+        accumulated,
+        expected,
+        "trainer.accumulate_grad_batches would train a different objective. The loss must be a mean over "
+        "Batch.loss_terms, and training_loss must return it multiplied by batch.loss_weight.",
     )
 
 
-# of what is left behind
+def _same_gradient(
+    module: StageModule,
+    name: str,
+    actual: tuple[float, list[Tensor]],
+    expected: tuple[float, list[Tensor]],
+    fault: str,
+) -> Check:
+    loss = relative_difference(torch.tensor(actual[0]), torch.tensor(expected[0]))
+    gradient = gradient_difference(actual[1], expected[1])
+    limit = tolerance(module)
+    measured = f"loss {loss:.1e}, gradient {gradient:.1e}"
+    return Check(name, loss <= limit and gradient <= limit, measured, f"{limit:.0e}, relative", fault)
 
 
-def check_reload(module: "StageModule", texts: SequenceBatch, reopen: Callable[["Result"], nn.Module]) -> Check:
-    """The result, written as a file and opened again, says the same of the same texts."""
+# Checks of the result
+
+
+def check_reload(module: StageModule, batch: SequenceBatch, reload: Callable[[Result], nn.Module]) -> Check:
+    """Check that saving and reloading the result reproduces its outputs.
+
+    Args:
+        module: The stage.
+        batch: Sequences to compare the outputs for.
+        reload: Saves a result to a file and returns the model that is loaded from it.
+    """
     result = module.result()
     scalar = isinstance(result.model, ScalarModel)
-    what = "scores" if scalar else "log-probs"
+    difference, error_message = float("nan"), ""
     try:
-        opened, fault = reopen(result), ""
-    except Exception as error:  # whatever goes wrong there is what this check is for
-        opened, fault = None, " ".join(str(error).split())
-    apart = float("nan")
-    if opened is not None:
-        models = (result.model, opened.to(module.device).eval())
-        readers = [score_measure(model) if scalar else logprob_measure(Policy(model)) for model in models]
+        loaded = reload(result)
+    except Exception as error:  # Any error means that the result could not be used later.
+        error_message = " ".join(str(error).split())
+    else:
+        models = (result.model, loaded.to(module.device).eval())
+        measures = [score_measure(model) if scalar else logprob_measure(Policy(model)) for model in models]
         with torch.no_grad(), full_precision(module):
-            before, after = (response_values(read, texts) for read in readers)
-        apart = difference(after, before)
-    limit = limit_of(module)
+            expected, actual = (response_values(measure, batch) for measure in measures)
+        difference = relative_difference(actual, expected)
+    limit = tolerance(module)
     return Check(
-        f"{what} reproduced after saving and opening",
-        apart <= limit,
-        f"difference {apart:.1e}" if not fault else f"it cannot be opened: {fault}",
+        f"{'scores' if scalar else 'log-probs'} are reproduced after saving and loading",
+        difference <= limit,
+        f"loading fails: {error_message}" if error_message else f"difference {difference:.1e}",
         f"{limit:.0e}, relative",
-        "what would be left behind is not what was trained: weights (the reward head?) are missing from the file or "
-        "changed on the way; see rlhf/export.py",
+        "The exported file would not contain the trained model: weights, such as those of the reward head, are missing "
+        "or changed. See rlhf/export.py.",
     )

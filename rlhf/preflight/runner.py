@@ -1,11 +1,11 @@
-"""Runs a stage's checks and shows them, without leaving a trace in what is trained."""
+"""Runs the pre-flight checks of a stage and prints them, without any effect on training."""
 
 import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -15,98 +15,93 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from rlhf.check import Check
+from rlhf.data import RecordDataModule
 from rlhf.errors import UserError
-from rlhf.logs import lines
-from rlhf.preflight.checks import Check, check_reload
-from rlhf.preflight.measurements import sample_rows, texts_of
-
-if TYPE_CHECKING:
-    from rlhf.stage import Result, StageModule
+from rlhf.logs import metrics_log
+from rlhf.preflight.checks import check_reload
+from rlhf.preflight.measurements import as_sequences, sample_rows
+from rlhf.stage import Result, StageModule
 
 log = logging.getLogger(__name__)
 
 
-class ChecksFailed(UserError):
-    """The stage did not prove itself. Exit code 1: nothing is wrong with what was typed."""
+class PreflightFailed(UserError):
+    """A pre-flight check failed. The exit code is 1, because the command line itself is valid."""
 
     exit_code = 1
 
 
-def run_preflight(module: "StageModule", reopen: Callable[["Result"], nn.Module]) -> None:
-    """Run a stage's checks and show them as a table.
+def run_preflight(module: StageModule, reload: Callable[[Result], nn.Module]) -> None:
+    """Run a stage's checks and print them as a table.
 
     Args:
-        module: on its device, with trainer, data and models, before its first step.
-        reopen: writes a result as a file and opens that again.
+        module: The stage on its device, with trainer, data and models, before its first step.
+        reload: Saves a result to a file and returns the model that is loaded from it.
 
     Raises:
-        ChecksFailed: one of them failed.
+        PreflightFailed: At least one check failed, on this process or on another one.
     """
-    trainer, started = module.trainer, time.perf_counter()
-    with unchanged(module):
-        bar = {"total": None, "transient": True, "disable": not trainer.is_global_zero}
-        checks = list(track(_all_checks(module, reopen), "checking", **bar))
-    seconds = time.perf_counter() - started
+    trainer, start = module.trainer, time.perf_counter()
+    with preserve_state(module):
+        progress: dict[str, Any] = {"total": None, "transient": True, "disable": not trainer.is_global_zero}
+        checks = list(track(_all_checks(module, reload), "checking", **progress))
+    seconds = time.perf_counter() - start
     failed = [check for check in checks if not check.passed]
     for check in checks:
-        verdict = "passed" if check.passed else "FAILED"
-        lines.info("check %s: %s: %s (limit: %s)", verdict, check.name, check.measured, check.limit)
+        outcome = "passed" if check.passed else "FAILED"
+        metrics_log.info("check %s: %s: %s (limit: %s)", outcome, check.name, check.measured, check.limit)
     if trainer.is_global_zero:
-        Console().print(table(checks, seconds))
+        Console().print(check_table(checks, seconds))
     if trainer.strategy.reduce_boolean_decision(not failed, all=True):
         log.info("%d checks passed in %.1f s", len(checks), seconds)
         return
     faults = "\n".join(f"  {check.name}: {check.measured}\n    {check.fault}" for check in failed)
-    raise ChecksFailed(
-        f"{len(failed)} of {len(checks)} checks failed, nothing was trained:\n{faults or '  on another device'}",
-        "check=false trains all the same",
+    raise PreflightFailed(
+        f"{len(failed)} of {len(checks)} pre-flight checks failed. Nothing was trained.\n"
+        f"{faults or '  The failure is on another process.'}",
+        "Set check=false to train anyway.",
     )
 
 
-def _all_checks(module: "StageModule", reopen: Callable[["Result"], nn.Module]) -> Iterator[Check]:
-    datamodule = module.trainer.datamodule
+def _all_checks(module: StageModule, reload: Callable[[Result], nn.Module]) -> Iterator[Check]:
+    datamodule: RecordDataModule = module.trainer.datamodule  # type: ignore[attr-defined]
     module.eval()
-    yield from module.checks(datamodule)
-    yield check_reload(module, texts_of(sample_rows(datamodule), datamodule).to(module.device), reopen)
+    yield from module.preflight_checks(datamodule)
+    yield check_reload(module, as_sequences(sample_rows(datamodule), datamodule).to(module.device), reload)
 
 
-def table(checks: Sequence[Check], seconds: float) -> Table:
-    """Names, what was measured and what was allowed; failures stand out."""
+def check_table(checks: Sequence[Check], seconds: float) -> Table:
+    """Return a table of names, measurements and limits, with failures highlighted."""
     failures = sum(not check.passed for check in checks)
-    verdict = f"{failures} failed" if failures else "all passed"
-    shown = Table(title=f"check: {len(checks)} properties, {verdict}; {seconds:.1f} s", box=box.SIMPLE)
-    for title in ("", "what should hold", "measured", "limit"):
-        shown.add_column(title, overflow="fold")
+    outcome = f"{failures} failed" if failures else "all passed"
+    table = Table(title=f"{len(checks)} pre-flight checks, {outcome}, {seconds:.1f} s", box=box.SIMPLE)
+    for title in ("", "check", "measured", "limit"):
+        table.add_column(title, overflow="fold")
     for check in checks:
-        shown.add_row(
-            "ok" if check.passed else "FAILED",
-            check.name,
-            check.measured,
-            check.limit,
-            style="" if check.passed else "bold red",
-        )
-    return shown
+        style = "" if check.passed else "bold red"
+        table.add_row("ok" if check.passed else "FAILED", check.name, check.measured, check.limit, style=style)
+    return table
 
 
 @contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, afterwards the module and the random state are as they were.
+def preserve_state(module: nn.Module) -> Iterator[None]:
+    """Restore a module and the random state on exit.
 
-    Kept are the state of every random generator, which parts were in train mode, all buffers (running moments among
-    them) and the module's own plain attributes. Weights and gradients are never touched by a check.
+    This covers all random number generators, train and eval modes, buffers such as running moments, and the module's
+    plain attributes. Checks never change weights or gradients.
     """
-    devices = list(range(torch.cuda.device_count()))
-    plain, arrays = random.getstate(), numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
     modes = {part: part.training for part in module.modules()}
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
-    inner = vars(nn.Module()).keys()  # the registries of parameters, buffers and parts
-    attributes = {name: _copied(value) for name, value in vars(module).items() if name not in inner}
-    with torch.random.fork_rng(devices):
+    registries = vars(nn.Module()).keys()  # Those of parameters, buffers, submodules and hooks.
+    attributes = {name: _shallow_copy(value) for name, value in vars(module).items() if name not in registries}
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         try:
             yield
         finally:
-            random.setstate(plain)
-            numpy.random.set_state(arrays)
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
             for part, training in modes.items():
                 part.training = training
             with torch.no_grad():
@@ -115,5 +110,5 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def _copied(value: Any) -> Any:
+def _shallow_copy(value: Any) -> Any:
     return value.copy() if isinstance(value, dict | list) else value

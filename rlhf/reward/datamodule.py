@@ -19,7 +19,7 @@ from rlhf.data import (
     SequenceBatch,
 )
 from rlhf.data.files import read_rows
-from rlhf.data.loader import LengthBuckets
+from rlhf.data.loader import BucketBatchSampler
 
 
 @dataclass
@@ -38,7 +38,7 @@ class RewardDataModule(PreferenceDataModule):
         demonstration_rows: how many of them are scored.
     """
 
-    forms = (Preference, Rating)
+    record_types = (Preference, Rating)
 
     def __init__(self, *, demonstrations: str | None = None, demonstration_rows: int = 512, **keys: Any) -> None:
         super().__init__(**keys)
@@ -73,7 +73,7 @@ class RewardDataModule(PreferenceDataModule):
     def report_batches(self) -> Iterator[Any]:
         """The validation rows in batches, the same on every rank, as far as ``trainer.limit_val_batches`` goes."""
         rows, limit = self.encoded("val"), self.trainer.limit_val_batches
-        order = LengthBuckets([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
+        order = BucketBatchSampler([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
         count = limit * self.trainer.world_size if isinstance(limit, int) else int(limit * len(order))
         return islice(BatchLoader(rows, self.collate, order), count if rows else 0)
 
@@ -85,7 +85,7 @@ class RewardDataModule(PreferenceDataModule):
         encoder = self.encoder()
         coded = []
         for number in range(min(self.demonstration_rows, len(rows))):
-            record = self.parser.read(rows[number], Demonstration)
+            record = self.parser.parse(rows[number], Demonstration)
             coded.append(encoder.encode_response(record.prompt.messages, record.response))
-        order = LengthBuckets([len(row.input_ids) for row in coded], self.eval_batch_size, shuffle=False)
+        order = BucketBatchSampler([len(row.input_ids) for row in coded], self.eval_batch_size, shuffle=False)
         yield from BatchLoader(coded, SequenceBatch.collate, order)  # type: ignore[misc]

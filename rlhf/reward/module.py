@@ -10,15 +10,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import track
 from torch import Tensor
 
+from rlhf.check import Check
 from rlhf.data import PairBatch, RatingBatch, SequenceBatch
 from rlhf.errors import UserError
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
-from rlhf.preflight import Check
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
 from rlhf.reward.preflight import checks
 from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.report_output import as_text, picture, scalars, write_json
-from rlhf.stage import Result, StageModule
+from rlhf.stage import Metrics, Result, StageModule
 
 log = logging.getLogger(__name__)
 LONG = 20  # batches from which on a progress bar is shown
@@ -101,10 +101,9 @@ class RewardModule(StageModule):
         super().on_train_start()
         self.model.reward_mean.zero_()  # Training uses raw scores, even if the checkpoint already stores a mean.
 
-    def training_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> Tensor:
-        loss, numbers = self.score(batch)
-        self.log_train({f"train/{name}": value for name, value in numbers.items()})
-        return loss * batch.loss_weight
+    def training_loss(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, Metrics]:
+        loss, metrics = self.score(batch)
+        return loss * batch.loss_weight, {f"train/{name}": value for name, value in metrics.items()}
 
     def validation_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> None:
         self.log_val(self.score(batch)[1], batch.loss_terms)
@@ -219,7 +218,7 @@ class RewardModule(StageModule):
         with self.trainer.precision_plugin.forward_context():
             return self.model.scores(texts.input_ids.to(self.device), texts.attention_mask.to(self.device))
 
-    def checks(self, datamodule: Any) -> Iterator[Check]:
+    def preflight_checks(self, datamodule: Any) -> Iterator[Check]:
         return checks(self, datamodule)
 
     def result(self) -> Result:

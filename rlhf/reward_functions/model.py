@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models import EnsembleModel, Frozen, disable_dropout, pessimistic_score
+from rlhf.models import RewardModelEnsemble, Frozen, disable_dropout, pessimistic_score
 from rlhf.reward_functions.base import ScoringBatch
 from rlhf.reward_functions.weighted_sum import RewardFunction
 
@@ -37,7 +37,7 @@ class ModelReward(RewardFunction):
 
     def load(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
         members = [disable_dropout(source.scalar_model(tokenizer)) for source in sources]
-        self.model = Frozen(EnsembleModel(members) if len(members) > 1 else members[0])
+        self.model = Frozen(RewardModelEnsemble(members) if len(members) > 1 else members[0])
 
     def forward(self, answers: ScoringBatch) -> Tensor:
         pieces = [slice(i, i + self.batch_size) for i in range(0, len(answers.input_ids), self.batch_size)]

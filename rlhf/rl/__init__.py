@@ -1,5 +1,6 @@
-"""Learning from one's own answers: what PPO and the critic-free stages share."""
+"""On-policy training: what PPO and GRPO share."""
 
+from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.datamodule import RolloutDataModule
 from rlhf.rl.experience import Experience, Minibatch
 from rlhf.rl.kl import KLController
@@ -8,6 +9,7 @@ from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.update_limits import UpdateLimits
 
 __all__ = [
+    "AdvantageEstimator",
     "Experience",
     "KLController",
     "Minibatch",

@@ -1,100 +1,149 @@
-"""Advantages without a critic. Answers to one prompt stand together: rows 0..n-1, n..2n-1, ..."""
+"""Advantage estimators.
+
+An estimator is a pure function that receives, by name, those of these arguments that its signature declares:
+
+    rewards: [batch, time] reward of each token, including the KL penalty if ``stage.kl.apply_to=reward``.
+    response_mask: [batch, time] bool, True on response tokens including EOS.
+    values: [batch, time] values of the critic before each token. Declaring it requires a critic: PPO builds one.
+    group_size: ``stage.num_generations``. Declaring it requires at least 2. The responses to one prompt are adjacent
+        rows: rows 0 to group_size - 1 belong to the first prompt.
+    gamma, gae_lambda: ``stage.gamma`` and ``stage.gae_lambda`` (PPO only).
+
+It returns [batch, time] advantages, or, if it uses a critic, advantages and the returns to fit the critic to. Other
+keywords are settings of the estimator: ``stage.advantage.<keyword>``. To use a function of your own, set
+``stage.advantage._target_=<module>.<function>``.
+"""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.tensors import discounted_cumsum, masked_sum, masked_whiten
 
-F = TypeVar("F", bound=Callable[..., Tensor])
+AdvantageEstimator: TypeAlias = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
-def compares_answers(function: F) -> F:
-    """Mark an estimator that compares the answers to a prompt, so that one answer is not enough."""
-    function.smallest_group = 2  # type: ignore[attr-defined]
-    return function
+def gae(
+    rewards: Tensor, response_mask: Tensor, *, values: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation over the response tokens.
 
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lambda A_{t+1}
+        R_t     = A_t + V_t
 
-@compares_answers
-def grpo(
-    rewards: Tensor,  # [batch, time] reward of each token, reward units
-    response_mask: Tensor,  # [batch, time] bool
-    *,
-    group_size: int,  # answers to a prompt
-    scale_by_std: bool = True,  # divide by the standard deviation of the group
-) -> Tensor:  # [batch, time] standard deviations of the group, or reward units; 0 outside the mask
-    """Each answer's whole reward, compared with the group it belongs to; every token of an answer gets the same.
+    The value after the last response token is 0.
 
-        A = (R - mean of group) / (standard deviation of group + 1e-4)
+    Args:
+        rewards: [batch, time] reward of each token.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        values: [batch, time] values of the critic before each token.
+        gamma: Discount factor per token.
+        gae_lambda: lambda; 0 gives one-step estimates, 1 gives Monte Carlo returns minus values.
 
-    Without the division, groups that all but agree weigh no more than others (Liu et al. 2025, "Dr. GRPO",
-    arXiv:2503.20783).
+    Returns:
+        [batch, time] advantages and [batch, time] returns, in reward units; 0 on masked tokens.
 
-    Source: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300); n - 1 in the deviation, as in TRL.
+    Reference: Schulman et al. 2016, eq. 16 (arXiv:1506.02438).
     """
+    rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)
+    next_values = F.pad(values[:, 1:], (0, 1))
+    advantages = discounted_cumsum(rewards + gamma * next_values - values, response_mask, gamma * gae_lambda)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
 
-    groups = _by_group(rewards, response_mask, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+
+def grpo(rewards: Tensor, response_mask: Tensor, *, group_size: int, scale_by_std: bool = True) -> Tensor:
+    """Group-relative advantages: the total reward of each response, normalized within its group.
+
+        A_i = (R_i - mean(R)) / (std(R) + 1e-4)
+
+    ``R`` holds the total rewards of the responses to one prompt. All tokens of a response have the same advantage.
+
+    Args:
+        rewards: [batch, time] reward of each token.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        group_size: Number of responses per prompt.
+        scale_by_std: Divide by the standard deviation of the group, computed with n - 1 as in TRL. Without the
+            division, groups of nearly equal rewards are not amplified (Liu et al. 2025, "Dr. GRPO",
+            arXiv:2503.20783).
+
+    Returns:
+        [batch, time] advantages; 0 on masked tokens.
+
+    Reference: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300).
+    """
+    groups = _total_rewards(rewards, response_mask, group_size)
+    centered = groups - groups.mean(dim=1, keepdim=True)
     if scale_by_std:
-        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
-    return torch.where(response_mask, centred.reshape(-1, 1), 0.0)
+        centered = centered / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return torch.where(response_mask, centered.reshape(-1, 1), 0.0)
 
 
-@compares_answers
-def rloo(
-    rewards: Tensor,  # [batch, time] reward of each token, reward units
-    response_mask: Tensor,  # [batch, time] bool
-    *,
-    group_size: int,  # answers to a prompt
-) -> Tensor:  # [batch, time] reward units; 0 outside the mask
-    """REINFORCE leave-one-out: each answer's whole reward less the mean of the other answers to its prompt.
+def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
+    """REINFORCE leave-one-out: the total reward of each response minus the mean of the others in its group.
 
-        A_i = R_i - (sum of the others) / (n - 1) = (R_i - mean of group) n / (n - 1)
+        A_i = R_i - sum_{j != i} R_j / (n - 1) = (R_i - mean(R)) n / (n - 1)
 
-    Source: Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019.
+    All tokens of a response have the same advantage.
+
+    Args:
+        rewards: [batch, time] reward of each token.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        group_size: n, the number of responses per prompt.
+
+    Returns:
+        [batch, time] advantages, in reward units; 0 on masked tokens.
+
+    Reference: Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019.
     """
-
-    groups = _by_group(rewards, response_mask, group_size)
+    groups = _total_rewards(rewards, response_mask, group_size)
     advantages = (groups - groups.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
     return torch.where(response_mask, advantages.reshape(-1, 1), 0.0)
 
 
-def reinforce_pp(
-    rewards: Tensor,  # [batch, time] reward of each token, reward units
-    response_mask: Tensor,  # [batch, time] bool
-    *,
-    group_size: int,  # answers to a prompt; they are not compared
-    gamma: float = 1.0,  # discount a token
-) -> Tensor:  # [batch, time] standard deviations of the batch; 0 outside the mask
-    """REINFORCE++: rewards to go of each token, whitened over the tokens of the whole batch.
+def reinforce_pp(rewards: Tensor, response_mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """REINFORCE++: discounted rewards-to-go, whitened over all response tokens of the rollout.
 
-        A_t = r_t + gamma A_{t+1},    then (A - mean) / standard deviation
+        G_t = r_t + gamma G_{t+1},    A_t = (G_t - mean(G)) / std(G)
 
-    Source: Hu et al. 2025, "REINFORCE++", eq. 9 to 11 (arXiv:2501.03262).
+    Args:
+        rewards: [batch, time] reward of each token.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        gamma: Discount factor per token.
+
+    Returns:
+        [batch, time] advantages, in standard deviations of the rollout; 0 on masked tokens.
+
+    Reference: Hu et al. 2025, "REINFORCE++", eq. 9 to 11 (arXiv:2501.03262).
     """
-
     return masked_whiten(discounted_cumsum(rewards, response_mask, gamma), response_mask)
 
 
-@compares_answers
-def reinforce_pp_baseline(
-    rewards: Tensor,  # [batch, time] reward of each token, reward units
-    response_mask: Tensor,  # [batch, time] bool
-    *,
-    group_size: int,  # answers to a prompt
-) -> Tensor:  # [batch, time] standard deviations of the batch; 0 outside the mask
-    """REINFORCE++-Baseline: each answer's whole reward less its group's mean, whitened over the tokens of the batch.
+def reinforce_pp_baseline(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
+    """REINFORCE++-Baseline: total rewards minus their group mean, whitened over all response tokens of the rollout.
 
-    Source: Hu et al. 2025, "REINFORCE++" (arXiv:2501.03262), the variant for several answers to a prompt.
+        B_i = R_i - mean(R),    A_i = (B_i - mean(B)) / std(B)
+
+    ``mean(R)`` is taken over the responses to one prompt, ``mean(B)`` and ``std(B)`` over the tokens of the rollout.
+
+    Args:
+        rewards: [batch, time] reward of each token.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        group_size: Number of responses per prompt.
+
+    Returns:
+        [batch, time] advantages, in standard deviations of the rollout; 0 on masked tokens.
+
+    Reference: Hu et al. 2025, "REINFORCE++", the variant for several responses per prompt (arXiv:2501.03262).
     """
+    groups = _total_rewards(rewards, response_mask, group_size)
+    centered = groups - groups.mean(dim=1, keepdim=True)
+    return masked_whiten(torch.where(response_mask, centered.reshape(-1, 1), 0.0), response_mask)
 
-    groups = _by_group(rewards, response_mask, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return masked_whiten(torch.where(response_mask, centred.reshape(-1, 1), 0.0), response_mask)
 
-
-def _by_group(rewards: Tensor, response_mask: Tensor, group_size: int) -> Tensor:
-    """Whole reward of each answer, [prompts, group_size]."""
+def _total_rewards(rewards: Tensor, response_mask: Tensor, group_size: int) -> Tensor:
+    """Return the total reward of each response: [prompts, group_size]."""
     return masked_sum(rewards, response_mask).reshape(-1, group_size)

@@ -1,18 +1,25 @@
-"""Prompts that become experience."""
-
-from typing import Any
+"""Data of the on-policy stages."""
 
 from rlhf.data import PromptDataModule
-from rlhf.rl.experience import ExperienceLoader
+from rlhf.rl.loader import ExperienceLoader
+from rlhf.rl.module import OnPolicyModule
 
 
 class RolloutDataModule(PromptDataModule):
-    """Prompts of records of any form. See RecordDataModule for the keys; ``batch_size`` is the prompts of a rollout."""
+    """Prompts of records of any kind, for on-policy training.
 
-    bucket = False  # a rollout is a random sample of the prompts
-    whole_batches = True  # every iteration has the same number of minibatches
+    Args:
+        batch_size: Number of prompts per rollout and device.
+        keys: The remaining keys are those of ``RecordDataModule``.
+    """
+
+    bucket_by_length = False  # A rollout is a random sample of the prompts.
+    drop_last = True  # All iterations have the same number of minibatches.
 
     def train_dataloader(self) -> ExperienceLoader:
-        module: Any = self.trainer.lightning_module
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        assert isinstance(module, OnPolicyModule)
         prompts = self.loader("train", training=True)
-        return ExperienceLoader(prompts, module.iteration, module.minibatches_of(prompts.batch_sampler.batch_size))
+        minibatches = module.minibatches_per_iteration(prompts.batch_sampler.batch_size)
+        return ExperienceLoader(prompts, module.iteration, minibatches)

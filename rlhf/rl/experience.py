@@ -1,73 +1,29 @@
-"""Experience: rollouts cut into minibatches, handed out several times."""
+"""Experience: a rollout with everything that updates need, and its division into minibatches."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.data import Batch, BatchLoader, PromptBatch
-from rlhf.data.loader import with_loss_weights
-from rlhf.errors import UserError
+from rlhf.data import Batch
 from rlhf.sampling import Rollout
 from rlhf.tensors import masked_sum
 
 
 @dataclass
-class Minibatch(Batch):
-    """A part of a rollout to learn from. All tensors are [minibatch, time].
-
-    tokens, mask, answer: as in Rollout.
-    old_logprobs: log pi(token) when sampled, nats.
-    ref_logprobs: the same under the reference, nats.
-    advantages: how much better than expected, as a rule whitened over the rollout: standard deviations.
-    old_values: critic's estimates when sampled, reward units; None without a critic.
-    returns: what the critic should say, reward units; None without a critic.
-    by_sequence: every answer counts alike in the loss, instead of every token.
-    last: True on the last minibatch of a rollout: its numbers are logged then.
-    fresh: tokens and sequences that are new, on the first minibatch of a rollout.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    advantages: Tensor
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
-    by_sequence: bool = False
-    last: bool = False
-    fresh: tuple[int, int] = (0, 0)
-
-    @property
-    def loss_terms(self) -> int:
-        return len(self.input_ids) if self.by_sequence else int(self.response_mask.sum())
-
-    @property
-    def first(self) -> bool:
-        """True on the first minibatch of a rollout."""
-        return self.fresh[1] > 0
-
-    @property
-    def token_count(self) -> int:
-        return self.fresh[0]
-
-    @property
-    def sequence_count(self) -> int:
-        return self.fresh[1]
-
-
-@dataclass
 class Experience:
-    """A rollout as the models see it before they learn from it. All tensors are [batch, time], 0 outside the answer.
+    """A rollout, evaluated under the weights that sampled it.
 
-    rollout: tokens, mask and answer.
-    logprobs: log pi(token), nats.
-    ref_logprobs: the same under the reference, nats.
-    kl: KL to the reference at each token, nats: an estimate from the token, or the exact sum over the vocabulary.
-    values: critic's estimates before the token, reward units; None without a critic.
+    Tensors have shape [batch, time] and are 0 on masked tokens.
+
+    Args:
+        rollout: Prompts with sampled responses.
+        logprobs: Log-probs under the policy, in nats.
+        ref_logprobs: Log-probs under the reference model, in nats.
+        kl: KL to the reference model at each token, in nats.
+        values: Values of the critic before each token, in reward units; None without a critic.
     """
 
     rollout: Rollout
@@ -78,59 +34,120 @@ class Experience:
 
     @property
     def kl_per_sequence(self) -> Tensor:
-        """Log-ratio of policy and reference of each answer, [batch], nats; its mean estimates the KL of an answer."""
+        """[batch] log-ratio of policy and reference model, summed over each response. Its mean estimates the KL."""
         return masked_sum(self.logprobs - self.ref_logprobs, self.rollout.response_mask)
 
 
-def cut(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Tokens, mask and answer of some rows, and other [batch, time] tensors, without the columns of mere padding."""
+@dataclass
+class Minibatch(Batch):
+    """Rows of a rollout for one gradient computation.
+
+    Tensors have shape [minibatch, time].
+
+    Args:
+        input_ids: Prompt and response, padded on the right.
+        attention_mask: bool, True on real tokens.
+        response_mask: bool, True on response tokens including EOS.
+        old_logprobs: Log-probs under the policy that sampled the responses, in nats.
+        ref_logprobs: Log-probs under the reference model, in nats.
+        advantages: Advantages.
+        old_values: Values of the critic at sampling time, in reward units; None without a critic.
+        returns: Regression targets of the critic, in reward units; None without a critic.
+        terms_are_sequences: The loss is a mean over sequences instead of tokens.
+        first: This is the first minibatch of its rollout.
+        last: This is the last minibatch of the last pass over its rollout.
+        new_tokens: Number of tokens that no earlier minibatch has counted: those of the rollout if ``first``, else 0.
+        new_sequences: The same for sequences.
+        rollout_metrics: Metrics of the rollout, to be logged with those of its updates.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    _: KW_ONLY
+    terms_are_sequences: bool = False
+    first: bool = False
+    last: bool = False
+    new_tokens: int = 0
+    new_sequences: int = 0
+    rollout_metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss_terms(self) -> int:
+        return len(self.input_ids) if self.terms_are_sequences else int(self.response_mask.sum())
+
+    @property
+    def token_count(self) -> int:
+        return self.new_tokens
+
+    @property
+    def sequence_count(self) -> int:
+        return self.new_sequences
+
+
+def select_rows(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Select rows of a rollout, trimmed to the longest sequence among them.
+
+    Args:
+        rollout: Prompts with sampled responses.
+        rows: [rows] indices.
+        others: Further [batch, time] tensors, or None.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``response_mask`` and ``others`` of these rows: [rows, shorter time].
+    """
     rows = rows.to(rollout.input_ids.device)
     width = int(rollout.attention_mask[rows].sum(dim=1).max())
     tensors = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, *others)
     return tuple(None if tensor is None else tensor[rows, :width] for tensor in tensors)
 
 
-def partition(rows: int, size: int) -> list[Tensor]:
-    """Row indices in a random order, in parts of ``size``."""
+def shuffled_split(rows: int, size: int) -> list[Tensor]:
+    """Split row indices into groups of ``size``, in random order."""
     return list(torch.randperm(rows).split(size))
 
 
-class ExperienceLoader:
-    """What Lightning iterates over instead of prompts: for every batch of them, all minibatches of all passes.
-
-    A rollout is made when its first minibatch is asked for, so it is always sampled from the present policy, and each
-    optimizer step is one batch of Lightning's own loop: clipping, accumulation, precision and schedules apply as ever.
+def minibatches(
+    experience: Experience,
+    advantages: Tensor,
+    returns: Tensor | None,
+    *,
+    first_split: Sequence[Tensor],
+    passes: int,
+    size: int,
+    terms_are_sequences: bool,
+    rollout_metrics: Mapping[str, Any],
+) -> Iterator[Minibatch]:
+    """Yield the minibatches of several passes over a rollout, in a new random order in each pass.
 
     Args:
-        prompts: batches of prompts.
-        iterate: one iteration: a batch of prompts to its minibatches.
-        minibatches: how many of them an iteration has.
+        experience: The evaluated rollout.
+        advantages: [batch, time] advantages.
+        returns: [batch, time] regression targets of the critic; None without a critic.
+        first_split: Row indices of the minibatches of the first pass.
+        passes: Number of passes.
+        size: Rows of a minibatch.
+        terms_are_sequences: See ``Minibatch``.
+        rollout_metrics: See ``Minibatch``.
     """
-
-    def __init__(
-        self, prompts: BatchLoader, iterate: Callable[[PromptBatch], Iterator[Minibatch]], minibatches: int
-    ) -> None:
-        if minibatches % prompts.per_step:
-            raise UserError(
-                f"trainer.accumulate_grad_batches={prompts.per_step} does not divide the {minibatches} minibatches of "
-                "an iteration, so an optimizer step would mix two policies' answers",
-                "change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size",
+    rollout = experience.rollout
+    rows_of_rollout, tokens = len(rollout.input_ids), int(rollout.attention_mask.sum())
+    tensors = (experience.logprobs, experience.ref_logprobs, advantages, experience.values, returns)
+    for number in range(passes):
+        split = first_split if number == 0 else shuffled_split(rows_of_rollout, size)
+        for position, rows in enumerate(split):
+            first = number == position == 0
+            yield Minibatch(
+                *select_rows(rollout, rows, *tensors),
+                terms_are_sequences=terms_are_sequences,
+                first=first,
+                last=number == passes - 1 and position == len(split) - 1,
+                new_tokens=tokens if first else 0,
+                new_sequences=rows_of_rollout if first else 0,
+                rollout_metrics=rollout_metrics,
             )
-        self.prompts = prompts
-        self.iterate = iterate
-        self.minibatches = minibatches
-        self.batch_sampler = prompts.batch_sampler  # Lightning tells it the epoch
-
-    def __len__(self) -> int:
-        return len(self.prompts) * self.minibatches
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        world = self.batch_sampler.world
-        for batch in self.prompts:
-            yield from with_loss_weights(self.iterate(batch), self.prompts.per_step, world)  # type: ignore[misc, arg-type]
-
-    def state_dict(self) -> dict[str, int]:
-        return self.prompts.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.prompts.load_state_dict(state)

@@ -1,35 +1,38 @@
-"""How the policy is held near the reference."""
+"""The KL penalty that keeps the policy close to the reference model."""
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-HORIZON = 10000  # answers; as in the published code
-FULL = "full"  # the sum over the vocabulary in apply_to of an estimate
+FULL = "full"  # the exact sum over the vocabulary instead of an estimate
+DEFAULT_HORIZON = 10000  # responses, as in the published code of Ziegler et al. 2019
 
 
 class KLController(nn.Module):
-    """The price of leaving the reference: where it is charged, how distance is measured, and whether the price adapts.
+    """KL penalty: where it is applied, which estimator is used, and whether its coefficient adapts.
 
-    Args:
-        apply_to: ``reward``, charged to each token's reward (Ziegler et al. 2019), or ``loss``, a term of the loss with
-            its own gradient (Shao et al. 2024, GRPO).
-        estimator: ``k1``, ``k2``, ``k3`` of the sampled token (J. Schulman, "Approximating KL divergence"), or
-            ``full``, the exact sum over the vocabulary; that one costs another pass of the reference when in the loss.
-        target_per_sequence: KL of a whole answer that the price steers to, nats; null keeps ``stage.kl_coef`` fixed.
-        horizon: answers over which the price follows: it changes by at most 0.2 x answers / horizon an iteration;
-            null: 10000. Only with a target.
-
-    With a target, after each iteration over n answers (Ziegler et al. 2019, section 2.2, arXiv:1909.08593; the form
-    with a horizon is that of its published code):
+    With a target, the coefficient adapts after each iteration over n responses (Ziegler et al. 2019, section 2.2,
+    arXiv:1909.08593, in the form of its published code):
 
         error = clip(KL / target - 1, -0.2, 0.2),    coef <- coef (1 + error n / horizon)
 
+    The coefficient is stored in checkpoints.
+
+    Args:
+        apply_to: ``reward`` subtracts the penalty from the reward of each token (Ziegler et al. 2019). ``loss`` adds it
+            to the loss, with its own gradient (GRPO, Shao et al. 2024, arXiv:2402.03300).
+        estimator: ``k1``, ``k2`` or ``k3`` of the sampled tokens (J. Schulman, "Approximating KL divergence"), or
+            ``full``, the exact sum over the vocabulary. ``full`` in the loss costs one more forward pass of the
+            reference model per update.
+        target_per_sequence: Target of the KL, in nats per response. null keeps ``stage.kl_coef`` fixed.
+        horizon: Number of responses over which the coefficient adapts: one iteration changes it by at most a fraction
+            of 0.2 * responses / horizon. Used with ``target_per_sequence`` only. null: 10000.
+
     Raises:
-        UserError: k1 in the loss. Its gradient has mean 0 whatever the KL is (grad log pi averages to 0 under pi).
+        ConfigError: A value is out of range, or k1 is used in the loss, where its gradient is zero in expectation.
     """
 
     coef: Tensor
@@ -43,56 +46,82 @@ class KLController(nn.Module):
         horizon: int | None = None,
     ) -> None:
         super().__init__()
-        if apply_to not in ("reward", "loss"):
-            raise UserError(f"stage.kl.apply_to={apply_to} is neither reward nor loss", "stage.kl.apply_to=reward")
-        if estimator not in (*ESTIMATORS, FULL):
-            raise UserError(f"stage.kl.estimator={estimator} is none of k1, k2, k3, full", "stage.kl.estimator=k1")
-        if apply_to == "loss" and estimator == "k1":
-            raise UserError(
-                "stage.kl.apply_to=loss with stage.kl.estimator=k1 holds nothing: its gradient is 0 on average",
-                "stage.kl.estimator=k3, k2 or full",
-            )
-        if target_per_sequence is not None and target_per_sequence <= 0:
-            raise UserError(
-                f"stage.kl.target_per_sequence={target_per_sequence} is no distance",
-                "stage.kl.target_per_sequence=6, or null",
-            )
-        if horizon is not None and target_per_sequence is None:
-            raise UserError(
-                f"stage.kl.horizon={horizon} says how fast the price follows a target, and there is none",
-                "stage.kl.target_per_sequence=6, or stage.kl.horizon=null",
-            )
-        if horizon is not None and horizon < 1:
-            raise UserError(f"stage.kl.horizon={horizon} is below one answer", "stage.kl.horizon=10000")
+        _check_estimator(apply_to, estimator)
+        _check_target(target_per_sequence, horizon)
         self.apply_to = apply_to
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
-        self.horizon = HORIZON if horizon is None else horizon
-        # kept in checkpoints: a resumed run goes on with the price it had
+        self.horizon = DEFAULT_HORIZON if horizon is None else horizon
         self.register_buffer("coef", torch.zeros((), dtype=torch.float64))
 
-    def start(self, coef: float) -> None:
-        """Set the price before the first iteration, reward units per nat."""
+    def initialize(self, coef: float) -> None:
+        """Set the coefficient before the first iteration.
+
+        Args:
+            coef: KL coefficient, in reward units per nat, or in loss units per nat if applied to the loss.
+        """
         if coef < 0:
-            raise UserError(f"stage.kl_coef={coef} would pay for leaving the reference", "stage.kl_coef=0.05")
+            raise ConfigError(
+                f"stage.kl_coef must be >= 0, got {coef} (a negative value rewards drifting from the reference model).",
+                "Set stage.kl_coef=0.05.",
+            )
         if coef == 0 and self.target_per_sequence is not None:
-            raise UserError(
-                "stage.kl.target_per_sequence steers stage.kl_coef by factors, and 0 stays 0", "stage.kl_coef=0.05"
+            raise ConfigError(
+                "stage.kl_coef must be above 0 with stage.kl.target_per_sequence, got 0: an adaptive coefficient is "
+                "updated by multiplication.",
+                "Set stage.kl_coef=0.05.",
             )
         self.coef.fill_(coef)
 
     @property
     def in_loss(self) -> bool:
+        """Whether the penalty is a term of the loss."""
         return self.apply_to == "loss"
 
-    def steer(self, kl_per_sequence: Tensor, answers: int) -> None:
-        """Move the price towards the target after an iteration; nothing without one.
+    @property
+    def reward_coef(self) -> float:
+        """The coefficient of the penalty in the rewards; 0 if the penalty is in the loss."""
+        return 0.0 if self.in_loss else float(self.coef)
+
+    def update(self, kl_per_sequence: Tensor, responses: int) -> None:
+        """Adapt the coefficient after an iteration. Without a target it stays fixed.
 
         Args:
-            kl_per_sequence: [] mean KL of an answer, nats.
-            answers: how many answers it was measured on, over all devices.
+            kl_per_sequence: Scalar mean KL, in nats per response.
+            responses: Number of responses of the iteration, over all devices.
         """
         if self.target_per_sequence is None:
             return
         error = (kl_per_sequence.double() / self.target_per_sequence - 1).clamp(-0.2, 0.2)
-        self.coef.mul_((1 + error * answers / self.horizon).to(self.coef))
+        self.coef.mul_((1 + error * responses / self.horizon).to(self.coef))
+
+
+def _check_estimator(apply_to: str, estimator: str) -> None:
+    if apply_to not in ("reward", "loss"):
+        raise ConfigError(f"stage.kl.apply_to must be reward or loss, got {apply_to}.", "Set stage.kl.apply_to=reward.")
+    if estimator not in (*ESTIMATORS, FULL):
+        raise ConfigError(
+            f"stage.kl.estimator must be one of {', '.join((*ESTIMATORS, FULL))}, got {estimator}.",
+            "Set stage.kl.estimator=k1.",
+        )
+    if apply_to == "loss" and estimator == "k1":
+        raise ConfigError(
+            "stage.kl.apply_to=loss cannot be used with stage.kl.estimator=k1: the gradient of k1 is zero in "
+            "expectation, so the penalty would have no effect.",
+            "Set stage.kl.estimator=k3.",
+        )
+
+
+def _check_target(target_per_sequence: float | None, horizon: int | None) -> None:
+    if target_per_sequence is not None and target_per_sequence <= 0:
+        raise ConfigError(
+            f"stage.kl.target_per_sequence must be positive, got {target_per_sequence}.",
+            "Set stage.kl.target_per_sequence=6 or remove it.",
+        )
+    if horizon is not None and target_per_sequence is None:
+        raise ConfigError(
+            f"stage.kl.horizon={horizon} has no effect without stage.kl.target_per_sequence.",
+            "Set stage.kl.target_per_sequence=6 or remove stage.kl.horizon.",
+        )
+    if horizon is not None and horizon < 1:
+        raise ConfigError(f"stage.kl.horizon must be at least 1, got {horizon}.", "Set stage.kl.horizon=10000.")

@@ -1,5 +1,7 @@
-"""What is logged of a rollout and of an update; the README's table says what each number means."""
+"""Metrics of rollouts and of updates. docs/metrics.md explains each of them."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Experience, Minibatch
 from rlhf.rl.kl import KLController
-from rlhf.rl.objective import policy_ratio
+from rlhf.rl.objective import explained_variance, policy_ratio
 from rlhf.rl.scores import ScoreShaping
 from rlhf.sampling import repeated_ngram_fraction
 from rlhf.tensors import masked_mean, masked_sum
@@ -16,27 +18,27 @@ from rlhf.tensors import masked_mean, masked_sum
 
 @torch.no_grad()
 def rollout_metrics(
-    seen: Experience, raw: Tensor, rewards: Tensor, kl: KLController, scores: ScoreShaping
+    experience: Experience, raw_scores: Tensor, rewards: Tensor, kl: KLController, scores: ScoreShaping
 ) -> dict[str, Any]:
-    """Numbers of a rollout, before anything is learned from it.
+    """Compute the metrics of a rollout before any update.
 
     Args:
-        seen: the rollout and what the models say of it.
-        raw: [batch] rewards of the answers as they were given, reward units.
-        rewards: [batch, time] what the tokens earn, reward units.
-        kl: the price of KL at present.
-        scores: with the moments of all scores so far.
+        experience: The evaluated rollout.
+        raw_scores: [batch] scores of the responses before shaping.
+        rewards: [batch, time] reward of each token.
+        kl: KL penalty with its current coefficient.
+        scores: Score shaping with its running moments.
     """
-    rollout = seen.rollout
+    rollout = experience.rollout
     kl_coef = float(kl.coef)
-    charged = masked_sum(seen.kl, rollout.response_mask).mean()
+    kl_estimate = masked_sum(experience.kl, rollout.response_mask).mean()
     return {
-        "objective/kl": seen.kl_per_sequence.mean(),
-        "objective/kl_estimate": charged,
-        "objective/entropy": -masked_sum(seen.logprobs, rollout.response_mask).mean(),
-        "objective/scores": raw.mean(),
+        "objective/kl": experience.kl_per_sequence.mean(),
+        "objective/kl_estimate": kl_estimate,
+        "objective/entropy": -masked_sum(experience.logprobs, rollout.response_mask).mean(),
+        "objective/scores": raw_scores.mean(),
         "objective/scores_std": scores.std.float(),
-        "objective/non_score_reward": -kl_coef * charged * (not kl.in_loss),
+        "objective/non_score_reward": -kl_coef * kl_estimate * (not kl.in_loss),
         "objective/rlhf_reward": rewards.sum(dim=1).mean(),
         "response/length": rollout.lengths.float().mean(),
         "response/truncated": 1 - rollout.finished.float().mean(),
@@ -45,21 +47,54 @@ def rollout_metrics(
     }
 
 
+def critic_metrics(experience: Experience, returns: Tensor | None) -> dict[str, Any]:
+    """Compute the metrics of the critic on a rollout; none without a critic."""
+    if experience.values is None or returns is None:
+        return {}
+    fit = explained_variance(experience.values, returns, experience.rollout.response_mask)
+    return {"critic/explained_variance": fit}
+
+
 @torch.no_grad()
-def update_metrics(part: Minibatch, scores: PolicyOutput, *, low: float, high: float) -> dict[str, Tensor]:
-    """Numbers of one update.
+def update_metrics(minibatch: Minibatch, output: PolicyOutput, *, low: float, high: float) -> dict[str, Tensor]:
+    """Compute the metrics of one policy update.
 
     Args:
-        part: what is learned from.
-        scores: what the policy says of its tokens now.
-        low, high: the clip ranges below and above a ratio of 1.
+        minibatch: The minibatch of the update.
+        output: Output of the current policy on it.
+        low: Clip range below a ratio of 1.
+        high: Clip range above a ratio of 1.
     """
-    ratio = policy_ratio(scores.logprobs, part.old_logprobs, part.response_mask)
-    change = scores.logprobs - part.old_logprobs
+    ratio = policy_ratio(output.logprobs, minibatch.old_logprobs, minibatch.response_mask)
+    change = output.logprobs - minibatch.old_logprobs
     clipped = (ratio < 1 - low) | (ratio > 1 + high)
     return {
-        "policy/approxkl_avg": 0.5 * masked_mean(change.square(), part.response_mask),
-        "policy/clipfrac_avg": masked_mean(clipped.float(), part.response_mask),
-        "policy/entropy_avg": masked_mean(scores.entropy, part.response_mask),
-        "policy/ratio": masked_mean(ratio, part.response_mask),
+        "policy/approxkl_avg": 0.5 * masked_mean(change.square(), minibatch.response_mask),
+        "policy/clipfrac_avg": masked_mean(clipped.float(), minibatch.response_mask),
+        "policy/entropy_avg": masked_mean(output.entropy, minibatch.response_mask),
+        "policy/ratio": masked_mean(ratio, minibatch.response_mask),
     }
+
+
+class IterationMetrics:
+    """Collects the metrics of a rollout and of its updates, which are logged together.
+
+    Attributes:
+        rollout: Metrics of the current rollout.
+        updates: Values of each update metric since the last ``summarize``.
+    """
+
+    def __init__(self) -> None:
+        self.rollout: Mapping[str, Any] = {}
+        self.updates: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add_update(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add metrics of one update."""
+        for name, value in metrics.items():
+            self.updates[name].append(torch.as_tensor(value).detach())
+
+    def summarize(self) -> dict[str, float]:
+        """Return the metrics of the rollout and the means of the update metrics, and forget the latter."""
+        means = {name: torch.stack(values).float().mean() for name, values in self.updates.items()}
+        self.updates.clear()
+        return {name: float(value) for name, value in {**self.rollout, **means}.items()}

@@ -1,111 +1,131 @@
-"""What the stages that learn from their own answers share: sampling, judging, the price of KL, clipped updates."""
+"""Base class of the on-policy stages: sampling, scoring, KL penalty and clipped policy updates."""
 
-import logging
-from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.data import PromptBatch
-from rlhf.errors import UserError
-from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout, kl_divergence
-from rlhf.preflight import Check
-from rlhf.reward_functions import RewardFunction, ScoringBatch
-from rlhf.rl.experience import Experience, Minibatch, cut, partition
-from rlhf.rl.kl import ESTIMATORS, FULL, KLController
-from rlhf.rl.metrics import rollout_metrics, update_metrics
-from rlhf.rl.objective import clipped_policy_loss, token_rewards
-from rlhf.rl.preflight import checks
+from rlhf.check import Check
+from rlhf.data import PromptBatch, RecordDataModule
+from rlhf.declared import call_declared
+from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout
+from rlhf.reward_functions import RewardFunction
+from rlhf.rl.advantages import AdvantageEstimator
+from rlhf.rl.collector import Collector
+from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
+from rlhf.rl.kl import KLController
+from rlhf.rl.metrics import IterationMetrics, critic_metrics, rollout_metrics
+from rlhf.rl.objective import token_rewards
+from rlhf.rl.policies import PolicyWithReference
+from rlhf.rl.policy_update import PolicyUpdate, clear_gradients, zero_loss
+from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
+from rlhf.rl.settings import LOSS_REDUCTIONS, as_sequence, check_estimator, check_sampling, check_update
 from rlhf.rl.update_limits import UpdateLimits
-from rlhf.sampling import Rollout, SamplingParams, generate
+from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.stage import Result, StageModule
-from rlhf.tensors import masked_mean, sequence_mean
-
-log = logging.getLogger(__name__)
-LOSS_REDUCTIONS = {"token_mean": masked_mean, "sequence_mean": sequence_mean}
+from rlhf.tensors import sequence_mean
 
 
 class OnPolicyModule(StageModule):
-    """A policy that answers prompts, is rewarded, and improves on its answers by clipped updates.
+    """Base class of the on-policy stages: the policy improves on its own responses by clipped updates.
+
+    A subclass implements ``trainable_modules`` and may override ``token_values``, ``estimate_advantages``,
+    ``compute_loss`` and ``frozen_modules``.
 
     Args:
-        policy: what to start from, and the reference; null: the run's SFT model.
-        reward_model: what judges the answers where ``reward`` reads a model, or several; null: the run's.
-        reward: where rewards come from; ``reward=`` chooses.
-        sampling: how answers are drawn; its temperature also divides the logits of the update.
-        scores: how scores are normalised, scaled and clipped.
-        kl: where the KL to the reference is charged, how it is measured, and whether its price adapts.
-        limits: bounds on an update beside clip_range.
-        kl_coef: price of leaving the reference, reward units per nat in the reward, loss units per nat in the loss.
-        clip_range: epsilon of the clipped surrogate, dimensionless (Schulman et al. 2017, arXiv:1707.06347).
-        entropy_coef: bonus for the entropy of the policy, loss units per nat (Mnih et al. 2016, arXiv:1602.01783).
-        loss_reduction: what counts alike in the loss, ``token`` or ``sequence`` (an answer).
-        ppo_epochs: passes over a rollout.
-        minibatch_size: answers of a rollout in a training batch, per device.
-        optimizer keys: see StageModule.
+        policy: The model to start from, which is also the reference model. null: the SFT model of the run.
+        reward_model: The reward model or models that ``reward`` uses. null: the reward model of the run.
+        reward: The reward function, selected by ``reward=``.
+        advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
+        num_generations: Number of responses per prompt.
+        sampler: The sampler, selected by ``sampler=``. None: ``LocalSampler``.
+        sampling: Sampling settings. The temperature also divides the logits of updates and of the reference model.
+            None: the defaults of ``SamplingParams``.
+        scores: Normalization and clipping of scores. None: the defaults of ``ScoreShaping``.
+        kl: Where and how the KL penalty is applied. None: the defaults of ``KLController``.
+        limits: Limits on updates, in addition to the clip range. None: no limits.
+        kl_coef: KL coefficient, in reward units per nat, or in loss units per nat with ``stage.kl.apply_to=loss``.
+        clip_range: epsilon of the clipped surrogate loss (Schulman et al. 2017, section 3, arXiv:1707.06347).
+        clip_range_high: epsilon for ratios above 1. A larger one lets unlikely tokens gain probability faster: Yu et
+            al. 2025 (arXiv:2503.14476) use 0.28 with ``clip_range=0.2``. null: equal to ``clip_range``.
+        entropy_coef: Coefficient of the entropy bonus, in loss units per nat (Mnih et al. 2016, arXiv:1602.01783).
+        loss_reduction: ``token_mean`` gives all tokens equal weight, ``sequence_mean`` all responses.
+        ppo_epochs: Number of passes over each rollout.
+        minibatch_size: Number of responses per minibatch and device.
+        learning_rate: Peak learning rate of AdamW.
+        eps: AdamW epsilon.
+        schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
+        optimizer: The remaining keys are those of ``StageModule``.
+
+    Raises:
+        ConfigError: A value is out of range, or settings contradict each other.
     """
 
     monitor = "val/score"
-    num_generations = 1
 
     def __init__(
         self,
         *,
         policy: ModelSource,
-        reward_model: Any,
+        reward_model: ModelSource | Sequence[ModelSource] | None = None,
         reward: RewardFunction,
-        sampling: SamplingParams,
-        scores: ScoreShaping,
-        kl: KLController,
-        limits: UpdateLimits,
-        kl_coef: float = 0.05,
+        advantage: AdvantageEstimator,
+        num_generations: int = 1,
+        sampler: Sampler | None = None,
+        sampling: SamplingParams | None = None,
+        scores: ScoreShaping | None = None,
+        kl: KLController | None = None,
+        limits: UpdateLimits | None = None,
+        kl_coef: float = 0.1,
         clip_range: float = 0.2,
+        clip_range_high: float | None = None,
         entropy_coef: float = 0.0,
         loss_reduction: str = "token_mean",
         ppo_epochs: int = 4,
         minibatch_size: int = 64,
+        learning_rate: float = 3e-4,
+        eps: float = 1e-5,
+        schedule: str = "linear",
         **optimizer: Any,
     ) -> None:
-        super().__init__(**optimizer)
-        if sampling.temperature == 0:
-            raise UserError(
-                "stage.sampling.temperature=0 explores nothing: learning from samples needs some",
-                "stage.sampling.temperature=0.7",
-            )
-        if loss_reduction not in LOSS_REDUCTIONS:
-            raise UserError(
-                f"stage.loss_reduction={loss_reduction} is neither token_mean nor sequence_mean",
-                "stage.loss_reduction=token_mean",
-            )
-        for name, least in {"ppo_epochs": ppo_epochs, "minibatch_size": minibatch_size}.items():
-            if least < 1:
-                raise UserError(f"stage.{name}={least} leaves nothing to learn from", f"stage.{name}=1")
-        if clip_range <= 0:
-            raise UserError(f"stage.clip_range={clip_range} lets no ratio move", "stage.clip_range=0.2")
+        super().__init__(learning_rate=learning_rate, eps=eps, schedule=schedule, **optimizer)
+        self.sampling = sampling or SamplingParams()
+        check_sampling(self.sampling)
+        check_update(clip_range, clip_range_high, loss_reduction, ppo_epochs, minibatch_size)
+        check_estimator(advantage, num_generations)
         self.source = policy
-        self.reward_sources: Sequence[Any] = _listed(reward_model)
+        self.reward_sources: Sequence[ModelSource] = as_sequence(reward_model)
         self.reward = reward
-        self.sampling = sampling
-        self.scores = scores
-        self.kl = kl
-        self.kl.start(kl_coef)
-        self.limits = limits
+        self.advantage = advantage
+        self.num_generations = num_generations
+        self.sampler = sampler or LocalSampler()
+        self.scores = scores or ScoreShaping()
+        self.kl = kl or KLController()
+        self.kl.initialize(kl_coef)
+        self.limits = limits or UpdateLimits()
         self.clip_range = clip_range
+        self.clip_range_high = clip_range if clip_range_high is None else clip_range_high
         self.entropy_coef = entropy_coef
-        self.loss_reduction = LOSS_REDUCTIONS[loss_reduction]
+        self.loss_reduction: Callable[[Tensor, Tensor], Tensor] = LOSS_REDUCTIONS[loss_reduction]
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
-        self._updates: dict[str, list[Tensor]] = defaultdict(list)
-        self._iteration: dict[str, Any] = {}
-        self._stopped = False  # no more learning from this rollout
-        self._dropped: list[nn.Module] = []  # parts whose gradient the next optimizer step leaves out
+        self.iteration_metrics = IterationMetrics()
+        self._rollout_stopped = False  # All further minibatches of the current rollout are skipped.
+        self._step_skipped = False  # The next optimizer step must not change anything.
 
-    # the models
+    # Models
+
+    @classmethod
+    def unused_inputs(cls, settings: Mapping[str, Any]) -> set[str]:
+        return set() if settings["reward"].needs_model else {"reward_model"}
+
+    @property
+    def response_budget(self) -> int:
+        """Tokens of ``data.max_length`` that ``PromptDataModule`` reserves for the response."""
+        return self.sampling.max_new_tokens
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -113,255 +133,174 @@ class OnPolicyModule(StageModule):
         self.policy, reference = (Policy(disable_dropout(self.source.language_model(self.tokenizer))) for _ in range(2))
         self.reference = Frozen(reference)
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
-        self.stops = self.sampling.stop_ids(self.tokenizer)
-        if self.sampling.top_k or self.sampling.top_p < 1:
-            log.warning(
-                "stage.sampling.top_k and top_p change what is sampled, but log-probs, ratio and KL are those of the "
-                "whole distribution: answers come from a narrower policy than the one that is updated"
-            )
+        self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
+        policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)
+        self.collector = Collector(
+            policies=policies,
+            token_values=self.token_values,
+            reward=self.reward,
+            sampler=self.sampler,
+            sampling=self.sampling,
+            tokenizer=self.tokenizer,
+            num_generations=self.num_generations,
+            precision_context=lambda: self.trainer.precision_plugin.forward_context(),
+        )
+        self.policy_update = PolicyUpdate(
+            policies=policies,
+            kl=self.kl,
+            clip_range=self.clip_range,
+            clip_range_high=self.clip_range_high,
+            entropy_coef=self.entropy_coef,
+            limits=self.limits,
+            loss_reduction=self.loss_reduction,
+        )
 
-    # one iteration
+    def token_values(
+        self, output: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+    ) -> Tensor | None:
+        """Return the critic's value before each response token, [batch, time]; None without a critic."""
+        return None
 
-    def minibatches_of(self, prompts: int) -> int:
-        """How many minibatches an iteration over so many prompts has, all passes together."""
+    # One iteration
+
+    def minibatches_per_iteration(self, prompts: int) -> int:
+        """Return the number of minibatches of an iteration over this many prompts, over all passes."""
         return self.ppo_epochs * -(-prompts * self.num_generations // self.minibatch_size)
 
     def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
-        """One iteration: answer the prompts, judge the answers, then hand them out a few times to learn from."""
-        rollout = self.sample(prompts)
-        parts = partition(len(rollout.input_ids), self.minibatch_size)  # the first pass's minibatches
+        """Run one iteration on a batch of prompts and yield the minibatches to train on."""
+        # 1. Sample responses from the current policy.
+        rollout = self.collector.sample(prompts)
 
-        seen = self.evaluate_rollout(rollout, parts)
-        raw, single = self.score(rollout, prompts)  # [batch] reward units
-        self.scores.update(self.all_gather(raw).flatten())
-        scores = self.scores(raw, rollout.finished)
-        kl_coef = 0.0 if self.kl.in_loss else float(self.kl.coef)
-        rewards = token_rewards(scores, seen.kl, rollout.response_mask, kl_coef=kl_coef)
-        self._iteration = rollout_metrics(seen, raw, rewards, self.kl, self.scores)
-        self._iteration.update({f"reward/{name}": values.mean() for name, values in single.items()})
-        advantages, returns = self.estimate_advantages(rewards, seen)
-        kl_per_sequence = self.all_gather(seen.kl_per_sequence)
-        self.kl.steer(kl_per_sequence.mean(), kl_per_sequence.numel())
+        # 2. Evaluate them under the current weights, in the batches of the first pass, so that the first ratio is
+        #    exactly 1.
+        first_split = shuffled_split(len(rollout.input_ids), self.minibatch_size)
+        experience = self.collector.evaluate_rollout(rollout, first_split)
 
-        tensors = (seen.logprobs, seen.ref_logprobs, advantages, seen.values, returns)
-        for each_pass in range(self.ppo_epochs):
-            parts = parts if each_pass == 0 else partition(len(rollout.input_ids), self.minibatch_size)
-            for number, rows in enumerate(parts):
-                part = Minibatch(*cut(rollout, rows, *tensors), by_sequence=self.loss_reduction is sequence_mean)
-                if each_pass == number == 0:
-                    part.fresh = int(rollout.attention_mask.sum()), len(rollout.input_ids)
-                part.last = each_pass == self.ppo_epochs - 1 and number == len(parts) - 1
-                yield part
+        # 3. Score them, and turn shaped scores and KL into a reward for each token.
+        raw_scores, components = self.collector.score(rollout, prompts)
+        self.scores.update(self._gather(raw_scores))
+        scores = self.scores(raw_scores, rollout.finished)
+        rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
+        metrics = rollout_metrics(experience, raw_scores, rewards, self.kl, self.scores)
+        metrics |= {f"reward/{name}": values.mean() for name, values in components.items()}
 
-    def sample(self, prompts: PromptBatch) -> Rollout:
-        """Sample answers to every prompt from the present policy; those to one prompt stand together."""
-        repeated = [input_ids for input_ids in prompts.input_ids for _ in range(self.num_generations)]
-        with self.trainer.precision_plugin.forward_context():
-            return generate(self.policy.lm, repeated, self.sampling, self.stops)
+        # 4. Estimate advantages and, with a critic, returns.
+        advantages, returns = self.estimate_advantages(rewards, experience)
+        metrics |= critic_metrics(experience, returns)
 
-    @torch.no_grad()
-    def evaluate_rollout(self, rollout: Rollout, parts: list[Tensor]) -> Experience:
-        """What the models say of sampled tokens, before they learn from them.
+        # 5. Adapt the KL coefficient.
+        kl_per_sequence = self._gather(experience.kl_per_sequence)
+        self.kl.update(kl_per_sequence.mean(), kl_per_sequence.numel())
 
-        It is taken in the parts that the first pass will train on: equal shapes give equal rounding, so the first
-        ratio is exactly 1.
-        """
-        found: dict[str, Tensor] = {}
-        with self.trainer.precision_plugin.forward_context():
-            for rows in parts:
-                for name, piece in self.evaluate_rows(*cut(rollout, rows)).items():
-                    whole = found.setdefault(name, torch.zeros_like(rollout.input_ids, dtype=torch.float))
-                    whole[rows.to(whole.device), : piece.shape[1]] = piece
-        return Experience(rollout, **found)
-
-    def evaluate_rows(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
-        """A part of ``evaluate_rollout``: [rows, time] each."""
-        scores = self.policy(input_ids, attention_mask, response_mask, self.sampling.temperature)
-        reference = self.reference(input_ids, attention_mask, response_mask, self.sampling.temperature)
-        return {
-            "logprobs": scores.logprobs,
-            "ref_logprobs": reference.logprobs,
-            "kl": self.divergence(scores, reference.logprobs, response_mask, reference),
-            **self.extra_estimates(scores, input_ids, attention_mask, response_mask),
-        }
-
-    def extra_estimates(
-        self, scores: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
-    ) -> dict[str, Tensor]:
-        """What a stage wants to know beside that: a critic's values."""
-        return {}
-
-    def divergence(
-        self, scores: PolicyOutput, ref_logprobs: Tensor, response_mask: Tensor, reference: PolicyOutput | None
-    ) -> Tensor:
-        """KL to the reference at each token by the configured estimator: [batch, time], nats; carries a gradient."""
-        if self.kl.estimator == FULL:
-            return kl_divergence(
-                self.policy,
-                scores.hidden,
-                self.reference.model,
-                reference.hidden,
-                response_mask,
-                self.sampling.temperature,
-            )
-        # on padding both are 0, so no estimator sees anything else
-        return ESTIMATORS[self.kl.estimator](
-            torch.where(response_mask, scores.logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0)
+        # 6. Yield minibatches for several passes over the rollout.
+        yield from minibatches(
+            experience,
+            advantages,
+            returns,
+            first_split=first_split,
+            passes=self.ppo_epochs,
+            size=self.minibatch_size,
+            terms_are_sequences=self.loss_reduction is sequence_mean,
+            rollout_metrics=metrics,
         )
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reward of each answer, [batch], reward units, and the single rewards it is made of."""
-        repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
-        answers = ScoringBatch(
-            rollout.input_ids,
-            rollout.attention_mask,
-            [prompt.raw_text for prompt in repeated],
-            rollout.decode(self.tokenizer),
-            [prompt.target for prompt in repeated],
-        )
-        with self.trainer.precision_plugin.forward_context():
-            return self.reward.score_with_components(answers)
-
-    @abstractmethod
-    def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor | None]:
-        """Advantages, and returns where there is a critic: [batch, time] each.
+    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
+        """Estimate advantages and, with a critic, returns: [batch, time] each.
 
         Args:
-            rewards: [batch, time] reward units, with the price of KL where the reward carries it.
-            seen: the rollout and what the models say of it.
+            rewards: [batch, time] reward of each token, including the KL penalty if it is applied to the reward.
+            experience: The evaluated rollout.
         """
-
-    # learning
-
-    def training_step(self, part: Minibatch, batch_idx: int) -> Tensor:
-        if part.first:
-            self._stopped = False
-        if self._stopped:
-            return self.zero_loss()
-        loss, numbers = self.compute_loss(part)
-        if self._exceeds_limits(numbers):
-            return self.zero_loss()
-        self._note({**numbers, "policy/skipped": torch.zeros_like(loss), "train/loss": loss})
-        return loss * part.loss_weight
-
-    def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a minibatch, [], and the numbers to log, ``policy/ratio`` and ``policy/approxkl_avg`` among them."""
-        scores = self.policy_output(part)
-        return self.policy_loss(part, scores)
-
-    def policy_output(self, part: Minibatch) -> PolicyOutput:
-        """The policy's scores of the answer tokens."""
-        return self.policy(
-            part.input_ids,
-            part.attention_mask,
-            part.response_mask,
-            self.sampling.temperature,
-            entropy_grad=self.entropy_coef != 0,
+        estimate = call_declared(
+            self.advantage,
+            rewards=rewards,
+            response_mask=experience.rollout.response_mask,
+            group_size=self.num_generations,
         )
+        return estimate if isinstance(estimate, tuple) else (estimate, None)
 
-    def policy_loss(self, part: Minibatch, scores: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate, with the entropy bonus and the price of KL where the loss carries them."""
-        surrogate = clipped_policy_loss(
-            scores.logprobs,
-            part.old_logprobs,
-            part.advantages,
-            part.response_mask,
-            clip_range=self.clip_range,
-            clip_range_high=self.limits.clip_range_high,
-            dual_clip=self.limits.dual_clip,
-            loss_reduction=self.loss_reduction,
-        )
-        loss = surrogate
-        high = self.limits.clip_range_high or self.clip_range
-        numbers = update_metrics(part, scores, low=self.clip_range, high=high)
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * self.loss_reduction(scores.entropy, part.response_mask)
-        if self.kl.in_loss:
-            kl = self.loss_reduction(self._present_divergence(part, scores), part.response_mask)
-            loss = loss + float(self.kl.coef) * kl
-            numbers["loss/kl_avg"] = kl
-        return loss, {"loss/policy_avg": surrogate, **numbers}
+    def _gather(self, values: Tensor) -> Tensor:
+        """Gather [batch] values of all ranks: [ranks * batch]."""
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten()
 
-    def _present_divergence(self, part: Minibatch, scores: PolicyOutput) -> Tensor:
-        reference = None
-        if self.kl.estimator == FULL:
-            reference = self.reference(
-                part.input_ids, part.attention_mask, part.response_mask, self.sampling.temperature
-            )
-        return self.divergence(scores, part.ref_logprobs, part.response_mask, reference)
+    # Updates
 
-    def _exceeds_limits(self, numbers: dict[str, Tensor]) -> bool:
-        """True if this minibatch must not be learned from; the same answer on every rank."""
-        limits = self.limits
-        if limits.stop_kl_per_token is not None:
-            self._stopped = self._mean_over_ranks(numbers["policy/approxkl_avg"]) > limits.stop_kl_per_token
-        blown_up = limits.skip_ratio is not None and self._mean_over_ranks(numbers["policy/ratio"]) > limits.skip_ratio
-        return self._stopped or blown_up
+    def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
+        if minibatch.first:
+            self.iteration_metrics.rollout = minibatch.rollout_metrics
+            self._rollout_stopped = False
+        if self._rollout_stopped:
+            return self._skip()
+        loss, metrics = self.training_loss(minibatch)
+        self._rollout_stopped = self.policy_update.stops_rollout(metrics, self._mean_over_ranks)
+        if self.policy_update.skips_minibatch(metrics, self._mean_over_ranks) or self._rollout_stopped:
+            return self._skip()
+        self.iteration_metrics.add_update({**metrics, "policy/skipped": 0.0})
+        return loss
+
+    def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.compute_loss(minibatch)
+        return loss * minibatch.loss_weight, {**metrics, "train/loss": loss}
+
+    def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the unweighted loss of a minibatch and its metrics, ``update_metrics`` among them."""
+        return self.policy_update.loss(minibatch, self.policy_update.policy_output(minibatch))
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that the next optimizer step must not change."""
+        return self._trained() if self._step_skipped else []
+
+    def _skip(self) -> Tensor:
+        self._step_skipped = True
+        self.iteration_metrics.add_update({"policy/skipped": 1.0})
+        return zero_loss(self._trained())
+
+    def _trained(self) -> list[nn.Module]:
+        return [module for module, _ in self.trainable_modules()]
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         return float(self.trainer.strategy.reduce(value.detach(), reduce_op="mean"))
 
-    def zero_loss(self) -> Tensor:
-        """A loss without effect: the optimizer step that follows leaves every parameter and its moments alone."""
-        parts = [part for part, _ in self.trainable_modules()]
-        self._dropped = parts
-        self._note({"policy/skipped": torch.ones((), device=self.device)})
-        learned = [p for part in parts for p in part.parameters() if p.requires_grad]
-        return torch.stack([(p.flatten()[0] * 0.0).float() for p in learned]).sum()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        clear_gradients(self.frozen_modules())
+        self._step_skipped = False
+        self.iteration_metrics.add_update(self.optimizer_metrics(optimizer))
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        rollout = self.sample(prompts)
-        seen = self.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
-        self.log_val(
-            {
-                "score": self.score(rollout, prompts)[0].mean(),
-                "kl": seen.kl_per_sequence.mean(),
-                "length": rollout.lengths.float().mean(),
-            },
-            len(prompts.input_ids),
-        )
+        rollout = self.collector.sample(prompts)
+        experience = self.collector.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
+        metrics = {
+            "score": self.collector.score(rollout, prompts)[0].mean(),
+            "kl": experience.kl_per_sequence.mean(),
+            "length": rollout.lengths.float().mean(),
+        }
+        self.log_val(metrics, len(prompts.input_ids))
 
-    # numbers
+    # Logging
 
-    def _note(self, numbers: dict[str, Tensor]) -> None:
-        for name, value in numbers.items():
-            self._updates[name].append(value.detach())
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for part in self._dropped:
-            for parameter in part.parameters():
-                parameter.grad = None
-        self._dropped = []
-        for name, value in self.optimizer_metrics(optimizer).items():
-            self._updates[name].append(torch.as_tensor(value))
-
-    def on_train_batch_end(self, outputs: Any, part: Minibatch, batch_idx: int) -> None:
-        if part.last:
+    def on_train_batch_end(self, outputs: Any, minibatch: Minibatch, batch_idx: int) -> None:
+        if minibatch.last:
             self._log_iteration()
 
     def on_train_end(self) -> None:
-        if self._updates:  # max_steps ended training within an iteration
+        if self.iteration_metrics.updates:  # trainer.max_steps ended training within an iteration.
             self._log_iteration()
 
     def _log_iteration(self) -> None:
-        """Log the numbers of a rollout and of the updates it has served for, once: ``self.log`` would repeat them."""
-        updates = {name: torch.stack(values).float().mean() for name, values in self._updates.items()}
-        self._updates.clear()
-        numbers = {**self._iteration, **updates, **self.throughput()}
-        self.numbers = {name: float(value) for name, value in numbers.items()}
+        """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
+        metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
+        self.metrics, self.metrics_step = {**metrics}, self.global_step
         for logger in self.loggers:
-            logger.log_metrics(self.numbers, step=self.global_step)
+            logger.log_metrics(metrics, step=self.global_step)
 
-    def checks(self, datamodule: Any) -> Iterator[Check]:
-        return checks(self, datamodule)
+    # Pre-flight checks and result
+
+    def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
+        yield from on_policy_checks(self, datamodule, self.collector, self.policy_update, self.iteration)
 
     def result(self) -> Result:
+        assert self.policy is not None, "configure_model opens the policy"
         return Result(self.policy.lm, self.tokenizer)
-
-
-def _listed(sources: Any) -> Sequence[Any]:
-    """One source or several, as a sequence; none for null."""
-    if sources is None:
-        return ()
-    return sources if isinstance(sources, list | tuple) else (sources,)

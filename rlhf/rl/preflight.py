@@ -1,13 +1,13 @@
-"""What the stages that learn from their own answers prove of themselves with ``check=true``."""
+"""Pre-flight checks of the on-policy stages (``check=true``)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.data import SequenceBatch
+from rlhf.data import PromptBatch, RecordDataModule, SequenceBatch
 from rlhf.models import Frozen
 from rlhf.preflight import (
     Check,
@@ -22,95 +22,116 @@ from rlhf.preflight import (
     sample_rows,
     score_measure,
 )
+from rlhf.rl.collector import Collector
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.objective import policy_ratio
-from rlhf.sampling import Rollout, generate
+from rlhf.rl.policy_update import PolicyUpdate
+from rlhf.sampling import Rollout
+from rlhf.stage import StageModule
 from rlhf.tensors import masked_sum
 
 
-def checks(module: Any, datamodule: Any) -> Iterator[Check]:
-    """Checks of an OnPolicyModule on answers to its own prompts."""
-    prompts = datamodule.collate(sample_rows(datamodule))
-    rollout = module.sample(prompts)
-    texts = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
-    policy, reference = module.policy, module.reference
-    judges = [part for part in module.reward.modules() if isinstance(part, Frozen)]
+def on_policy_checks(
+    module: StageModule,
+    datamodule: RecordDataModule,
+    collector: Collector,
+    policy_update: PolicyUpdate,
+    iteration: Callable[[PromptBatch], Iterator[Minibatch]],
+) -> Iterator[Check]:
+    """Check an on-policy stage on responses to its own prompts.
+
+    Args:
+        module: The stage.
+        datamodule: Its prompts.
+        collector: Its collector.
+        policy_update: Its policy update.
+        iteration: Its iteration: a batch of prompts in, minibatches out.
+    """
+    policy, reference = collector.policies.policy, collector.policies.reference
+    prompts: Any = datamodule.collate(sample_rows(datamodule))
+    rollout = collector.sample(prompts)
+    sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+    reward_models = [part for part in collector.reward.modules() if isinstance(part, Frozen)]
     yield check_single_bos(module.tokenizer, prompts.input_ids)
     yield check_frozen_models(module)
-    yield check_no_dropout(module, "policy", policy, logprob_measure(policy), texts)
-    yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), texts)
-    for judge in judges:
-        yield check_no_dropout(module, "reward model", judge.model, score_measure(judge), texts)
-    if module.trainer.ckpt_path is None:  # a resumed policy has left the reference
-        yield check_first_kl(module, rollout)
-    yield check_sampling_matches_scoring(module, prompts.input_ids)
-    yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), texts, policy.lm)
-    for judge in judges:
-        yield from check_padding_invariance(module, "scores", score_measure(judge), texts, policy.lm)
-    module.train()  # as in training: dropout would show
-    part = next(iter(module.iteration(prompts)))
-    yield check_first_ratio(module, part)
+    yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
+    yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
+    for model in reward_models:
+        yield check_no_dropout(module, "reward model", model.model, score_measure(model), sequences)
+    if module.trainer.ckpt_path is None:  # A resumed policy differs from the reference model.
+        yield check_first_kl(collector, rollout)
+    yield check_sampling_matches_scoring(module, collector, prompts)
+    yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), sequences, policy.lm)
+    for model in reward_models:
+        yield from check_padding_invariance(module, "scores", score_measure(model), sequences, policy.lm)
+    module.train()  # As in training: dropout would show.
+    minibatch = next(iter(iteration(prompts)))
+    yield check_first_ratio(collector, policy_update, minibatch)
     module.eval()
-    yield check_padding_is_ignored(module, part)
-    yield check_accumulation_equivalence(module, part, _pieces(part))
+    yield check_padding_is_ignored(module, minibatch)
+    yield check_accumulation_equivalence(module, minibatch, _chunks(minibatch))
 
 
 @torch.no_grad()
-def check_first_ratio(module: Any, part: Minibatch) -> Check:
-    """Before the first update, the log-probs of the update are those of the rollout to the last bit.
+def check_first_ratio(collector: Collector, policy_update: PolicyUpdate, minibatch: Minibatch) -> Check:
+    """Check that the first probability ratio is exactly 1.
 
-    Both read the same tensors, so equal shapes give equal rounding.
+    Rollout and update evaluate the same tensors, and equal shapes give equal rounding.
     """
-    with module.trainer.precision_plugin.forward_context():
-        logprobs = module.policy_output(part).logprobs
-    away = float((policy_ratio(logprobs, part.old_logprobs, part.response_mask) - 1).abs().max())
+    with collector.precision_context():
+        logprobs = policy_update.policy_output(minibatch).logprobs
+    distance = float((policy_ratio(logprobs, minibatch.old_logprobs, minibatch.response_mask) - 1).abs().max())
     return Check(
         "first ratio exactly 1",
-        away == 0,
-        f"largest distance from 1: {away:.1e}",
+        distance == 0,
+        f"largest distance from 1: {distance:.1e}",
         "0",
-        "the update sees another policy than the one that answered (dropout, precision, shapes or temperature): "
-        "clipping would cut at random",
+        "updates evaluate another policy than the one that sampled the responses (dropout, precision, shapes or "
+        "temperature), so clipping would be arbitrary",
     )
 
 
-def check_first_kl(module: Any, rollout: Rollout) -> Check:
-    """Before the first update, the policy is the reference to the last bit."""
-    seen = module.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
-    apart = float(masked_sum((seen.logprobs - seen.ref_logprobs).abs(), rollout.response_mask).max())
+def check_first_kl(collector: Collector, rollout: Rollout) -> Check:
+    """Check that policy and reference model agree to the last bit before the first update."""
+    experience = collector.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
+    differences = (experience.logprobs - experience.ref_logprobs).abs()
+    distance = float(masked_sum(differences, rollout.response_mask).max())
     return Check(
         "first KL exactly 0",
-        apart == 0,
-        f"largest sum of |log pi - log reference|: {apart:.1e} nats",
-        "0 nats",
-        "policy and reference are not the same model, or not in the same state (dropout, precision): the KL price "
-        "would pull towards another model than the one training starts from",
+        distance == 0,
+        f"largest sum of |log pi - log ref|: {distance:.1e} nats per response",
+        "0 nats per response",
+        "policy and reference model differ in their weights or in their state (dropout, precision): the KL penalty "
+        "would pull the policy towards another model than the one training starts from",
     )
 
 
-def check_sampling_matches_scoring(module: Any, prompts: list[list[int]]) -> Check:
-    """The most likely answer, drawn with the model's cache and padding left, is the most likely one as scored, too."""
-    greedy = replace(module.sampling, temperature=0.0)
+def check_sampling_matches_scoring(module: StageModule, collector: Collector, prompts: PromptBatch) -> Check:
+    """Check that greedily sampled tokens are the most likely ones when the whole response is evaluated at once."""
+    greedy = replace(collector.sampling, temperature=0.0)
+    policy = collector.policies.policy
     with torch.no_grad(), full_precision(module):
-        rollout = generate(module.policy.lm, prompts, greedy, module.stops)
-        hits = module.policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask).correct
-    share = float(hits[rollout.response_mask].float().mean())
+        rollout = collector.sampler.sample(prompts.input_ids, greedy)
+        is_argmax = policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask).is_argmax
+    fraction = float(is_argmax[rollout.response_mask].float().mean())
     return Check(
-        "answers are drawn from the model that is scored",
-        share >= 0.98,
-        f"{share:.1%} of greedy tokens are the most likely ones",
-        "98%, for ties",
-        "sampling with the model's cache of keys and values or of states gives other logits than reading the whole "
-        "text: padding leaks into the cache, or positions are off",
+        "sampling and scoring use the same model",
+        fraction >= 0.98,
+        f"{fraction:.1%} of greedy tokens are the most likely ones",
+        "98%, because of ties",
+        "sampling with the model's cache gives other logits than evaluating the whole sequence: padding leaks into the "
+        "cache, or positions are wrong",
     )
 
 
-def _pieces(part: Minibatch, count: int = 4) -> list[Any]:
-    """A minibatch cut into so many, shortest answers first, or fewer where it has fewer rows."""
-    order = part.response_mask.sum(dim=1).argsort(stable=True)
-    return [_rows(part, rows) for rows in order.split(-(-len(order) // count))]
+def _chunks(minibatch: Minibatch, count: int = 4) -> list[Any]:
+    """Split a minibatch into at most ``count`` minibatches, shortest responses first."""
+    order = minibatch.response_mask.sum(dim=1).argsort(stable=True)
+    return [_rows(minibatch, rows) for rows in order.split(-(-len(order) // count))]
 
 
-def _rows(part: Minibatch, rows: Tensor) -> Minibatch:
-    tensors = {name.name: value for name in fields(part) if isinstance(value := getattr(part, name.name), Tensor)}
-    return replace(part, **{name: value[rows] for name, value in tensors.items()})
+def _rows(minibatch: Minibatch, rows: Tensor) -> Minibatch:
+    tensors: dict[str, Any] = {
+        field.name: value for field in fields(minibatch) if isinstance(value := getattr(minibatch, field.name), Tensor)
+    }
+    return replace(minibatch, **{name: value[rows] for name, value in tensors.items()})

@@ -1,27 +1,32 @@
-"""From scores of answers to what the policy maximises."""
+"""Normalization and clipping of scores before they become rewards."""
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 
 
 class ScoreShaping(nn.Module):
-    """Normalises, scales and clips scores, and charges answers that do not end.
+    """Normalizes and clips scores, and applies a penalty to responses without a stop token.
 
-        shaped = clip((score - running mean) / running standard deviation)
-        and for an answer without a stop token: shaped - penalty, or -penalty in its place
+        shaped = clip((score - running mean) / running std)
+        for a response without a stop token: shaped - penalty, or -penalty
+
+    The running moments cover all scores since training started, on all devices, and are stored in checkpoints. They are
+    exact (Chan et al. 1983, parallel algorithm).
 
     Args:
-        subtract_mean: subtract the mean of all scores so far.
-        scale_by_std: divide by the standard deviation of all scores so far.
-        clip: largest size of the result, after both of the above; null for no clipping.
-        missing_eos_penalty: charged for an answer that was cut before a stop token, in units of the result.
+        subtract_mean: Subtract the running mean of all scores.
+        scale_by_std: Divide by the running standard deviation of all scores (Engstrom et al. 2020, section 3,
+            arXiv:2005.12729).
+        clip: Largest absolute value of a shaped score, in standard deviations if ``scale_by_std`` is true and in reward
+            units otherwise. null disables clipping.
+        missing_eos_penalty: Penalty for a response that was cut before a stop token, in the unit of ``clip``.
         missing_eos: ``subtract`` the penalty from the shaped score, or ``replace`` the score by minus the penalty
             (Huang et al. 2024, detail 9 of PPO, arXiv:2403.17031).
 
-    The running moments are exact (Chan et al. 1983), are kept in checkpoints and are the same on every rank.
-    Source: Engstrom et al. 2020, section 3 (arXiv:2005.12729) for scaling and clipping of rewards.
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     count: Tensor
@@ -39,12 +44,14 @@ class ScoreShaping(nn.Module):
     ) -> None:
         super().__init__()
         if missing_eos not in ("subtract", "replace"):
-            raise UserError(
-                f"stage.scores.missing_eos={missing_eos} is neither subtract nor replace",
-                "stage.scores.missing_eos=subtract",
+            raise ConfigError(
+                f"stage.scores.missing_eos must be subtract or replace, got {missing_eos}.",
+                "Set stage.scores.missing_eos=subtract.",
             )
         if clip is not None and clip <= 0:
-            raise UserError(f"stage.scores.clip={clip} would leave nothing", "stage.scores.clip=5, or null")
+            raise ConfigError(
+                f"stage.scores.clip must be positive or null, got {clip}.", "Set stage.scores.clip=5 or remove it."
+            )
         self.subtract_mean = subtract_mean
         self.scale_by_std = scale_by_std
         self.clip = clip
@@ -55,12 +62,12 @@ class ScoreShaping(nn.Module):
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation of all scores so far; 1 before there are two that differ."""
+        """Running standard deviation of all scores; 1 until two different scores have been seen."""
         variance = self.squares / self.count.clamp(min=1)
         return torch.where(variance > 1e-12, variance, 1.0).sqrt()
 
     def update(self, scores: Tensor) -> None:
-        """Take a batch of scores, [batch], into the running moments."""
+        """Update the running moments with the scores of a rollout: [batch]."""
         scores = scores.double()
         total = self.count + len(scores)
         delta = scores.mean() - self.mean
@@ -69,7 +76,15 @@ class ScoreShaping(nn.Module):
         self.count.copy_(total)
 
     def forward(self, scores: Tensor, finished: Tensor) -> Tensor:
-        """Shaped scores: [batch] reward units and [batch] bool to [batch]."""
+        """Shape scores.
+
+        Args:
+            scores: [batch] scores, in reward units.
+            finished: [batch] bool, True where the response ends with a stop token.
+
+        Returns:
+            [batch] shaped scores.
+        """
         shaped = scores - self.mean.to(scores) if self.subtract_mean else scores
         if self.scale_by_std:
             shaped = shaped / self.std.to(scores)

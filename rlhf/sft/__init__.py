@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the base model learns to answer as the demonstrations do."""
+"""Supervised fine-tuning (SFT) of the base model on demonstrations."""
 
 from rlhf.sft.datamodule import SFTDataModule
 from rlhf.sft.module import SFTModule

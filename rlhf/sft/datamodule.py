@@ -1,4 +1,4 @@
-"""Demonstrations as batches."""
+"""Data of supervised fine-tuning."""
 
 from typing import Any
 
@@ -6,26 +6,26 @@ from rlhf.data import Demonstration, EncodedResponse, Encoder, RecordDataModule,
 
 
 class SFTDataModule(RecordDataModule):
-    """Prompts with the answers to learn. See RecordDataModule for the keys.
+    """Reads demonstrations: prompts with the responses to learn. The other arguments are those of ``RecordDataModule``.
 
     Args:
-        loss_on: ``answer``, or ``text`` to learn the prompt as well.
+        loss_on: Tokens that the loss covers: ``response``, or ``all`` for prompt and response.
     """
 
-    forms = (Demonstration,)
+    record_types = (Demonstration,)
 
-    def __init__(self, *, loss_on: str = "answer", **keys: Any) -> None:
+    def __init__(self, *, loss_on: str = "response", **keys: Any) -> None:
         super().__init__(**keys)
-        self.check_choice("loss_on", loss_on, ("answer", "text"))
+        self.check_choice("loss_on", loss_on, ("response", "all"))
         self.loss_on = loss_on
 
-    def encode(self, encoder: Encoder, record: Any) -> EncodedResponse:
-        coded = encoder.encode_response(record.prompt.messages, record.response)
-        # the first token has nothing before it to be predicted from
-        return coded if self.loss_on == "answer" else EncodedResponse(coded.input_ids, 1)
+    def encode(self, encoder: Encoder, record: Demonstration) -> EncodedResponse:
+        encoded = encoder.encode_response(record.prompt.messages, record.response)
+        # With loss_on=all, the loss starts at the second token: nothing precedes the first one.
+        return encoded if self.loss_on == "response" else EncodedResponse(encoded.input_ids, 1)
 
-    def length(self, row: Any) -> int:
+    def length(self, row: EncodedResponse) -> int:
         return len(row.input_ids)
 
-    def collate(self, rows: list[Any]) -> SequenceBatch:
+    def collate(self, rows: list[EncodedResponse]) -> SequenceBatch:
         return SequenceBatch.collate(rows)

@@ -1,76 +1,98 @@
-"""The supervised stage."""
+"""The stage of supervised fine-tuning."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Prompt, SequenceBatch
+from rlhf.check import Check
+from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.models import ModelSource, Policy
-from rlhf.preflight import Check
-from rlhf.sampling import SamplingParams, generate
+from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
-from rlhf.stage import Result, StageModule, as_fraction
+from rlhf.stage import Metrics, Result, StageModule
+from rlhf.tensors import masked_fraction
 
 
 class SFTModule(StageModule):
-    """Learns demonstrations.
+    """Fine-tunes a language model on demonstrations.
 
     Args:
-        policy: what to start from; null: the base model of ``model=``. A run's ``*_final.pt`` or a folder works too.
-        samples: validation prompts answered after each epoch, shown in TensorBoard; 0 for none.
-        max_new_tokens: longest of those answers, tokens.
-        optimizer keys: see StageModule.
+        policy: Model to start from: the ``*_final.pt`` of a stage or a Hugging Face folder. null: the base model that
+            ``model=`` selects.
+        samples: Number of validation prompts to which responses are sampled after each epoch, greedily. TensorBoard
+            shows them. 0 disables it.
+        max_new_tokens: Maximum length of these responses, in tokens.
+        sampler: Sampler of these responses. null: ``LocalSampler``.
+        learning_rate: Peak learning rate of AdamW.
+        betas: AdamW decay rates of the first and second moment.
+        warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
+        keys: Further arguments of ``StageModule``.
     """
 
     monitor = "val/loss"
 
-    def __init__(self, *, policy: ModelSource, samples: int = 4, max_new_tokens: int = 64, **optimizer: Any) -> None:
-        super().__init__(**optimizer)
+    def __init__(
+        self,
+        *,
+        policy: ModelSource,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        samples: int = 4,
+        max_new_tokens: int = 64,
+        sampler: Sampler | None = None,
+        learning_rate: float = 5e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup_ratio: float = 0.05,
+        **keys: Any,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer, learning_rate=learning_rate, betas=betas, warmup_ratio=warmup_ratio, **keys
+        )
         self.source = policy
         self.samples = samples
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.sampler = sampler or LocalSampler()
         self.policy: Policy | None = None
 
     def configure_model(self) -> None:
         if self.policy is None:
-            # a model that was opened comes in eval mode: its dropout is meant for this stage
+            # Pretrained models are loaded in eval mode. In this stage their dropout is active.
             self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
-    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        scores = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
-        loss = cross_entropy_loss(scores.logprobs, batch.response_mask)
-        self.log_train(
-            {
-                "train/loss": loss,
-                "train/token_accuracy": as_fraction(scores.correct, batch.response_mask),
-                "train/entropy": scores.entropy[batch.response_mask].mean(),
-            }
-        )
-        return loss * batch.loss_weight
+    def training_loss(self, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
+        output = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        loss = cross_entropy_loss(output.logprobs, batch.response_mask)
+        return loss * batch.loss_weight, {
+            "train/loss": loss,
+            "train/token_accuracy": masked_fraction(output.is_argmax, batch.response_mask),
+            "train/entropy": output.entropy[batch.response_mask].mean(),
+        }
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        scores = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        output = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
         self.log_val(
             {
-                "loss": cross_entropy_loss(scores.logprobs, batch.response_mask),
-                "token_accuracy": as_fraction(scores.correct, batch.response_mask),
+                "loss": cross_entropy_loss(output.logprobs, batch.response_mask),
+                "token_accuracy": masked_fraction(output.is_argmax, batch.response_mask),
             },
             batch.loss_terms,
         )
 
     def on_validation_epoch_end(self) -> None:
         if self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.log_samples(self._answers(self.trainer.datamodule.samples(self.samples)))
+            self.log_samples(self.sample_responses(self.trainer.datamodule))
 
-    def _answers(self, prompts: list[tuple[list[int], Prompt]]) -> list[tuple[str, str]]:
-        stops = self.sampling.stop_ids(self.tokenizer)
-        rollout = generate(self.policy.lm, [input_ids for input_ids, _ in prompts], self.sampling, stops)
-        texts = rollout.decode(self.tokenizer)
-        return [(prompt.raw_text, text) for (_, prompt), text in zip(prompts, texts, strict=True)]
+    def sample_responses(self, datamodule: RecordDataModule) -> list[tuple[str, str]]:
+        """Return the first validation prompts, each with a greedy response."""
+        rows = datamodule.sample_prompts(self.samples)
+        self.sampler.sync(self.policy.lm, self.tokenizer)
+        rollout = self.sampler.sample([input_ids for input_ids, _ in rows], self.sampling)
+        responses = rollout.decode(self.tokenizer)
+        return [(prompt.raw_text, response) for (_, prompt), response in zip(rows, responses, strict=True)]
 
-    def checks(self, datamodule: Any) -> Iterator[Check]:
+    def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         return checks(self, datamodule)
 
     def result(self) -> Result:

@@ -1,4 +1,4 @@
-"""What supervised fine-tuning proves of itself with ``check=true``."""
+"""Pre-flight checks of supervised fine-tuning (``check=true``)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ from rlhf.preflight import (
 
 
 def checks(module: Any, datamodule: Any) -> Iterator[Check]:
-    """Checks of an SFTModule on its own data."""
+    """Run the pre-flight checks of an ``SFTModule`` on its data."""
     rows = sample_rows(datamodule)
     batch = datamodule.collate(rows).to(module.device)
     policy = module.policy

@@ -51,7 +51,7 @@ def test_a_reference_that_is_not_known_for_all_is_not_given() -> None:
     """A half-filled column would train against made-up numbers."""
     coded = EncodedResponse([1, 2], 1)
     pairs = [EncodedPair(coded, coded, 0.0, (-1.0, -2.0)), EncodedPair(coded, coded, 0.0)]
-    assert PreferenceDataModule().collate(pairs).reference is None
+    assert PreferenceDataModule().collate(pairs).ref_logprobs is None
 
 
 def test_loss_terms_of_ratings_and_prompts() -> None:
@@ -81,8 +81,8 @@ def test_a_batch_moves_with_all_its_tensors(reference: torch.Tensor | None) -> N
     """Nested batches too; share and terms are kept, and the batch that was moved stays where it was."""
     batch = PairBatch(SequenceBatch.collate(ROWS), torch.zeros(2), reference, loss_weight=0.25)
     moved = batch.to("meta")
-    tensors = [moved.texts.input_ids, moved.texts.attention_mask, moved.texts.response_mask, moved.margin]
-    tensors += [] if reference is None else [moved.reference]
+    tensors = [moved.sequences.input_ids, moved.sequences.attention_mask, moved.sequences.response_mask, moved.margin]
+    tensors += [] if reference is None else [moved.ref_logprobs]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.share, moved.texts.terms) == (0.25, 5)
+    assert (moved.loss_weight, moved.sequences.terms) == (0.25, 5)
     assert batch.sequences.input_ids.device.type == "cpu"

@@ -252,7 +252,7 @@ def test_samples_are_validation_prompts_ready_to_be_answered(
     """The prompt without its answer, as many as asked for."""
     val = write(tmp_path, *demonstrations(5), name="val.jsonl")
     data = ready(SFTDataModule(train=write(tmp_path, *demonstrations(9)), val=val), tokenizer)
-    samples = data.samples(2)
+    samples = data.sample_prompts(2)
     assert [tokenizer.decode(tokens) for tokens, _ in samples] == ["<bos>Q0\nSummary:", "<bos>Q1\nSummary:"]
     assert [prompt.raw_text for _, prompt in samples] == ["Q0", "Q1"]
 
@@ -261,14 +261,14 @@ def test_samples_of_short_texts_keep_a_prompt(tokenizer: PreTrainedTokenizerFast
     """12 tokens in all are fewer than an answer may take: half of them are left to the prompt, BOS and its end."""
     data = ready(SFTDataModule(train=write(tmp_path, *demonstrations(2)), val_fraction=0, max_length=12), tokenizer)
     whole = tokenizer("<bos>Q0\nSummary:", add_special_tokens=False)["input_ids"]
-    ((tokens, _),) = data.samples(1)
+    ((tokens, _),) = data.sample_prompts(1)
     assert tokens == [BOS, *whole[-5:]]
 
 
 def test_texts_for_a_tokenizer_are_prompts_and_answers_of_train(tmp_path: Path) -> None:
     """Answers with the space that the template writes before them."""
     train = write(tmp_path, *demonstrations(2))
-    assert list(SFTDataModule(train=train, val=train).texts()) == ["Q0", " A0", "Q1", " A1"]
+    assert list(SFTDataModule(train=train, val=train).training_texts()) == ["Q0", " A0", "Q1", " A1"]
 
 
 @pytest.mark.parametrize(

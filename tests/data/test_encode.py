@@ -4,7 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data import EncodedResponse, Encoder, concatenate
+from rlhf.data import EncodedResponse, Encoder, replace_response
 from rlhf.errors import UserError
 from rlhf.models import chat_template, train_tokenizer
 
@@ -141,9 +141,9 @@ def test_what_fits_is_not_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     """Exactly max_length tokens fit; one less room cuts one prompt."""
     length = len(Encoder(tokenizer, 500).encode_response(asked("When?"), "May").input_ids)
     fits, tight = Encoder(tokenizer, length), Encoder(tokenizer, length - 1)
-    assert len(fits.answer(asked("When?"), "May").input_ids) == length
+    assert len(fits.encode_response(asked("When?"), "May").input_ids) == length
     assert fits.counts["prompts cut"] == 0
-    assert len(tight.answer(asked("When?"), "May").input_ids) == length - 1
+    assert len(tight.encode_response(asked("When?"), "May").input_ids) == length - 1
     assert tight.counts["prompts cut"] == 1
 
 
@@ -179,7 +179,7 @@ def test_an_answer_too_long_by_itself_is_cut_and_counted(tokenizer: PreTrainedTo
 def test_join_by_hand(max_length: int, bos: int | None, expected: EncodedResponse) -> None:
     """Prompt BOS 5 6 7 with the other text's answer 8 9 EOS: 7 tokens, less where they do not fit."""
     one, other = EncodedResponse([BOS, 5, 6, 7, 30, EOS], 4), EncodedResponse([BOS, 20, 8, 9, EOS], 2)
-    assert concatenate(one, other, max_length, bos) == expected
+    assert replace_response(one, other, max_length, bos) == expected
 
 
 def test_a_prompt_leaves_room_for_its_answer(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from rlhf.data.files import read_rows, where
+from rlhf.data.files import location, read_rows
 from rlhf.errors import UserError
 
 ROWS = [{"prompt": 'a, "b"\nc', "reward": 0.5}, {"prompt": "Ωmega 東", "reward": -2.0}, {"prompt": "x", "reward": 3.0}]
@@ -100,6 +100,6 @@ def test_where_counts_lines_as_an_editor_does(tmp_path: Path) -> None:
     """Rows 0 and 1 stand in lines 1 and 4: blank lines count; other formats have rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n  \n{"a": 2}\n')
-    assert [where(str(path), row) for row in (0, 1)] == [f"{path}:1", f"{path}:4"]
+    assert [location(str(path), row) for row in (0, 1)] == [f"{path}:1", f"{path}:4"]
     assert [row["a"] for row in read_rows(str(path))] == [1, 2]
-    assert where("rows.csv", 0) == "rows.csv, row 1"
+    assert location("rows.csv", 0) == "rows.csv, row 1"

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from rlhf.data import BatchLoader, EncodedResponse, PairBatch, SequenceBatch
-from rlhf.data.loader import LengthBuckets, with_loss_weights
+from rlhf.data.loader import BucketBatchSampler, with_loss_weights
 from rlhf.sft.objective import cross_entropy_loss
 
 LENGTHS = [3, 50, 4, 49, 5, 48, 6, 47, 7, 46, 8]  # 11 rows
 
 
-def epoch(batches: LengthBuckets, number: int = 0) -> list[list[int]]:
+def epoch(batches: BucketBatchSampler, number: int = 0) -> list[list[int]]:
     batches.set_epoch(number)
     return list(batches)
 
@@ -25,7 +25,7 @@ def epoch(batches: LengthBuckets, number: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 100])
 def test_every_row_comes_once_an_epoch(shuffle: bool, bucket: bool, batch_size: int) -> None:
     """11 rows in ceil(11 / size) batches, the length the loader promised, none longer than the size."""
-    batches = LengthBuckets(LENGTHS, batch_size, shuffle=shuffle, bucket=bucket)
+    batches = BucketBatchSampler(LENGTHS, batch_size, shuffle=shuffle, bucket=bucket)
     for number in range(3):
         rows = epoch(batches, number)
         assert sorted(chain(*rows)) == list(range(11))
@@ -36,19 +36,19 @@ def test_every_row_comes_once_an_epoch(shuffle: bool, bucket: bool, batch_size: 
 def test_the_order_differs_by_epoch_and_by_seed_and_nothing_else() -> None:
     """Resume in epoch 3 draws epoch 3's order, not the first one's; the global generator has no say."""
     lengths = list(range(100))
-    first, again = LengthBuckets(lengths, 3, shuffle=True, seed=1), LengthBuckets(lengths, 3, shuffle=True, seed=1)
+    first, again = BucketBatchSampler(lengths, 3, shuffle=True, seed=1), BucketBatchSampler(lengths, 3, shuffle=True, seed=1)
     orders = [epoch(first, number) for number in range(4)]
     torch.manual_seed(99)
     before = torch.get_rng_state()
     assert epoch(again, 3) == orders[3]
     assert torch.equal(torch.get_rng_state(), before)
     assert len({str(order) for order in orders}) == 4
-    assert epoch(LengthBuckets(lengths, 3, shuffle=True, seed=2)) != orders[0]
+    assert epoch(BucketBatchSampler(lengths, 3, shuffle=True, seed=2)) != orders[0]
 
 
 def test_without_shuffle_the_longest_come_first() -> None:
     """A batch that does not fit into memory shows at once: 50 49 48 47, 46 8 7 6, 5 4 3."""
-    rows = epoch(LengthBuckets(LENGTHS, 4, shuffle=False))
+    rows = epoch(BucketBatchSampler(LENGTHS, 4, shuffle=False))
     assert [[LENGTHS[i] for i in batch] for batch in rows] == [[50, 49, 48, 47], [46, 8, 7, 6], [5, 4, 3]]
 
 
@@ -56,7 +56,7 @@ def test_rows_of_like_length_share_a_batch() -> None:
     """400 rows of 1 to 400 tokens in batches of 4: putting like to like saves most of the padding."""
 
     def padding(bucket: bool) -> int:
-        batches = LengthBuckets(list(range(1, 401)), 4, shuffle=True, bucket=bucket)
+        batches = BucketBatchSampler(list(range(1, 401)), 4, shuffle=True, bucket=bucket)
         return sum(len(rows) * (max(rows) + 1) - sum(row + 1 for row in rows) for rows in batches)
 
     assert padding(bucket=True) < padding(bucket=False) / 5
@@ -64,14 +64,14 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 def test_a_small_set_meets_other_neighbours_each_epoch() -> None:
     """40 rows in batches of 2 fit into one window: sorted as a whole, the same two would always share a batch."""
-    batches = LengthBuckets(list(range(40)), 2, shuffle=True)
+    batches = BucketBatchSampler(list(range(40)), 2, shuffle=True)
     pairs = [{frozenset(rows) for rows in epoch(batches, number)} for number in range(2)]
     assert pairs[0] != pairs[1]
 
 
 def test_whole_only_leaves_out_what_does_not_fill_a_batch() -> None:
     """11 rows in batches of 4: two whole batches, 3 rows wait, other ones each epoch."""
-    batches = LengthBuckets(LENGTHS, 4, shuffle=True, bucket=False, whole_only=True)
+    batches = BucketBatchSampler(LENGTHS, 4, shuffle=True, bucket=False, drop_last=True)
     left_out = set()
     for number in range(6):
         rows = epoch(batches, number)
@@ -85,7 +85,7 @@ def test_whole_only_leaves_out_what_does_not_fill_a_batch() -> None:
 @pytest.mark.parametrize("count", [8, 11, 13])
 def test_ranks_share_the_rows_and_take_equal_steps(world: int, count: int) -> None:
     """Together the ranks see every row; a row is seen twice only where the last batch has fewer rows than ranks."""
-    ranks = [LengthBuckets(list(range(count)), 2, shuffle=True, rank=rank, world=world) for rank in range(world)]
+    ranks = [BucketBatchSampler(list(range(count)), 2, shuffle=True, rank=rank, world=world) for rank in range(world)]
     orders = [epoch(rank, 1) for rank in ranks]
     assert {len(order) for order in orders} == {len(ranks[0])}
     assert all(batch for order in orders for batch in order)
@@ -97,7 +97,7 @@ def test_ranks_share_the_rows_and_take_equal_steps(world: int, count: int) -> No
 
 def test_more_ranks_than_rows_still_take_the_same_steps() -> None:
     """3 rows, 4 ranks: one step each, the fourth repeats a row and does not hang the others."""
-    orders = [list(LengthBuckets([5, 5, 5], 2, shuffle=False, rank=rank, world=4)) for rank in range(4)]
+    orders = [list(BucketBatchSampler([5, 5, 5], 2, shuffle=False, rank=rank, world=4)) for rank in range(4)]
     assert [len(order) for order in orders] == [1, 1, 1, 1]
     assert {row for order in orders for batch in order for row in batch} == {0, 1, 2}
 
@@ -109,7 +109,7 @@ def row(index: int) -> EncodedResponse:
 
 def loader(per_step: int = 1) -> BatchLoader:
     return BatchLoader(
-        [row(i) for i in range(11)], SequenceBatch.collate, LengthBuckets(LENGTHS, 2, shuffle=True, seed=7), per_step
+        [row(i) for i in range(11)], SequenceBatch.collate, BucketBatchSampler(LENGTHS, 2, shuffle=True, seed=7), per_step
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers import ANSWERS, PROMPTS, Fixed
-from rlhf.data import PreferenceDataModule
-from rlhf.dpo import DPOModule, KTOModule, UnpairedDataModule
+from rlhf.data import PreferenceDataModule, UnpairedDataModule
+from rlhf.dpo import DPOModule, KTOModule
 
 
 class Record(lightning.Callback):
@@ -58,7 +58,7 @@ class Setting:
         **keys: Any,
     ) -> tuple[Any, Record]:
         """Train by ``stage.*`` keys; the module and what was logged."""
-        keys = {"policy": Fixed(self.lm), "learning_rate": 1e-3, "schedule": "constant", **keys}
+        keys = {"policy": Fixed(self.lm), "beta": 0.1, "learning_rate": 1e-3, "schedule": "constant", **keys}
         module, record = (KTOModule if kto else DPOModule)(**keys), Record()
         datamodule = self.data(kto=kto, **(data or {}))
         module.tokenizer = self.tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.dpo import UnpairedDataModule
+from rlhf.data import UnpairedDataModule
 from rlhf.dpo.objective import kto_loss
 from rlhf.errors import UserError
 from rlhf.models import Frozen
@@ -65,9 +65,9 @@ def test_the_baseline_by_plain_transformers(setting: Any) -> None:
     mean = float(sum(ratios)) / 5
     assert abs(mean) > 0.01
     batch = data.collate(rows)
-    assert float(module.baseline(batch)) == pytest.approx(max(mean, 0.0), rel=1e-3)
+    assert float(module.kl_baseline(batch)) == pytest.approx(max(mean, 0.0), rel=1e-3)
     module.policy, module.reference = module.reference.model, Frozen(module.policy)
-    assert float(module.baseline(batch)) == pytest.approx(max(-mean, 0.0), rel=1e-3)
+    assert float(module.kl_baseline(batch)) == pytest.approx(max(-mean, 0.0), rel=1e-3)
 
 
 def test_numbers_of_a_batch_by_plain_transformers(setting: Any) -> None:
@@ -77,7 +77,7 @@ def test_numbers_of_a_batch_by_plain_transformers(setting: Any) -> None:
     rows = data.encoded("train")[:5]
     ratios = torch.stack([log_ratio(module, row.text.input_ids, row.text.start) for row in rows])
     batch = data.collate(rows)
-    loss, _, groups = module.compare(batch)
+    loss, _, groups = module.loss_and_metrics(batch)
     numbers = {name: float(value) for _, part in groups for name, value in part.items()}
     kl, desirable = numbers["kto/kl"], batch.desirable
     assert numbers["rewards/chosen"] == pytest.approx(0.1 * float(ratios[desirable].mean()), rel=1e-3)
@@ -118,7 +118,7 @@ def test_accumulation_is_the_bigger_batch_at_one_baseline(setting: Any) -> None:
     """
     keys = {
         "kto": True,
-        "objective": partial(kto_loss, desirable_weight=1.0, undesirable_weight=2.5),
+        "loss": partial(kto_loss, desirable_weight=1.0, undesirable_weight=2.5),
         "sft_coef": 0.7,
         "eps": 1.0,
         "learning_rate": 1.0,
@@ -153,7 +153,7 @@ def test_unpaired_rows_and_pairs_become_the_same_rows(setting: Any, tokenizer: A
     data = setting.data(kto=True)
     assert data.encoded("train") == from_pair
     assert [row.desirable for row in from_pair] == [True, False]
-    assert list(data.texts()) == ["Who won?", "May", "Who won?", "A"]
+    assert list(data.training_texts()) == ["Who won?", "May", "Who won?", "A"]
 
 
 @one_architecture

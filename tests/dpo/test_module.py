@@ -24,13 +24,13 @@ from rlhf.errors import UserError
 ALONE = {"reference_free": True, "length_normalized": True}
 SMOOTHED = {"label_smoothing": 0.1}
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sigmoid": {"objective": sigmoid_loss},
-    "ipo": {"objective": ipo_loss, "beta": 5.0},
-    "hinge": {"objective": hinge_loss},
-    "conservative": {"objective": partial(conservative_loss, **SMOOTHED)},
-    "robust": {"objective": partial(robust_loss, **SMOOTHED)},
-    "simpo": {"objective": partial(simpo_loss, target_margin=0.5), "beta": 2.0, **ALONE},
-    "orpo": {"objective": odds_ratio_loss, "sft_coef": 1.0, **ALONE},
+    "sigmoid": {"loss": sigmoid_loss},
+    "ipo": {"loss": ipo_loss, "beta": 5.0},
+    "hinge": {"loss": hinge_loss},
+    "conservative": {"loss": partial(conservative_loss, **SMOOTHED)},
+    "robust": {"loss": partial(robust_loss, **SMOOTHED)},
+    "simpo": {"loss": partial(simpo_loss, target_margin=0.5), "beta": 2.0, **ALONE},
+    "orpo": {"loss": odds_ratio_loss, "sft_coef": 1.0, **ALONE},
 }
 one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 
@@ -102,7 +102,7 @@ def test_length_normalized_log_ratios_are_means_a_token(setting: Any) -> None:
     module, _ = setting.train(length_normalized=True, trainer={"max_steps": 1})
     data = setting.data()
     rows = data.encoded("train")
-    _, _, [(terms, numbers), _] = module.compare(data.collate(rows))
+    _, _, [(terms, numbers), _] = module.loss_and_metrics(data.collate(rows))
     ratios = [
         (token_logprobs(module.policy.lm, row.chosen) - token_logprobs(module.reference.model.lm, row.chosen)).mean()
         for row in rows
@@ -206,9 +206,9 @@ def test_without_a_reference_none_is_loaded(setting: Any) -> None:
     [
         ({"beta": 0.0}, ["stage.beta=0"]),
         ({"sft_coef": -0.1}, ["stage.sft_coef=-0.1"]),
-        ({"objective": partial(conservative_loss, label_smoothing=0.5)}, ["stage.loss.label_smoothing=0.5"]),
-        ({"objective": partial(robust_loss, label_smoothing=-0.1)}, ["stage.loss.label_smoothing=-0.1"]),
-        ({**OBJECTIVES["simpo"], "objective": partial(simpo_loss, target_margin=-1.0)}, ["target_margin=-1"]),
+        ({"loss": partial(conservative_loss, label_smoothing=0.5)}, ["stage.loss.label_smoothing=0.5"]),
+        ({"loss": partial(robust_loss, label_smoothing=-0.1)}, ["stage.loss.label_smoothing=-0.1"]),
+        ({**OBJECTIVES["simpo"], "loss": partial(simpo_loss, target_margin=-1.0)}, ["target_margin=-1"]),
         (
             {**OBJECTIVES["simpo"], "reference_free": False},
             ["stage.reference_free=false", "stage.loss._target_=rlhf.dpo.objective.simpo_loss"],

@@ -38,7 +38,7 @@ class Scorer:
 def ask(folder: Path | None, answers: list[EncodedResponse] = ANSWERS, key: str = "model") -> tuple[list[float], int]:
     """The log-probs of the answers, and how many were computed for that."""
     scorer = Scorer()
-    found = ReferenceLogprobs(scorer, batch_size=2, folder=folder, model_key=key).of(answers, "train")
+    found = ReferenceLogprobs(scorer, batch_size=2, directory=folder, model_key=key).logprobs(answers, "train")
     return found.tolist(), scorer.texts
 
 
@@ -179,10 +179,10 @@ def test_a_sweep_over_objectives_computes_once(repo: Path, tmp_path: Path, token
     assert done.returncode == 0, done.stderr[-3000:]
     results = sorted((tmp_path / "rlhf" / "sweeps").rglob("dpo_final.pt"))
     losses = [
-        json.loads(torch.load(path, weights_only=True)["provenance"])["config"]["stage"]["objective"]["_target_"]
+        json.loads(torch.load(path, weights_only=True)["provenance"])["config"]["stage"]["loss"]["_target_"]
         for path in results
     ]
     assert {loss.rsplit(".", 1)[1] for loss in losses} == {"sigmoid_loss", "ipo_loss", "hinge_loss"}
     assert len(list((tmp_path / "rlhf" / "ref_logprobs").iterdir())) == 2
     logs = "".join((path.parent / "dpo.log").read_text() for path in results)
-    assert (logs.count(": computed, kept in "), logs.count(": read from ")) == (2, 4)
+    assert (logs.count(": computed and stored in "), logs.count(": read from ")) == (2, 4)

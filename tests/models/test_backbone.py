@@ -53,8 +53,8 @@ def test_logprobs_entropy_and_hits_are_those_of_the_plain_model(lm: PreTrainedMo
     picked = expected.gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(scores.logprobs[:, 1:].detach(), picked)
     torch.testing.assert_close(scores.entropy[:, 1:], -(expected.exp() * expected).sum(dim=-1))
-    assert torch.equal(scores.correct[:, 1:], expected.argmax(dim=-1) == tokens[:, 1:])
-    assert scores.correct[0, 3]
+    assert torch.equal(scores.is_argmax[:, 1:], expected.argmax(dim=-1) == tokens[:, 1:])
+    assert scores.is_argmax[0, 3]
     assert not scores.entropy.requires_grad
 
 
@@ -117,7 +117,7 @@ def test_temperature_divides_the_logits(lm: PreTrainedModel) -> None:
 
 def test_pieces_without_gradient_equal_the_whole_with_it(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 tokens in pieces of 5, 5 and 2: the same numbers."""
-    monkeypatch.setattr(backbone, "PIECE", 5)
+    monkeypatch.setattr(backbone, "LOGIT_CHUNK_TOKENS", 5)
     tokens = torch.cat([ROW, ROW.flip(1)])
     whole = Policy(lm)(tokens, *everything(tokens))
     with torch.no_grad():

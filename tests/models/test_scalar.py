@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models import EnsembleModel, ScalarHead, ScalarModel, pessimistic_score
+from rlhf.models import RewardModelEnsemble, ScalarHead, ScalarModel, pessimistic_score
 
 ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # an EOS (2) in the middle too
 
@@ -147,14 +147,14 @@ def test_an_ensemble_is_all_heads_of_all_members(lm: PreTrainedModel) -> None:
     """A member with one head and one with two: three columns in that order, and their mean."""
     torch.manual_seed(1)
     members = [ScalarModel(lm.base_model, ScalarHead(32, num_heads=heads), reward_mean=heads) for heads in (1, 2)]
-    ensemble, mask = EnsembleModel(members), torch.ones_like(ROW[None], dtype=torch.bool)
+    ensemble, mask = RewardModelEnsemble(members), torch.ones_like(ROW[None], dtype=torch.bool)
     one, two = (member.scores(ROW[None], mask) for member in members)
     assert (one.shape, two.shape) == ((1, 1), (1, 2))
     assert torch.equal(ensemble.scores(ROW[None], mask), torch.cat([one, two], dim=1))
     torch.testing.assert_close(ensemble(ROW[None], mask), (one[:, 0] + two[:, 0] + two[:, 1]) / 3)
     assert ensemble.state_dict().keys() >= {"members.0.reward_mean", "members.1.head.others.0.0.weight"}
     with pytest.raises(UserError, match="without members"):
-        EnsembleModel([])
+        RewardModelEnsemble([])
 
 
 def test_pessimistic_score_by_hand() -> None:

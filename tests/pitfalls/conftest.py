@@ -1,4 +1,4 @@
-"""What the regression tests of known pitfalls share."""
+"""Fixtures for the regression tests of known pitfalls."""
 
 import os
 import socket
@@ -8,21 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from pitfalls.runs import Runs, ends_often
+from harness import FakeSource, TinyRun, make_eos_likely
 from rlhf.models import Mamba, ModelSource, Transformer
 
 
-@pytest.fixture
-def runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> Runs:
-    """Runs of every stage, from a tiny model whose answers have different lengths."""
-    return Runs(tmp_path, tokenizer, ends_often(lm, tokenizer.eos_token_id))
+def one_minibatch(tiny_run: TinyRun) -> TinyRun:
+    """PPO makes one pass over one minibatch, so that a run is one step in every stage."""
+    tiny_run.stage_keys["ppo"] = {"minibatch_size": 8, "ppo_epochs": 1}
+    return tiny_run
 
 
 @pytest.fixture
-def dropout_runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Runs:
-    """The same from a GPT-2 with dropout 0.1 everywhere."""
+def tiny_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: FakeSource) -> TinyRun:
+    """Runs of one step in every stage, from a tiny model whose responses have different lengths."""
+    return one_minibatch(TinyRun(tmp_path, tokenizer, policy.model))
+
+
+@pytest.fixture
+def dropout_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TinyRun:
+    """The same from a GPT-2 with dropout 0.1 in every layer."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=300,
@@ -37,12 +43,12 @@ def dropout_runs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Runs:
         eos_token_id=2,
     )
     lm = AutoModelForCausalLM.from_config(config).eval()
-    return Runs(tmp_path, tokenizer, ends_often(lm, tokenizer.eos_token_id))
+    return one_minibatch(TinyRun(tmp_path, tokenizer, make_eos_likely(lm, tokenizer.eos_token_id)))
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with what two processes of data-parallel runs left behind, for each architecture; see two_ranks.py."""
+    """The directory that two processes of data-parallel runs write to, for each architecture; see two_ranks.py."""
     folder = tmp_path_factory.mktemp("two_ranks")
     sources: dict[str, ModelSource] = {
         "transformer": Transformer(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_length=128),
@@ -50,17 +56,17 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: P
     }
     for name, source in sources.items():
         torch.manual_seed(0)
-        ends_often(source.language_model(tokenizer), tokenizer.eos_token_id).save_pretrained(folder / name)
+        make_eos_likely(source.language_model(tokenizer), tokenizer.eos_token_id).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     paths = os.pathsep.join([str(repo), str(repo / "tests")])
     processes = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
-            env={**os.environ, **meeting, "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
+            env={**os.environ, **rendezvous, "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -68,9 +74,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: P
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
+        output = [process.communicate(timeout=180)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], output
     return folder

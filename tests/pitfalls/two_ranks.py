@@ -1,4 +1,4 @@
-"""One of two processes of a data-parallel run on the CPU; ``two_ranks`` in conftest.py starts both."""
+"""One of the two processes of a data-parallel run on the CPU. The fixture ``two_ranks`` in conftest.py starts both."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pitfalls.runs import ONE_STEP, Runs
+from harness import TinyRun
+from pitfalls.settings import ONE_STEP
 from rlhf.models import Pretrained
 from rlhf.sampling import SamplingParams
 
@@ -14,21 +15,22 @@ DDP = {"strategy": "ddp", "devices": 2, "max_steps": 1}
 
 
 def main(folder: Path, rank: int) -> None:
-    """Train the model in ``folder`` as one of two ranks, and leave weights and what was seen in ``folder/<rank>``."""
+    """Train the model in ``folder`` as one of two ranks. Weights and batch statistics go to ``folder/<rank>``."""
     source = Pretrained(str(folder))
     tokenizer = source.tokenizer()
-    own = folder / str(rank)
-    own.mkdir()
-    runs = Runs(own, tokenizer, source.language_model(tokenizer))
+    output = folder / str(rank)
+    output.mkdir()
+    tiny_run = TinyRun(output, tokenizer, source.language_model(tokenizer))
 
-    run = runs.fit("sft", data={"batch_size": 4}, trainer=DDP, **ONE_STEP)
-    torch.save((run.module.policy.lm.state_dict(), [batch.loss_terms for batch in run.batches]), own / "sft.pt")
+    run = tiny_run.train("sft", data={"batch_size": 4}, trainer=DDP, **ONE_STEP)
+    torch.save((run.module.policy.lm.state_dict(), [batch.loss_terms for batch in run.batches]), output / "sft.pt")
 
-    # the answers of rank 0 end after 2 tokens, those of rank 1 go on to 16: what one waits for, the other must still do
+    # Responses of rank 0 end after 2 tokens, those of rank 1 after up to 16. No rank may wait for the other meanwhile.
     sampling = SamplingParams(max_new_tokens=(2, 16)[rank], temperature=0.7)
-    run = runs.fit("ppo", data={"batch_size": 4}, trainer={**DDP, "max_steps": 2, "max_epochs": 2}, sampling=sampling)
+    keys = {"sampling": sampling, "minibatch_size": 8, "ppo_epochs": 1}
+    run = tiny_run.train("ppo", data={"batch_size": 4}, trainer={**DDP, "max_steps": 2, "max_epochs": 2}, **keys)
     longest = [int(batch.response_mask.sum(dim=1).max()) for batch in run.batches]
-    torch.save((run.module.policy.lm.state_dict(), longest), own / "ppo.pt")
+    torch.save((run.module.policy.lm.state_dict(), longest), output / "ppo.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Lightning callbacks that connect training to exports and to the pre-flight checks."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from rlhf.export import Export, describe, save_result
+from rlhf.preflight import run_preflight
+from rlhf.stage import Result
+
+
+class ExportHeader(Callback):
+    """Adds to every checkpoint what is needed to open its model without the run.
+
+    Args:
+        provenance: How the model is made; see ``rlhf.artifacts.describe_provenance``.
+    """
+
+    def __init__(self, provenance: dict[str, Any]) -> None:
+        self.provenance = provenance
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rlhf"] = describe(module.result(), self.provenance)
+
+
+class PreflightChecks(Callback):
+    """Runs the pre-flight checks of a stage before it trains.
+
+    Args:
+        output: Directory of the stage; a result is saved there temporarily to check that it can be loaded.
+        provenance: See ``ExportHeader``.
+        only: Stop after the checks by raising ``PreflightOnly``.
+    """
+
+    def __init__(self, output: Path, provenance: dict[str, Any], only: bool) -> None:
+        self.output = output
+        self.provenance = provenance
+        self.only = only
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        run_preflight(module, self.reload)
+        if self.only:
+            raise PreflightOnly
+
+    def reload(self, result: Result) -> nn.Module:
+        """Save a result to a temporary file and open it again."""
+        with tempfile.TemporaryDirectory(dir=self.output, prefix="check-") as directory:
+            path = Path(directory, "result.pt")
+            save_result(result, path, self.provenance)
+            export = Export(str(path))
+            if export.kind == "scalar_model":
+                return export.scalar_model(result.tokenizer)
+            return export.language_model(result.tokenizer)
+
+
+class PreflightOnly(Exception):
+    """The checks have passed, and ``check=only`` asks for no training."""

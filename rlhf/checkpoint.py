@@ -1,0 +1,215 @@
+"""Checkpoints that a killed run can be resumed from exactly, and an orderly end after SIGTERM and Ctrl-C."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rlhf.errors import ConfigError, Stopped
+from rlhf.files import PART, atomic_write
+from rlhf.logs import metrics_log
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a local checkpoint to a temporary file in the same directory and then renames it.
+
+    If the process is killed while it writes, the previous checkpoint of that name stays intact. Lightning's own class
+    writes to the system's temporary directory, and moving a file from there to another file system is not atomic.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        atomic_write(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt`` every few minutes, at the end of every epoch, and at the end of training.
+
+    A checkpoint is written only at positions from which a resumed run continues exactly: after the last minibatch of a
+    rollout in PPO and GRPO, after an optimizer step in the other stages, and after validation where validation
+    follows. A checkpoint that becomes due anywhere else is written at the next such position. Writing one draws no
+    random numbers.
+
+    Args:
+        every_n_minutes: Write ``last.ckpt`` when this many minutes have passed since it was last written. ``0`` writes
+            it at every possible position, and ``None`` only at the end of epochs and of training. Default: ``5.0``.
+        keys: Keywords of Lightning's ``ModelCheckpoint``. ``every_n_train_steps`` counts optimizer steps and writes
+            numbered checkpoints, of which ``save_top_k`` are kept.
+
+    Raises:
+        ConfigError: ``every_n_minutes`` is negative.
+    """
+
+    def __init__(self, every_n_minutes: float | None = 5.0, **keys: Any) -> None:
+        if every_n_minutes is not None and not every_n_minutes >= 0:
+            raise ConfigError(
+                f"callbacks.checkpoint.every_n_minutes must be >= 0 or null, got {every_n_minutes}.",
+                "Set callbacks.checkpoint.every_n_minutes=5",
+            )
+        super().__init__(**keys)
+        self.every_n_minutes = every_n_minutes
+        self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
+        self._at_boundary = False  # Whether a resumed run would continue exactly from here.
+        self._last_written = 0.0  # Seconds of the monotonic clock.
+        self._numbered_step = 0  # The step of the last numbered checkpoint.
+
+    # When to write
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # trainer.plugins may have set another one.
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        debugging = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.is_global_zero and self.dirpath and not debugging:
+            for leftover in Path(self.dirpath).glob(f"*{self.FILE_EXTENSION}{PART}"):
+                leftover.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_written = time.monotonic()
+        self._numbered_step = trainer.global_step
+        self.resumable = (Path(trainer.ckpt_path), trainer.global_step) if trainer.ckpt_path else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._at_boundary = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        is_last = getattr(batch, "last", True)  # A minibatch of PPO and GRPO: the last one of its rollout.
+        self._at_boundary = is_last and not loop._should_accumulate()
+        if self._at_boundary and not loop._is_training_done and not self._validation_follows(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at_boundary and not self._is_idle(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._at_boundary = True  # An uninterrupted run does not train on the rest of a rollout, either.
+        if self._is_idle(trainer):
+            return
+        epochs = self._every_n_epochs
+        if self._numbered_is_due(trainer) or (epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0):
+            self._save_numbered(trainer)
+        if trainer.received_sigterm or not _is_last_epoch(trainer):  # At the end of training, on_train_end writes it.
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_idle(trainer):
+            self._save_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        # Writing is a collective operation, and only a single process knows that all ranks have stopped here.
+        stopped_here = isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1
+        if stopped_here and self._at_boundary and not self._is_idle(trainer) and not self._is_saved(trainer):
+            self._save_last(trainer)
+
+    # What to write
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        numbered = self._numbered_is_due(trainer)
+        seconds = time.monotonic() - self._last_written
+        due = self.every_n_minutes is not None and seconds >= 60 * self.every_n_minutes
+        # The clocks of the ranks differ, and not every rank may have seen the signal yet: rank 0 decides for all.
+        due = trainer.strategy.broadcast(due or trainer.received_sigterm)
+        if numbered:
+            self._save_numbered(trainer)
+        if (numbered or due) and not self._is_saved(trainer):
+            self._save_last(trainer)
+
+    def _save_numbered(self, trainer: Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None or self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._numbered_step = trainer.global_step
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self.save_last:
+            return
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_written = time.monotonic()
+        self.resumable = Path(self.last_model_path), trainer.global_step
+
+    def _numbered_is_due(self, trainer: Trainer) -> bool:
+        steps = self._every_n_train_steps
+        return steps >= 1 and trainer.global_step // steps > self._numbered_step // steps
+
+    def _is_saved(self, trainer: Trainer) -> bool:
+        return self.resumable is not None and self.resumable[1] == trainer.global_step
+
+    @staticmethod
+    def _is_idle(trainer: Trainer) -> bool:
+        debugging = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return debugging or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking
+
+    @staticmethod
+    def _validation_follows(trainer: Trainer) -> bool:
+        loop = trainer.fit_loop
+        return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+@contextmanager
+def report_signals(trainer: Trainer) -> Iterator[None]:
+    """Raise ``Stopped`` if SIGTERM or Ctrl-C ends a call of the Trainer in this context.
+
+    Lightning handles both: after SIGTERM the process would end with exit code 0 and without a message, and a signal
+    that arrives after the last batch would be ignored.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error, SIGTERMException):
+            raise _stopped(trainer, signal.SIGTERM) from error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise _stopped(trainer, signal.SIGINT) from error
+        raise
+    if trainer.received_sigterm:
+        raise _stopped(trainer, signal.SIGTERM)
+
+
+def _stopped(trainer: Trainer, by: signal.Signals) -> Stopped:
+    """Return the report of what was stopped and how to continue. On ranks other than 0, it is empty."""
+    if not trainer.is_global_zero:
+        return Stopped("", exit_code=128 + by)
+    how = "terminated by SIGTERM" if by is signal.SIGTERM else "interrupted by Ctrl-C (SIGINT)"
+    if trainer.state.fn == TrainerFn.TESTING:
+        stopped = Stopped(f"The evaluation was {how}.", "Repeat the command to evaluate again.", exit_code=128 + by)
+    else:
+        callbacks = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
+        checkpoint = next(callbacks, None)
+        resumable = checkpoint.resumable if checkpoint else None
+        what = f"Training was {how} at step {trainer.global_step}, and no final model was written."
+        if resumable is None:
+            message, hint = f"{what} This run has not written a checkpoint.", "Repeat the command to start over."
+        else:
+            message = f"{what} The checkpoint {resumable[0]} holds step {resumable[1]}."
+            hint = "Repeat the command with resume=true to continue from it."
+        stopped = Stopped(message, hint, exit_code=128 + by)
+    metrics_log.error("%s", stopped)
+    return stopped
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Return whether the epoch that has just ended is the last one.
+
+    ``fit_loop.done`` is not used because reading it changes the count of epochs.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if steps != -1 and trainer.global_step >= steps:
+        return True
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return epochs is not None and epochs != -1 and progress.processed >= epochs

@@ -1,0 +1,221 @@
+"""Parse rows of data into records. The fields that a row has determine how it is parsed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.data.records import (
+    FIELDS,
+    Demonstration,
+    Message,
+    Preference,
+    Prompt,
+    Rating,
+    Record,
+    Row,
+    UnpairedPreference,
+)
+from rlhf.errors import ConfigError, DataError
+
+
+class RecordError(DataError):
+    """A row that is not a valid record.
+
+    Args:
+        reason: What is wrong, as a clause that can follow ``file:line:``.
+        missing: The missing field, if that is the reason; error messages suggest ``data.columns.<missing>``.
+    """
+
+    def __init__(self, reason: str, missing: str | None = None) -> None:
+        super().__init__(reason)
+        self.missing = missing
+
+
+@dataclass(frozen=True)
+class RecordParser:
+    """Parses rows of data into records.
+
+    Args:
+        columns: Maps a field to the name of its column, such as ``{"rejected": "loser"}``. A field that is missing or
+            mapped to ``None`` has a column of the same name.
+
+    Raises:
+        ConfigError: ``columns`` has a key that is not one of ``FIELDS``.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.columns if name not in FIELDS]:
+            name, column = unknown[0], self.columns[unknown[0]]
+            swapped = isinstance(column, str) and column in FIELDS
+            raise ConfigError(
+                f"data.columns.{name}={column}: '{name}' is not a field of a record. The key must be one of "
+                f"{', '.join(FIELDS)}; the value is the name of the column in the data.",
+                f"Set data.columns.{column}={name}" if swapped else f"Set data.columns.<field>={name}",
+            )
+
+    def column(self, name: str) -> str:
+        """Return the column of a field."""
+        renamed = self.columns.get(name)
+        return name if renamed is None else renamed
+
+    def has(self, row: Row, name: str) -> bool:
+        """Return whether a row has a value for a field. Columns that a row does not use contain None."""
+        return row.get(self.column(name)) is not None
+
+    def parse(self, row: Row, record_type: type[Record]) -> Any:
+        """Parse a row as a record of the given type.
+
+        Raises:
+            RecordError: The row is not a valid record of this type.
+        """
+        return {
+            Demonstration: self._demonstration,
+            Preference: self._preference,
+            Rating: self._rating,
+            UnpairedPreference: self._unpaired,
+            Prompt: self._any_prompt,
+        }[record_type](row)
+
+    def _demonstration(self, row: Row) -> Demonstration:
+        if self.has(row, "messages"):
+            messages = self._messages(row, "messages")
+            response = self._final_response(messages, "messages")
+            prompt = _conversation(messages[:-1])
+        else:
+            response = self._response(row, "completion" if self.has(row, "completion") else "target", "demonstration")
+            prompt = self._prompt(row, "demonstration")
+        if not response.strip():
+            raise RecordError("the response is empty")
+        return Demonstration(prompt, response)
+
+    def _preference(self, row: Row) -> Preference:
+        margin = self._number(row, "margin", "preference") if self.has(row, "margin") else 0.0
+        if self.has(row, "prompt") or self.has(row, "document"):
+            prompt = self._prompt(row, "preference")
+            chosen, rejected = (self._response(row, name, "preference") for name in ("chosen", "rejected"))
+        else:
+            prompt, chosen, rejected = self._transcripts(row)
+        if chosen == rejected:
+            raise RecordError("'chosen' and 'rejected' are identical")
+        return Preference(prompt, chosen, rejected, margin)
+
+    def _rating(self, row: Row) -> Rating:
+        response, reward = self._response(row, "response", "rating"), self._number(row, "reward", "rating")
+        return Rating(self._prompt(row, "rating"), response, reward)
+
+    def _unpaired(self, row: Row) -> UnpairedPreference:
+        kind = "unpaired preference"
+        response = self._response(row, "response" if self.has(row, "response") else "completion", kind)
+        label = self._get(row, "label", kind)
+        if label not in (True, False):  # 1 and 0 are equal to these and therefore valid
+            raise RecordError(f"the field '{self.column('label')}' must be true or false, got {label!r}")
+        return UnpairedPreference(self._prompt(row, kind), response, bool(label))
+
+    def _any_prompt(self, row: Row) -> Prompt:
+        """Parse the prompt of a row of any kind, with the demonstrated or chosen response as its target."""
+        target = None
+        if self.has(row, "messages"):
+            messages = self._messages(row, "messages")
+            if messages[-1]["role"] != "assistant":
+                return _conversation(messages)
+            prompt, target = _conversation(messages[:-1]), messages[-1]["content"]
+        elif self.has(row, "prompt") or self.has(row, "document"):
+            prompt = self._prompt(row, "prompt")
+            for name in ("target", "completion", "chosen"):
+                if self.has(row, name):
+                    target = self._response(row, name, "prompt")
+                    break
+        elif self.has(row, "chosen") and self.has(row, "rejected"):
+            prompt, target, _ = self._transcripts(row)
+        else:
+            raise self._missing(row, "prompt", "prompt")
+        return Prompt(prompt.messages, prompt.raw_text, target)
+
+    def _prompt(self, row: Row, kind: str) -> Prompt:
+        """Parse ``prompt``, or ``document`` if there is no ``prompt``: text or a list of messages."""
+        name = "document" if self.has(row, "document") and not self.has(row, "prompt") else "prompt"
+        value = self._get(row, name, kind)
+        if isinstance(value, str):
+            if not value.strip():
+                raise RecordError(f"the field '{self.column(name)}' is empty")
+            return Prompt([{"role": "user", "content": value}], value)
+        return _conversation(self._messages(row, name))
+
+    def _response(self, row: Row, name: str, kind: str) -> str:
+        """Parse a response: text, a number, or a list of messages that ends with it."""
+        value = self._get(row, name, kind)
+        if isinstance(value, str | int | float):
+            return str(value)  # a CSV column may contain only numbers
+        return self._final_response(self._messages(row, name), name)
+
+    def _transcripts(self, row: Row) -> tuple[Prompt, str, str]:
+        """Parse two complete conversations that differ in the final response only."""
+        conversations: list[list[Message]] = []
+        for name in ("chosen", "rejected"):
+            value = self._get(row, name, "preference")
+            if isinstance(value, str) and "\n\nAssistant:" not in value:
+                raise self._missing(row, "prompt", "preference")
+            conversations.append(_parse_transcript(value) if isinstance(value, str) else self._messages(row, name))
+        chosen, rejected = conversations
+        if chosen[:-1] != rejected[:-1]:
+            raise RecordError(
+                "'chosen' and 'rejected' diverge before the final response, so they do not share a prompt"
+            )
+        return (
+            _conversation(chosen[:-1]),
+            self._final_response(chosen, "chosen"),
+            self._final_response(rejected, "rejected"),
+        )
+
+    def _messages(self, row: Row, name: str) -> list[Message]:
+        column = self.column(name)
+        value = row[column]
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise RecordError(f"the field '{column}' must be text or a list of messages, got {value!r:.40}")
+        for message in value:
+            keys = ("role", "content")
+            if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in keys):
+                raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
+        return [{"role": message["role"], "content": message["content"]} for message in value]
+
+    def _final_response(self, messages: Sequence[Message], name: str) -> str:
+        if messages[-1]["role"] != "assistant":
+            raise RecordError(f"the field '{self.column(name)}' must end with a message by 'assistant'")
+        return messages[-1]["content"]
+
+    def _number(self, row: Row, name: str, kind: str) -> float:
+        value = self._get(row, name, kind)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RecordError(f"the field '{self.column(name)}' must be a finite number, got {value!r}")
+        return float(value)
+
+    def _get(self, row: Row, name: str, kind: str) -> Any:
+        value = row.get(self.column(name))
+        if value is None:
+            raise self._missing(row, name, kind)
+        return value
+
+    def _missing(self, row: Row, name: str, kind: str) -> RecordError:
+        fields = ", ".join(key for key, value in row.items() if value is not None)
+        return RecordError(f"the {kind} record has no field '{self.column(name)}' (fields: {fields or 'none'})", name)
+
+
+def _conversation(messages: Sequence[Message]) -> Prompt:
+    if not messages or messages[-1]["role"] == "assistant":
+        raise RecordError("the conversation before the response must end with a user message")
+    if len(messages) == 1:
+        return Prompt(messages, messages[0]["content"])
+    return Prompt(messages, "\n\n".join(f"{message['role']}: {message['content']}" for message in messages))
+
+
+def _parse_transcript(text: str) -> list[Message]:
+    """Parse the ``\\n\\nHuman: ... \\n\\nAssistant: ...`` format of HH (Bai et al. 2022, arXiv:2204.05862)."""
+    messages = []
+    for turn in text.replace("\n\nHuman:", "\x00user\x01").replace("\n\nAssistant:", "\x00assistant\x01").split("\x00"):
+        role, mark, content = turn.partition("\x01")
+        if mark:
+            messages.append({"role": role, "content": content.strip()})
+    return messages

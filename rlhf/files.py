@@ -1,0 +1,58 @@
+"""Atomic writes and hashes of files."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+PART = ".part"  # suffix of a file that is still being written
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], object], *, concurrent: bool = False) -> None:
+    """Write a file so that it is either complete or absent, even if the process is killed.
+
+    The content is written to a temporary file in the same directory, flushed to disk and then renamed. An existing file
+    stays intact until the new one is complete. If writing fails, the temporary file is removed.
+
+    Args:
+        path: File to write. Its directory is created if necessary.
+        write: Writes the content to the binary file that it receives.
+        concurrent: Several processes may write this file at the same time, so each uses its own temporary name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}" if concurrent else f"{path.name}{PART}")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def sha256_of_file(path: str | Path) -> str | None:
+    """Return the SHA-256 of a file as a hexadecimal string, or None if there is no such file."""
+    if not Path(path).is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Flush a renamed directory entry to disk, so that it survives a loss of power, where the system supports it."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems do not support it
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,68 @@
+"""The critic of PPO: where it comes from, and its values."""
+
+from typing import TypeAlias
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout, hidden_states
+from rlhf.tensors import scatter, states_before
+
+Critic: TypeAlias = ScalarModel | ScalarHead  # a separate model, or a head on the policy
+CRITIC_INITS = ("reward_model", "sft", "random")
+
+
+def open_critic(
+    init: str, *, policy: ModelSource, reward_model: ModelSource | None, tokenizer: PreTrainedTokenizerBase
+) -> ScalarModel:
+    """Open a separate critic, without dropout.
+
+    Args:
+        init: ``reward_model``, ``sft`` (the trunk of the policy under a new head) or ``random``.
+        policy: Source of the policy.
+        reward_model: Source of the reward model; required for ``reward_model`` only.
+        tokenizer: Tokenizer of the policy.
+    """
+    if init == "reward_model":
+        assert reward_model is not None
+        return disable_dropout(reward_model.scalar_model(tokenizer))
+    lm = policy.language_model(tokenizer)
+    if init == "random":
+        lm = AutoModelForCausalLM.from_config(lm.config)
+    return disable_dropout(ScalarModel(lm.base_model, ScalarHead(lm.config.get_text_config().hidden_size)))
+
+
+def critic_width(critic: Critic, policy_width: int) -> int:
+    """Return the width of the hidden states that the critic reads."""
+    if isinstance(critic, ScalarHead):
+        return policy_width
+    return int(critic.config.get_text_config().hidden_size)
+
+
+def critic_values(
+    critic: Critic,
+    output: PolicyOutput,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    *,
+    detach: bool = False,
+) -> Tensor:
+    """Compute the critic's value before each response token.
+
+    Args:
+        critic: A separate model, or a head on the policy.
+        output: Output of the policy, whose hidden states a head reads.
+        input_ids: [batch, time] prompt and response.
+        attention_mask: [batch, time] bool, True on real tokens.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        detach: Do not propagate the gradient of a head into the policy.
+
+    Returns:
+        [batch, time] values, in reward units; 0 on masked tokens.
+    """
+    if isinstance(critic, ScalarHead):
+        hidden = output.hidden.detach() if detach else output.hidden
+        return scatter(critic(states_before(hidden, response_mask)), response_mask)
+    hidden = hidden_states(critic.trunk, input_ids, attention_mask)
+    return scatter(critic.values(states_before(hidden, response_mask)), response_mask)

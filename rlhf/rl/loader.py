@@ -1,0 +1,54 @@
+"""The training data loader of on-policy stages: batches of prompts in, minibatches of experience out."""
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from rlhf.data import BatchLoader, PromptBatch
+from rlhf.data.loader import with_loss_weights
+from rlhf.errors import ConfigError
+from rlhf.rl.experience import Minibatch
+
+
+class ExperienceLoader:
+    """Turns each batch of prompts into the minibatches of one iteration.
+
+    A rollout is sampled when its first minibatch is requested, hence always from the current policy. Lightning sees
+    minibatches as ordinary batches, so gradient clipping, accumulation, precision and schedules work as in any stage.
+
+    Args:
+        prompts: Batches of prompts.
+        iteration: Runs one iteration: a batch of prompts in, minibatches out.
+        minibatches: Number of minibatches of an iteration, over all passes.
+
+    Raises:
+        ConfigError: An optimizer step would mix minibatches of two iterations.
+    """
+
+    def __init__(
+        self, prompts: BatchLoader, iteration: Callable[[PromptBatch], Iterator[Minibatch]], minibatches: int
+    ) -> None:
+        if minibatches % prompts.per_step:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={prompts.per_step} must divide the number of minibatches per "
+                f"iteration, {minibatches}: an optimizer step cannot mix responses of two policies.",
+                "Change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size.",
+            )
+        self.prompts = prompts
+        self.iteration = iteration
+        self.minibatches = minibatches
+        self.batch_sampler = prompts.batch_sampler  # Lightning sets its epoch.
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.minibatches
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        world = self.batch_sampler.world
+        for batch in self.prompts:
+            weighted = with_loss_weights(self.iteration(cast(PromptBatch, batch)), self.prompts.per_step, world)
+            yield from cast(Iterator[Minibatch], weighted)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.prompts.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.prompts.load_state_dict(state)

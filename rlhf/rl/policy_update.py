@@ -1,0 +1,120 @@
+"""The policy loss of one update, and the limits that decide whether the update is made."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models import PolicyOutput
+from rlhf.rl.experience import Minibatch
+from rlhf.rl.kl import KLController
+from rlhf.rl.metrics import update_metrics
+from rlhf.rl.objective import clipped_policy_loss
+from rlhf.rl.policies import PolicyWithReference
+from rlhf.rl.update_limits import UpdateLimits
+
+
+class PolicyUpdate:
+    """Computes the clipped policy loss with entropy bonus and KL penalty.
+
+    Args:
+        policies: The policy and its reference model.
+        kl: The KL penalty.
+        clip_range: Clip range of ratios below 1.
+        clip_range_high: Clip range of ratios above 1.
+        entropy_coef: Coefficient of the entropy bonus.
+        limits: Limits on updates.
+        loss_reduction: Mean over tokens or over sequences.
+    """
+
+    def __init__(
+        self,
+        *,
+        policies: PolicyWithReference,
+        kl: KLController,
+        clip_range: float,
+        clip_range_high: float,
+        entropy_coef: float,
+        limits: UpdateLimits,
+        loss_reduction: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self.policies = policies
+        self.kl = kl
+        self.clip_range = clip_range
+        self.clip_range_high = clip_range_high
+        self.entropy_coef = entropy_coef
+        self.limits = limits
+        self.loss_reduction = loss_reduction
+
+    def policy_output(self, minibatch: Minibatch) -> PolicyOutput:
+        """Evaluate the response tokens of a minibatch under the current policy."""
+        return self.policies.policy_output(
+            minibatch.input_ids,
+            minibatch.attention_mask,
+            minibatch.response_mask,
+            entropy_grad=self.entropy_coef != 0,
+        )
+
+    def loss(self, minibatch: Minibatch, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the policy loss of a minibatch.
+
+            L = L_clip - entropy_coef * mean(entropy) + kl_coef * mean(KL),    the last term only with apply_to=loss
+
+        Args:
+            minibatch: The minibatch.
+            output: Output of the current policy on it.
+
+        Returns:
+            Scalar loss, and metrics.
+        """
+        surrogate = clipped_policy_loss(
+            output.logprobs,
+            minibatch.old_logprobs,
+            minibatch.advantages,
+            minibatch.response_mask,
+            clip_range=self.clip_range,
+            clip_range_high=self.clip_range_high,
+            dual_clip=self.limits.dual_clip,
+            loss_reduction=self.loss_reduction,
+        )
+        loss = surrogate
+        metrics = update_metrics(minibatch, output, low=self.clip_range, high=self.clip_range_high)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * self.loss_reduction(output.entropy, minibatch.response_mask)
+        if self.kl.in_loss:
+            kl = self.loss_reduction(self._kl(minibatch, output), minibatch.response_mask)
+            loss = loss + float(self.kl.coef) * kl
+            metrics["loss/kl_avg"] = kl
+        return loss, {"loss/policy_avg": surrogate, **metrics}
+
+    def _kl(self, minibatch: Minibatch, output: PolicyOutput) -> Tensor:
+        """Compute the KL at each token, [minibatch, time], with the gradient of the policy."""
+        reference = None
+        if self.policies.needs_ref_output:
+            reference = self.policies.reference_output(
+                minibatch.input_ids, minibatch.attention_mask, minibatch.response_mask
+            )
+        return self.policies.kl(output, minibatch.ref_logprobs, minibatch.response_mask, reference)
+
+    def stops_rollout(self, metrics: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], float]) -> bool:
+        """Whether this minibatch and all later ones of its rollout must be skipped; equal on all ranks."""
+        limit = self.limits.stop_kl_per_token
+        return limit is not None and mean_over_ranks(metrics["policy/approxkl_avg"]) > limit
+
+    def skips_minibatch(self, metrics: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], float]) -> bool:
+        """Whether this minibatch must be skipped; equal on all ranks."""
+        limit = self.limits.skip_ratio
+        return limit is not None and mean_over_ranks(metrics["policy/ratio"]) > limit
+
+
+def zero_loss(modules: Iterable[nn.Module]) -> Tensor:
+    """Return a loss of 0 that depends on every trainable parameter, as distributed training requires."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    return torch.stack([(parameter.flatten()[0] * 0.0).float() for parameter in parameters]).sum()
+
+
+def clear_gradients(modules: Iterable[nn.Module]) -> None:
+    """Remove all gradients, so that the optimizer leaves parameters and their moments unchanged."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.grad = None

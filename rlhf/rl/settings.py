@@ -1,0 +1,88 @@
+"""Checks of the settings that the on-policy stages share, made before any model is loaded."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeVar
+
+from rlhf.declared import declared_arguments
+from rlhf.errors import ConfigError
+from rlhf.rl.advantages import AdvantageEstimator
+from rlhf.sampling import SamplingParams
+from rlhf.tensors import masked_mean, sequence_mean
+
+LOSS_REDUCTIONS = {"token_mean": masked_mean, "sequence_mean": sequence_mean}
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Refuse greedy sampling, and warn about filters."""
+    if sampling.temperature == 0:
+        raise ConfigError(
+            "stage.sampling.temperature must be above 0 in on-policy training, got 0: greedy responses explore "
+            "nothing.",
+            "Set stage.sampling.temperature=0.7.",
+        )
+    if sampling.top_k or sampling.top_p < 1:
+        log.warning(
+            "stage.sampling.top_k=%s and top_p=%s restrict sampling, but log-probs, ratios and KL are computed over "
+            "the full vocabulary: the responses come from a narrower distribution than the one that is updated.",
+            sampling.top_k,
+            sampling.top_p,
+        )
+
+
+def check_update(
+    clip_range: float,
+    clip_range_high: float | None,
+    loss_reduction: str,
+    ppo_epochs: int,
+    minibatch_size: int,
+) -> None:
+    """Refuse values that are out of range."""
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise ConfigError(
+            f"stage.loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}, got {loss_reduction}.",
+            "Set stage.loss_reduction=token_mean.",
+        )
+    if ppo_epochs < 1:
+        raise ConfigError(f"stage.ppo_epochs must be at least 1, got {ppo_epochs}.", "Set stage.ppo_epochs=1.")
+    if minibatch_size < 1:
+        raise ConfigError(
+            f"stage.minibatch_size must be at least 1, got {minibatch_size}.", "Set stage.minibatch_size=1."
+        )
+    if clip_range <= 0:
+        raise ConfigError(f"stage.clip_range must be positive, got {clip_range}.", "Set stage.clip_range=0.2.")
+    if clip_range_high is not None and clip_range_high <= 0:
+        raise ConfigError(
+            f"stage.clip_range_high must be positive, got {clip_range_high}.",
+            "Set stage.clip_range_high=0.28 or remove it.",
+        )
+
+
+def check_estimator(advantage: AdvantageEstimator, num_generations: int) -> None:
+    """Refuse a number of responses per prompt that is too small for the advantage estimator."""
+    if num_generations < 1:
+        raise ConfigError(
+            f"stage.num_generations must be at least 1, got {num_generations}.", "Set stage.num_generations=4."
+        )
+    if num_generations < 2 and "group_size" in declared_arguments(advantage):
+        raise ConfigError(
+            f"stage.num_generations must be at least 2 with the advantage estimator {estimator_name(advantage)}, "
+            f"which compares the responses to one prompt, got {num_generations}.",
+            "Set stage.num_generations=4 or advantage=reinforce_pp.",
+        )
+
+
+def estimator_name(advantage: AdvantageEstimator) -> str:
+    """Return the name of an advantage estimator for messages."""
+    function = advantage.func if isinstance(advantage, partial) else advantage
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def as_sequence(given: T | Sequence[T] | None) -> Sequence[T]:
+    """Return one item or several as a sequence; empty for None."""
+    if given is None:
+        return ()
+    return given if isinstance(given, Sequence) else (given,)

@@ -1,0 +1,105 @@
+"""Token-by-token decoding: the cached forward pass and the choice of the next token."""
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.sampling.params import SamplingParams
+from rlhf.tensors import pad_right
+
+
+class DecodingBatch:
+    """The unfinished rows of a batch and the model's cache for them.
+
+    Prompts are padded on the left, so that the next token of every row has the same index. Positions count from the
+    first real token.
+
+    Args:
+        lm: Causal language model.
+        prompts: Token ids of each prompt, at least one per prompt.
+    """
+
+    def __init__(self, lm: PreTrainedModel, prompts: list[list[int]]) -> None:
+        self.lm = lm
+        reversed_ids, reversed_mask = pad_right([prompt[::-1] for prompt in prompts])
+        self.input_ids = reversed_ids.flip(1).to(lm.device)
+        self.attention_mask = reversed_mask.flip(1).to(lm.device)
+        self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.padded = not bool(self.attention_mask.all())
+        self.arguments = signature(lm.forward).parameters
+        # Models without attention name their recurrent state `cache_params`. Models with attention, including hybrid
+        # ones, name their cache `past_key_values`.
+        self.recurrent = "cache_params" in self.arguments
+        self.cache_name = "cache_params" if self.recurrent else "past_key_values"
+        self.cache: Any = None
+
+    def next_logits(self) -> Tensor:
+        """Compute the logits of each row's next token: [rows, vocabulary]."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": True, self.cache_name: self.cache}
+        # Attention needs the mask of all cached tokens at every step. A recurrent state contains no padding after the
+        # prompt, and Mamba-1 and Falcon-Mamba would broadcast the longer mask against the single new token.
+        if self.padded and not (self.recurrent and self.cache is not None):
+            inputs["attention_mask"] = self.attention_mask.long()
+        if "position_ids" in self.arguments:
+            inputs["position_ids"] = self.position_ids
+        if "logits_to_keep" in self.arguments:
+            inputs["logits_to_keep"] = 1
+        output = self.lm(**inputs)
+        self.cache = getattr(output, self.cache_name)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Remove all other rows from the batch and from the cache."""
+        self.cache.reorder_cache(rows)
+        self.attention_mask, self.position_ids = self.attention_mask[rows], self.position_ids[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """Append one token to each row: [rows] token ids. Only these are read in the next step."""
+        self.input_ids = tokens[:, None]
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+
+
+def draw_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Draw one token per row by inverse transform sampling, with the global random state of torch.
+
+    Args:
+        logits: [rows, vocabulary] next-token logits.
+        params: Temperature and filters.
+
+    Returns:
+        [rows] token ids.
+    """
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
+    cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    # Scale by the total instead of 1, so that rounding never selects a token beyond the last one.
+    draw = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set the logits of tokens outside top-k and top-p to minus infinity.
+
+    Args:
+        logits: [rows, vocabulary] logits, already divided by the temperature.
+        top_k: Number of tokens to keep; 0 keeps all.
+        top_p: Probability that the kept tokens reach, computed after the top-k filter; 1 keeps all.
+
+    Returns:
+        [rows, vocabulary] logits. The most likely token is always kept.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        remove = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+    return logits

@@ -1,0 +1,57 @@
+"""Settings of response sampling."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Settings of response sampling.
+
+    Args:
+        max_new_tokens: Maximum response length, in tokens, including the stop token. A response without a stop token is
+            cut at this length and counts as truncated.
+        temperature: Divisor of the logits. 0 selects the most likely token (greedy decoding).
+        top_k: Sample from the k most likely tokens only. 0 disables the filter.
+        top_p: Sample from the smallest set of most likely tokens whose total probability reaches ``top_p``. 1 disables
+            the filter. (Holtzman et al. 2020, arXiv:1904.09751)
+        stop_tokens: Tokens that end a response, such as ``["<|im_end|>"]``. null: the EOS token of the tokenizer.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be >= 0, got {self.temperature}.", "0 selects the most likely token.")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be >= 0, got {self.top_k}.", "0 samples from all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.", "1 samples from all tokens.")
+        if self.stop_tokens is not None and (isinstance(self.stop_tokens, str) or not self.stop_tokens):
+            raise ConfigError(
+                f"stop_tokens must be a non-empty list of tokens or null, got {self.stop_tokens!r}.",
+                "Set it to a list such as [<token>], or to null for the EOS token of the tokenizer.",
+            )
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the ids of the tokens that end a response."""
+        if self.stop_tokens is None:
+            return [int(tokenizer.eos_token_id)]
+        vocabulary = tokenizer.get_vocab()
+        for token in self.stop_tokens:
+            if token not in vocabulary:
+                raise ConfigError(
+                    f"stop_tokens contains {token!r}, which is not a single token of the tokenizer.",
+                    "Use tokens exactly as they are spelled in the vocabulary of the tokenizer.",
+                )
+        return [vocabulary[token] for token in self.stop_tokens]

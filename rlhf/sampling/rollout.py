@@ -1,0 +1,81 @@
+"""Prompts with sampled responses."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.tensors import pad_right
+
+
+@dataclass
+class Rollout:
+    """Prompts with sampled responses, ready to be scored.
+
+    Args:
+        input_ids: [batch, time] prompt and response, padded on the right.
+        attention_mask: [batch, time] bool, True on real tokens.
+        response_mask: [batch, time] bool, True from the first token of the response up to and including its stop token.
+        finished: [batch] bool, True where the response ends with a stop token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    finished: Tensor
+
+    @classmethod
+    def from_responses(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        stop_ids: Collection[int],
+        device: torch.device | str = "cpu",
+    ) -> "Rollout":
+        """Assemble a rollout from token ids.
+
+        Args:
+            prompts: Token ids of each prompt.
+            responses: Token ids of each response, at least one per response.
+            stop_ids: Ids of the tokens that end a response.
+            device: Device of the result.
+        """
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        input_ids, attention_mask = pad_right(rows)
+        starts = torch.tensor([len(prompt) for prompt in prompts])
+        response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
+        finished = torch.tensor([response[-1] in stop_ids for response in responses])
+        return cls(*(tensor.to(device) for tensor in (input_ids, attention_mask, response_mask, finished)))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch] number of tokens of each response, including EOS."""
+        return self.response_mask.sum(dim=1)
+
+    def response_ids(self) -> list[list[int]]:
+        """Return the token ids of each response."""
+        return [row[mask].tolist() for row, mask in zip(self.input_ids, self.response_mask, strict=True)]
+
+    def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return each response as text, without special tokens and without leading or trailing whitespace."""
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in self.response_ids()]
+
+
+def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
+    """Fraction of n-grams that already occurred earlier in the same response.
+
+        1 - distinct n-grams / n-grams,    both summed over the responses
+
+    Args:
+        responses: Token ids of each response.
+        size: Number of tokens in an n-gram.
+
+    Returns:
+        A fraction between 0 and 1; 0 if every response is shorter than one n-gram.
+
+    Reference: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
+    """
+    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
+    return 1 - sum(len(set(own)) for own in ngrams) / max(sum(map(len, ngrams)), 1) if any(ngrams) else 0.0

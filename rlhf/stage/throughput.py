@@ -1,0 +1,34 @@
+"""Throughput of training: tokens and sequences per second."""
+
+import time
+
+
+class ThroughputMeter:
+    """Counts tokens and sequences from its creation, or from the last call of ``rates``."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._tokens = 0
+        self._sequences = 0
+        self._started = time.perf_counter()
+
+    def add(self, tokens: int, sequences: int) -> None:
+        """Count the tokens (without padding) and the sequences of a batch on this device."""
+        self._tokens += tokens
+        self._sequences += sequences
+
+    def rates(self, devices: int) -> dict[str, float]:
+        """Return tokens and sequences per second over all devices, and start counting again.
+
+        Args:
+            devices: Number of devices. Each is assumed to process as much as this one.
+        """
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        rates = {
+            "throughput/tokens_per_s": self._tokens * devices / seconds,
+            "throughput/sequences_per_s": self._sequences * devices / seconds,
+        }
+        self._restart()
+        return rates

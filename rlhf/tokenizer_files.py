@@ -1,0 +1,71 @@
+"""Tokenizers as the named files that exports and checkpoints contain."""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.errors import DataError
+
+# The files that tokenizers of transformers write: the common ones first, then the vocabularies of single models.
+TOKENIZER_FILES = frozenset(
+    """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    vocab.json vocab.txt merges.txt tekken.json
+    bpe.codes byte_maps.json dict.txt emoji.json entity_vocab.json normalizer.json prophetnet.tokenizer
+    target_vocab.json vocab-src.json vocab-tgt.json word_pronunciation.json word_shape.json
+    """.split()
+)
+# SentencePiece and tiktoken models: tokenizer.model, spiece.model, sentencepiece.bpe.model, source.spm.
+_TOKENIZER_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(model|spm)")
+
+
+def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the files that ``save_pretrained`` writes, by name: text as a string, other bytes as a uint8 tensor."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        files: dict[str, Any] = {}
+        for path in sorted(Path(directory).iterdir()):
+            data = path.read_bytes()
+            try:
+                files[path.name] = data.decode()
+            except UnicodeDecodeError:
+                files[path.name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return files
+
+
+def unpack_tokenizer(files: Mapping[Any, Any], origin: str) -> PreTrainedTokenizerBase:
+    """Open a tokenizer from its packed files.
+
+    The files may come from anyone. They are only written, to a temporary directory, if each of them has the plain name
+    of a file that tokenizers of ``transformers`` write. Code that they refer to is never run.
+
+    Args:
+        files: The result of ``pack_tokenizer``.
+        origin: The file that contains them, for messages.
+
+    Raises:
+        DataError: A file has any other name. Nothing is written in this case.
+    """
+    for name in files:
+        _check_name(name, origin)
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
+            Path(directory, name).write_bytes(data)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return tokenizer
+
+
+def _check_name(name: object, origin: str) -> None:
+    if isinstance(name, str) and (name in TOKENIZER_FILES or _TOKENIZER_MODEL.fullmatch(name)):
+        return
+    raise DataError(
+        f"{origin}: the tokenizer contains a file named {name!r}. Only plain names of tokenizer files are allowed, "
+        "such as 'tokenizer.json' or 'tokenizer.model', without a directory part. Nothing was written.",
+        "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>",
+    )

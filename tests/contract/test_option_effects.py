@@ -1,0 +1,161 @@
+"""Every option has an effect: its override changes the trained weights, or is rejected with an error that names it."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from contract.configs import STAGES, choices, compose_config, composed_dict, leaf_keys
+from contract.option_effects import EFFECTS, ELSEWHERE, Effect
+from harness import PROMPTS, FakeSource, quick_trainer
+from rlhf.errors import explain
+from rlhf.stages import stages
+
+# Small, and far enough from the start that clip ranges, ratios and moments matter.
+SMALL = [
+    "data=jsonl",
+    "data.batch_size=8",
+    "data.max_length=64",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=null",
+    "stage.learning_rate=1e-3",
+    "stage.schedule=constant",
+]
+ON_POLICY = ["stage.sampling.max_new_tokens=8", "stage.minibatch_size=4", "stage.ppo_epochs=2"]
+SMALL_STAGE = {
+    "sft": ["stage.samples=0", "data.val_fraction=0"],
+    "ppo": ON_POLICY,
+    "grpo": ON_POLICY,
+    "dpo": ["stage.ref_logprobs_cache=null"],
+    "reward": ["data.demonstrations=null", "stage.output=null"],
+}
+SMALL_MODEL = [f"model.{setting}=16" for setting in ("hidden_size", "intermediate_size")]
+SMALL_MODEL += ["model.num_layers=1", "model.num_heads=2", "model.vocab_size=300"]
+
+
+class Bench:
+    """Trains small stages from overrides; equal overrides give equal weights, which are cached."""
+
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerFast, policy: FakeSource, reward_model: FakeSource
+    ) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.inputs = {"policy": policy, "reward_model": reward_model}
+        self.rows = folder / "rows.jsonl"  # every kind of record in one
+        rows = [
+            {"prompt": prompt, "completion": f"so {n}", "chosen": f"so {n}", "rejected": "It rains " * n}
+            for n, prompt in enumerate(PROMPTS)
+        ]
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.cache: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def weights(self, stage: str, *overrides: str) -> dict[str, Any]:
+        """Return the weights after training with these overrides."""
+        key = (stage, *sorted(overrides))
+        if key not in self.cache:
+            self.cache[key] = self.train(stage, overrides)
+        return self.cache[key]
+
+    def train(self, stage: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+        overrides = tuple(override.format(rows=self.rows) for override in overrides)
+        from_scratch = any(override.startswith("model") for override in overrides)
+        small_model = SMALL_MODEL if from_scratch and "model=mamba" not in overrides else []
+        model = [*small_model, "model.vocab_size=300"] if from_scratch else []
+        cfg = compose_config(f"stage={stage}", *SMALL, *SMALL_STAGE[stage], *model, *overrides)
+        cfg.data.train = str(self.rows)
+        lightning.seed_everything(3, verbose=False)
+        data = instantiate(cfg.data)
+        inputs = {name: self.inputs[name] for name in stages()[stage].inputs}
+        tokenizer = self.tokenizer
+        if from_scratch:
+            inputs["policy"] = instantiate(cfg.model)
+            tokenizer = inputs["policy"].tokenizer(data.training_texts())
+        module = instantiate(cfg.stage, _partial_=True)(**inputs)
+        module.tokenizer = data.tokenizer = tokenizer
+        lightning.seed_everything(3, verbose=False)
+        flags = {name: value for name, value in OmegaConf.to_container(cfg.trainer).items() if name != "_target_"}
+        silent = {"enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+        quick_trainer(**{**flags, **silent, "default_root_dir": str(self.folder)}).fit(module, data)
+        return {name: value.clone() for name, value in module.state_dict().items() if value.is_floating_point()}
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Effects of options do not depend on the architecture."""
+    return "transformer"
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict[tuple[str, ...], dict[str, Any]]:
+    """Weights of runs that several tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def bench(
+    cache: dict[tuple[str, ...], dict[str, Any]],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    policy: FakeSource,
+    reward_model: FakeSource,
+) -> Bench:
+    bench = Bench(tmp_path, tokenizer, policy, reward_model)
+    bench.cache = cache
+    return bench
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return True if all trained weights are equal."""
+    trained = [name for name in one if name.startswith(("policy.", "critic.", "model."))]
+    if one.keys() != other.keys():
+        return False
+    return all(one[name].shape == other[name].shape and torch.equal(one[name], other[name]) for name in trained)
+
+
+@pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: " ".join([effect.stage, *effect.given, effect.override]))
+def test_every_option_changes_the_weights_or_is_rejected(effect: Effect, bench: Bench) -> None:
+    # A model option is compared with the small model, which the first override selects without a change.
+    model = ("model.num_layers=1",) if effect.key.startswith("model.") else ()
+    compose_config(f"stage={effect.stage}", *effect.given, effect.override)  # An unknown key is not a rejection.
+    without = bench.weights(effect.stage, *effect.given, *model)
+    try:
+        with_it = bench.weights(effect.stage, *effect.given, *model, effect.override)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        assert effect.key.split(".")[-1] in message, f"the error does not name the key: {message}"
+        return
+    assert not same(with_it, without)
+
+
+def test_equal_overrides_give_equal_weights(bench: Bench) -> None:
+    """Otherwise the test above could not fail."""
+    assert same(bench.train("ppo", ()), bench.weights("ppo"))
+
+
+def own_keys(*overrides: str) -> set[str]:
+    """Return the keys of the stage, its data, its model and its reward function; evaluation trains nothing."""
+    cfg = composed_dict(*overrides)
+    nodes = {name: cfg[name] for name in ("stage", "data", "model", "reward") if isinstance(cfg.get(name), dict)}
+    keys = leaf_keys(nodes)
+    return {key for key in keys if not key.endswith((".reward", "._target_"))}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stages()[stage].exports])
+def test_every_option_is_in_the_table(stage: str) -> None:
+    """Also those of every choice of model, loss, advantage estimator and reward function."""
+    keys = own_keys(f"stage={stage}", "data=jsonl")
+    for group in ("model", *stages()[stage].groups):
+        for name in choices(group) if group != "rl" else ():
+            keys |= own_keys(f"stage={stage}", "data=jsonl", f"{group}={name}")
+    listed = {effect.key for effect in EFFECTS}
+    missing = {key for key in keys - listed if not any(fnmatch(key, pattern) for pattern in ELSEWHERE)}
+    assert missing == set(), "add an override to tests/contract/option_effects.py"

@@ -1,0 +1,43 @@
+"""Validation of sampling settings, and stop tokens."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.errors import ConfigError
+from rlhf.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"stop_tokens": []},
+        {"stop_tokens": "e"},
+    ],
+)
+def test_invalid_settings_are_refused(setting: dict[str, Any]) -> None:
+    """The message names the key and its value."""
+    ((key, value),) = setting.items()
+    with pytest.raises(ConfigError, match=rf"^{key} must be") as raised:
+        SamplingParams(**setting)
+    assert repr(value) in str(raised.value)
+
+
+def test_stop_ids_are_the_ids_of_the_stop_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    vocabulary = tokenizer.get_vocab()
+    assert SamplingParams(stop_tokens=["e", "t"]).stop_ids(tokenizer) == [vocabulary["e"], vocabulary["t"]]
+
+
+def test_eos_is_the_default_stop_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert SamplingParams().stop_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_stop_token_must_be_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="stop_tokens contains 'no token'"):
+        SamplingParams(stop_tokens=["no token"]).stop_ids(tokenizer)

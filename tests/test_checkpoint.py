@@ -1,0 +1,428 @@
+"""Checkpoints resume training exactly, are written atomically, and survive SIGTERM and Ctrl-C."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from contract.configs import compose_config
+from harness import DEMONSTRATIONS, EXACT, TINY_DATA, TINY_MODEL, Run, TinyRun, assert_same_weights, train_command
+from rlhf import checkpoint
+from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint, report_signals
+from rlhf.errors import ConfigError, Stopped
+
+# 4 minibatches per iteration: 2 passes over 4 responses in minibatches of 2.
+STAGE_KEYS: dict[str, dict[str, Any]] = {"sft": {"samples": 2}, "ppo": {"ppo_epochs": 2, "minibatch_size": 2}}
+BATCH_SIZE = {"sft": 2, "ppo": 4}
+
+
+class CheckpointedRuns:
+    """Runs of two epochs with validation: SFT with 4 batches per epoch, PPO with 2 iterations per epoch.
+
+    Args:
+        tiny_run: Builds the runs.
+        folder: Checkpoints are written to directories in it.
+    """
+
+    def __init__(self, tiny_run: TinyRun, folder: Path) -> None:
+        self.tiny_run, self.folder = tiny_run, folder
+        self.rows = tiny_run.write("rows", DEMONSTRATIONS)
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that ``callback()`` writes."""
+        return self.folder / "run" / "last.ckpt"
+
+    def fit(
+        self,
+        stage: str,
+        *callbacks: lightning.Callback,
+        resume: Path | None = None,
+        trainer: dict[str, Any] | None = None,
+    ) -> Run:
+        """Train, from the same weights and seed in every call."""
+        run = self.tiny_run.build(
+            stage,
+            data={"train": self.rows, "val": self.rows, "max_length": 64, "batch_size": BATCH_SIZE[stage]},
+            trainer={"max_epochs": 2, "enable_checkpointing": bool(callbacks), **(trainer or {})},
+            callbacks=callbacks,
+            schedule="cosine",
+            **STAGE_KEYS[stage],
+        )
+        with report_signals(run.trainer):
+            return run.fit(resume)
+
+    def callback(self, directory: str = "run", **keys: Any) -> RunCheckpoint:
+        """Build the checkpoint callback of ``conf/callbacks/default.yaml`` with other keys."""
+        configured = compose_config("stage=sft").callbacks.checkpoint
+        callback: RunCheckpoint = instantiate(configured, **{"dirpath": str(self.folder / directory), **keys})
+        return callback
+
+
+@pytest.fixture
+def runs(tiny_run: TinyRun, tmp_path: Path) -> CheckpointedRuns:
+    return CheckpointedRuns(tiny_run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference to checkpoints: one is enough."""
+    return "transformer"
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A copy of every ``last.ckpt``, in the order of writing."""
+    found: list[Path] = []
+    write = AtomicCheckpointIO.save_checkpoint
+
+    def save_and_copy(self: AtomicCheckpointIO, content: Any, path: Any, storage_options: Any = None) -> None:
+        write(self, content, path, storage_options)
+        if Path(path).name == "last.ckpt":
+            (tmp_path / "copies").mkdir(exist_ok=True)
+            found.append(tmp_path / "copies" / f"{len(found)}.ckpt")
+            shutil.copy(path, found[-1])
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_copy)
+    return found
+
+
+@pytest.fixture
+def _restore_sigint_handler() -> Iterator[None]:
+    """Restore the handler of SIGINT. Lightning ignores the signal after the first one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer step of a checkpoint."""
+    step: int = torch.load(path, weights_only=True)["global_step"]
+    return step
+
+
+# When checkpoints are written, and what they contain
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_checkpoints_do_not_affect_training(runs: CheckpointedRuns, copies: list[Path], stage: str) -> None:
+    """The weights are bit-for-bit equal without checkpoints and with one at every possible position."""
+    without = runs.fit(stage)
+    often = runs.fit(stage, runs.callback(every_n_minutes=0))
+    assert len(copies) >= 4
+    assert_same_weights(often.module, without.module, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "steps"),
+    [
+        ("sft", {}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("sft", {"accumulate_grad_batches": 2}, [1, 2, 3, 4]),
+        ("sft", {"val_check_interval": 2}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("ppo", {}, [4, 8, 12, 16]),
+        ("ppo", {"accumulate_grad_batches": 2}, [2, 4, 6, 8]),
+        ("ppo", {"val_check_interval": 4}, [4, 8, 12, 16]),
+        ("ppo", {"val_check_interval": 2}, [4, 8, 12, 16]),
+    ],
+)
+def test_every_checkpoint_resumes_exactly(
+    runs: CheckpointedRuns, copies: list[Path], stage: str, keys: dict[str, Any], steps: list[int]
+) -> None:
+    """A new module and Trainer that resume from any checkpoint end with the weights of the uninterrupted run.
+
+    ``steps`` are the positions of the checkpoints: every optimizer step in SFT, the ends of iterations in PPO.
+    """
+    whole = runs.fit(stage, runs.callback(every_n_minutes=0), trainer=keys)
+    assert [step_of(path) for path in copies] == steps
+    for path in list(copies):
+        resumed = runs.fit(stage, runs.callback("resumed"), resume=path, trainer=keys)
+        assert resumed.trainer.global_step == steps[-1]
+        assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+def test_a_checkpoint_is_written_every_five_minutes(
+    runs: CheckpointedRuns, copies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch takes 2 minutes of a fake clock, so every third batch after a checkpoint writes the next one.
+
+        batch     1  2  3  4 |  5   6   7   8    (| is the end of the first epoch)
+        minute    0  2  4  6 |  8  10  12  14
+        written            6             12  14  the last one at the end of training
+
+    With ``every_n_minutes=None``, only the ends of the two epochs remain.
+    """
+    minutes = iter(range(0, 10_000, 2))
+    now = [0]
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            now[0] = 60 * next(minutes)
+
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: float(now[0]))
+    runs.fit("sft", Clock(), runs.callback(), trainer={"val_check_interval": 1.0})
+    assert runs.callback().every_n_minutes == 5.0
+    assert [step_of(path) for path in copies] == [4, 7, 8]
+    copies.clear()
+    runs.fit("sft", runs.callback(every_n_minutes=None))
+    assert [step_of(path) for path in copies] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("stage", "every", "expected"), [("sft", 3, [3, 6]), ("ppo", 4, [4, 8, 12, 16]), ("ppo", 6, [8, 12])]
+)
+def test_numbered_checkpoints_are_kept(runs: CheckpointedRuns, stage: str, every: int, expected: list[int]) -> None:
+    """As ``experiment=overoptimization`` sets it. In PPO, a checkpoint due within an iteration waits for its end."""
+    runs.fit(stage, runs.callback(every_n_train_steps=every, save_top_k=-1))
+    found = sorted(int(path.stem.removeprefix("step")) for path in runs.last.parent.glob("step*.ckpt"))
+    assert found == expected
+    assert all(step_of(runs.last.with_name(f"step{step}.ckpt")) == step for step in found)
+    assert runs.last.is_file()
+
+
+def test_the_configuration_selects_the_callback() -> None:
+    """The default, and the keys of the experiment that the overoptimization benchmark relies on."""
+    assert compose_config("stage=sft").callbacks.checkpoint._target_ == "rlhf.checkpoint.RunCheckpoint"
+    keys = compose_config("experiment=overoptimization").callbacks.checkpoint
+    assert (keys.every_n_train_steps, keys.save_top_k, keys.filename) == (12, -1, "step{step}")
+
+
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_a_negative_interval_is_rejected(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^callbacks\.checkpoint\.every_n_minutes must be >= 0 .*, got {minutes}\."):
+        RunCheckpoint(every_n_minutes=minutes)
+
+
+def test_fast_dev_run_writes_no_checkpoint(runs: CheckpointedRuns) -> None:
+    runs.fit("sft", runs.callback(every_n_minutes=0), trainer={"fast_dev_run": True})
+    assert not runs.last.parent.exists()
+
+
+# How a file is written
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file is written under a temporary name in the same directory, and renamed only when it is complete."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    names = []
+
+    def fill_the_disk(content: Any, file: Any) -> None:
+        file.write(b"incomplete")
+        names.extend(sorted(found.name for found in tmp_path.iterdir()))
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill_the_disk)
+        with pytest.raises(OSError, match="no space"):
+            AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert names == ["last.ckpt", "last.ckpt.part"]
+    assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+# Writes a checkpoint, then kills its own process in the middle of writing a second one.
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+from rlhf.checkpoint import AtomicCheckpointIO
+AtomicCheckpointIO().save_checkpoint({"step": 1}, sys.argv[1])
+def write_and_die(content, file):
+    file.write(b"incomplete"); file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = write_and_die
+AtomicCheckpointIO().save_checkpoint({"step": 2}, sys.argv[1])
+"""
+
+
+def test_a_process_killed_while_writing_keeps_the_previous_checkpoint(repo: Path, runs: CheckpointedRuns) -> None:
+    """The next run removes the incomplete file, even if it writes no checkpoint of that name."""
+    path = runs.last
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], cwd=repo, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert path.with_name("last.ckpt.part").is_file()
+    path.with_name("last.ckpt.part").rename(path.with_name("step3.ckpt.part"))
+    runs.fit("sft", runs.callback(), trainer={"max_epochs": 1})
+    assert [found.name for found in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_io_in_trainer_plugins_is_used(runs: CheckpointedRuns) -> None:
+    class CountingCheckpointIO(TorchCheckpointIO):
+        written = 0
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            CountingCheckpointIO.written += 1
+            super().save_checkpoint(*args, **kwargs)
+
+    runs.fit("sft", runs.callback(), trainer={"max_epochs": 1, "plugins": [CountingCheckpointIO()]})
+    assert CountingCheckpointIO.written == 1
+
+
+# Signals
+
+
+class SendSignal(lightning.Callback):
+    """Sends a signal to this process when a hook is called for the given time.
+
+    Args:
+        call: Number of the call, counted from 1 over all epochs.
+        number: The signal.
+        hook: Name of the hook.
+    """
+
+    def __init__(self, call: int, number: signal.Signals, hook: str = "on_train_batch_start") -> None:
+        self.calls, self.call, self.number = 0, call, number
+        setattr(self, hook, self.count)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+        if self.calls == self.call:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "keys", "step", "saved"),
+    [
+        ("sft", 3, {}, 3, 3),  # After any optimizer step
+        ("sft", 3, {"accumulate_grad_batches": 2}, 1, None),  # In the middle of an accumulation
+        ("ppo", 2, {}, 2, None),  # Within the first iteration
+        ("ppo", 6, {}, 6, None),  # Within the second iteration
+        ("ppo", 4, {}, 4, 4),  # At the end of an iteration
+        ("ppo", 10, {}, 10, 8),  # Within the third iteration, which follows the checkpoint of the first epoch's end
+        ("ppo", 16, {"limit_val_batches": 0}, 16, 16),  # After the last batch
+    ],
+)
+def test_sigterm_saves_a_checkpoint_where_resuming_is_exact(
+    runs: CheckpointedRuns,
+    stage: str,
+    batch: int,
+    keys: dict[str, Any],
+    step: int,
+    saved: int | None,
+) -> None:
+    """The message contains the step that was reached and the step of the checkpoint; the exit code is 128 + 15."""
+    whole = runs.fit(stage, trainer=keys)
+    with pytest.raises(Stopped) as stopped:
+        runs.fit(stage, SendSignal(batch, signal.SIGTERM), runs.callback(), trainer=keys)
+    assert stopped.value.exit_code == 143
+    message = str(stopped.value)
+    assert f"Training was terminated by SIGTERM at step {step}" in message
+    if saved is None:
+        assert not runs.last.exists()
+        assert "has not written a checkpoint" in message
+        assert "resume=true" not in message
+        return
+    assert f"{runs.last} holds step {saved}." in message
+    assert "resume=true" in message
+    assert step_of(runs.last) == saved
+    resumed = runs.fit(stage, runs.callback("resumed"), resume=runs.last, trainer=keys)
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"), [("on_validation_batch_start", 1), ("on_train_epoch_end", 2), ("on_train_end", 1)]
+)
+def test_sigterm_outside_of_training_batches_is_reported(runs: CheckpointedRuns, hook: str, call: int) -> None:
+    """During validation, after the last epoch, or at the very end: a run that got the signal never counts as finished.
+
+    Lightning checks for the signal only after training batches.
+    """
+    whole = runs.fit("ppo")
+    with pytest.raises(Stopped) as stopped:
+        runs.fit("ppo", SendSignal(call, signal.SIGTERM, hook), runs.callback())
+    assert stopped.value.exit_code == 143
+    assert f"{runs.last} holds step" in str(stopped.value)
+    resumed = runs.fit("ppo", runs.callback("resumed"), resume=runs.last)
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+@pytest.mark.usefixtures("_restore_sigint_handler")
+def test_ctrl_c_reports_the_newest_checkpoint(runs: CheckpointedRuns) -> None:
+    """It interrupts a step anywhere, so no checkpoint is written. The exit code is 128 + 2."""
+    with pytest.raises(Stopped) as stopped:
+        runs.fit("ppo", SendSignal(7, signal.SIGINT), runs.callback(every_n_minutes=0))
+    assert stopped.value.exit_code == 130
+    assert "interrupted by Ctrl-C (SIGINT) at step 6" in str(stopped.value)
+    assert f"{runs.last} holds step 4." in str(stopped.value)
+    assert step_of(runs.last) == 4
+
+
+# On the command line
+
+TINY = [*TINY_MODEL["transformer"], *TINY_DATA]
+
+
+def interrupt(
+    repo: Path, root: Path, number: signal.Signals, is_ready: Callable[[], bool], *overrides: str
+) -> tuple[int, str, str]:
+    """Start ``python train.py`` and send a signal once ``is_ready``; return exit code, stdout and stderr."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = train_command(root, *TINY, *overrides)
+    with subprocess.Popen(command, cwd=repo, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not is_ready():
+            assert time.monotonic() < deadline, "training has not started"
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def has_logged_a_step(log: Path) -> bool:
+    return log.is_file() and "train/loss=" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_can_be_resumed(repo: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """It exits with one message, a valid ``last.ckpt`` and no result. ``resume=true`` then completes the run.
+
+    40 rows in batches of 16 make 3 steps per epoch. Ctrl-C writes no checkpoint, so one has to exist before.
+    """
+    folder = tmp_path / "rlhf" / "sft"
+    log, last = folder / "sft.log", folder / "checkpoints" / "last.ckpt"
+    keys = ["stage=sft", "data.batch_size=16", "stage.samples=0", "callbacks.checkpoint.every_n_minutes=0"]
+
+    def is_ready() -> bool:
+        return has_logged_a_step(log) and last.is_file()
+
+    returned, _, err = interrupt(repo, tmp_path, number, is_ready, *keys, "trainer.max_epochs=100000")
+    assert returned == code, err
+    assert err.count("Training was ") == 1, err
+    assert "Traceback" not in err
+    step = step_of(last)
+    assert f"{last} holds step {step}." in err
+    assert "resume=true" in err
+    assert f"{last} holds step {step}." in log.read_text()
+    assert not list((tmp_path / "rlhf").rglob("*_final.pt"))
+    epochs = -(-step // 3) + 1
+    command = train_command(tmp_path, *TINY, *keys, "resume=true", f"trainer.max_epochs={epochs}")
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert step_of(last) == 3 * epochs
+    assert (folder / "sft_final.pt").is_file()
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_whole_pipeline(repo: Path, tmp_path: Path) -> None:
+    """The current step is stopped, and the next one does not start."""
+    run = tmp_path / "rlhf"
+    overrides = ["pipeline.steps=[sft,reward]", "trainer.max_epochs=100000"]
+    code, out, err = interrupt(
+        repo, tmp_path, signal.SIGTERM, lambda: has_logged_a_step(run / "sft" / "sft.log"), *overrides
+    )
+    assert code == 143, err
+    assert err.count("Training was terminated by SIGTERM") == 1, err
+    assert "step 2 of 2" not in out
+    assert not (run / "reward").exists()
+    assert not list(run.rglob("*_final.pt"))

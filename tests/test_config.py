@@ -1,0 +1,111 @@
+"""Checks of configured values that need no model and no data."""
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from contract.configs import STAGES, compose_config
+from rlhf.config import check_choices, check_values
+from rlhf.errors import ConfigError
+
+
+class Inner:
+    """A class whose keywords have one type each."""
+
+    def __init__(
+        self,
+        count: int = 1,
+        ratio: float = 0.5,
+        limit: float | None = None,
+        pair: tuple[float, float] = (0.0, 1.0),
+        name: str = "",
+        either: float | str = 1.0,
+        anything: Any = None,
+    ) -> None: ...
+
+
+class Base:
+    def __init__(self, rate: float = 0.1, mode: int = 1) -> None: ...
+
+
+class Derived(Base):
+    """Inherits ``rate`` through its keywords and declares ``mode`` with a type of its own."""
+
+    def __init__(self, mode: str = "fast", **keys: Any) -> None:
+        super().__init__(**keys)
+
+
+def loss(logprobs: Any, *, smoothing: float = 0.0) -> None: ...
+
+
+def node(name: str, /, **settings: Any) -> dict[str, Any]:
+    """Return the configuration of a class or function of this file."""
+    return {"_target_": f"{__name__}.{name}", **settings}
+
+
+def check(**nodes: Any) -> None:
+    check_values(OmegaConf.create(nodes))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_defaults_pass(stage: str) -> None:
+    check_values(compose_config(f"stage={stage}"))
+
+
+@pytest.mark.parametrize("key", ["count", "ratio", "limit", "pair"])
+def test_text_for_a_number_is_rejected(key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(stage=node("Inner", **{key: "fast"}))
+    assert str(error.value) == f"stage.{key} must be a number, got 'fast'.\n  Set stage.{key}=<number>"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"count": 2, "ratio": 1, "limit": None, "pair": [0.1, 0.2]},
+        {"name": "text", "either": "text", "anything": "text"},
+        {"ratio": "${oc.env:HOME}", "count": "???"},  # An interpolation, and a value that is still missing.
+        {"unknown": "text"},  # Unknown keys are reported by the class itself.
+    ],
+)
+def test_other_values_pass(settings: dict[str, Any]) -> None:
+    check(stage=node("Inner", **settings), data={}, model={"path": "text"})
+
+
+@pytest.mark.parametrize("part", ["stage", "data", "model"])
+def test_nodes_below_are_checked(part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{part}\.sampling\.inner\.ratio must be a number, got 'wide'\."):
+        check(**{part: {"sampling": {"inner": node("Inner", ratio="wide")}}})
+
+
+def test_other_parts_of_the_configuration_are_not_checked() -> None:
+    """Lightning and the loggers check their own keywords."""
+    check(trainer=node("Inner", ratio="wide"))
+
+
+def test_keywords_of_a_function_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"stage\.loss\.smoothing must be a number"):
+        check(stage={"loss": {**node("loss", smoothing="much"), "_partial_": True}})
+
+
+def test_inherited_keywords_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"stage\.rate must be a number"):
+        check(stage=node("Derived", rate="fast"))
+
+
+def test_a_class_overrides_the_types_of_its_base() -> None:
+    check(stage=node("Derived", mode="slow"))
+    with pytest.raises(ConfigError, match=r"stage\.mode must be a number"):
+        check(stage=node("Base", mode="slow"))
+
+
+@pytest.mark.parametrize("choice", ["false", "true", "only"])
+def test_check_has_three_choices(choice: str) -> None:
+    check_choices(compose_config("stage=sft", f"check={choice}"))
+
+
+@pytest.mark.parametrize("choice", ["onyl", "null"])
+def test_another_choice_of_check_is_rejected(choice: str) -> None:
+    with pytest.raises(ConfigError, match=r"^check must be false, true or only, got "):
+        check_choices(compose_config("stage=sft", f"check={choice}"))

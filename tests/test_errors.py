@@ -1,0 +1,219 @@
+"""What a user sees of an error: plain text and an exit code for mistakes, a traceback for bugs."""
+
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+
+from contract.configs import compose_config
+from rlhf.errors import ConfigError, DataError, Stopped, UserError, explain, plain_errors
+from rlhf.preflight import PreflightFailed
+
+
+@pytest.fixture(autouse=True)
+def _restore_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``plain_errors`` sets this variable for the rest of the process."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+
+def error_of(function: Callable[[], Any]) -> Exception:
+    """Return the exception that a function raises."""
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def refuse(**settings: Any) -> None:
+    """A constructor that rejects its settings."""
+    raise ConfigError("stage.ppo_epochs must be at least 1, got 0.", "Set stage.ppo_epochs=1")
+
+
+def fail(**settings: Any) -> None:
+    """A constructor with a bug."""
+    raise ValueError("a bug")
+
+
+# The text of an error
+
+
+def test_an_error_is_its_message_and_an_indented_hint() -> None:
+    assert str(ConfigError("The key.", "The fix.")) == "The key.\n  The fix."
+    assert str(DataError("The file.")) == "The file."
+    assert str(Stopped("Stopped.", "Resume.", exit_code=143)) == "Stopped.\n  Resume."
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, PreflightFailed])
+def test_user_errors_are_value_errors(kind: type[UserError]) -> None:
+    """Python callers can catch them without knowing this package."""
+    assert issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize("error", [ConfigError("m", "h"), DataError("m", "h"), Stopped("m", "h", exit_code=130)])
+def test_a_user_error_explains_itself(error: Exception) -> None:
+    assert explain(error) == "m\n  h"
+
+
+def test_a_user_error_is_found_behind_the_one_that_hydra_raises() -> None:
+    """``instantiate`` wraps what a constructor raises in its own exception."""
+    error = error_of(lambda: instantiate({"_target_": f"{__name__}.refuse"}))
+    assert type(error).__name__ == "InstantiationException"
+    assert explain(error) == "stage.ppo_epochs must be at least 1, got 0.\n  Set stage.ppo_epochs=1"
+
+
+def test_a_missing_value_names_its_key() -> None:
+    """``???`` in a yaml, read directly or by ``instantiate``."""
+    node = OmegaConf.create({"model": {"_target_": f"{__name__}.fail", "path": "???"}})
+    for read in (lambda: node.model.path, lambda: instantiate(node.model)):
+        assert explain(error_of(read)) == "model.path has no value.\n  Set model.path=<value>"
+
+
+def test_an_unknown_keyword_names_the_class_and_the_keyword() -> None:
+    error = error_of(lambda: instantiate({"_target_": "rlhf.sampling.SamplingParams", "temprature": 1.0}))
+    message = str(explain(error))
+    assert "temprature" in message
+    assert message.endswith("\n  The keys are the keywords of the class; see conf/.")
+
+
+def test_an_error_of_the_trainer_names_its_keys() -> None:
+    """Whether Lightning raises its own type or another one while the node ``trainer`` is instantiated."""
+    own = MisconfigurationException("no such precision")
+    nodes = OmegaConf.create({"trainer": {"_target_": f"{__name__}.fail"}})
+    wrapped = error_of(lambda: instantiate(nodes.trainer))
+    for error, reason in ((own, "no such precision"), (wrapped, "a bug")):
+        assert explain(error) == (
+            f"The Lightning Trainer rejects its arguments: {reason}\n"
+            "  The keys are trainer.*; see conf/trainer/auto.yaml."
+        )
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), KeyError("a bug"), OSError("disk full")])
+def test_a_bug_is_not_explained(error: Exception) -> None:
+    assert explain(error) is None
+
+
+def test_a_bug_in_a_constructor_is_not_explained() -> None:
+    assert explain(error_of(lambda: instantiate({"_target_": f"{__name__}.fail"}))) is None
+
+
+# Errors in overrides, which Hydra reports
+
+OVERRIDES = {
+    "an unknown key": (
+        ["stage=sft", "stage.x=1"],
+        "stage.x: there is no such key.\n  python train.py stage=<stage> --cfg job   shows every key.",
+    ),
+    "a key of a stage in the pipeline": (
+        ["stage.clip_range=0.1"],
+        "stage.clip_range: there is no such key.\n  The pipeline runs several stages. Choose one (stage=ppo), or type "
+        "'pipeline.overrides.ppo=[\"stage.<key>=<value>\"]'",
+    ),
+    "an unknown key inside of a value": (
+        ["stage=dpo", "data.columns={loser: text}"],
+        "data.columns.loser: there is no such key.\n  python train.py stage=<stage> --cfg job   shows every key.",
+    ),
+    "a new step without a plus sign": (
+        ["pipeline.variants={rloo: ['stage=grpo']}"],
+        "pipeline.variants.rloo: there is no such key.\n"
+        "  Add a key with a plus sign: '+pipeline.variants.<step>=[\"<key>=<value>\"]'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_the_message_for_an_unknown_key(name: str) -> None:
+    overrides, expected = OVERRIDES[name]
+    assert explain(error_of(lambda: compose_config(*overrides))) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group", "stages"),
+    [
+        (["stage=sft", "loss=ipo"], "loss", ["dpo"]),
+        (["loss=ipo"], "loss", ["dpo"]),
+        (["stage=dpo", "advantage=rloo"], "advantage", ["grpo"]),
+        (["stage=dpo", "reward=python"], "reward", ["ppo", "grpo"]),
+        (["stage=reward", "sampler=local"], "sampler", ["sft"]),
+    ],
+)
+def test_a_group_names_the_stages_that_have_it(overrides: list[str], group: str, stages: list[str]) -> None:
+    """The second suggestion, for the pipeline, composes."""
+    message = str(explain(error_of(lambda: compose_config(*overrides))))
+    assert f"Could not override '{group}'." in message
+    hint = message.splitlines()[-1]
+    assert hint.strip().startswith(f"{group}=<name> belongs to stage=")
+    assert [stage for stage in stages if f"stage={stage}" not in hint] == []
+    override = re.search(r"'(pipeline\.overrides\.\w+=.*)'", hint)
+    assert override is not None
+    compose_config(override[1].replace("<name>", "x"))
+
+
+def test_an_unknown_choice_lists_the_choices() -> None:
+    """Without the search path, which says nothing to a user."""
+    message = str(explain(error_of(lambda: compose_config("stage=popo"))))
+    assert "Could not find 'stage/popo'" in message
+    assert [name for name in ("sft", "reward", "ppo", "grpo", "dpo", "evaluate") if name not in message] == []
+    assert "search path" not in message
+
+
+def test_an_override_that_does_not_parse_is_quoted() -> None:
+    message = str(explain(error_of(lambda: compose_config("stage=sft", "data.columns={"))))
+    assert message.startswith("data.columns={: ")
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("message", "hint"), 2),
+        (DataError("message", "hint"), 2),
+        (PreflightFailed("message", "hint"), 1),
+        (Stopped("message", "hint", exit_code=128 + signal.SIGTERM), 143),
+    ],
+)
+def test_a_user_error_exits_with_its_code(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, plain_errors():
+        raise error
+    assert stopped.value.code == code
+    assert capsys.readouterr() == ("", "message\n  hint\n")
+
+
+def test_a_wrapped_user_error_exits_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, plain_errors():
+        instantiate({"_target_": f"{__name__}.refuse"})
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("stage.ppo_epochs must be")
+
+
+def test_an_error_of_hydra_exits_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, plain_errors():
+        compose_config("stage=sft", "stage.x=1")
+    assert stopped.value.code == 2
+    assert "stage.x" in capsys.readouterr().err
+
+
+def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """On ranks other than 0, the message of ``Stopped`` is empty."""
+    with pytest.raises(SystemExit) as stopped, plain_errors():
+        raise Stopped("", exit_code=143)
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_outside_of_training_exits_with_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, plain_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert "Ctrl-C" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), plain_errors():
+        (tmp_path / "nothing").read_text()

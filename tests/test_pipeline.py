@@ -1,0 +1,170 @@
+"""The steps of the pipeline: which are allowed, how each is configured, in which order they run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from contract.configs import hydra_command
+from rlhf import pipeline
+from rlhf.errors import ConfigError
+from rlhf.pipeline import check_steps, output_table, run_pipeline, step_config
+
+RLOO = "+pipeline.variants.rloo=['stage=grpo','advantage=rloo']"
+
+
+# Which steps are allowed
+
+
+@pytest.mark.parametrize("overrides", [(), ("experiment=compare",), (RLOO, "pipeline.steps=[sft,rloo]")])
+def test_stages_and_variants_are_steps(overrides: tuple[str, ...]) -> None:
+    with hydra_command(*overrides) as cfg:
+        check_steps(cfg, list(cfg.pipeline.steps))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pipeline.steps=[sft,pop]"],
+            "pipeline.steps and pipeline.overrides must name known steps, got pop.\n"
+            "  Known steps: sft, reward, ppo, grpo, dpo, evaluate.",
+        ),
+        (
+            [RLOO, "+pipeline.overrides.pop=['seed=1']"],
+            "pipeline.steps and pipeline.overrides must name known steps, got pop.\n"
+            "  Known steps: sft, reward, ppo, grpo, dpo, evaluate, rloo.",
+        ),
+        (
+            ["+pipeline.variants.dpo=['stage=dpo','loss=ipo']"],
+            "pipeline.variants.dpo has the name of a stage.\n  Choose another name for the variant.",
+        ),
+        (
+            ["pipeline.steps=[sft]", "pipeline.overrides.ppo=['stage.kl_coef=0.1']"],
+            "pipeline.overrides.ppo has no effect: pipeline.steps=[sft] lacks this step.\n"
+            "  Remove pipeline.overrides.ppo, or add ppo to pipeline.steps.",
+        ),
+    ],
+)
+def test_inconsistent_steps_are_rejected(overrides: list[str], message: str) -> None:
+    with hydra_command(*overrides) as cfg, pytest.raises(ConfigError) as error:
+        check_steps(cfg, list(cfg.pipeline.steps))
+    assert str(error.value) == message
+
+
+# How a step is configured
+
+
+def test_a_step_is_configured_as_its_own_command(tmp_path: Path) -> None:
+    """The overrides of the command line apply to every step; those of ``pipeline.*`` concern the pipeline only."""
+    command = ["seed=3", "model.hidden_size=32", "pipeline.steps=[sft,dpo]", "run=all", f"paths.root={tmp_path}"]
+    with hydra_command(*command) as cfg:
+        found = step_config(cfg, "dpo", tmp_path / "all")
+    with hydra_command("stage=dpo", "seed=3", "model.hidden_size=32", "run=all", f"paths.root={tmp_path}") as expected:
+        assert {**found, "paths": None} == {**expected, "paths": None}
+        assert OmegaConf.to_container(found.paths, resolve=True) == OmegaConf.to_container(expected.paths, resolve=True)
+
+
+def test_the_overrides_of_a_step_win_over_the_command_line() -> None:
+    """They come last. Other steps keep the value of the command line."""
+    with hydra_command("data.batch_size=8", "pipeline.overrides.dpo=['data.batch_size=4']") as cfg:
+        assert step_config(cfg, "dpo", Path("/r/rlhf")).data.batch_size == 4
+        assert step_config(cfg, "sft", Path("/r/rlhf")).data.batch_size == 8
+
+
+def test_the_command_line_wins_over_a_variant() -> None:
+    """A variant chooses groups and values that the command line may change."""
+    variant = "+pipeline.variants.low=['stage=dpo','stage.beta=0.01','loss=ipo']"
+    with hydra_command(variant, "seed=3") as cfg:
+        found = step_config(cfg, "low", Path("/r/rlhf"))
+        assert (found.stage_name, found.stage.beta, found.seed) == ("dpo", 0.01, 3)
+        assert found.stage.loss._target_.endswith("ipo_loss")
+
+
+def test_a_variant_has_its_own_directory(tmp_path: Path) -> None:
+    """It shares the run, and so its inputs, with the other steps. A directory may contain ``=`` and ``,``."""
+    directory = tmp_path / "seed=1,run=a"
+    with hydra_command(RLOO, "run=a") as cfg:
+        rloo, grpo = (step_config(cfg, step, directory) for step in ("rloo", "grpo"))
+    assert (rloo.stage_name, rloo.paths.output) == ("grpo", str(directory / "rloo"))
+    assert grpo.paths.output == str(directory / "grpo")
+    assert rloo.paths.run == grpo.paths.run == str(directory)
+    assert rloo.callbacks.checkpoint.dirpath == str(directory / "rloo" / "checkpoints")
+
+
+def test_overrides_of_a_variant_apply_to_it() -> None:
+    with hydra_command(RLOO, "+pipeline.overrides.rloo=['data.batch_size=2']") as cfg:
+        assert step_config(cfg, "rloo", Path("/r")).data.batch_size == 2
+        assert step_config(cfg, "grpo", Path("/r")).data.batch_size != 2
+
+
+# Running
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
+    """The configuration of each step that ran. A step only writes its log, and its metric is its number."""
+    found: list[DictConfig] = []
+
+    def run_stage(cfg: DictConfig) -> float:
+        found.append(cfg)
+        Path(cfg.paths.output, f"{cfg.stage_name}.log").touch()
+        return float(len(found))
+
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    return found
+
+
+def test_steps_run_in_their_order(runs: list[DictConfig], tmp_path: Path) -> None:
+    """The metric of the last one is returned, and each directory contains the configuration of its step."""
+    with hydra_command(f"paths.root={tmp_path}", RLOO, "pipeline.steps=[sft,rloo,evaluate]") as cfg:
+        assert run_pipeline(cfg) == 3.0
+    assert [cfg.stage_name for cfg in runs] == ["sft", "grpo", "evaluate"]
+    for directory, step in zip(("sft", "rloo", "evaluation"), runs, strict=True):
+        path = tmp_path / "rlhf" / directory / ".hydra" / "config.yaml"
+        assert OmegaConf.load(path) == step
+    log = (tmp_path / "rlhf" / "pipeline" / "pipeline.log").read_text()
+    assert [f"step {number} of 3: {name}" in log for number, name in enumerate(("sft", "rloo", "evaluate"), 1)]
+
+
+def test_a_mistyped_key_of_a_later_step_is_reported_before_the_first_one(
+    runs: list[DictConfig], tmp_path: Path
+) -> None:
+    command = [f"paths.root={tmp_path}", "pipeline.overrides.dpo=['stage.betta=0.1']"]
+    with hydra_command(*command) as cfg, pytest.raises(ConfigCompositionException, match="betta"):
+        run_pipeline(cfg)
+    assert runs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_of_a_sweep_is_a_run_of_its_own(runs: list[DictConfig], tmp_path: Path) -> None:
+    """``rlhf.main`` sets ``paths.output`` to the directory of the job: it takes the place of the run's directory."""
+    with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,dpo]") as cfg:
+        cfg.paths.output = str(tmp_path / "job")
+        run_pipeline(cfg)
+    assert [step.paths.run for step in runs] == [str(tmp_path / "job")] * 2
+    assert [step.paths.output for step in runs] == [str(tmp_path / "job" / name) for name in ("sft", "dpo")]
+    assert not (tmp_path / "rlhf").exists()
+
+
+def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
+    """A row per step, then the final model and the command for TensorBoard."""
+    with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,evaluate]") as cfg:
+        directory = Path(cfg.paths.run)
+        configs = {step: step_config(cfg, step, directory) for step in cfg.pipeline.steps}
+    for name in ("sft/sft_final.pt", "sft/sft.log", "evaluation/metrics.json", "final_rl_model.pt"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
+    table = output_table(directory, configs, {"sft": 61.4, "evaluate": 8.7})
+    columns: dict[str, list[Any]] = {str(column.header): list(column.cells) for column in table.columns}
+    assert table.title == "Outputs; 70 s in total"
+    assert columns["step"] == ["sft", "evaluate", "result", "curves"]
+    assert columns["seconds"] == ["61", "9", "", ""]
+    assert columns["files"][:2] == [
+        f"{directory}/sft/sft_final.pt\n{directory}/sft/sft.log",
+        f"{directory}/evaluation/metrics.json",
+    ]
+    Console(width=20, quiet=True).print(table)
