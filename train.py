@@ -1,4 +1,4 @@
-"""The one command: ``python train.py stage=<name> key=value ...``; ``python train.py --help`` tells the rest."""
+"""The command line: ``python train.py stage=<name> key=value ...``. See ``python train.py --help``."""
 
 import hydra
 from omegaconf import DictConfig
@@ -8,8 +8,8 @@ from rlhf.errors import plain_errors
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float:
-    """Run one stage, or all of them, and return the figure a sweep optimises."""
-    from rlhf.run import run  # loads torch: not for --help
+    """Run one stage or the pipeline, and return the metric that a sweep optimizes."""
+    from rlhf.main import run  # Imported here because it loads torch, which --help does not need.
 
     with plain_errors():
         return run(cfg)

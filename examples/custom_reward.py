@@ -13,7 +13,11 @@ import sys
 from rlhf.export import load_model
 
 RUN = "run=five_words"
-QUICK = ["trainer.max_steps=2", "trainer.limit_val_batches=1", "data.max_rows=32"]
+SHORT = {
+    "sft": ["trainer.max_epochs=1", "trainer.limit_train_batches=120"],
+    "ppo": ["trainer.limit_train_batches=48", "stage.sampling.max_new_tokens=24", "trainer.limit_val_batches=1"],
+}
+QUICK = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "data.max_rows=64"]
 PROMPT = "The gates open on Sunday. Many people asked for details. Many look forward to the parade in Hampden."
 
 
@@ -33,11 +37,11 @@ def train(*overrides: str) -> None:
 
 
 def main() -> None:
-    budget = QUICK if "--quick" in sys.argv else []
-    train("stage=sft", "trainer.max_epochs=1", *budget)
-    train("stage=ppo", "reward=python", f"reward.path={__file__}:five_words", "stage.kl_coef=0.02", *budget)
+    quick = QUICK if "--quick" in sys.argv else []
+    train("stage=sft", *SHORT["sft"], *quick)
+    train("stage=ppo", "reward=python", f"reward.path={__file__}:five_words", *SHORT["ppo"], *quick)
     for name in ("sft", "ppo"):
-        model, tokenizer = load_model(name, run="five_words")
+        model, tokenizer, _ = load_model(name, run="five_words", device="cpu")
         messages = [{"role": "user", "content": PROMPT}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -17,7 +17,6 @@ import torch  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from harness import FakeSource, TinyRun, make_eos_likely, tiny_reward_model  # noqa: E402
-from online import Setting  # noqa: E402
 from rlhf.models import (  # noqa: E402
     Mamba,
     ModelSource,
@@ -84,17 +83,6 @@ def lm(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 def policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> FakeSource:
     """A source of a model that ends a response at about every fifth token, so that responses differ in length."""
     return FakeSource(make_eos_likely(lm, tokenizer.eos_token_id))
-
-
-@pytest.fixture
-def judge(reward_model: FakeSource) -> FakeSource:
-    """Old name of ``reward_model``."""
-    return reward_model
-
-
-@pytest.fixture
-def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: FakeSource, judge: FakeSource) -> Setting:
-    return Setting(tmp_path, tokenizer, policy, judge)
 
 
 @pytest.fixture

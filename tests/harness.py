@@ -83,6 +83,8 @@ RATINGS = [
 ]
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
+# The same optimizer in every stage: a constant learning rate without warm-up, and PyTorch's defaults for AdamW.
+PLAIN_ADAMW = {"schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 # -- commands
@@ -317,8 +319,8 @@ ON_POLICY = ("ppo", "grpo")
 class TinyRun:
     """Builds and trains tiny runs of any stage. Every run starts from the same models, records and seed.
 
-    Without further keywords a run is one epoch over the 8 records of its stage, in batches of 8, at a constant learning
-    rate of 1e-3. PPO makes two passes over minibatches of 4; GRPO samples 4 responses to each of 2 prompts.
+    Without further keywords a run is one epoch over the 8 records of its stage, in batches of 8, with plain AdamW and a
+    constant learning rate of 1e-3. PPO makes two passes over minibatches of 4; GRPO samples 4 responses to each of 2 prompts.
 
     Args:
         folder: Directory for record files and for whatever a Trainer writes.
@@ -357,7 +359,7 @@ class TinyRun:
         keys = {
             "policy": FakeSource(deepcopy(self.lm).train()),
             "learning_rate": 1e-3,
-            "schedule": "constant",
+            **PLAIN_ADAMW,
             **STAGES[stage].keys(),
             **self.stage_keys[stage],
             **keys,

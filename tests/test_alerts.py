@@ -176,11 +176,21 @@ def test_an_alert_warns_once_until_it_clears(caplog: pytest.LogCaptureFixture) -
     assert logged == [0.0] * 12 + [1.0, 1.0, 0.0, 1.0, 0.0]
 
 
-def test_two_callbacks_see_the_same_metrics() -> None:
-    """Alerts read the metrics of the module and do not remove them."""
-    first, second = Alerts(), Alerts()
-    train(first, second, gradient_norms=[1.0, 2.0, 3.0])
-    assert first.recent_values["grad_norm"] == second.recent_values["grad_norm"] == [1.0, 2.0, 3.0]
+class MetricsReader(Callback):
+    """Records the gradient norm that the module reports after each batch."""
+
+    def __init__(self) -> None:
+        self.gradient_norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.gradient_norms.append(float(module.metrics["grad_norm"]))
+
+
+def test_alerts_leave_the_metrics_to_other_callbacks() -> None:
+    """A callback before the alerts and one after them see the same metrics."""
+    before, after = MetricsReader(), MetricsReader()
+    train(before, Alerts(), after, gradient_norms=[1.0, 2.0, 3.0])
+    assert before.gradient_norms == after.gradient_norms == [1.0, 2.0, 3.0]
 
 
 def test_metrics_are_read_once_per_optimizer_step() -> None:

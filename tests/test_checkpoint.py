@@ -22,6 +22,9 @@ from rlhf import checkpoint
 from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint, report_signals
 from rlhf.errors import ConfigError, Stopped
 
+# Resumed runs write to another directory, so that the checkpoints of the first run stay as they are.
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
 # 4 minibatches per iteration: 2 passes over 4 responses in minibatches of 2.
 STAGE_KEYS: dict[str, dict[str, Any]] = {"sft": {"samples": 2}, "ppo": {"ppo_epochs": 2, "minibatch_size": 2}}
 BATCH_SIZE = {"sft": 2, "ppo": 4}

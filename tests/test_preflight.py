@@ -1,442 +1,355 @@
-"""``check=true``: sound stages pass, planted faults are found and named, and training does not notice."""
+"""Pre-flight checks: correct stages pass, injected faults are found and named, and training is not affected."""
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from transformers import GPT2Config, LlamaConfig, Mamba2Config  # isort: skip
-
-from helpers import PROMPTS, Fixed
-from rlhf.data import (
-    EncodedResponse,
-    Encoder,
-    PreferenceDataModule,
-    RecordDataModule,
-    SequenceBatch,
-    UnpairedDataModule,
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Mamba2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
-from rlhf.dpo import DPOModule, KTOModule
-from rlhf.errors import UserError, plain_errors
+
+from harness import EXACT, PROMPTS, STAGES, TINY_DATA, Run, TinyRun, run_train, tiny_reward_model
+from rlhf.callbacks import PreflightChecks, PreflightOnly
+from rlhf.data import EncodedResponse, Encoder, SequenceBatch
+from rlhf.errors import UserError
 from rlhf.export import Export, save_result
-from rlhf.grpo import GRPOModule
-from rlhf.models import Pretrained, ScalarHead, ScalarModel
-from rlhf.ppo import PPOModule
-from rlhf.preflight import ChecksFailed
-from rlhf.preflight.measurements import corrupt_padding, difference
-from rlhf.reward import RewardDataModule, RewardModule
-from rlhf.reward_functions import ModelReward
-from rlhf.rl import KLController, RolloutDataModule, ScoreShaping, UpdateLimits
-from rlhf.rl.advantages import grpo
-from rlhf.run import _Checked, _SelfCheck
-from rlhf.sampling import SamplingParams
-from rlhf.sft import SFTDataModule, SFTModule
-from rlhf.stage import Result, StageModule
+from rlhf.models import Pretrained
+from rlhf.preflight import PreflightFailed
+from rlhf.preflight.measurements import corrupt_padding, pad_left, relative_difference
+from rlhf.sft import SFTModule
+from rlhf.stage import Metrics, Result
 
-STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-FOLDERS = {
-    "gpt2": GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2, **SPECIAL),
-    "llama": LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        **SPECIAL,
-    ),
-    "mamba2": Mamba2Config(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=4,
-        head_dim=16,
-        state_size=8,
-        n_groups=1,
-        chunk_size=4,
-        **SPECIAL,
-    ),
+SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2, **SPECIAL_TOKENS),
+    "llama": LlamaConfig(intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, **SIZES, **SPECIAL_TOKENS),
+    "mamba2": Mamba2Config(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4, **SIZES, **SPECIAL_TOKENS),
 }
+# Responses of different lengths, the longest one with the last prompt.
+RECORDS = [
+    {"prompt": prompt, "target": "So. " * (i + 1), "chosen": "Yes! " * (1 + i % 3), "rejected": "No" + "o" * i}
+    for i, prompt in enumerate(PROMPTS)
+]
 
 
-class Bench:
-    """A stage on a few records, and what its checks say. Every stage starts from the same source."""
-
-    def __init__(self, folder: Path, source: Any, tokenizer: Any) -> None:
-        self.folder, self.source, self.tokenizer = folder, source, tokenizer
-        self.file = folder / "records.jsonl"
-        rows = [
-            {"prompt": prompt, "target": "So. " * (i + 1), "chosen": "Yes! " * (1 + i % 3), "rejected": "No" + "o" * i}
-            for i, prompt in enumerate(PROMPTS)
-        ]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def judge(self) -> Fixed:
-        torch.manual_seed(1)
-        lm = self.source.language_model(self.tokenizer)
-        return Fixed(ScalarModel(lm.base_model, ScalarHead(lm.config.hidden_size)))
-
-    def online(self) -> dict[str, Any]:
-        """Keys of the stages that learn from their own answers."""
-        return {
-            "policy": self.source,
-            "reward_model": self.judge(),
-            "reward": ModelReward(),
-            "kl": KLController(),
-            "sampling": SamplingParams(max_new_tokens=8, temperature=0.7),
-            "scores": ScoreShaping(),
-            "limits": UpdateLimits(),
-            "minibatch_size": 4,
-            "ppo_epochs": 2,
-            "learning_rate": 1e-2,
-        }
-
-    def module(self, stage: str) -> StageModule:
-        kinds: dict[str, Callable[[], StageModule]] = {
-            "sft": lambda: SFTModule(policy=self.source, samples=0, learning_rate=1e-2),
-            "reward": lambda: RewardModule(policy=self.source, learning_rate=1e-2),
-            "dpo": lambda: DPOModule(policy=self.source, learning_rate=1e-2),
-            "kto": lambda: KTOModule(policy=self.source, learning_rate=1e-2),
-            "ppo": lambda: PPOModule(**self.online()),
-            "grpo": lambda: GRPOModule(advantage=grpo, num_generations=2, **self.online()),
-        }
-        module = kinds[stage]()
-        module.tokenizer = self.tokenizer
-        return module
-
-    def data(self, stage: str, **keys: Any) -> RecordDataModule:
-        kinds: dict[str, type[RecordDataModule]] = {
-            "sft": SFTDataModule,
-            "reward": RewardDataModule,
-            "dpo": PreferenceDataModule,
-            "kto": UnpairedDataModule,
-            "ppo": RolloutDataModule,
-            "grpo": RolloutDataModule,
-        }
-        return kinds[stage](**{"train": str(self.file), "val_fraction": 0, "max_length": 128, "batch_size": 8, **keys})
-
-    def fit(self, module: StageModule, data: RecordDataModule, check: Any = None, **trainer: Any) -> None:
-        """Train for an epoch, with ``check=`` true, ``only`` or null."""
-        data.tokenizer = self.tokenizer
-        lightning.seed_everything(7, verbose=False)
-        callbacks = [_SelfCheck(self.folder, {}, only=check == "only")] if check else []
-        lightning.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            max_epochs=1,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=callbacks,
-            **trainer,
-        ).fit(module, data)
-
-    def assert_passes(self, stage: str, **keys: Any) -> None:
-        with pytest.raises(_Checked):
-            self.fit(self.module(stage), self.data(stage), "only", **keys)
-
-    def faults(self, module: StageModule, data: RecordDataModule) -> str:
-        """What is said of the checks that fail."""
-        with pytest.raises(ChecksFailed) as failed:
-            self.fit(module, data, "only")
-        assert failed.value.exit_code == 1
-        return str(failed.value)
-
-
-@pytest.fixture
-def bench(tmp_path: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Bench:
-    return Bench(tmp_path, Fixed(lm), tokenizer)
-
-
-@pytest.fixture
-def one_bench(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Bench:
-    """Where one architecture says it all: GPT-2, which has dropout of 0.1."""
+def gpt2() -> PreTrainedModel:
+    """A tiny GPT-2 with random weights, whose dropout is 0.1."""
     torch.manual_seed(0)
-    return Bench(tmp_path, Fixed(AutoModelForCausalLM.from_config(deepcopy(FOLDERS["gpt2"]))), tokenizer)
+    return AutoModelForCausalLM.from_config(deepcopy(CONFIGS["gpt2"]))
 
 
-# sound stages pass
+def harness(folder: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> TinyRun:
+    """Return a harness whose runs read ``RECORDS`` and allow sequences of 128 tokens."""
+    tiny_run = TinyRun(folder, tokenizer, lm)
+    tiny_run.data_keys = {"train": tiny_run.write("records", RECORDS), "max_length": 128}
+    return tiny_run
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> TinyRun:
+    """A harness for each architecture."""
+    return harness(tmp_path, tokenizer, lm)
+
+
+@pytest.fixture
+def gpt2_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TinyRun:
+    """A harness for GPT-2, for tests that need one architecture only."""
+    return harness(tmp_path, tokenizer, gpt2())
+
+
+def build(tiny_run: TinyRun, stage: str, *, only: bool = True, **keys: Any) -> Run:
+    """Build a run with pre-flight checks, by default without training."""
+    return tiny_run.build(stage, callbacks=[PreflightChecks(tiny_run.folder, {}, only=only)], **keys)
+
+
+def assert_passes(run: Run) -> None:
+    with pytest.raises(PreflightOnly):
+        run.fit()
+
+
+def failures(run: Run) -> str:
+    """Run checks that fail and return the error message."""
+    with pytest.raises(PreflightFailed) as error:
+        run.fit()
+    assert error.value.exit_code == 1
+    return str(error.value)
+
+
+# Correct stages pass
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_sound_stage_passes(bench: Bench, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.assert_passes(stage)
+def test_correct_stage_passes(tiny_run: TinyRun, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_passes(build(tiny_run, stage))
     assert "all passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", FOLDERS)
-def test_what_transformers_saved_passes(
-    name: str, stage: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Dropout of 0.1 and learned positions (GPT-2) among them."""
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pretrained_model_passes(name: str, stage: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """GPT-2 has dropout and learned positions."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(deepcopy(FOLDERS[name])).save_pretrained(tmp_path / "model")
+    lm = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]))
+    lm.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     source = Pretrained(str(tmp_path / "model"))
-    Bench(tmp_path, source, source.tokenizer()).assert_passes(stage)
+    assert_passes(build(harness(tmp_path, source.tokenizer(), lm), stage, policy=source))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_mixed_precision_passes(one_bench: Bench, stage: str) -> None:
-    """bfloat16 rounds by the shape of a batch; what is compared is then compared in float32, as the weights are."""
-    one_bench.assert_passes(stage, precision="bf16-mixed")
+def test_mixed_precision_passes(gpt2_run: TinyRun, stage: str) -> None:
+    """Rounding of bfloat16 depends on the shape of a batch, so values are compared in float32, as the weights are."""
+    assert_passes(build(gpt2_run, stage, trainer={"precision": "bf16-mixed"}))
 
 
-def test_a_text_as_long_as_the_model_reads_passes(one_bench: Bench) -> None:
-    """128 learned positions, a text of 128 tokens: there is no room for more padding, and none is added."""
-    long = json.dumps({"prompt": "word " * 200, "target": "yes"}) + "\n"
-    one_bench.file.write_text(long + one_bench.file.read_text())
-    one_bench.assert_passes("sft")
+def test_sequence_of_maximum_length_passes(gpt2_run: TinyRun) -> None:
+    """The model has 128 positions and a sequence has 128 tokens, so the checks cannot add padding."""
+    long = {"prompt": "word " * 200, "target": "yes"}
+    assert_passes(build(gpt2_run, "sft", data={"train": gpt2_run.write("long", [long, *RECORDS])}))
 
 
-# training does not notice
+# Checks do not affect training
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_training_goes_on_as_if_nothing_had_been(one_bench: Bench, stage: str) -> None:
-    """With and without check=true: the same weights, moments and random state, to the last bit."""
-    ends = []
-    for check in (None, True):
-        module = one_bench.module(stage)
-        one_bench.fit(module, one_bench.data(stage), check, max_steps=3)
-        ends.append(({**module.state_dict(), "random state": torch.get_rng_state()}, module.training))
-    (plain, mode), (checked, checked_mode) = ends
-    torch.testing.assert_close(checked, plain, rtol=0.0, atol=0.0)
-    assert mode == checked_mode
+def test_training_is_bit_identical_with_and_without_checks(gpt2_run: TinyRun, stage: str) -> None:
+    """Weights, buffers, the random state and the training mode are equal after 3 steps."""
+    states = []
+    for checked in (False, True):
+        keys: dict[str, Any] = {"learning_rate": 1e-2, "trainer": {"max_steps": 3}}
+        run = (build(gpt2_run, stage, only=False, **keys) if checked else gpt2_run.build(stage, **keys)).fit()
+        states.append(({**run.weights, "random state": torch.get_rng_state()}, run.module.training))
+    (expected, expected_mode), (actual, mode) = states
+    torch.testing.assert_close(actual, expected, **EXACT)
+    assert mode == expected_mode
 
 
-# planted faults are found and named
+# Injected faults are found and named
 
 
-def test_a_tokenizer_without_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Found before any weight is loaded."""
-    mute = deepcopy(tokenizer)
-    mute.eos_token = None
-    mute.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no EOS token"):
+def test_tokenizer_without_eos_is_rejected(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """It is rejected before any weights are loaded."""
+    without_eos = deepcopy(tokenizer)
+    without_eos.eos_token = None
+    without_eos.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="EOS"):
         Pretrained(str(tmp_path)).tokenizer()
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_pad_is_eos_and_eos_is_masked(one_bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding found by its token id takes every EOS out of the loss."""
+def test_masked_eos_is_found(gpt2_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If pad_token = eos_token and padding is found by its token id, every EOS is masked out of the loss."""
     collate = SequenceBatch.collate
 
     def collate_by_id(rows: Sequence[EncodedResponse]) -> SequenceBatch:
         batch = collate(rows)
-        batch.response_mask &= batch.input_ids != one_bench.tokenizer.eos_token_id
+        batch.response_mask &= batch.input_ids != gpt2_run.tokenizer.eos_token_id
         return batch
 
     monkeypatch.setattr(SequenceBatch, "collate", collate_by_id)
-    said = one_bench.faults(one_bench.module(stage), one_bench.data(stage))
+    message = failures(build(gpt2_run, stage))
     rows = {"sft": 8, "dpo": 16}[stage]
-    assert f"EOS carries loss: in 0 of {rows} answers that end in EOS" in said
-    assert "never learns to end an answer" in said
+    assert f"EOS contributes to the loss: in 0 of {rows} responses that end with EOS" in message
+    assert "never learns to end a response" in message
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_an_answer_without_eos(one_bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "_one_eos", lambda self, answer: [token for token in answer if token != 2])
-    said = one_bench.faults(one_bench.module(stage), one_bench.data(stage))
-    assert ("every answer ends in EOS: 0 of" if stage == "reward" else "whole answers have none") in said
+def test_missing_eos_is_found(gpt2_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "_one_eos", lambda self, response: [token for token in response if token != 2])
+    message = failures(build(gpt2_run, stage))
+    assert ("every response ends with EOS: 0 of" if stage == "reward" else "complete responses have no EOS") in message
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_bos(one_bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_single_bos = Encoder._one_bos
-    monkeypatch.setattr(Encoder, "_one_bos", lambda self, prompt: [1, *check_single_bos(self, prompt)])
-    said = one_bench.faults(one_bench.module(stage), one_bench.data(stage))
-    assert "a text begins with one BOS: BOS at the beginning: 2" in said
+def test_double_bos_is_found(gpt2_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_bos = Encoder._one_bos
+    monkeypatch.setattr(Encoder, "_one_bos", lambda self, prompt: [1, *one_bos(self, prompt)])
+    assert "every sequence begins with one BOS: BOS tokens at the beginning: 2" in failures(build(gpt2_run, stage))
 
 
 @pytest.mark.parametrize(
-    ("stage", "parts"),
+    ("stage", "expected"),
     [
         ("reward", ["reward model"]),
         ("dpo", ["policy", "reference", "first rewards exactly 0", "first loss ln 2"]),
         ("ppo", ["policy", "reference", "reward model", "critic", "first ratio exactly 1"]),
     ],
 )
-def test_dropout_left_on(one_bench: Bench, stage: str, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers are named, with their rate."""
+def test_dropout_is_found(gpt2_run: TinyRun, stage: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the dropout layers with their probabilities."""
     for name, module in list(sys.modules.items()):
         if name.startswith("rlhf.") and hasattr(module, "disable_dropout"):
             monkeypatch.setattr(module, "disable_dropout", lambda model: model)
-    said = one_bench.faults(one_bench.module(stage), one_bench.data(stage))
-    assert [part for part in parts if part not in said] == []
-    assert "drop 0.1" in said
+    message = failures(build(gpt2_run, stage))
+    assert [text for text in expected if text not in message] == []
+    assert "drop 0.1" in message
 
 
 def drop_head(path: Path) -> None:
+    """Remove the reward head from an exported file."""
     content = torch.load(path, weights_only=True)
     content["weights"] = {name: weight for name, weight in content["weights"].items() if not name.startswith("head.")}
     torch.save(content, path)
 
 
-def test_a_reward_head_dropped_from_the_file(one_bench: Bench) -> None:
-    """Loading is strict and says which weights are not there."""
-    path = one_bench.folder / "reward.pt"
-    save_result(Result(one_bench.judge().model, one_bench.tokenizer), path, {})
+def test_loading_without_reward_head_fails(gpt2_run: TinyRun) -> None:
+    """The error names the missing weights."""
+    path = gpt2_run.folder / "reward.pt"
+    save_result(Result(tiny_reward_model(gpt2_run.lm), gpt2_run.tokenizer), path, {})
     drop_head(path)
     with pytest.raises((UserError, RuntimeError), match=r"head\.layers\.0\.weight"):
-        Export(str(path)).scalar_model(one_bench.tokenizer)
+        Export(str(path)).scalar_model(gpt2_run.tokenizer)
 
 
-def test_a_reward_head_that_would_not_be_saved(one_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_without(result: Result, path: Path, provenance: Any) -> None:
+def test_reward_head_missing_from_export_is_found(gpt2_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_without_head(result: Result, path: Path, provenance: Any) -> None:
         save_result(result, path, provenance)
         drop_head(path)
 
-    monkeypatch.setattr("rlhf.run.save_result", save_without)
-    said = one_bench.faults(one_bench.module("reward"), one_bench.data("reward"))
-    assert "scores reproduced after saving and opening: it cannot be opened" in said
-    assert "head.layers.0.weight" in said
+    monkeypatch.setattr("rlhf.callbacks.save_result", save_without_head)
+    message = failures(build(gpt2_run, "reward"))
+    assert "scores are reproduced after saving and loading: loading fails" in message
+    assert "head.layers.0.weight" in message
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_padding_that_leaks(bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body that sees the whole row, padding included."""
+def test_leaking_padding_is_found(tiny_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trunk mixes all columns of a row, padding included."""
     from rlhf.models import backbone
 
-    sound = backbone.hidden_states
+    correct = backbone.hidden_states
 
-    def leaky(trunk: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-        hidden = sound(trunk, tokens, mask)
+    def leaky(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = correct(trunk, input_ids, attention_mask)
         return hidden + hidden.mean(dim=1, keepdim=True)
 
-    for place in ("backbone", "scalar"):
-        monkeypatch.setattr(f"rlhf.models.{place}.hidden_states", leaky)
-    said = bench.faults(bench.module(stage), bench.data(stage))
-    assert "padding or neighbours leak into the numbers (in a batch, more padding, padding left)" in said
-    assert "other tokens on padding change nothing" in said
+    for name in ("backbone", "scalar"):
+        monkeypatch.setattr(f"rlhf.models.{name}.hidden_states", leaky)
+    message = failures(build(tiny_run, stage))
+    assert "Padding or other sequences affect the values (in a batch, more padding, padding on the left)" in message
+    assert "do not depend on the token ids of padding" in message
 
 
-class Unweighed(SFTModule):
-    """Forgets that a micro-batch is a part of a step."""
+class UnweightedSFT(SFTModule):
+    """Ignores the weight of a micro-batch."""
 
-    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) / batch.loss_weight
-
-
-def test_accumulation_that_is_not_the_big_batch(one_bench: Bench) -> None:
-    module = Unweighed(policy=one_bench.source, samples=0, learning_rate=1e-3)
-    module.tokenizer = one_bench.tokenizer
-    assert "gradient of 4 micro-batches = gradient of one batch" in one_bench.faults(module, one_bench.data("sft"))
+    def training_loss(self, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().training_loss(batch)
+        return loss / batch.loss_weight, metrics
 
 
-def test_a_loss_that_multiplies_by_its_mask(one_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_accumulation_is_found(gpt2_run: TinyRun) -> None:
+    run = build(gpt2_run, "sft")
+    run.module = UnweightedSFT(policy=run.module.source, samples=0, learning_rate=1e-3, tokenizer=gpt2_run.tokenizer)
+    assert "accumulating 4 micro-batches gives the gradient of one batch: loss" in failures(run)
+
+
+def test_loss_that_multiplies_by_its_mask_is_found(gpt2_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """nan * 0 is nan."""
 
-    def careless(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **keys: Any) -> Tensor:
-        return -((logprobs - old).exp() * advantages * mask).sum() / mask.sum()
+    def careless(
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, **keys: Any
+    ) -> Tensor:
+        return -((logprobs - old_logprobs).exp() * advantages * response_mask).sum() / response_mask.sum()
 
-    monkeypatch.setattr("rlhf.rl.module.clipped_policy_loss", careless)
-    said = one_bench.faults(one_bench.module("ppo"), one_bench.data("ppo"))
-    assert "garbage on padding changes neither loss nor gradient: loss nan" in said
+    monkeypatch.setattr("rlhf.rl.policy_update.clipped_policy_loss", careless)
+    assert "loss and gradient do not depend on padding: loss nan" in failures(build(gpt2_run, "ppo"))
 
 
-def after_configuring(module: Any, change: Callable[[Any], object]) -> Any:
-    """The module, whose models are changed as soon as it has them."""
-    configure = module.configure_model
+def change_models(module: Any, change: Callable[[Any], object]) -> None:
+    """Change the models of a module right after it has opened them."""
+    configure_model = module.configure_model
 
     def configure_and_change() -> None:
-        configure()
+        configure_model()
         with torch.no_grad():
             change(module)
 
     module.configure_model = configure_and_change
-    return module
 
 
 @pytest.mark.parametrize(
     ("fault", "change"),
     [
         ("reference is in train mode", lambda module: module.reference.model.train()),
-        ("reference has a gradient", lambda module: module.reference.model.requires_grad_(True)),
+        ("reference has gradients", lambda module: module.reference.model.requires_grad_(True)),
         (
-            "reference shares weights with what is trained",
+            "reference shares weights with a trained model",
             lambda module: module.reference.model.lm.set_input_embeddings(module.policy.lm.get_input_embeddings()),
         ),
     ],
 )
-def test_a_reference_that_is_not_frozen(one_bench: Bench, fault: str, change: Callable[[Any], object]) -> None:
-    module = after_configuring(one_bench.module("dpo"), change)
-    said = one_bench.faults(module, one_bench.data("dpo"))
-    assert "frozen models stay frozen: " in said
-    assert fault in said
+def test_reference_that_is_not_frozen_is_found(gpt2_run: TinyRun, fault: str, change: Callable[[Any], object]) -> None:
+    run = build(gpt2_run, "dpo")
+    change_models(run.module, change)
+    message = failures(run)
+    assert "frozen models stay frozen: " in message
+    assert fault in message
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"), [("dpo", "first rewards exactly 0: largest"), ("ppo", "first KL exactly 0: largest sum")]
+    ("stage", "expected"), [("dpo", "first rewards exactly 0: largest"), ("ppo", "first KL exactly 0: largest sum")]
 )
-def test_a_reference_that_is_another_model(one_bench: Bench, stage: str, name: str) -> None:
-    def move(module: Any) -> None:
-        next(module.reference.model.parameters()).mul_(1.5)
-
-    module = after_configuring(one_bench.module(stage), move)
-    assert name in one_bench.faults(module, one_bench.data(stage))
+def test_wrong_reference_model_is_found(gpt2_run: TinyRun, stage: str, expected: str) -> None:
+    run = build(gpt2_run, stage)
+    change_models(run.module, lambda module: next(module.reference.model.parameters()).mul_(1.5))
+    assert expected in failures(run)
 
 
-# arithmetic
+# Measurements
 
 
-def test_difference_by_hand() -> None:
-    """|2.2 - 2| / 3 = 0.0667 is the largest; |0.01 - 0| / 1 = 0.01. What is no number differs from everything."""
-    assert difference(torch.tensor([2.2, 0.01]), torch.tensor([2.0, 0.0])) == pytest.approx(0.2 / 3)
-    assert difference(torch.tensor([torch.nan]), torch.tensor([1.0])) != 0
-    assert not difference(torch.tensor([torch.nan]), torch.tensor([1.0])) <= 1
-    assert not difference(torch.ones(2), torch.ones(3)) <= 1
+def test_relative_difference_by_hand() -> None:
+    """|2.2 - 2| / 3 = 0.0667 is larger than |0.01 - 0| / 1. NaN and other shapes are never within a limit."""
+    assert relative_difference(torch.tensor([2.2, 0.01]), torch.tensor([2.0, 0.0])) == pytest.approx(0.2 / 3)
+    assert not relative_difference(torch.tensor([torch.nan]), torch.tensor([1.0])) <= 1
+    assert not relative_difference(torch.ones(2), torch.ones(3)) <= 1
 
 
-def test_spoiled_changes_padding_only() -> None:
-    """Real tokens 5 6 7 and 8 stay; the two slots of padding hold something else than 0."""
+def test_corrupt_padding_changes_padding_only() -> None:
+    """The tokens 5, 6, 7 and 8 stay. The two padding tokens are no longer 0."""
     batch = SequenceBatch.collate([EncodedResponse([5, 6, 7], 1), EncodedResponse([8], 0)])
-    changed = corrupt_padding(batch)
-    assert changed.input_ids[batch.attention_mask].tolist() == [5, 6, 7, 8]
-    assert 0 not in changed.input_ids[~batch.attention_mask].tolist()
+    corrupted = corrupt_padding(batch)
+    assert corrupted.input_ids[batch.attention_mask].tolist() == [5, 6, 7, 8]
+    assert 0 not in corrupted.input_ids[~batch.attention_mask].tolist()
     assert batch.input_ids[~batch.attention_mask].tolist() == [0, 0]
 
 
-# as a user types it
+def test_pad_left_by_hand() -> None:
+    batch = pad_left(SequenceBatch.collate([EncodedResponse([5, 6, 7], 1), EncodedResponse([8], 0)]))
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.attention_mask.tolist() == [[True] * 3, [False, False, True]]
 
 
-def test_a_failure_leaves_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left, plain_errors():
-        raise ChecksFailed("1 of 9 checks failed", "hint")
-    assert left.value.code == 1
-    assert capsys.readouterr().err == "1 of 9 checks failed\n  hint\n"
+# On the command line
 
 
 @pytest.mark.slow
 def test_check_only_trains_nothing(repo: Path, tmp_path: Path) -> None:
-    """Exit code 0, the table, the log, and no result; a word it does not know is a mistake of the user."""
-    keys = ["stage=sft", "trainer=cpu", "data.max_rows=40", "model.vocab_size=300", f"paths.root={tmp_path}"]
-
-    def typed(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "train.py", *keys, *more]
-        wide = {**os.environ, "COLUMNS": "200"}
-        return subprocess.run(command, cwd=repo, env=wide, capture_output=True, text=True, check=False)
-
-    done = typed("check=only")
-    assert done.returncode == 0, done.stderr
-    assert "7 properties, all passed" in done.stdout
+    """The command prints and logs 7 checks, exits with 0 and writes no result."""
+    done = run_train(repo, tmp_path, "stage=sft", *TINY_DATA, "check=only")
+    assert "7 pre-flight checks, all passed" in done.stdout
     files = {path.name for path in (tmp_path / "rlhf" / "sft").iterdir()}
     assert "sft_final.pt" not in files
     assert not [name for name in files if name.startswith("check-")]
     assert (tmp_path / "rlhf" / "sft" / "sft.log").read_text().count("check passed: ") == 7
-    wrong = typed("check=maybe")
-    assert wrong.returncode == 2
-    assert "check=maybe" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_unknown_value_of_check_is_rejected(repo: Path, tmp_path: Path) -> None:
+    done = run_train(repo, tmp_path, "stage=sft", "check=maybe", check=False)
+    assert done.returncode == 2
+    assert "check" in done.stderr
+    assert "maybe" in done.stderr

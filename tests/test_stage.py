@@ -1,4 +1,4 @@
-"""What every training stage does the same way: schedule, optimizer, random state, gradient norm."""
+"""What all training stages share: schedule, optimizer, random state, gradient norm, hyperparameters."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import UserError
-from rlhf.stage import Result, StageModule
+from harness import EXACT, TinyRun, quick_trainer
+from rlhf.errors import ConfigError
+from rlhf.ppo import PPOModule
+from rlhf.sft import SFTModule
+from rlhf.stage import Metrics, Result, StageModule
+from rlhf.stage.sample_table import markdown_table
 
 
-class Tiny(StageModule):
-    """A matrix and a vector; draws a random number at each step."""
+class TinyStage(StageModule):
+    """A stage with a matrix and a vector of ones. Its gradient is ``slope``, and each step draws a random number."""
 
     def __init__(self, *, slope: float = 0.0, **optimizer: Any) -> None:
         super().__init__(**{"learning_rate": 0.1, "schedule": "constant", **optimizer})
@@ -23,20 +27,20 @@ class Tiny(StageModule):
         nn.init.ones_(self.linear.weight)
         nn.init.ones_(self.linear.bias)
         self.slope = slope
-        self.rates: list[float] = []
+        self.learning_rates: list[float] = []
         self.draws: list[float] = []
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, Metrics]:
+        self.learning_rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.draws.append(float(torch.rand(())))
-        return self.slope * (self.linear.weight.sum() + self.linear.bias.sum())
+        return self.slope * (self.linear.weight.sum() + self.linear.bias.sum()), {}
 
     def result(self) -> Result:
         raise NotImplementedError
 
 
 class Batches:
-    """So many batches, all the same; a DataLoader would draw random numbers of its own."""
+    """A loader of equal batches. A DataLoader would draw random numbers."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -48,63 +52,59 @@ class Batches:
         yield from torch.zeros(self.count, 1)
 
 
-def fit(module: Tiny, *, steps: int = 1, resume: Path | None = None, **trainer: Any) -> lightning.Trainer:
-    """Train on so many batches an epoch, all the same."""
-    fitted = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 1, **trainer},
-    )
-    fitted.fit(module, Batches(steps), ckpt_path=resume, weights_only=True)
-    return fitted
+def fit(module: TinyStage, *, steps: int = 1, resume: Path | None = None, **flags: Any) -> lightning.Trainer:
+    """Train for epochs of ``steps`` batches."""
+    trainer: lightning.Trainer = quick_trainer(**flags)
+    trainer.fit(module, Batches(steps), ckpt_path=resume, weights_only=True)
+    return trainer
 
 
-def test_linear_schedule_rises_from_0_and_falls_to_0() -> None:
-    """10 steps, a fifth of them warm-up: 0, 1/2, then (10 - k) / 8 of 0.1; after the last step it is 0."""
-    module = Tiny(schedule="linear", warmup_ratio=0.2)
+# Optimizer and schedule
+
+
+def test_linear_schedule_by_hand() -> None:
+    """10 steps with a warmup of 2: factors 0, 1/2, then (10 - k) / 8. After the last step the factor is 0."""
+    module = TinyStage(schedule="linear", warmup_ratio=0.2)
     trainer = fit(module, steps=10)
-    assert module.rates == pytest.approx([0.1 * x for x in (0, 1 / 2, *((10 - k) / 8 for k in range(2, 10)))])
+    assert module.learning_rates == pytest.approx([0.1 * x for x in (0, 1 / 2, *((10 - k) / 8 for k in range(2, 10)))])
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
-def test_cosine_schedule_falls_to_0() -> None:
-    """(1 + cos(pi k / 8)) / 2 of 0.1 at step k of 8; after the last step it is 0."""
-    module = Tiny(schedule="cosine")
+def test_cosine_schedule_by_hand() -> None:
+    """The factor is (1 + cos(pi k / 8)) / 2 at step k of 8. After the last step it is 0."""
+    module = TinyStage(schedule="cosine")
     trainer = fit(module, steps=8)
-    assert module.rates == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 8)) for k in range(8)])
+    assert module.learning_rates == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 8)) for k in range(8)])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
 
 
-def test_constant_schedule_stays_after_its_warm_up() -> None:
-    """4 steps, half of them warm-up: 0, 1/2, 1, 1 of 0.1."""
-    module = Tiny(schedule="constant", warmup_ratio=0.5)
+def test_constant_schedule_by_hand() -> None:
+    """4 steps with a warmup of 2: factors 0, 1/2, 1, 1."""
+    module = TinyStage(schedule="constant", warmup_ratio=0.5)
     fit(module, steps=4)
-    assert module.rates == pytest.approx([0.0, 0.05, 0.1, 0.1])
+    assert module.learning_rates == pytest.approx([0.0, 0.05, 0.1, 0.1])
 
 
-def test_a_schedule_is_counted_in_optimizer_steps() -> None:
-    """8 batches, 2 a step, twice: 8 steps of the schedule, each rate used for two batches."""
-    module = Tiny(schedule="linear")
+def test_schedule_advances_once_per_optimizer_step() -> None:
+    """2 epochs of 8 batches with accumulation over 2 are 8 optimizer steps. Each learning rate serves 2 batches."""
+    module = TinyStage(schedule="linear")
     trainer = fit(module, steps=8, accumulate_grad_batches=2, max_epochs=2)
     assert trainer.global_step == 8
-    assert module.rates == pytest.approx([0.1 * (8 - k // 2) / 8 for k in range(16)])
+    assert module.learning_rates == pytest.approx([0.1 * (8 - k // 2) / 8 for k in range(16)])
 
 
-def test_weight_decay_is_of_matrices_only() -> None:
-    """Gradient 0, learning rate 0.1, decay 0.5: AdamW multiplies the matrix by 1 - 0.05, and leaves the vector."""
-    module = Tiny(weight_decay=0.5)
+def test_weight_decay_applies_to_matrices_only() -> None:
+    """With learning rate 0.1, decay 0.5 and gradient 0, AdamW scales the matrix by 1 - 0.05 and keeps the vector."""
+    module = TinyStage(weight_decay=0.5)
     fit(module)
     torch.testing.assert_close(module.linear.weight, torch.full((2, 2), 0.95), check_dtype=True)
     assert module.linear.bias.tolist() == [1.0, 1.0]
 
 
-def test_logged_gradient_norm_is_that_before_clipping() -> None:
-    """d loss / d parameter = 3 for each of 6 numbers: norm 3 sqrt(6), clipped or not; the learning rate beside it."""
+def test_grad_norm_is_logged_before_clipping() -> None:
+    """The gradient is 3 for each of 6 parameters, so its norm is 3 sqrt(6) with and without clipping."""
     for clip in (None, 0.5):
-        trainer = fit(Tiny(slope=3.0), gradient_clip_val=clip)
+        trainer = fit(TinyStage(slope=3.0), gradient_clip_val=clip)
         assert float(trainer.callback_metrics["grad_norm"]) == pytest.approx(3 * 6**0.5)
         assert float(trainer.callback_metrics["lr"]) == pytest.approx(0.1)
 
@@ -112,58 +112,113 @@ def test_logged_gradient_norm_is_that_before_clipping() -> None:
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("by_plugin", [False, True], ids=["trainer.precision", "trainer.plugins"])
 def test_gradients_are_clipped_under_mixed_precision(precision: str, by_plugin: bool) -> None:
-    """Lightning refuses to clip the gradients of a fused optimizer there; 3 for each of 6 numbers becomes norm 0.5."""
+    """Lightning cannot clip the gradients of a fused optimizer there. A norm of 3 sqrt(6) is clipped to 0.5."""
     scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
     plugin = lightning.pytorch.plugins.MixedPrecision(precision, "cpu", scaler)
-    chosen = {"plugins": [plugin]} if by_plugin or scaler else {"precision": precision}
-    trainer = fit(module := Tiny(slope=3.0), steps=2, gradient_clip_val=0.5, **chosen)
+    flags = {"plugins": [plugin]} if by_plugin or scaler else {"precision": precision}
+    trainer = fit(module := TinyStage(slope=3.0), steps=2, gradient_clip_val=0.5, **flags)
     assert trainer.global_step == 2
     assert float(trainer.callback_metrics["grad_norm"]) == pytest.approx(3 * 6**0.5)
     assert float(nn.utils.get_total_norm([p.grad for p in module.parameters()])) == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_the_optimizer_is_fused_without_mixed_precision(precision: str) -> None:
-    """And only there: with it, PyTorch chooses among the other implementations."""
-    assert fit(Tiny(), precision=precision).optimizers[0].defaults["fused"] is True
-    assert fit(Tiny(), precision="bf16-mixed").optimizers[0].defaults["fused"] is None
+def test_optimizer_is_fused_unless_precision_is_mixed(precision: str) -> None:
+    assert fit(TinyStage(), precision=precision).optimizers[0].defaults["fused"] is True
+    assert fit(TinyStage(), precision="bf16-mixed").optimizers[0].defaults["fused"] is None
 
 
-def test_parts_may_have_learning_rates_of_their_own() -> None:
-    """A frozen parameter is not in the optimizer, and each part's rate reaches its groups."""
+def test_each_trainable_module_has_its_learning_rate() -> None:
+    """Parameters without gradients are not in the optimizer."""
 
-    class Two(Tiny):
+    class TwoRates(TinyStage):
         def trainable_modules(self) -> Any:
             yield nn.ParameterList([self.linear.weight]), 0.1
             yield nn.ParameterList([self.linear.bias]), 0.3
 
-    trainer = fit(module := Two())
-    rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert rates == {id(module.linear.weight): 0.1, id(module.linear.bias): 0.3}
-    module = Tiny()
+    trainer = fit(module := TwoRates())
+    learning_rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert learning_rates == {id(module.linear.weight): 0.1, id(module.linear.bias): 0.3}
+    module = TinyStage()
     module.linear.bias.requires_grad_(False)
     groups = fit(module).optimizers[0].param_groups
     assert [id(p) for group in groups for p in group["params"]] == [id(module.linear.weight)]
 
 
-def test_a_resumed_run_draws_what_the_old_one_would_have_drawn(tmp_path: Path) -> None:
-    """Two epochs in one go, against one epoch, a checkpoint, and the second epoch from another random state."""
-    torch.manual_seed(1)
-    fit(whole := Tiny(), steps=3, max_epochs=2)
-    torch.manual_seed(1)
-    fit(Tiny(), steps=3).save_checkpoint(tmp_path / "last.ckpt")
-    torch.manual_seed(99)
-    fit(resumed := Tiny(), steps=3, max_epochs=2, resume=tmp_path / "last.ckpt")
-    assert resumed.draws == whole.draws[3:]
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"schedule": "stairs"}, r"stage\.schedule=stairs is none of cosine"),
-        ({"warmup_ratio": 1.0}, r"stage\.warmup_ratio=1\.0"),
+        ({"schedule": "stairs"}, r"stage\.schedule must be one of cosine, linear, constant, got stairs\."),
+        ({"warmup_ratio": 1.0}, r"stage\.warmup_ratio must be at least 0 and below 1, got 1\.0\."),
     ],
 )
-def test_what_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Tiny(**keys)
+def test_invalid_optimizer_settings_are_rejected(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TinyStage(**keys)
+
+
+# Checkpoints
+
+
+def test_resumed_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
+    """Two epochs in one run, compared with one epoch and a second one that resumes from another random state."""
+    torch.manual_seed(1)
+    fit(whole := TinyStage(), steps=3, max_epochs=2)
+    torch.manual_seed(1)
+    fit(TinyStage(), steps=3).save_checkpoint(tmp_path / "last.ckpt")
+    torch.manual_seed(99)
+    fit(resumed := TinyStage(), steps=3, max_epochs=2, resume=tmp_path / "last.ckpt")
+    assert resumed.draws == whole.draws[3:]
+
+
+def test_hyperparameters_contain_plain_values_only(tmp_path: Path) -> None:
+    """A checkpoint with other objects could not be loaded with weights_only=True."""
+    from omegaconf import OmegaConf
+
+    module = TinyStage(slope=2.0, betas=OmegaConf.create([0.8, 0.9]), tokenizer=object())  # type: ignore[arg-type]
+    fit(module).save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored == {"slope": 2.0, "learning_rate": 0.1, "schedule": "constant", "betas": [0.8, 0.9]} | {
+        name: stored[name] for name in ("weight_decay", "eps", "warmup_ratio")
+    }
+    loaded = TinyStage.load_from_checkpoint(tmp_path / "last.ckpt", slope=5.0)
+    assert (loaded.slope, loaded.betas) == (5.0, (0.8, 0.9))
+
+
+def test_load_from_checkpoint_restores_sft(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Only the arguments that are objects have to be passed again."""
+    run = tiny_run.train("sft", warmup_ratio=0.25)
+    run.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = tiny_run.module("sft")
+    loaded = SFTModule.load_from_checkpoint(tmp_path / "last.ckpt", policy=fresh.source, tokenizer=tiny_run.tokenizer)
+    torch.testing.assert_close(dict(loaded.state_dict()), run.weights, **EXACT)
+    assert loaded.warmup_ratio == 0.25
+
+
+def test_load_from_checkpoint_restores_ppo(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Frozen models are not part of a checkpoint. They are opened again from their sources."""
+    run = tiny_run.train("ppo", gamma=0.5)
+    run.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh, objects = tiny_run.module("ppo"), {}
+    for name in ("reward", "sampling", "scores", "kl", "limits"):
+        objects[name] = getattr(fresh, name)
+    loaded = PPOModule.load_from_checkpoint(
+        tmp_path / "last.ckpt",
+        policy=fresh.source,
+        reward_model=fresh.reward_sources,
+        tokenizer=tiny_run.tokenizer,
+        **objects,
+    )
+    torch.testing.assert_close(dict(loaded.state_dict()), run.weights, **EXACT)
+    assert loaded.gamma == 0.5
+    torch.testing.assert_close(
+        dict(loaded.reference.model.state_dict()), dict(run.module.reference.model.state_dict()), **EXACT
+    )
+
+
+# Sample table
+
+
+def test_markdown_table_by_hand() -> None:
+    table = markdown_table(("prompt", "response"), [("a | b", "c\nd")])
+    assert table == "| prompt | response |\n| --- | --- |\n| a \\| b | c<br>d |"

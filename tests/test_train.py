@@ -45,7 +45,7 @@ def test_the_pipeline_writes_all_outputs(repo: Path, tmp_path: Path, model: str)
     ]
     done = run_train(repo, tmp_path, *TINY_MODEL[model], *SHORT, "run=all", *overrides)
     assert "Outputs; " in done.stdout
-    assert "held-out prompts; 95 % bootstrap intervals" in done.stdout
+    assert "held-out prompts; 95% bootstrap intervals" in done.stdout
     assert [name for name in OUTPUTS if not (tmp_path / "all" / name).is_file()] == []
     assert all(events(tmp_path / "all" / stage) for stage in (*STAGES, "evaluation"))
     metrics = json.loads((tmp_path / "all" / "evaluation" / "metrics.json").read_text())
@@ -150,20 +150,23 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
         ["stage=dpo", "stage.policy=nowhere.pt"],
         ["nowhere.pt", "python train.py stage="],
     ),
-    "a data file that does not exist": (["stage=sft", "data.train=nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
+    "a data file that does not exist": (
+        ["stage=sft", "data.train=nowhere.jsonl"],
+        ["nowhere.jsonl: there is no such file"],
+    ),
     "no data file": (["stage=sft", "data=jsonl"], ["data.train", "data.train=<"]),
     "no base model": (["stage=sft", "model=pretrained"], ["model.path", "model.path=<"]),
     "a base model that does not exist": (
         ["stage=sft", "model=pretrained", "model.path=/nowhere"],
-        ["model.path=/nowhere", "no tokenizer"],
+        ["/nowhere", "tokenizer"],
     ),
     "a missing field": (
         ["stage=sft", "data=jsonl", "data.train={tmp}/prefs.jsonl"],
-        ["prefs.jsonl:1: ", "data.columns.", "data.on_error=skip", "Expected form: "],
+        ["prefs.jsonl:1: ", "data.columns.", "data.on_error=skip", "Expected: "],
     ),
     "a line that is not JSON": (
         ["stage=dpo", "data=jsonl", "data.train={tmp}/broken.jsonl", "stage.policy={tmp}/sft.pt"],
-        ["broken.jsonl:2: not JSON"],
+        ["broken.jsonl:2: ", "not JSON"],
     ),
     "a response longer than the maximum length": (
         [
@@ -173,11 +176,11 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
             "stage.sampling.max_new_tokens=256",
             "data.max_rows=40",
         ],
-        ["data.max_length=256", "stage.sampling.max_new_tokens=256"],
+        ["data.max_length", "stage.sampling.max_new_tokens", "256", "data.max_length=512"],
     ),
     "an unknown schedule": (
         ["stage=sft", "stage.schedule=stairs"],
-        ["stage.schedule=stairs", "cosine, linear, constant"],
+        ["stage.schedule", "stairs", "cosine, linear, constant", "stage.schedule=cosine"],
     ),
     "a loss in a stage without a choice of losses": (["stage=sft", "loss=ipo"], ["loss", "stage=dpo"]),
     "a reward function in a stage that does not sample": (["stage=dpo", "reward=python"], ["reward", "stage=grpo"]),
@@ -187,20 +190,20 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a KL penalty in the loss by k1": (
         ["stage=ppo", "stage.policy={tmp}/sft.pt", "stage.reward_model={tmp}/reward.pt", "stage.kl.apply_to=loss"],
-        ["stage.kl.apply_to=loss", "stage.kl.estimator=k3"],
+        ["stage.kl.apply_to", "stage.kl.estimator=k3"],
     ),
     "a reward function that does not exist": (
         ["stage=ppo", "stage.policy={tmp}/sft.pt", "reward=python", "reward.path=none.py:score", "data.max_rows=40"],
-        ["reward.path=none.py:score", "no such file"],
+        ["reward.path", "none.py:score", "no such file"],
     ),
     "an unknown loss": (["stage=dpo", "loss=magic"], ["loss/magic", "sigmoid"]),
     "a loss and an option that exclude each other": (
         ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=simpo", "stage.reference_free=false"],
-        ["stage.reference_free=false", "simpo_loss", "stage.reference_free=true"],
+        ["stage.reference_free", "simpo", "stage.reference_free=true"],
     ),
     "more than half of the labels wrong": (
         ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=robust", "stage.loss.label_smoothing=0.6"],
-        ["stage.loss.label_smoothing=0.6", "stage.loss.label_smoothing=0.1"],
+        ["stage.loss.label_smoothing", "0.6", "stage.loss.label_smoothing=0.1"],
     ),
     "text for a number of a loss": (
         ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=simpo", "stage.loss.target_margin=wide"],
@@ -213,7 +216,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
             "stage.reward_model={tmp}/reward.pt",
             "stage.sampling.temperature=0",
         ],
-        ["stage.sampling.temperature=0", "stage.sampling.temperature=0.7"],
+        ["stage.sampling.temperature", "stage.sampling.temperature=0.7"],
     ),
     "keys that exclude each other": (
         [
@@ -223,7 +226,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
             "stage.critic=shared",
             "stage.critic_learning_rate=1e-4",
         ],
-        ["stage.critic_learning_rate", "stage.critic=shared", "stage.critic=separate"],
+        ["stage.critic_learning_rate", "stage.critic=separate"],
     ),
     "accumulation that does not divide an iteration": (
         [
@@ -236,11 +239,11 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
             "stage.ppo_epochs=1",
             "trainer.accumulate_grad_batches=4",
         ],
-        ["trainer.accumulate_grad_batches=4", "stage.minibatch_size"],
+        ["trainer.accumulate_grad_batches", "stage.minibatch_size"],
     ),
     "a wrong width": (
         ["stage=reward", "stage.policy={tmp}/sft.pt", "stage.input_dim=77", "data.max_rows=40"],
-        ["stage.input_dim=77", "stage.input_dim=32"],
+        ["stage.input_dim", "77", "stage.input_dim=32"],
     ),
     "a reward model for a policy": (
         ["stage=dpo", "stage.policy={tmp}/reward.pt"],

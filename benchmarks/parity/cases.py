@@ -1,4 +1,4 @@
-"""What is compared. Both sides read this file, so it imports nothing but the standard library."""
+"""The cases of the comparison. Both environments import this file, so it uses the standard library only."""
 
 import hashlib
 import json
@@ -9,33 +9,33 @@ from typing import Any
 STEPS = 20
 BATCH_SIZE = 8
 TEMPLATE = "{prompt}\nSummary:"
-MAX_LENGTH = 512  # longer than every text: nothing is cut on either side
+MAX_LENGTH = 512  # longer than every sequence, so neither side truncates
 OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.98), "eps": 1e-8}
-CLIP = 1.0  # largest norm of the gradient
+CLIP = 1.0  # maximum norm of the gradient
 DEMONSTRATIONS, PAIRS = "data/rl_train.jsonl", "data/prefs_train.jsonl"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One curve on both sides.
+    """One training run on both sides.
 
     Args:
-        name: of the row in the table.
-        stage: ours, a folder of ``rlhf/``.
-        trainer: theirs, a class of TRL.
-        numbers: what is compared: label to the name here and the name there.
-        ours: keywords of our stage's module.
-        theirs: keywords of TRL's config.
-        data: file of records, in the repository, or in the work folder if it begins with ``work:``.
-        template: text around the prompt.
-        bos: False takes the BOS off the tokenizer, on both sides.
-        reason: why the two differ, and which is right, where they do.
+        name: Name in the table.
+        stage: Our stage, a key of ``ours.STAGES``.
+        trainer: Class of TRL.
+        metrics: Metrics to compare: label, and the names of the metric here and in TRL.
+        ours: Keywords of our module.
+        theirs: Keywords of TRL's config.
+        data: File of records, in the repository, or in the work directory if it starts with ``work:``.
+        template: Text around the prompt.
+        bos: False removes the BOS token from the tokenizer on both sides.
+        reason: Why the two sides differ, and which one is correct; empty if they should agree.
     """
 
     name: str
     stage: str
     trainer: str
-    numbers: dict[str, tuple[str, str]]
+    metrics: dict[str, tuple[str, str]]
     ours: dict[str, Any] = field(default_factory=dict)
     theirs: dict[str, Any] = field(default_factory=dict)
     data: str = PAIRS
@@ -48,10 +48,9 @@ LOSS = {"loss": ("train/loss", "loss"), "gradient norm": ("grad_norm", "grad_nor
 ACCURACY = {"accuracy": ("rewards/accuracies", "rewards/accuracies")}
 MARGIN = {"margin": ("rewards/margins", "rewards/margins")}
 CHOSEN = {"log-prob of chosen": ("logps/chosen", "logps/chosen")}
-PAIR_NUMBERS = {**LOSS, **ACCURACY, **MARGIN, **CHOSEN}
-AT_EACH_STEP = {
-    "precompute_ref_logprobs": False
-}  # as TRL does by default: the first margins are then 0 to the last bit
+PAIR_METRICS = {**LOSS, **ACCURACY, **MARGIN, **CHOSEN}
+# As in TRL, the reference model is evaluated at each step, so that the first margins are exactly 0.
+AT_EACH_STEP = {"precompute_ref_logprobs": False}
 NO_REFERENCE = {"reference_free": True}
 MEANS = {"length_normalized": True}
 CASES = [
@@ -61,7 +60,7 @@ CASES = [
         trainer="SFTTrainer",
         data=DEMONSTRATIONS,
         ours={"samples": 0},
-        numbers={
+        metrics={
             **LOSS,
             "accuracy": ("train/token_accuracy", "mean_token_accuracy"),
             "entropy": ("train/entropy", "entropy"),
@@ -71,86 +70,86 @@ CASES = [
         name="reward",
         stage="reward",
         trainer="RewardTrainer",
-        numbers={**LOSS, "accuracy": ("train/accuracy", "accuracy"), "margin": ("train/margin", "margin")},
+        metrics={**LOSS, "accuracy": ("train/accuracy", "accuracy"), "margin": ("train/margin", "margin")},
     ),
     Case(
-        name="reward, centred",
+        name="reward, centered",
         stage="reward",
         trainer="RewardTrainer",
         ours={"centering_coef": 0.01},
         theirs={"center_rewards_coefficient": 0.01},
-        numbers={**LOSS, "mean score": ("train/mean_reward", "mean_reward"), "margin": ("train/margin", "margin")},
+        metrics={**LOSS, "mean score": ("train/mean_reward", "mean_reward"), "margin": ("train/margin", "margin")},
     ),
     Case(
         name="DPO, sigmoid",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": "sigmoid_loss", "beta": 0.1, **AT_EACH_STEP},
+        ours={"loss": "sigmoid_loss", "beta": 0.1, **AT_EACH_STEP},
         theirs={"loss_type": ["sigmoid"], "beta": 0.1},
-        numbers=PAIR_NUMBERS,
+        metrics=PAIR_METRICS,
     ),
     Case(
         name="DPO with an SFT term",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": "sigmoid_loss", "beta": 0.1, "sft_coef": 0.5, **AT_EACH_STEP},
+        ours={"loss": "sigmoid_loss", "beta": 0.1, "sft_coef": 0.5, **AT_EACH_STEP},
         theirs={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.1},
-        numbers=PAIR_NUMBERS,
+        metrics=PAIR_METRICS,
     ),
     Case(
-        name="IPO, mean a token",
+        name="IPO, mean per token",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": "ipo_loss", "beta": 1.0, **MEANS, **AT_EACH_STEP},
+        ours={"loss": "ipo_loss", "beta": 1.0, **MEANS, **AT_EACH_STEP},
         theirs={"loss_type": ["ipo"], "beta": 1.0},
-        numbers={**LOSS, **CHOSEN},
+        metrics={**LOSS, **CHOSEN},
     ),
     Case(
         name="IPO, sums as in the paper",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": "ipo_loss", "beta": 1.0, **AT_EACH_STEP},
+        ours={"loss": "ipo_loss", "beta": 1.0, **AT_EACH_STEP},
         theirs={"loss_type": ["ipo"], "beta": 1.0},
-        numbers={"loss": LOSS["loss"]},
-        reason="TRL divides each log-ratio by the length of its answer, which the paper does not; ours does so with "
-        "stage.length_normalized=true, the row above. The paper's eq. 17 is ours",
+        metrics={"loss": LOSS["loss"]},
+        reason="TRL divides each log-ratio by the length of the response, which the paper (eq. 17) does not. Here, "
+        "stage.length_normalized=true does it (see the row above).",
     ),
     Case(
         name="hinge",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": "hinge_loss", "beta": 0.1, **AT_EACH_STEP},
+        ours={"loss": "hinge_loss", "beta": 0.1, **AT_EACH_STEP},
         theirs={"loss_type": ["hinge"], "beta": 0.1},
-        numbers=PAIR_NUMBERS,
+        metrics=PAIR_METRICS,
     ),
     Case(
         name="robust",
         stage="dpo",
         trainer="DPOTrainer",
-        ours={"objective": ["robust_loss", {"label_smoothing": 0.1}], "beta": 0.1, **AT_EACH_STEP},
+        ours={"loss": ["robust_loss", {"label_smoothing": 0.1}], "beta": 0.1, **AT_EACH_STEP},
         theirs={"loss_type": ["robust"], "label_smoothing": 0.1, "beta": 0.1},
-        numbers=PAIR_NUMBERS,
+        metrics=PAIR_METRICS,
     ),
     Case(
         name="CPO: conservative, no reference, SFT term",
         stage="dpo",
         trainer="CPOTrainer",
         ours={
-            "objective": ["conservative_loss", {"label_smoothing": 0.1}],
+            "loss": ["conservative_loss", {"label_smoothing": 0.1}],
             "beta": 0.1,
             "sft_coef": 1.0,
             **NO_REFERENCE,
         },
         theirs={"loss_type": "sigmoid", "label_smoothing": 0.1, "beta": 0.1, "cpo_alpha": 1.0},
-        numbers=PAIR_NUMBERS,
+        metrics=PAIR_METRICS,
     ),
     Case(
         name="SimPO",
         stage="dpo",
         trainer="CPOTrainer",
-        ours={"objective": ["simpo_loss", {"target_margin": 1.0}], "beta": 2.0, **NO_REFERENCE, **MEANS},
+        ours={"loss": ["simpo_loss", {"target_margin": 1.0}], "beta": 2.0, **NO_REFERENCE, **MEANS},
         theirs={"loss_type": "simpo", "simpo_gamma": 1.0, "beta": 2.0, "cpo_alpha": 0.0},
-        numbers={**LOSS, **ACCURACY, **MARGIN},
+        metrics={**LOSS, **ACCURACY, **MARGIN},
     ),
     Case(
         name="ORPO, one-token prompts",
@@ -159,53 +158,55 @@ CASES = [
         data="work:one_token_prompts.jsonl",
         template="{prompt}",
         bos=False,
-        ours={"objective": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
+        ours={"loss": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
         theirs={"beta": 0.1},
-        numbers={**LOSS, **ACCURACY, **MARGIN},
+        metrics={**LOSS, **ACCURACY, **MARGIN},
     ),
     Case(
         name="ORPO",
         stage="dpo",
         trainer="ORPOTrainer",
-        ours={"objective": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
+        ours={"loss": "odds_ratio_loss", "beta": 0.1, "sft_coef": 1.0, **NO_REFERENCE, **MEANS},
         theirs={"beta": 0.1},
-        numbers={"loss": LOSS["loss"], **MARGIN},
-        reason="TRL's SFT term runs over prompt and answer, ours over the answer, as in stage=sft; the authors' code "
-        "has a switch for it. With prompts of one token, which nothing predicts, both are the same: the row above",
+        metrics={"loss": LOSS["loss"], **MARGIN},
+        reason="TRL's SFT term covers prompt and response, ours the response only, as in stage=sft; the authors' code "
+        "has an option for it. With one-token prompts, which are never predicted, both agree (see the row above).",
     ),
     Case(
         name="KTO",
         stage="kto",
         trainer="KTOTrainer",
-        data="work:verdicts.jsonl",
-        ours={"objective": "kto_loss", "beta": 0.1, **AT_EACH_STEP},
+        data="work:unpaired.jsonl",
+        ours={"loss": "kto_loss", "beta": 0.1, **AT_EACH_STEP},
         theirs={"beta": 0.1},
-        numbers={**LOSS, **MARGIN, "KL baseline": ("kto/kl", "kl"), **CHOSEN},
+        metrics={**LOSS, **MARGIN, "KL baseline": ("kto/kl", "kl"), **CHOSEN},
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One PPO iteration on both sides: the same answers, scored and learned from.
+    """One PPO iteration on both sides, on the same responses.
 
     Args:
-        name: of its files.
-        gamma, gae_lambda, whiten_rewards: as in PPO.
-        estimator: of the KL, ``k1`` or ``k3``.
-        ends: strength of the policy's wish to end an answer: negative, and every answer is as long as allowed.
+        name: Name of its files.
+        gamma: Discount factor.
+        gae_lambda: lambda of generalized advantage estimation.
+        eos_logit: Added to the logit of EOS. With a negative value, every response has the maximum length.
+        estimator: KL estimator, ``k1`` or ``k3``.
+        whiten_rewards: Scale the rewards to unit variance.
     """
 
     name: str
     gamma: float
     gae_lambda: float
-    ends: float
+    eos_logit: float
     estimator: str = "k1"
     whiten_rewards: bool = False
 
 
 PROMPTS = 16
-ANSWER_LENGTH = 12  # most tokens of an answer
+RESPONSE_LENGTH = 12  # maximum number of tokens
 PASSES = 4
 PPO = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_coef": 0.05}
 PPO_OPTIMIZER = {"learning_rate": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-5}
@@ -213,14 +214,14 @@ TEMPERATURE = 0.7
 MISSING_EOS_PENALTY = 1.0
 LONG, RAGGED = -3.0, 3.0
 ITERATIONS = [
-    Iteration("long", gamma=0.99, gae_lambda=0.95, ends=LONG),
-    Iteration("long-k3", gamma=0.99, gae_lambda=0.95, ends=LONG, estimator="k3"),
-    Iteration("long-whitened", gamma=0.99, gae_lambda=0.95, ends=LONG, whiten_rewards=True),
-    Iteration("ragged-lambda-1", gamma=1.0, gae_lambda=1.0, ends=RAGGED),
-    Iteration("ragged", gamma=1.0, gae_lambda=0.95, ends=RAGGED),
+    Iteration("long", gamma=0.99, gae_lambda=0.95, eos_logit=LONG),
+    Iteration("long-k3", gamma=0.99, gae_lambda=0.95, eos_logit=LONG, estimator="k3"),
+    Iteration("long-whitened", gamma=0.99, gae_lambda=0.95, eos_logit=LONG, whiten_rewards=True),
+    Iteration("ragged-lambda-1", gamma=1.0, gae_lambda=1.0, eos_logit=RAGGED),
+    Iteration("ragged", gamma=1.0, gae_lambda=0.95, eos_logit=RAGGED),
 ]
 
 
 def fingerprint(rows: Sequence[tuple[list[int], int]]) -> str:
-    """A batch in 16 characters: token ids of each row, and how many of them are its answer."""
+    """Return a hash of a batch, which has the token ids and the number of response tokens of each row."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The rows of PPO: where the two differ, the difference is computed, taken out, and compared again."""
+"""Rows of the PPO table. Where the two sides differ, the known difference is removed and the rest is compared again."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,111 +9,116 @@ from cases import Iteration
 from compare import FLOOR, PPO_TOLERANCE, Row, largest_relative
 
 BESSEL = (
-    "TRL divides by the sample's standard deviation (n - 1), we by the population's (n), as Ziegler et al. 2019 and N+ "
-    "do in their code: the same advantages up to a factor sqrt(1 - 1/n). Both are sound. In what says 'by n', and in "
-    "the losses, TRL's are divided as ours"
+    "TRL divides by the sample standard deviation (n - 1), we by the population standard deviation (n), as Ziegler et "
+    "al. 2019 and N+ do in their code. The advantages are equal up to a factor sqrt(1 - 1/n), and both choices are "
+    "sound. In rows marked 'by n', and in the losses, TRL's advantages are divided as ours"
 )
 SLOT = (
-    "TRL puts the score one slot after the last token and bootstraps with a value there; ours comes with the last "
-    "token, after which the value is 0 by definition. Ours is the textbook's; with lambda 1, or once the critic knows "
-    "the score, both are the same"
+    "TRL places the score one position after the last token and bootstraps with a value there. We place it at the last "
+    "token, after which the value is 0 by definition, as in the textbook. With lambda 1, or once the critic predicts "
+    "the score, both agree"
 )
 SLOT_LOSS = (
-    "TRL's critic also learns a value for the slot after the end, which is no token; ours, over answer tokens, is the "
-    "loss as published"
+    "TRL's critic also learns a value for the position after the end, which is not a token. Our loss covers response "
+    "tokens, as published"
 )
-PADDING = "TRL's mean runs over padding as well; ours, over answer tokens, is right"
+PADDING = "TRL's mean includes padding; our mean over response tokens is correct"
 FOLLOWS = "follows from the advantages above"
-TENSORS = ("logprobs", "reference", "kl", "values", "scores")
+TENSORS = ("logprobs", "ref_logprobs", "kl", "values", "scores")
 
 
 def compare_iteration(
     setting: Iteration, ours: dict[str, Any], published: dict[str, Any], population: dict[str, Any]
 ) -> list[Row]:
-    """The rows of one iteration.
+    """Return the rows of one iteration.
 
     Args:
-        setting: its gamma, lambda and so on.
-        ours: what we computed.
-        published: what TRL computed.
-        population: what TRL computed when whitening by the population's standard deviation.
+        setting: gamma, lambda and so on.
+        ours: What we computed.
+        published: What TRL computed.
+        population: What TRL computed when it whitened by the population standard deviation.
     """
     ragged = any(value is not None for value in published["value after the end"])
-    parted = ragged and setting.gae_lambda < 1  # then it matters where the score stands
-    why = SLOT if parted else ""
+    score_matters = ragged and setting.gae_lambda < 1  # Advantages then depend on the position of the score.
+    reason = SLOT if score_matters else ""
     theirs = population if setting.whiten_rewards else published
-    what = f"PPO, {describe(setting, ours)}"
+    case = f"PPO, {describe(setting, ours)}"
 
-    rows = [tensor(what, name, ours[name], published[name]) for name in TENSORS]
-    rows += [tensor(what, name, ours[name], theirs[name], why) for name in ("advantages", "returns")]
-    if parted:
+    rows = [tensor(case, name, ours[name], published[name]) for name in TENSORS]
+    rows += [tensor(case, name, ours[name], theirs[name], reason) for name in ("advantages", "returns")]
+    if score_matters:
         for name in ("advantages", "returns"):
             label = f"{name} with the score moved to the last token"
-            rows.append(tensor(what, label, ours[name], without_slot(setting, published, name)))
+            rows.append(tensor(case, label, ours[name], without_slot(setting, published, name)))
 
     name = "whitened advantages"
-    rows.append(tensor(what, name, ours[name], published[name], BESSEL))
-    if parted:
-        moved = whiten(flat(without_slot(setting, published, "advantages")))
-        rows.append(tensor(what, f"{name} with the score moved, by n", [flat(ours[name])], [moved]))
+    rows.append(tensor(case, name, ours[name], published[name], BESSEL))
+    if score_matters:
+        moved = whiten(flatten(without_slot(setting, published, "advantages")))
+        rows.append(tensor(case, f"{name} with the score moved, by n", [flatten(ours[name])], [moved]))
     else:
-        rows.append(tensor(what, f"{name} by n", ours[name], population[name], FOLLOWS if why else ""))
-    return rows + losses(what, ours["passes"], population, ragged, FOLLOWS if why else "")
+        rows.append(tensor(case, f"{name} by n", ours[name], population[name], FOLLOWS if reason else ""))
+    return rows + losses(case, ours["passes"], population, ragged, FOLLOWS if reason else "")
 
 
 def describe(setting: Iteration, ours: dict[str, Any]) -> str:
-    lengths = {len(row["answer"]) for row in ours["rollout"]}
+    """Return the settings of an iteration as text."""
+    lengths = {len(row["response"]) for row in ours["rollout"]}
     tokens = f"{min(lengths)} to {max(lengths)}" if len(lengths) > 1 else str(max(lengths))
     whitened = ", whitened rewards" if setting.whiten_rewards else ""
     return (
-        f"gamma {setting.gamma:g}, lambda {setting.gae_lambda:g}, KL by {setting.estimator}{whitened}, answers of "
-        f"{tokens} tokens"
+        f"gamma {setting.gamma:g}, lambda {setting.gae_lambda:g}, KL estimator {setting.estimator}{whitened}, "
+        f"responses of {tokens} tokens"
     )
 
 
-def losses(what: str, ours: list[dict[str, float]], theirs: dict[str, Any], ragged: bool, follows: str) -> list[Row]:
-    """The numbers of the passes, with TRL's advantages whitened as ours are.
+def losses(case: str, ours: list[dict[str, float]], theirs: dict[str, Any], ragged: bool, follows: str) -> list[Row]:
+    """Return the rows of the passes, where TRL's advantages are whitened as ours are.
 
     Args:
-        follows: why the losses differ, where the advantages do.
+        case: The case.
+        ours: Our metrics of each pass.
+        theirs: What TRL computed.
+        ragged: Whether some responses are shorter than the longest one.
+        follows: Why the losses differ if the advantages do.
     """
     other = theirs["passes"]
-    rows = [number(what, "policy loss", ours, other, follows)]
-    rows.append(number(what, "value loss", ours, other, SLOT_LOSS if ragged else follows))
+    rows = [scalar(case, "policy loss", ours, other, follows)]
+    rows.append(scalar(case, "value loss", ours, other, SLOT_LOSS if ragged else follows))
     if ragged and not follows:
         first = {"value loss": value_loss_without_slot(theirs)}
-        rows.append(number(what, "value loss", ours[:1], [first], label="value loss without the slot"))
+        rows.append(scalar(case, "value loss", ours[:1], [first], label="value loss without the slot"))
     means = ("approximate KL", "entropy", "ratio")
-    rows += [number(what, name, ours, other, PADDING if ragged else follows) for name in means]
+    rows += [scalar(case, name, ours, other, PADDING if ragged else follows) for name in means]
     if ragged and not follows:
-        real = [{name: each[f"{name}, real tokens"] for name in means} for each in other]
-        rows += [number(what, name, ours, real, label=f"{name} without padding") for name in means]
+        real = [{name: metrics[f"{name}, real tokens"] for name in means} for metrics in other]
+        rows += [scalar(case, name, ours, real, label=f"{name} without padding") for name in means]
     return rows
 
 
-def number(
-    what: str,
+def scalar(
+    case: str,
     name: str,
     ours: list[dict[str, float]],
     theirs: list[dict[str, float]],
     reason: str = "",
     label: str | None = None,
 ) -> Row:
-    """A row of one number a pass."""
-    apart = largest_relative([each[name] for each in ours], [each[name] for each in theirs], FLOOR)
+    """Return the row of a metric that has one value per pass."""
+    difference = largest_relative([metrics[name] for metrics in ours], [metrics[name] for metrics in theirs], FLOOR)
     extent = f"{len(ours)} passes" if len(ours) > 1 else "first pass"
-    return Row(what, label or name, extent, apart, PPO_TOLERANCE, reason)
+    return Row(case, label or name, extent, difference, PPO_TOLERANCE, reason)
 
 
-def tensor(what: str, name: str, ours: list[Any], theirs: list[Any], reason: str = "") -> Row:
-    """A row of a tensor's entries: differences relative to its largest entry."""
-    one, other = flat(ours), flat(theirs)
-    apart = largest_relative(one, other, floor=max(map(abs, [*one, *other])))
-    extent = "tokens" if isinstance(ours[0], list) else "answers"
-    return Row(what, name, f"{len(one)} {extent}", apart, PPO_TOLERANCE, reason)
+def tensor(case: str, name: str, ours: list[Any], theirs: list[Any], reason: str = "") -> Row:
+    """Return the row of a tensor. Differences are relative to its largest entry."""
+    one, other = flatten(ours), flatten(theirs)
+    difference = largest_relative(one, other, floor=max(map(abs, [*one, *other])))
+    extent = "tokens" if isinstance(ours[0], list) else "responses"
+    return Row(case, name, f"{len(one)} {extent}", difference, PPO_TOLERANCE, reason)
 
 
-def flat(rows: list[Any]) -> list[float]:
+def flatten(rows: list[Any]) -> list[float]:
     return list(chain.from_iterable(row if isinstance(row, list) else [row] for row in rows))
 
 
@@ -123,11 +128,11 @@ def whiten(values: Sequence[float]) -> list[float]:
 
 
 def without_slot(setting: Iteration, theirs: dict[str, Any], name: str) -> list[list[float]]:
-    """TRL's advantages or returns as they were with the score at the last token.
+    """Return TRL's advantages or returns as they would be with the score at the last token.
 
-    There is a slot after the end with value V and score s, gamma is 1. At the last token TRL has
-    A = r + V - V_last + lambda (s - V), we have A = r + s - V_last: (1 - lambda)(s - V) more, and each token before it
-    sees lambda times that of the next.
+    The position after the end has value V and score s, and gamma is 1. At the last token, TRL has
+    A = r + V - V_last + lambda (s - V), and we have A = r + s - V_last, which is (1 - lambda) (s - V) more. At each
+    earlier token, the difference is lambda times that of the next token.
     """
     moved = []
     for row, after, score in zip(theirs[name], theirs["value after the end"], theirs["scores"], strict=True):
@@ -137,9 +142,9 @@ def without_slot(setting: Iteration, theirs: dict[str, Any], name: str) -> list[
 
 
 def value_loss_without_slot(theirs: dict[str, Any]) -> float:
-    """TRL's first value loss without the terms of the slots after the end.
+    """Return TRL's first value loss without the terms of the positions after the end.
 
-    Nothing has been learned yet, so no value is clipped and a term is half its squared error.
+    Before the first update, no value is clipped, and a term is half a squared error.
     """
     pairs = zip(theirs["value after the end"], theirs["return after the end"], strict=True)
     extra = [0.5 * (value - target) ** 2 for value, target in pairs if value is not None]

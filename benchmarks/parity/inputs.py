@@ -1,4 +1,4 @@
-"""The models and the tokenizer both sides open, made from a seed and saved by transformers."""
+"""Makes the models, the tokenizer and the data files that both sides read. Everything follows from seeds."""
 
 import json
 from collections.abc import Iterator
@@ -16,27 +16,27 @@ SMALL = Transformer(hidden_size=64, num_layers=2, num_heads=4, intermediate_size
 
 
 def make(work: Path) -> None:
-    """Write into ``work`` the folders of all models, a policy for every iteration among them, and two files of data."""
-    tokenizer = train_tokenizer(texts(), 512)
+    """Write all models, among them a policy for every iteration, and two data files to ``work``."""
+    tokenizer = train_tokenizer(training_texts(), 512)
     for seed, name in enumerate(("lm", "reference")):
         torch.manual_seed(seed)
         save(SMALL.language_model(tokenizer), tokenizer, work / name)
     for seed, name in ((2, "reward"), (3, "critic")):
         torch.manual_seed(seed)
-        save(judge(tokenizer), tokenizer, work / name)
+        save(scalar_model(tokenizer), tokenizer, work / name)
     for setting in ITERATIONS:
-        torch.manual_seed(1)  # the reference's seed: the policy is the reference, a little moved
+        torch.manual_seed(1)  # the seed of the reference model: the policy is a perturbed copy of it
         policy = SMALL.language_model(tokenizer)
-        # TRL takes a sampled pad token for the end of an answer, so none may be sampled
-        move(policy, {tokenizer.eos_token_id: setting.ends, tokenizer.pad_token_id: -9.0})
+        # TRL treats a sampled pad token as the end of the response, so none may be sampled.
+        perturb(policy, {tokenizer.eos_token_id: setting.eos_logit, tokenizer.pad_token_id: -9.0})
         save(policy, tokenizer, work / f"policy-{setting.name}")
     pairs = [json.loads(line) for line in (REPO / PAIRS).read_text().splitlines()]
     write(work / "one_token_prompts.jsonl", [{**pair, "document": "?"} for pair in pairs])
-    write(work / "verdicts.jsonl", [unpaired(pair, i % 3 > 0) for i, pair in enumerate(pairs)])
+    write(work / "unpaired.jsonl", [unpaired(pair, i % 3 > 0) for i, pair in enumerate(pairs)])
 
 
 def unpaired(pair: dict[str, str], label: bool) -> dict[str, Any]:
-    """One answer of a pair, the better one if ``label`` is True."""
+    """Return one response of a pair with its label: the chosen one if ``label`` is True."""
     return {"prompt": pair["document"], "completion": pair["chosen" if label else "rejected"], "label": label}
 
 
@@ -44,8 +44,8 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def judge(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A sequence classifier with one label, whose scores have some size, so that advantages have one."""
+def scalar_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a sequence classifier with one label, whose scores are large enough for sizable advantages."""
     config = SMALL.language_model(tokenizer).config
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
@@ -53,19 +53,19 @@ def judge(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model
 
 
-def texts() -> Iterator[str]:
-    """What the tokenizer is trained on."""
+def training_texts() -> Iterator[str]:
+    """Yield the texts that the tokenizer is trained on."""
     for file in (DEMONSTRATIONS, PAIRS):
         for line in (REPO / file).read_text().splitlines()[:500]:
             yield " ".join(json.loads(line).values())
 
 
 @torch.no_grad()
-def move(policy: PreTrainedModel, logits: dict[int, float]) -> None:
-    """Change all weights by a little, and the logits of some tokens by about as much as given.
+def perturb(policy: PreTrainedModel, logits: dict[int, float]) -> None:
+    """Change all weights slightly, and the logits of some tokens by approximately the given amounts.
 
-    All embeddings get one direction in common, which moves every logit alike and so changes no probability; those
-    tokens get more or less of it than the others.
+    A constant is added to all embeddings, which shifts all logits alike and so changes no probability. The embeddings
+    of the given tokens then move along the direction that all hidden states share.
     """
     for weight in policy.parameters():
         weight += 0.02 * torch.randn_like(weight)

@@ -1,8 +1,8 @@
-"""Our side: the real modules and datamodules in Lightning's own loop, with the rows in file order.
+"""Our side: the real modules and datamodules in Lightning's training loop, with the rows in file order.
 
-    python benchmarks/parity/ours.py WORK               writes WORK/ours/*.json, for the models in WORK
+    python benchmarks/parity/ours.py WORK               writes WORK/ours/*.json for the models in WORK
 
-``run.py`` makes the models and starts this.
+``run.py`` makes the models and starts this script.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from typing import Any
 import lightning
 import torch
 from cases import (
-    ANSWER_LENGTH,
     BATCH_SIZE,
     CASES,
     CLIP,
@@ -28,6 +27,7 @@ from cases import (
     PPO,
     PPO_OPTIMIZER,
     PROMPTS,
+    RESPONSE_LENGTH,
     STEPS,
     TEMPERATURE,
     TEMPLATE,
@@ -38,14 +38,14 @@ from cases import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data import PreferenceDataModule, PromptBatch, SequenceBatch
-from rlhf.dpo import DPOModule, KTOModule, UnpairedDataModule, objective
+from rlhf.data import PreferenceDataModule, SequenceBatch, UnpairedDataModule
+from rlhf.dpo import DPOModule, KTOModule, objective
 from rlhf.models import Pretrained
 from rlhf.ppo import PPOModule
 from rlhf.reward import RewardDataModule, RewardModule
-from rlhf.reward_functions import ModelReward
+from rlhf.reward_functions import ModelReward, ScoringBatch
 from rlhf.rl import Experience, KLController, Minibatch, RolloutDataModule, ScoreShaping, UpdateLimits
-from rlhf.sampling import Rollout, SamplingParams
+from rlhf.sampling import SamplingParams
 from rlhf.sft import SFTDataModule, SFTModule
 
 REPO = Path(__file__).parents[2]
@@ -53,8 +53,10 @@ REPO = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder with the models; results go to its folder ours/")
-    parser.add_argument("--only", nargs="*", help="names of cases and iterations; without it, all")
+    parser.add_argument(
+        "work", type=Path, help="directory with the models; results are written to its subdirectory ours/"
+    )
+    parser.add_argument("--only", nargs="*", help="names of cases and iterations; default: all")
     options = parser.parse_args()
     (options.work / "ours").mkdir(exist_ok=True)
     for case in CASES:
@@ -84,18 +86,18 @@ def trainer(steps: int, **keys: Any) -> lightning.Trainer:
     )
 
 
-# curves
+# Training curves
 
 
 class SameHead(RewardModule):
-    """The reward stage, with the head of a saved sequence classifier instead of a fresh one."""
+    """The reward stage with the head of a saved sequence classifier instead of a new one."""
 
     def configure_model(self) -> None:
         super().configure_model()
         saved = AutoModelForSequenceClassification.from_pretrained(Path(self.source.path))
         last = self.model.head.layers[-1]
         last.weight.data.copy_(saved.score.weight)
-        last.bias.requires_grad_(False)  # it is 0 and stays so: the classifier has none
+        last.bias.requires_grad_(False)  # It stays 0: the classifier has no bias.
 
 
 STAGES = {
@@ -107,10 +109,10 @@ STAGES = {
 
 
 def in_file_order(datamodule: type) -> type:
-    """The stage's datamodule, with training rows in the order of the file instead of shuffled buckets.
+    """Return a subclass of a datamodule whose training rows are in file order.
 
-    Batches of verdicts are turned round: KTO's baseline joins a prompt with the answer of the row after it, in TRL with
-    that of the row before.
+    Batches of unpaired preferences are reversed, because our KL baseline of KTO combines a prompt with the response of
+    the next row, and TRL's with that of the previous row.
     """
 
     class InFileOrder(datamodule):
@@ -125,8 +127,8 @@ def in_file_order(datamodule: type) -> type:
     return InFileOrder
 
 
-class Record(lightning.Callback):
-    """Keeps the logged numbers of every step, and what every batch held, in TRL's order."""
+class Recorder(lightning.Callback):
+    """Records the logged metrics of every step and a hash of every batch, with its rows in TRL's order."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -134,26 +136,24 @@ class Record(lightning.Callback):
         self.batches: list[str] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        texts = batch if isinstance(batch, SequenceBatch) else batch.sequences
-        # TRL's reward trainer does not know which part of a text is the answer
-        rows = rows_of(texts, texts.attention_mask if self.stage == "reward" else texts.response_mask)
+        sequences = batch if isinstance(batch, SequenceBatch) else batch.sequences
+        # TRL's reward trainer does not know which part of a sequence is the response.
+        mask = sequences.attention_mask if self.stage == "reward" else sequences.response_mask
+        rows = rows_of(sequences, mask)
         self.batches.append(fingerprint(rows[::-1] if self.stage == "kto" else rows))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def rows_of(texts: SequenceBatch, answers: Tensor) -> list[tuple[list[int], int]]:
-    """Token ids of each row, and how many of them are its answer."""
-    rows = zip(texts.input_ids, texts.attention_mask, answers, strict=True)
-    return [
-        (input_ids[attention_mask].tolist(), int(response_mask.sum()))
-        for input_ids, attention_mask, response_mask in rows
-    ]
+def rows_of(sequences: SequenceBatch, response_mask: Tensor) -> list[tuple[list[int], int]]:
+    """Return the token ids and the number of response tokens of each row."""
+    rows = zip(sequences.input_ids, sequences.attention_mask, response_mask, strict=True)
+    return [(input_ids[real].tolist(), int(response.sum())) for input_ids, real, response in rows]
 
 
 def curve(case: Case, work: Path) -> dict[str, Any]:
-    """Train one case: the numbers of every step."""
+    """Train one case and return the metrics of every step."""
     module_class, data_class, folder = STAGES[case.stage]
     source = Pretrained(str(work / folder))
     module = module_class(policy=source, schedule="linear", **OPTIMIZER, **keywords(case))
@@ -169,23 +169,23 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
     module.tokenizer = data.tokenizer = source.tokenizer()
     if not case.bos:
         data.tokenizer.bos_token = None
-    record = Record(case.stage)
-    trainer(STEPS, gradient_clip_val=CLIP, callbacks=[record]).fit(module, data)
-    return {"curve": record.curve, "batches": record.batches}
+    recorder = Recorder(case.stage)
+    trainer(STEPS, gradient_clip_val=CLIP, callbacks=[recorder]).fit(module, data)
+    return {"curve": recorder.curve, "batches": recorder.batches}
 
 
 def keywords(case: Case) -> dict[str, Any]:
-    """Our keywords of a case, with the objective's name replaced by the function, its own numbers filled in."""
-    if "objective" not in case.ours:
+    """Return our keywords of a case, with the name of the loss replaced by the function."""
+    if "loss" not in case.ours:
         return case.ours
-    named = case.ours["objective"]
-    name, numbers = (named, {}) if isinstance(named, str) else named
-    return {**case.ours, "objective": partial(getattr(objective, name), **numbers)}
+    loss = case.ours["loss"]
+    name, settings = (loss, {}) if isinstance(loss, str) else loss
+    return {**case.ours, "loss": partial(getattr(objective, name), **settings)}
 
 
 # PPO
 
-PASS_NUMBERS = {
+PASS_METRICS = {
     "policy loss": "loss/policy_avg",
     "value loss": "loss/value_avg",
     "approximate KL": "policy/approxkl_avg",
@@ -194,72 +194,76 @@ PASS_NUMBERS = {
 }
 
 
-class Recorded(PPOModule):
-    """The PPO stage, with a reference and a critic of their own and a note of what it computes."""
+class RecordedReward(ModelReward):
+    """The reward model, with its latest scores as a list."""
+
+    def forward(self, batch: ScoringBatch) -> Tensor:
+        scores = super().forward(batch)
+        self.scores: list[float] = scores.tolist()
+        return scores
+
+
+class RecordedPPO(PPOModule):
+    """The PPO stage with separate weights of the reference model and the critic. It records what it computes."""
 
     def __init__(self, work: Path, **keys: Any) -> None:
         super().__init__(**keys)
         self.work = work
-        self.note: dict[str, Any] = {"passes": []}
+        self.results: dict[str, Any] = {"passes": []}
 
     def configure_model(self) -> None:
         super().configure_model()
-        # the KL would be 0 if policy and reference were one model, and so would be what is left of the score at the end
-        # if critic and reward model were one
+        # Equal weights would make the KL 0, and with a critic equal to the reward model, the advantage of the last token.
         reference = AutoModelForCausalLM.from_pretrained(self.work / "reference", dtype=torch.float32)
         self.reference.model.lm.load_state_dict(reference.state_dict())
         self.critic.load_state_dict(Pretrained(str(self.work / "critic")).scalar_model(self.tokenizer).state_dict())
-        # TRL's critic has no bias
-        self.critic.head.layers[-1].bias.requires_grad_(False)
+        self.critic.head.layers[-1].bias.requires_grad_(False)  # TRL's critic has no bias.
 
-    def judge(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        raw, single = super().judge(rollout, prompts)
-        self.note["scores"] = raw.tolist()
-        return raw, single
-
-    def estimate_advantages(self, rewards: Tensor, seen: Experience) -> tuple[Tensor, Tensor]:
-        whitened, returns = super().estimate_advantages(rewards, seen)
-        rows = zip(seen.rollout.input_ids, seen.rollout.attention_mask, seen.rollout.response_mask, strict=True)
-        self.note["rollout"] = [
-            {"prompt": input_ids[attention_mask & ~response_mask].tolist(), "answer": input_ids[response_mask].tolist()}
-            for input_ids, attention_mask, response_mask in rows
+    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
+        whitened, returns = super().estimate_advantages(rewards, experience)
+        rollout = experience.rollout
+        rows = zip(rollout.input_ids, rollout.attention_mask, rollout.response_mask, strict=True)
+        self.results["rollout"] = [
+            {"prompt": input_ids[real & ~response].tolist(), "response": input_ids[response].tolist()}
+            for input_ids, real, response in rows
         ]
         tensors = {
-            "logprobs": seen.logprobs,
-            "reference": seen.ref_logprobs,
-            "kl": seen.kl,
-            "values": seen.values,
-            "advantages": returns - seen.values,
+            "logprobs": experience.logprobs,
+            "ref_logprobs": experience.ref_logprobs,
+            "kl": experience.kl,
+            "values": experience.values,
+            "advantages": returns - experience.values,
             "whitened advantages": whitened,
             "returns": returns,
         }
-        self.note.update({name: by_row(values, seen.rollout.response_mask) for name, values in tensors.items()})
+        self.results.update({name: by_row(values, rollout.response_mask) for name, values in tensors.items()})
         return whitened, returns
 
-    def compute_loss(self, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, numbers = super().compute_loss(part)
-        self.note["passes"].append({label: float(numbers[name]) for label, name in PASS_NUMBERS.items()})
-        return loss, numbers
+    def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().compute_loss(minibatch)
+        self.results["passes"].append({label: float(metrics[name]) for label, name in PASS_METRICS.items()})
+        return loss, metrics
 
 
 def by_row(values: Tensor, response_mask: Tensor) -> list[list[float]]:
-    """[batch, time] values of answer tokens as one list a row."""
-    return [row[attention_mask].tolist() for row, attention_mask in zip(values, response_mask, strict=True)]
+    """Return [batch, time] values of response tokens as one list per row."""
+    return [row[response].tolist() for row, response in zip(values, response_mask, strict=True)]
 
 
 def iteration(setting: Iteration, work: Path) -> dict[str, Any]:
-    """One PPO iteration: what was answered, and what was computed of it."""
+    """Run one PPO iteration and return its responses and what was computed from them."""
     source = Pretrained(str(work / f"policy-{setting.name}"))
-    module = Recorded(
+    reward = RecordedReward()
+    module = RecordedPPO(
         work,
         policy=source,
         reward_model=Pretrained(str(work / "reward")),
-        reward=ModelReward(),
-        sampling=SamplingParams(max_new_tokens=ANSWER_LENGTH, temperature=TEMPERATURE),
+        reward=reward,
+        sampling=SamplingParams(max_new_tokens=RESPONSE_LENGTH, temperature=TEMPERATURE),
         scores=ScoreShaping(
             subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=MISSING_EOS_PENALTY
         ),
-        kl=KLController(advantage=setting.estimator),
+        kl=KLController(estimator=setting.estimator),
         limits=UpdateLimits(),
         gamma=setting.gamma,
         gae_lambda=setting.gae_lambda,
@@ -281,7 +285,7 @@ def iteration(setting: Iteration, work: Path) -> dict[str, Any]:
     module.tokenizer = data.tokenizer = source.tokenizer()
     lightning.seed_everything(0, verbose=False)
     trainer(PASSES).fit(module, data)
-    return module.note
+    return {**module.results, "scores": reward.scores}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Compare this project with TRL, step by step: one table.
+"""Compares this project with TRL step by step and prints one table.
 
     python benchmarks/parity/run.py --trl-python trl/bin/python --trl-ppo-python trl-ppo/bin/python
 
-Start it in this project's environment. The first interpreter has TRL 1.16, the second TRL 1.12; README.md says how to
-make them. About 5 minutes on 2 CPU cores. Without one of the two, its part is left out. Exit code 1 if
-anything differs that has no known reason.
+Start it in this project's environment. The first interpreter has TRL 1.16, the second TRL 1.12; README.md explains how
+to create them. Without one of the two, its part is left out. The run takes about 5 minutes on 2 CPU cores. If anything
+differs without a known reason, the exit code is 1.
 """
 
 import argparse
@@ -27,8 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="interpreter of the environment with TRL 1.16")
     parser.add_argument("--trl-ppo-python", help="interpreter of the environment with TRL 1.12")
-    parser.add_argument("--work", type=Path, help="folder for models and numbers, kept; without it, a temporary one")
-    parser.add_argument("--only", nargs="*", help="names of cases and iterations; without it, all")
+    parser.add_argument(
+        "--work", type=Path, help="directory for models and results, which is kept; default: a temporary one"
+    )
+    parser.add_argument("--only", nargs="*", help="names of cases and iterations; default: all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
@@ -39,23 +41,23 @@ def main() -> None:
 
 
 def measure(work: Path, trl: str | None, trl_ppo: str | None, only: list[str]) -> list[Row]:
-    """Run both sides; the rows of the table."""
-    from inputs import make  # the other side reads cases and compare only, and has no rlhf
+    """Run both sides and return the rows of the table."""
+    from inputs import make  # imported here, because --help should not load torch
 
     work.mkdir(parents=True, exist_ok=True)
     make(work)
-    wanted = ["--only", *only] if only else []
-    start(sys.executable, "ours.py", work, wanted)
+    selection = ["--only", *only] if only else []
+    start(sys.executable, "ours.py", work, selection)
     rows = []
     if trl:
-        start(trl, "trl_curves.py", work, wanted)
+        start(trl, "trl_curves.py", work, selection)
         for case in CASES:
             if not only or case.name in only:
                 rows += compare_curves(
                     case, read(work / "ours" / f"{case.name}.json"), read(work / "trl" / f"{case.name}.json")
                 )
     if trl_ppo:
-        start(trl_ppo, "trl_ppo.py", work, wanted)
+        start(trl_ppo, "trl_ppo.py", work, selection)
         for setting in ITERATIONS:
             if not only or setting.name in only:
                 name = f"ppo-{setting.name}"
@@ -64,12 +66,13 @@ def measure(work: Path, trl: str | None, trl_ppo: str | None, only: list[str]) -
     return rows
 
 
-def start(python: str, script: str, work: Path, wanted: list[str]) -> None:
+def start(python: str, script: str, work: Path, selection: list[str]) -> None:
+    """Run one of the scripts of this directory."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if python == sys.executable:
         environment["PYTHONPATH"] = str(HERE.parents[1])
-    command = [python, str(HERE / script), str(work), *wanted]
-    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)  # the table stands alone on stdout
+    command = [python, str(HERE / script), str(work), *selection]
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)  # only the table goes to stdout
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""TRL's side of the curves: its own trainers, on the same weights, texts and order. Runs in TRL's environment.
+"""TRL's side of the training curves: its own trainers on the same weights, texts and order.
 
-    trl/bin/python benchmarks/parity/trl_curves.py WORK        writes WORK/trl/*.json, for the models in WORK
+    trl/bin/python benchmarks/parity/trl_curves.py WORK        writes WORK/trl/*.json for the models in WORK
 
-TRL gets texts and tokenises them itself; ``run.py`` checks that the token ids of every batch are ours.
+It runs in an environment with TRL 1.16. TRL tokenizes the texts itself; ``run.py`` checks that the token ids of every
+batch are the same on both sides.
 """
 
 import argparse
@@ -19,13 +20,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 REPO = Path(__file__).parents[2]
-HOMES = {"CPO": "trl.experimental.cpo", "ORPO": "trl.experimental.orpo"}  # the others are exported by trl itself
+HOMES = {"CPO": "trl.experimental.cpo", "ORPO": "trl.experimental.orpo"}  # trl exports the others itself
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder with the models; results go to its folder trl/")
-    parser.add_argument("--only", nargs="*", help="names of cases; without it, all")
+    parser.add_argument(
+        "work", type=Path, help="directory with the models; results are written to its subdirectory trl/"
+    )
+    parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     options = parser.parse_args()
     (options.work / "trl").mkdir(exist_ok=True)
     for case in CASES:
@@ -36,13 +39,13 @@ def main() -> None:
 
 
 def curve(case: Case, work: Path) -> dict[str, Any]:
-    """Train one case with TRL: the numbers of every step."""
+    """Train one case with TRL and return the metrics of every step."""
     kind = case.trainer.removesuffix("Trainer")
     home = import_module(HOMES.get(kind, "trl"))
     folder = work / ("reward" if kind == "Reward" else "lm")
     opener = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [texts(row, case, tokenizer.bos_token if case.bos else "") for row in records(case, work)]
+    rows = [trl_record(row, case, tokenizer.bos_token if case.bos else "") for row in records(case, work)]
     if not case.bos:
         tokenizer.bos_token = None
     with tempfile.TemporaryDirectory() as output:
@@ -54,12 +57,12 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
         )
         trainer.train()
     steps = zip(trainer.logged, trainer.losses, strict=True)
-    # the loss is taken where it is computed, so that nothing between rounds it
-    return {"curve": [{**numbers(logs), "loss": loss} for logs, loss in steps], "batches": trainer.batches}
+    # Losses are recorded where they are computed, because the logged ones are rounded.
+    return {"curve": [{**numeric(logs), "loss": loss} for logs, loss in steps], "batches": trainer.batches}
 
 
 def settings() -> dict[str, Any]:
-    """Our hyper-parameters by their names there; what TRL does beyond them is switched off."""
+    """Return our hyperparameters under TRL's names. Everything else that TRL does is disabled."""
     return {
         "per_device_train_batch_size": BATCH_SIZE,
         "max_steps": STEPS,
@@ -84,13 +87,13 @@ def settings() -> dict[str, Any]:
 
 
 def records(case: Case, work: Path) -> list[dict[str, Any]]:
-    """The first rows of the file, as many as the steps take."""
+    """Return the rows of the file that are used in training."""
     file = work / case.data.removeprefix("work:") if case.data.startswith("work:") else REPO / case.data
     return [json.loads(line) for line in file.read_text().splitlines()[: STEPS * BATCH_SIZE]]
 
 
-def texts(row: dict[str, Any], case: Case, bos: str) -> dict[str, Any]:
-    """A row in the form TRL reads: the prompt with its template and BOS, answers after one space; TRL adds EOS."""
+def trl_record(row: dict[str, Any], case: Case, bos: str) -> dict[str, Any]:
+    """Return a record as TRL reads it: the prompt with BOS and template, responses after a space. TRL adds EOS."""
     row = dict(row)
     prompt = bos + case.template.replace("{prompt}", row.pop("document", None) or row.pop("prompt"))
     if "target" in row:
@@ -99,7 +102,7 @@ def texts(row: dict[str, Any], case: Case, bos: str) -> dict[str, Any]:
 
 
 def recording(trainer: type) -> type:
-    """A TRL trainer that keeps its losses, its logs and what every batch held."""
+    """Return a subclass of a TRL trainer that records its losses, its logs and a hash of every batch."""
 
     class Recording(trainer):
         def __init__(self, *args: Any, **keys: Any) -> None:
@@ -122,24 +125,25 @@ def recording(trainer: type) -> type:
     return Recording
 
 
-def numbers(logs: dict[str, Any]) -> dict[str, float]:
+def numeric(logs: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
 
 
 def rows_of(inputs: dict[str, Any]) -> list[tuple[list[int], int]]:
-    """Token ids of each row, and how many of them are its answer, in the order of ours: all chosen, then all rejected.
+    """Return the token ids and the number of response tokens of each row, all chosen rows before all rejected ones.
 
-    Each trainer has its own names: ``labels`` or ``completion_mask`` for the answer, two tensors or one for the pairs.
+    The names depend on the trainer: ``labels`` or ``completion_mask`` for the response, two tensors or one for pairs.
     """
-    parts = ("chosen_", "rejected_") if "chosen_input_ids" in inputs else ("",)
+    prefixes = ("chosen_", "rejected_") if "chosen_input_ids" in inputs else ("",)
     rows = []
-    for part in parts:
-        tokens, mask = inputs[f"{part}input_ids"], inputs[f"{part}attention_mask"].bool()
-        if f"{part}labels" in inputs:
-            answer = inputs[f"{part}labels"] != -100
+    for prefix in prefixes:
+        input_ids, attention_mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"].bool()
+        if f"{prefix}labels" in inputs:
+            response_mask = inputs[f"{prefix}labels"] != -100
         else:
-            answer = inputs.get("completion_mask", mask) == 1
-        rows += [(ids[real].tolist(), int(own.sum())) for ids, real, own in zip(tokens, mask, answer, strict=True)]
+            response_mask = inputs.get("completion_mask", attention_mask) == 1
+        tensors = zip(input_ids, attention_mask, response_mask, strict=True)
+        rows += [(ids[real].tolist(), int(response.sum())) for ids, real, response in tensors]
     return rows
 
 

@@ -158,10 +158,15 @@ class RecordDataModule(lightning.LightningDataModule):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self.encoded(split)
 
+    @property
+    def module(self) -> Any:
+        """The LightningModule that the Trainer runs with these data; None without a Trainer."""
+        return self.trainer.lightning_module if self.trainer else None
+
     def encoder(self) -> Encoder:
         """Return a new encoder with the tokenizer and the template of this stage."""
         if self.tokenizer is None:
-            self.tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None) if self.trainer else None
+            self.tokenizer = getattr(self.module, "tokenizer", None)
         if self.tokenizer is None:
             raise ConfigError(
                 "The data module needs a tokenizer, and neither it nor the LightningModule has one.",

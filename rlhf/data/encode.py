@@ -119,7 +119,7 @@ class Encoder:
         """End with exactly one EOS. White space that a template writes after it, such as a line feed, is removed."""
         eos = self.tokenizer.eos_token_id
         last = max((i for i, token in enumerate(response) if token == eos), default=None)
-        if last is not None and not self.tokenizer.decode(response[last + 1 :]).strip():
+        if last is not None and not str(self.tokenizer.decode(response[last + 1 :])).strip():
             return response[: last + 1]
         return [*response, eos]
 

@@ -22,7 +22,7 @@ class PromptDataModule(RecordDataModule):
         return [*(message["content"] for message in record.messages), " " + (record.target or "")]
 
     def encode(self, encoder: Encoder, record: Any) -> Any:
-        budget = self.trainer.lightning_module.response_budget
+        budget: int = self.module.response_budget
         if budget >= self.max_length:
             raise ConfigError(
                 f"data.max_length must be greater than stage.sampling.max_new_tokens ({budget}), got "

@@ -41,7 +41,7 @@ class DPOModule(PreferenceModule):
         return loss, nll, pair_metrics(batch, scores.detach(), logprobs.detach(), entropy, beta=self.beta)
 
     def _ref_logprobs(self, batch: PairBatch) -> Tensor | None:
-        """Log-probs under the reference model, precomputed or computed now: [2 x pairs], or None without a reference."""
+        """Log-probs under the reference model, precomputed or computed now: [2 x pairs]. None without a reference."""
         if self.reference is None:
             return None
         return batch.ref_logprobs if batch.ref_logprobs is not None else self.compute_ref_logprobs(batch.sequences)

@@ -1,4 +1,4 @@
-"""Evaluation: what the models of a run answer to held-out prompts, and how good that is."""
+"""Evaluation: compares the responses of several models to held-out prompts."""
 
 from rlhf.evaluate.module import EvaluateModule
 

@@ -1,139 +1,161 @@
-"""The evaluation stage."""
+"""The evaluation stage: samples responses with every model and scores them."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
-from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
+from rlhf.errors import ConfigError
+from rlhf.evaluate.metrics import (
+    TARGET,
+    ModelResponses,
+    compare_with_targets,
+    monitored_win_rate,
+    point_estimates,
+    summarize,
+)
+from rlhf.evaluate.report_output import comparison_table, write_metrics, write_samples
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import load_scorer
-from rlhf.sampling import SamplingParams, generate
+from rlhf.reward_functions import load_reward_models, load_scorer
+from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.tensors import masked_sum, pad_right
-
-TARGET = "target"  # the data's own answers, listed beside the models
-
-
-@dataclass
-class ScoringBatch:
-    """What one model said, a list entry a prompt."""
-
-    texts: list[str] = field(default_factory=list)
-    numbers: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, texts: list[str], **numbers: Tensor | list[float]) -> None:
-        self.texts += texts
-        for name, values in numbers.items():
-            self.numbers.setdefault(name, []).extend(float(value) for value in values)
 
 
 class EvaluateModule(lightning.LightningModule):
-    """Answers held-out prompts with every model and compares the answers.
+    """Compares the responses of several models to held-out prompts.
 
     Args:
-        models: name to model; null: every policy of the run.
-        baseline: name of the model that the others are compared with, and that KL is measured to.
-        reward_model: scores the answers; null for none.
-        gold: ``file.py:function`` that scores them too; null for none.
-        sampling: how answers are drawn, the same for every model.
-        output: folder of metrics.json and samples.jsonl.
-        bootstrap: resamples behind each interval.
+        models: Models to compare, by name. null: all policies of the run.
+        baseline: Name of the model that win rates and KL refer to.
+        reward_model: Reward model that scores the responses, or several as an ensemble. null: the reward model of the
+            run, if there is one.
+        gold: Function that scores the responses as well, as ``file.py:function``; see ``PythonReward``. null: none.
+        sampling: Sampling settings, equal for all models.
+        sampler: Sampler of the responses. null: ``LocalSampler``.
+        output: Directory of metrics.json and samples.jsonl.
+        bootstrap: Number of resamples behind each bootstrap interval.
+        tokenizer: Tokenizer of all models. null: the tokenizer of the baseline.
     """
+
+    policies: torch.nn.ModuleDict
 
     def __init__(
         self,
         *,
         models: Mapping[str, ModelSource],
-        baseline: str,
-        reward_model: Any,
-        gold: str | None,
-        sampling: SamplingParams,
+        baseline: str = "sft",
+        reward_model: ModelSource | Sequence[ModelSource] | None = None,
+        gold: str | None = None,
+        sampling: SamplingParams | None = None,
+        sampler: Sampler | None = None,
         output: str,
         bootstrap: int = 2000,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        if baseline not in models:
+            raise ConfigError(
+                f"stage.baseline must be one of the models ({', '.join(models)}), got {baseline}.",
+                f"Set stage.baseline={next(iter(models), '<model>')}.",
+            )
+        if bootstrap < 1:
+            raise ConfigError(f"stage.bootstrap must be at least 1, got {bootstrap}.", "Set stage.bootstrap=2000.")
         self.sources = dict(models)
         self.baseline = baseline
-        self.reward_source = reward_model
-        self.gold = load_scorer(gold, key="gold") if gold else None
-        self.sampling = sampling
+        if reward_model is None or isinstance(reward_model, Sequence):
+            self.reward_sources = list(reward_model or ())
+        else:
+            self.reward_sources = [reward_model]
+        self.gold = load_scorer(gold, key="stage.gold") if gold else None
+        self.sampling = sampling or SamplingParams()
+        self.sampler = sampler or LocalSampler()
         self.output = Path(output)
         self.bootstrap = bootstrap
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.policies: torch.nn.ModuleDict | None = None
-        self.answers: dict[str, ScoringBatch] = {}
+        self.tokenizer = tokenizer or self.sources[baseline].tokenizer(())
+        self.reward_model: Frozen | None = None
+        self.responses: dict[str, ModelResponses] = {}
         self.prompts: list[str] = []
         self.targets: list[str | None] = []
         self.metrics: dict[str, Any] = {}
 
     @property
     def response_budget(self) -> int:
-        """Tokens of ``data.max_length`` that ``PromptDataModule`` reserves for the response."""
+        """Maximum response length in tokens, which the data module reserves in ``max_length``."""
         return self.sampling.max_new_tokens
 
     def configure_model(self) -> None:
-        if self.policies is None:
-            self.policies = torch.nn.ModuleDict(
-                {name: Frozen(Policy(source.language_model(self.tokenizer))) for name, source in self.sources.items()}
-            )
-            if self.reward_source is not None:
-                self.reward_model = Frozen(self.reward_source.scalar_model(self.tokenizer))
+        if hasattr(self, "policies"):
+            return
+        self.policies = torch.nn.ModuleDict(
+            {name: Frozen(Policy(source.language_model(self.tokenizer))) for name, source in self.sources.items()}
+        )
+        if self.reward_sources:
+            self.reward_model = load_reward_models(self.reward_sources, self.tokenizer)
 
     def on_test_start(self) -> None:
-        self.answers = {name: ScoringBatch() for name in self.sources}
+        self.responses = {name: ModelResponses() for name in self.sources}
         self.prompts, self.targets = [], []
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self.prompts += [prompt.raw_text for prompt in batch.prompts]
         self.targets += [prompt.target for prompt in batch.prompts]
-        for name, policy in self.policies.items():
-            self._answer(name, policy.model, batch)
+        for name in self.sources:
+            self.evaluate_policy(name, batch)
         if all(prompt.target is not None for prompt in batch.prompts):
-            self._take_targets(batch)
+            self.evaluate_targets(batch)
 
-    def _answer(self, name: str, policy: Policy, batch: PromptBatch) -> None:
-        rollout = generate(policy.lm, batch.input_ids, self.sampling, self.sampling.stop_ids(self.tokenizer))
+    def evaluate_policy(self, name: str, batch: PromptBatch) -> None:
+        """Sample responses to a batch of prompts with one model, and collect them with their metrics."""
+        policies: Any = self.policies  # ModuleDict does not know the type of its entries.
+        policy, baseline = policies[name], policies[self.baseline]
+
+        # 1. Sample.
+        self.sampler.sync(policy.model.lm, self.tokenizer)
+        rollout = self.sampler.sample(batch.input_ids, self.sampling)
+        texts = rollout.decode(self.tokenizer)
+
+        # 2. Estimate the KL to the baseline at the sampling temperature.
         temperature = self.sampling.temperature or 1.0
         with self.trainer.precision_plugin.forward_context():
-            ours, theirs = (
+            logprobs, baseline_logprobs = (
                 model(rollout.input_ids, rollout.attention_mask, rollout.response_mask, temperature).logprobs
-                for model in (policy, self.policies[self.baseline])
+                for model in (policy, baseline)
             )
-        texts = rollout.decode(self.tokenizer)
-        self.answers[name].add(
+
+        # 3. Score.
+        self.responses[name].add(
             texts,
             length=rollout.lengths,
             truncated=~rollout.finished,
-            **{f"kl_to_{self.baseline}": masked_sum(ours - theirs, rollout.response_mask)},
-            **self._scores(batch, texts, rollout.input_ids, rollout.attention_mask),
+            **{f"kl_to_{self.baseline}": masked_sum(logprobs - baseline_logprobs, rollout.response_mask)},
+            **self.score(batch, texts, rollout.input_ids, rollout.attention_mask),
         )
 
-    def _take_targets(self, batch: PromptBatch) -> None:
-        encoder = self.trainer.datamodule.encoder()
+    def evaluate_targets(self, batch: PromptBatch) -> None:
+        """Collect the reference responses of the data with their metrics."""
+        encoder = self.trainer.datamodule.encoder()  # type: ignore[attr-defined]
         texts = [str(prompt.target) for prompt in batch.prompts]
-        coded = [
+        rows = [
             encoder.encode_response(prompt.messages, text) for prompt, text in zip(batch.prompts, texts, strict=True)
         ]
-        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad_right([row.input_ids for row in coded]))
-        lengths = [float(len(row.input_ids) - row.start) for row in coded]
-        self.answers.setdefault(TARGET, ScoringBatch()).add(
-            texts, length=lengths, **self._scores(batch, texts, input_ids, attention_mask)
+        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad_right([row.input_ids for row in rows]))
+        lengths = [float(len(row.input_ids) - row.start) for row in rows]
+        self.responses.setdefault(TARGET, ModelResponses()).add(
+            texts, length=lengths, **self.score(batch, texts, input_ids, attention_mask)
         )
 
-    def _scores(
+    def score(
         self, batch: PromptBatch, texts: list[str], input_ids: Tensor, attention_mask: Tensor
-    ) -> dict[str, Any]:
-        scores: dict[str, Any] = {}
-        if self.reward_source is not None:
+    ) -> dict[str, Tensor | list[float]]:
+        """Score responses with the reward model and the gold function, as far as there are any."""
+        scores: dict[str, Tensor | list[float]] = {}
+        if self.reward_model is not None:
             with self.trainer.precision_plugin.forward_context():
                 scores["reward"] = self.reward_model(input_ids, attention_mask)
         if self.gold is not None:
@@ -143,119 +165,20 @@ class EvaluateModule(lightning.LightningModule):
         return scores
 
     def on_test_epoch_end(self) -> None:
-        target = self.answers.get(TARGET)
-        if target is not None and len(target.texts) < len(self.prompts):
-            del self.answers[TARGET]  # some prompts have none: no comparison over different prompts
-        if TARGET in self.answers:
-            for answers in self.answers.values():
-                answers.numbers["rougeL"] = rouge_l(answers.texts, self.answers[TARGET].texts).tolist()
-        self.metrics = {
-            "prompts": len(self.prompts),
-            "models": {name: self._metrics_of(name, answers) for name, answers in self.answers.items()},
-        }
-        self._write()
-        for logger in self.loggers:
-            logger.log_metrics({name: value for name, value in self._flat().items() if value == value}, step=0)
-
-    def _metrics_of(self, name: str, answers: ScoringBatch) -> dict[str, Any]:
-        metrics: dict[str, Any] = {number: self._interval(values, "mean") for number, values in answers.numbers.items()}
-        for other in (self.baseline, TARGET):
-            if other != name and other in self.answers:
-                metrics[f"win_rate_vs_{other}"] = {
-                    scorer: self._interval(
-                        wins(_tensor(answers, scorer), _tensor(self.answers[other], scorer)), "value"
-                    )
-                    for scorer in ("gold", "reward")
-                    if scorer in answers.numbers
-                }
-        return metrics
-
-    def _interval(self, values: Any, name: str) -> dict[str, float]:
-        middle, low, high = bootstrap_interval(torch.as_tensor(values), draws=self.bootstrap)
-        return {name: middle, "low": low, "high": high}
-
-    def _flat(self) -> dict[str, float]:
-        flat = {}
-        for model, metrics in self.metrics["models"].items():
-            for name, value in metrics.items():
-                for scorer, interval in value.items() if name.startswith("win_rate") else [("", value)]:
-                    middle = interval["value"] if "value" in interval else interval["mean"]
-                    flat["/".join(part for part in (model, name, scorer) if part)] = middle
-        return flat
-
-    def _write(self) -> None:
+        compare_with_targets(self.responses, len(self.prompts))
+        summary = summarize(self.responses, baseline=self.baseline, bootstrap=self.bootstrap)
+        self.metrics = {"prompts": len(self.prompts), "models": summary}
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
-        with open(self.output / "samples.jsonl", "w", encoding="utf-8") as file:
-            for row, prompt in enumerate(self.prompts):
-                answers = {
-                    name: {
-                        "text": said.texts[row],
-                        **{key: round(values[row], 4) for key, values in said.numbers.items()},
-                    }
-                    for name, said in self.answers.items()
-                    if name != TARGET
-                }
-                file.write(
-                    json.dumps({"prompt": prompt, "target": self.targets[row], "answers": answers}, ensure_ascii=False)
-                    + "\n"
-                )
+        write_metrics(self.output / "metrics.json", self.metrics)
+        write_samples(self.output / "samples.jsonl", self.prompts, self.targets, self.responses)
+        for logger in self.loggers:
+            logger.log_metrics(point_estimates(summary), step=0)
 
     @property
-    def merit(self) -> float:
-        """Win rate of the last model against the baseline: by the gold score, or by the reward model without one."""
-        rates = [
-            metrics.get(f"win_rate_vs_{self.baseline}", {})
-            for name, metrics in self.metrics["models"].items()
-            if name != TARGET
-        ]
-        last = next((rate for rate in reversed(rates) if rate), {})
-        return next((last[scorer]["value"] for scorer in ("gold", "reward") if scorer in last), float("nan"))
+    def monitored(self) -> float:
+        """Win rate of the last model against the baseline, which ``train.py`` returns for sweeps."""
+        return monitored_win_rate(self.metrics["models"], self.baseline)
 
     def table(self) -> Table:
-        """The comparison as a table for the terminal."""
-        table = Table(
-            title=f"{self.metrics['prompts']} held-out prompts; 95 % bootstrap intervals; ties count half",
-            caption=f"wins by gold or reward model (RM); KL to {self.baseline}, nats an answer; more in {self.output}",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 0, 0, 1),
-        )
-        columns = {
-            "gold\nscore": ("gold",),
-            "RM\nscore": ("reward",),
-            f"gold wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "gold"),
-            f"RM wins\nvs {self.baseline}": (f"win_rate_vs_{self.baseline}", "reward"),
-            f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
-            "KL": (f"kl_to_{self.baseline}",),
-            "tokens": ("length",),
-            "ROUGE\nL": ("rougeL",),
-        }
-        models = self.metrics["models"]
-        shown = {
-            title: keys for title, keys in columns.items() if any(_dig(metrics, keys) for metrics in models.values())
-        }
-        table.add_column("model", overflow="fold", min_width=6)  # a long name gives way to the numbers
-        for title in shown:
-            table.add_column(title, justify="right", no_wrap=True)
-        for name, metrics in models.items():
-            table.add_row(
-                name, *(_show(_dig(metrics, keys), short="wins" not in title) for title, keys in shown.items())
-            )
-        return table
-
-
-def _tensor(answers: ScoringBatch, name: str) -> Tensor:
-    return torch.tensor(answers.numbers[name], dtype=torch.float64)
-
-
-def _dig(metrics: dict[str, Any], keys: tuple[str, ...]) -> dict[str, float]:
-    for key in keys:
-        metrics = metrics.get(key, {})
-    return metrics
-
-
-def _show(interval: dict[str, float], short: bool) -> str:
-    if not interval:
-        return ""
-    middle = interval["value"] if "value" in interval else interval["mean"]
-    return f"{middle:.2f}" if short else f"{middle:.2f}\n{interval['low']:.2f}..{interval['high']:.2f}"
+        """Return the comparison as a table for the terminal."""
+        return comparison_table(self.metrics, baseline=self.baseline, output=self.output)

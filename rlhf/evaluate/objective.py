@@ -1,4 +1,4 @@
-"""The arithmetic of evaluation: means, win rates and their bootstrap intervals, ROUGE-L."""
+"""Statistics of evaluation: bootstrap intervals, wins and ROUGE-L."""
 
 import re
 from collections.abc import Sequence
@@ -8,14 +8,17 @@ from torch import Tensor
 
 
 def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of per-prompt numbers with its 95 % percentile bootstrap interval: (mean, low, high).
+    """Mean with a 95% percentile bootstrap interval.
 
     Args:
-        values: [prompts], any unit.
-        draws: resamples of the prompts, with replacement.
-        seed: of the resampling; the same numbers always get the same interval.
+        values: [prompts] one value per prompt, in any unit.
+        draws: Number of resamples of the prompts, with replacement.
+        seed: Seed of the resampling. Equal values always get equal intervals.
 
-    Source: Efron and Tibshirani 1993, chapter 13.
+    Returns:
+        The mean, the lower and the upper bound, in the unit of ``values``.
+
+    Reference: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     generator = torch.Generator().manual_seed(seed)
     values = values.double()
@@ -25,29 +28,47 @@ def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> t
     return values.mean().item(), low, high
 
 
-def wins(ours: Tensor, theirs: Tensor) -> Tensor:
-    """1 where our answer scores higher, 0 where theirs does, 0.5 for a tie: [prompts] scores each to [prompts]."""
-    return (ours > theirs).double() + 0.5 * (ours == theirs).double()
+def wins(scores: Tensor, other_scores: Tensor) -> Tensor:
+    """Wins of one model against another: 1 for a higher score, 0.5 for a tie, 0 for a lower score.
+
+    Args:
+        scores: [prompts] scores of the model's responses.
+        other_scores: [prompts] scores of the other model's responses to the same prompts.
+
+    Returns:
+        [prompts] wins. Their mean is the win rate.
+    """
+    return (scores > other_scores).double() + 0.5 * (scores == other_scores).double()
 
 
-def rouge_l(answers: Sequence[str], targets: Sequence[str]) -> Tensor:
-    """ROUGE-L F-measure of each answer to its target, [prompts], 0 to 1; words of any script, case ignored.
+def rouge_l(responses: Sequence[str], targets: Sequence[str]) -> Tensor:
+    """ROUGE-L F-measure of each response and its target, from 0 to 1.
 
-    Source: Lin 2004 (W04-1013), by torchmetrics.
+    Case and punctuation are ignored. Text in scripts without spaces, such as Chinese, is compared character by
+    character, other text word by word. The implementation is that of torchmetrics.
+
+    Args:
+        responses: Responses as text.
+        targets: One reference response each.
+
+    Returns:
+        [responses] F-measures.
+
+    Reference: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries (W04-1013).
     """
     from torchmetrics.functional.text import rouge_score
 
     def words(text: str) -> list[str]:
-        return re.findall(r"\w", text) if _has_no_spaces(text) else re.findall(r"\w+", text)
+        return re.findall(r"\w", text) if _is_written_without_spaces(text) else re.findall(r"\w+", text)
 
     scores = [
-        rouge_score(answer, target, rouge_keys="rougeL", tokenizer=words, normalizer=str.lower)["rougeL_fmeasure"]
-        for answer, target in zip(answers, targets, strict=True)
+        rouge_score(response, target, rouge_keys="rougeL", tokenizer=words, normalizer=str.lower)["rougeL_fmeasure"]
+        for response, target in zip(responses, targets, strict=True)
     ]
     return torch.stack(scores).double() if scores else torch.zeros(0, dtype=torch.float64)
 
 
-def _has_no_spaces(text: str) -> bool:
-    """Scripts such as Chinese are compared letter by letter: mostly letters beyond U+2E80, where they begin."""
+def _is_written_without_spaces(text: str) -> bool:
+    """Whether most letters belong to East Asian scripts, which start at U+2E80."""
     letters = [letter for letter in text if letter.isalpha()]
     return 2 * sum(ord(letter) >= 0x2E80 for letter in letters) > len(letters)

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
 from rlhf.rl import AdvantageEstimator, OnPolicyModule
 from rlhf.rl.advantages import grpo
-from rlhf.rl.settings import estimator_name
+from rlhf.rl.estimators import estimator_name, needs_critic
 
 
 class GRPOModule(OnPolicyModule):
@@ -28,7 +27,7 @@ class GRPOModule(OnPolicyModule):
     """
 
     def __init__(self, *, advantage: AdvantageEstimator = grpo, num_generations: int = 4, **keys: Any) -> None:
-        if "values" in declared_arguments(advantage):
+        if needs_critic(advantage):
             raise ConfigError(
                 f"The advantage estimator {estimator_name(advantage)} requires a critic, which stage=grpo does not "
                 "train.",

@@ -1,4 +1,4 @@
-"""Causal language models as policies: the one place that computes hidden states, and the one that computes log-probs."""
+"""Causal language models as policies: hidden states, log-probs and entropy of given tokens."""
 
 import copy
 from dataclasses import dataclass
@@ -73,12 +73,14 @@ class Policy(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Number of token embeddings."""
-        return int(self.lm.get_input_embeddings().num_embeddings)
+        embeddings: Any = self.lm.get_input_embeddings()
+        return int(embeddings.num_embeddings)
 
     @property
     def hidden_size(self) -> int:
         """Width of the last hidden state."""
-        return int(self.lm.config.get_text_config().hidden_size)
+        config: Any = self.lm.config.get_text_config()
+        return int(config.hidden_size)
 
     def forward(
         self,
@@ -142,7 +144,7 @@ class Policy(nn.Module):
         input_ids = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
         states: list[Tensor] = []
 
-        def enlarge(module: nn.Module, inputs: object, output: BaseModelOutputWithPast) -> None:
+        def enlarge(module: nn.Module, inputs: object, output: Any) -> None:
             # The logits of an untrained model are so small that a soft cap hardly changes them.
             output.last_hidden_state = output.last_hidden_state * 1000
             states.append(output.last_hidden_state)
@@ -191,8 +193,8 @@ def kl_divergence(
 
         KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v))
 
-    The sum is over the whole vocabulary; ``rlhf.rl.kl`` has the estimates from the sampled tokens alone. Logits are
-    computed in chunks of tokens, never for the whole batch.
+    The sum is over the whole vocabulary, in contrast to estimates from the sampled tokens. Logits are computed in
+    chunks of tokens, never for the whole batch.
 
     Args:
         policy: p. Gradients flow through this model.

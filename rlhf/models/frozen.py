@@ -19,6 +19,8 @@ class Frozen(nn.Module):
         model: The model. It is put into eval mode, and its parameters no longer require gradients.
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         # Bypass the registry of nn.Module, so that parameters(), state_dict() and train() do not reach the model.

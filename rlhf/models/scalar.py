@@ -1,35 +1,37 @@
-"""One number a token: the head of reward models and critics, and ensembles of them."""
+"""Models with a scalar output: reward models, critics and ensembles of reward models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.models.backbone import hidden_states
 from rlhf.tensors import last_true
 
 
 class ScalarHead(nn.Module):
-    """MLPs from a hidden state to one number each; one layer is a plain linear map.
+    """One or more MLPs that map a hidden state to a scalar each.
+
+    The weights of the last layer are initialized from N(0, 1 / sqrt(fan_in + 1)) and its bias with 0.
 
     Args:
-        input_dim: width of the hidden state it reads.
-        hidden_dim: width of the layers between, when there are any.
-        num_layers: linear layers, at least 1.
-        num_heads: MLPs of the same shape and independent first weights: an ensemble on one trunk.
+        input_dim: Width of the hidden states.
+        hidden_dim: Width of the layers between the first and the last one.
+        num_layers: Number of linear layers, with GELU between them. 1 is a linear map.
+        num_heads: Number of MLPs. They have the same shape and independent initial weights, and thus form an ensemble
+            on one trunk.
 
-    The last layer starts as N(0, 1/sqrt(fan_in + 1)) with bias 0: Huang et al. 2024, detail 11 (arXiv:2403.17031).
+    Reference: Huang et al. 2024, detail 11 (arXiv:2403.17031).
     """
 
     def __init__(self, input_dim: int, hidden_dim: int = 128, num_layers: int = 1, num_heads: int = 1) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise UserError(f"num_layers={num_layers}: a head has at least one layer", "stage.num_layers=1")
-        if num_heads < 1:
-            raise UserError(f"num_heads={num_heads}: a score needs at least one head", "stage.num_heads=1")
+        for name, value in {"num_layers": num_layers, "num_heads": num_heads}.items():
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.", f"Set stage.{name}=1.")
         widths = [input_dim] + [hidden_dim] * (num_layers - 1)
         self.layers = _mlp(widths)
         self.others = nn.ModuleList(_mlp(widths) for _ in range(num_heads - 1))
@@ -41,17 +43,17 @@ class ScalarHead(nn.Module):
         }
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., width] to [...]: the mean over the heads, float32 whatever the precision of the body."""
+        """Mean over the heads: [..., width] to [...], float32 in any precision of the trunk."""
         return self.scores(hidden).mean(dim=-1)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """[..., width] to [..., heads], float32: what each head says."""
-        hidden = hidden.to(self.layers[-1].weight.dtype)
+        """Output of each head: [..., width] to [..., heads], float32 in any precision of the trunk."""
+        hidden = hidden.to(next(self.layers[-1].parameters()).dtype)
         return torch.cat([layers(hidden) for layers in (self.layers, *self.others)], dim=-1).float()
 
 
 def _mlp(widths: list[int]) -> nn.Sequential:
-    """Linear layers from width to width, and a last one to a single number."""
+    """Linear layers of the given widths with GELU between them, and a last layer with one output."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
@@ -62,14 +64,14 @@ def _mlp(widths: list[int]) -> nn.Sequential:
 
 
 class ScalarModel(nn.Module):
-    """A language model's body with a scalar head: a reward model, or a critic.
+    """The trunk of a language model with a scalar head: a reward model or a critic.
 
     Args:
-        trunk: body of a causal model, without its output embedding.
-        head: reads the trunk's last hidden state.
-        reward_mean: score of the average demonstration, subtracted from every score, reward units
-            (Huang et al. 2024, detail 12, arXiv:2403.17031). With several heads each has its own, [heads]: preferences
-            say nothing about a head's zero, and heads with different zeros would disagree about every answer.
+        trunk: A causal model without its output layer.
+        head: Maps the last hidden state of the trunk to a scalar.
+        reward_mean: Mean score of the demonstrations, in reward units; it is subtracted from every score (Huang et al.
+            2024, detail 12, arXiv:2403.17031). With several heads, each head has its own mean, [heads]: preferences
+            do not determine the offset of a head, and different offsets would look like disagreement.
     """
 
     reward_mean: Tensor
@@ -83,64 +85,74 @@ class ScalarModel(nn.Module):
 
     @property
     def config(self) -> Any:
+        """The ``PretrainedConfig`` of the trunk."""
         return self.trunk.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score of each sequence, read at its last real token; the mean over the heads.
+        """Score of each sequence, read at its last real token and averaged over the heads.
 
         Args:
-            tokens: [batch, time] token ids.
-            mask: [batch, time] bool, True on real tokens.
+            input_ids: [batch, time] token ids.
+            attention_mask: [batch, time] bool, True on real tokens.
 
         Returns:
-            [batch], reward units; the mean score of the demonstrations is 0 once it has been stored.
+            [batch] scores, in reward units.
         """
         return self.scores(input_ids, attention_mask).mean(dim=1)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What each head says of each sequence, [batch, heads], reward units; arguments as for a call."""
+        """Score of each sequence by each head, [batch, heads], in reward units. Arguments as for ``forward``."""
         hidden = hidden_states(self.trunk, input_ids, attention_mask)
         last = hidden[torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask)]
         return self.head.scores(last) - self.reward_mean
 
     def values(self, hidden: Tensor) -> Tensor:
-        """[..., width] to [...]: the same number read at any token, for a critic."""
+        """Scalar output at every hidden state, for a critic: [..., width] to [...], in reward units."""
         return (self.head.scores(hidden) - self.reward_mean).mean(dim=-1)
 
 
 class RewardModelEnsemble(nn.Module):
-    """Several reward models that judge the same answers.
+    """Several reward models that score the same sequences.
 
     Args:
-        members: of one vocabulary, each with one head or several; at least one. Scores are only comparable if each
-            member's zero is fixed, as the stored mean of the demonstrations does.
+        members: At least one reward model; all have the same vocabulary. Their scores are only comparable if every
+            member has a ``reward_mean``.
     """
 
     def __init__(self, members: Sequence[ScalarModel]) -> None:
         super().__init__()
         if not members:
-            raise UserError("an ensemble without members scores nothing", "stage.reward_model=[<path>, <path>]")
+            raise ConfigError(
+                "A reward model ensemble must have at least one member.", "Set stage.reward_model=[<path>,<path>]"
+            )
         self.members = nn.ModuleList(members)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Mean over all scores of each sequence, [batch], reward units; arguments as for ScalarModel."""
+        """Mean score of each sequence, [batch], in reward units. Arguments as for ``ScalarModel.forward``."""
         return self.scores(input_ids, attention_mask).mean(dim=1)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, all heads of all members], reward units, in the order of the members."""
-        return torch.cat([member.scores(input_ids, attention_mask) for member in self.members], dim=1)
+        """Scores by all heads of all members, in the order of the members: [batch, all heads], in reward units."""
+        members: Iterable[Any] = self.members
+        return torch.cat([member.scores(input_ids, attention_mask) for member in members], dim=1)
 
 
-def pessimistic_score(
-    scores: Tensor,  # [batch, scorers] what heads or members say of each answer, reward units
-    *,
-    uncertainty_penalty: float,  # price of their disagreement, dimensionless; 0 is the mean
-) -> Tensor:  # [batch]          reward units
-    """Mean over the scorers less ``uncertainty_penalty`` population standard deviations: little is given for contested answers.
+def pessimistic_score(scores: Tensor, *, uncertainty_penalty: float) -> Tensor:
+    """Mean score of an ensemble minus a penalty on its disagreement.
 
-    Coste et al. 2023 (arXiv:2310.02743), uncertainty-weighted optimization, take off the variance; the standard
-    deviation keeps the unit, so that the coefficient means the same for rewards of any size. No spread of a single
-    scorer. Not meant to be differentiated: equal scores have no derivative of their spread.
+        score = mean_k(s_k) - c * std_k(s_k)
+
+    The standard deviation is that of the population, so a single score has no penalty. It has no derivative if all
+    scores are equal, so do not differentiate this function.
+
+    Args:
+        scores: [batch, members] score of each sequence by each member, in reward units.
+        uncertainty_penalty: c, dimensionless. 0 gives the mean.
+
+    Returns:
+        [batch] scores, in reward units.
+
+    Reference: Coste et al. 2023, uncertainty-weighted optimization (arXiv:2310.02743). They subtract the variance; the
+    standard deviation has the unit of the scores, so that c does not depend on the scale of the rewards.
     """
-
     return scores.mean(dim=1) - uncertainty_penalty * scores.std(dim=1, correction=0)

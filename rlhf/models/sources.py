@@ -1,8 +1,8 @@
-"""Where a model comes from: a fresh transformer or Mamba, a folder or a hub id. ``conf/model/`` names these classes."""
+"""Model sources: random weights, a Hugging Face directory or a model ID. ``conf/model/`` configures these classes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,38 +14,63 @@ from transformers import (
     Mamba2Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.models.tokenizer import train_tokenizer
 
+T = TypeVar("T")
+
 
 class ModelSource(Protocol):
-    """What a stage starts from. ``rlhf.export.Export``, an earlier stage's result, is one too."""
+    """Where a stage gets its models from. ``rlhf.export.Export``, the result of an earlier stage, is one as well."""
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; ``texts`` are only read by a model that starts from nothing."""
+        """Return the tokenizer; ``texts`` are only read by sources that train one."""
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """A new copy of the causal language model, float32, on the CPU."""
+        """Return a new copy of the causal language model, in float32 on the CPU."""
+
+    def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
+        """Return a new copy of the reward model, in float32 on the CPU.
+
+        Raises:
+            UserError: The source does not contain a reward model.
+        """
 
 
 @dataclass(frozen=True)
-class Transformer:
+class _RandomWeights:
+    """Base class of the sources with random weights."""
+
+    def _vocab_size(self) -> int:
+        raise NotImplementedError
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        return train_tokenizer(texts, self._vocab_size())
+
+    def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
+        raise ConfigError(
+            f"{type(self).__name__} has random weights and cannot be used as a reward model.",
+            "Set stage.reward_model=<path>",
+        )
+
+
+@dataclass(frozen=True)
+class Transformer(_RandomWeights):
     """A Llama-type decoder with random weights.
 
     Args:
-        hidden_size: width of the hidden state.
-        num_layers: decoder blocks.
-        num_heads: attention heads; divides hidden_size.
-        intermediate_size: width of the feed-forward layer.
-        max_length: longest text it can read, tokens.
-        vocab_size: most tokens of the tokenizer that is trained on the SFT data.
-        initializer_range: standard deviation of the random weights.
-        rope_theta: base of the rotary positions (Su et al. 2021, arXiv:2104.09864); a small one learns
-            to copy within short texts faster.
+        hidden_size: Width of the hidden states.
+        num_layers: Number of decoder blocks.
+        num_heads: Number of attention heads; must divide ``hidden_size``.
+        intermediate_size: Width of the feed-forward layers.
+        max_length: Maximum sequence length, in tokens.
+        vocab_size: Maximum vocabulary size of the tokenizer that is trained on the SFT data.
+        initializer_range: Standard deviation of the initial weights.
+        rope_theta: Base of the rotary position embedding (Su et al. 2021, arXiv:2104.09864). With a small base, the
+            model learns faster to copy within short sequences.
     """
 
     hidden_size: int = 256
@@ -57,13 +82,14 @@ class Transformer:
     initializer_range: float = 0.04
     rope_theta: float = 300.0
 
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        return train_tokenizer(texts, self.vocab_size)
+    def _vocab_size(self) -> int:
+        return self.vocab_size
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"model.hidden_size={self.hidden_size} is not a multiple of model.num_heads={self.num_heads}"
+            raise ConfigError(
+                f"hidden_size must be a multiple of num_heads ({self.num_heads}), got {self.hidden_size}.",
+                f"Set model.hidden_size={_next_multiple(self.hidden_size, self.num_heads)}.",
             )
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -78,25 +104,27 @@ class Transformer:
             tie_word_embeddings=True,
             **_special_tokens(tokenizer),
         )
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
 
 
 @dataclass(frozen=True)
-class Mamba:
+class Mamba(_RandomWeights):
     """A Mamba-2 state-space model with random weights (Dao and Gu 2024, arXiv:2405.21060).
 
-    The scan starts with larger steps and slower decay than the usual ones, which are meant for long texts: what a token
-    says is written strongly and kept for the length of a short text, so that copying is learned in fewer steps.
+    The usual initialization is meant for long sequences. This one has larger step sizes and slower decay: a token is
+    written to the state strongly and kept for the length of a short sequence, so that copying is learned in fewer
+    steps.
 
     Args:
-        hidden_size: width of the hidden state; the inner width is twice that.
-        num_layers: Mamba blocks.
-        head_dim: width of a head; divides 2 x hidden_size.
-        state_size: numbers of state a channel: what it can remember.
-        chunk_size: tokens the scan handles at once; 32 is fastest for texts of 80 tokens on a CPU. Results do not
-            depend on it.
-        vocab_size: most tokens of the tokenizer that is trained on the SFT data.
-        initializer_range: standard deviation of the random weights.
+        hidden_size: Width of the hidden states. The inner width is twice as large.
+        num_layers: Number of Mamba blocks.
+        head_dim: Width of a head; must divide ``2 * hidden_size``.
+        state_size: State size per channel.
+        chunk_size: Number of tokens that the scan processes at once. It affects speed only; 32 is fastest on a CPU for
+            sequences of 80 tokens.
+        vocab_size: Maximum vocabulary size of the tokenizer that is trained on the SFT data.
+        initializer_range: Standard deviation of the initial weights.
     """
 
     hidden_size: int = 192
@@ -107,13 +135,14 @@ class Mamba:
     vocab_size: int = 2048
     initializer_range: float = 0.05
 
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        return train_tokenizer(texts, self.vocab_size)
+    def _vocab_size(self) -> int:
+        return self.vocab_size
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if 2 * self.hidden_size % self.head_dim:
-            raise UserError(
-                f"2 x model.hidden_size={self.hidden_size} is not a multiple of model.head_dim={self.head_dim}"
+            raise ConfigError(
+                f"2 * hidden_size must be a multiple of head_dim ({self.head_dim}), got 2 * {self.hidden_size}.",
+                f"Set model.hidden_size={_next_multiple(self.hidden_size, self.head_dim)}.",
             )
         config = Mamba2Config(
             vocab_size=len(tokenizer),
@@ -130,21 +159,23 @@ class Mamba:
             time_step_max=1.0,
             **_special_tokens(tokenizer),
         )
-        model = AutoModelForCausalLM.from_config(config)
-        rates = torch.logspace(-2, -0.7, config.num_heads)  # decay a step: memories of 100 to 5 tokens at step size 1
-        for block in model.backbone.layers:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        # Decay rates per step of 0.01 to 0.2: with step size 1, the heads remember 100 to 5 tokens.
+        rates = torch.logspace(-2, -0.7, config.num_heads)
+        backbone: Any = model.backbone
+        for block in backbone.layers:
             block.mixer.A_log.data.copy_(rates.log())
         return model
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Any causal language model of a Hugging Face folder or hub id; code from the hub is never run.
+    """A causal language model or reward model in a Hugging Face directory or on the Hub. Code from the Hub never runs.
 
     Args:
-        path: folder that ``save_pretrained`` wrote, or a hub id such as ``Qwen/Qwen2.5-0.5B``.
-        revision: branch, tag or commit on the hub.
-        attention: attention kernel, as ``attn_implementation`` of transformers; null leaves the choice to it.
+        path: Directory written by ``save_pretrained``, or a model ID such as ``Qwen/Qwen2.5-0.5B``.
+        revision: Branch, tag or commit on the Hub; null for the default branch.
+        attention: Attention implementation, see ``attn_implementation`` of transformers; null for its default.
     """
 
     path: str
@@ -152,71 +183,58 @@ class Pretrained:
     attention: str | None = None
 
     def tokenizer(self, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._cannot_open("tokenizer", error) from error
+        tokenizer: PreTrainedTokenizerBase = self._open("tokenizer", AutoTokenizer.from_pretrained)
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{self.path}: its tokenizer has no EOS token, so no answer could ever end",
-                "set eos_token in the folder's tokenizer_config.json",
+            raise DataError(
+                f"{self.path}: the tokenizer has no EOS token, so responses could not end.",
+                "Define eos_token in tokenizer_config.json.",
             )
         return tokenizer
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                revision=self.revision,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                attn_implementation=self.attention,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise self._cannot_open("model", error) from error
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(
-                f"model.path={self.path}: weights of the language model are not in the folder: "
-                f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}",
-                "a folder that AutoModelForCausalLM.save_pretrained wrote",
-            )
-        return model  # type: ignore[no-any-return]
+        return self._open_model("language model", AutoModelForCausalLM, attn_implementation=self.attention)
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
-        """A sequence classifier with one label, as a reward model."""
+        """Open a sequence classification model with one label as a reward model."""
+        model = self._open_model("reward model", AutoModelForSequenceClassification)
+        score = getattr(model, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1:
+            raise DataError(
+                f"{self.path}: a reward model must have one linear layer 'score' with one label.", _REWARD_MODEL
+            )
+        head = ScalarHead(score.in_features)
+        bias = torch.zeros(1) if score.bias is None else score.bias
+        head.load_state_dict({"layers.0.weight": score.weight, "layers.0.bias": bias})
+        return ScalarModel(model.base_model, head)
+
+    def _open_model(self, kind: str, auto_class: Any, **keywords: Any) -> PreTrainedModel:
+        """Open a model in float32. Missing weights are an error; transformers would initialize them at random."""
+        model, info = self._open(
+            kind, auto_class.from_pretrained, dtype=torch.float32, output_loading_info=True, **keywords
+        )
+        if missing := sorted(info["missing_keys"]):
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+            fix = _REWARD_MODEL if kind == "reward model" else _LANGUAGE_MODEL
+            raise DataError(f"{self.path}: weights of the {kind} are missing: {names}.", fix)
+        opened: PreTrainedModel = model
+        return opened
+
+    def _open(self, kind: str, from_pretrained: Callable[..., T], **keywords: Any) -> T:
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.path,
-                revision=self.revision,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            return from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **keywords)
         except (OSError, ValueError, KeyError) as error:
-            raise self._cannot_open("reward model", error) from error
-        if missing := sorted(found["missing_keys"]):
-            part = "the score head is" if missing[0].startswith("score") else "these weights are"
-            raise UserError(
-                f"{self.path} holds no reward model: {part} not in the folder: {', '.join(missing[:5])}",
-                "stage.reward_model=<a sequence classifier with one label, or a run's reward_model_final.pt>",
-            )
-        head = getattr(model, "score", None)
-        if not isinstance(head, nn.Linear) or head.out_features != 1:
-            raise UserError(f"{self.path}: a reward model has one linear 'score' for one label")
-        ours = ScalarHead(head.in_features)
-        ours.load_state_dict(
-            {"layers.0.weight": head.weight, "layers.0.bias": torch.zeros(1) if head.bias is None else head.bias}
-        )
-        return ScalarModel(model.base_model, ours)
-
-    def _cannot_open(self, what: str, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(
-            f"model.path={self.path}: no {what} could be opened there ({reason})",
-            "model.path=<folder that save_pretrained wrote, with model and tokenizer, or a hub id>",
-        )
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = f"{self.path}: could not load a {kind} from this path ({reason})."
+            raise DataError(message, _LANGUAGE_MODEL) from error
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+_LANGUAGE_MODEL = "Use a directory with model and tokenizer, written by save_pretrained, or a model ID on the Hub."
+_REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _next_multiple(number: int, factor: int) -> int:
+    return -(-number // factor) * factor

@@ -1,28 +1,36 @@
-"""Tokenizers for models that start from nothing, and prompt templates for tokenizers that have none."""
+"""Tokenizers for models with random weights, and chat templates for tokenizers without one."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+MIN_VOCAB_SIZE = 256 + 3  # all bytes and the special tokens
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on the given texts; no text is unknown to it.
+    """Train a byte-level BPE tokenizer. It can encode any text without an unknown token.
 
     Args:
-        texts: what the model will read and write.
-        vocab_size: most tokens it may have, the three special ones and the 256 bytes included.
+        texts: Texts to train on; at least one.
+        vocab_size: Maximum number of tokens, including 256 bytes and 3 special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    smallest = 259
-    if vocab_size < smallest:
-        raise UserError(
-            f"model.vocab_size={vocab_size} is too small for 256 bytes and 3 special tokens",
-            f"model.vocab_size={smallest} or more",
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 3 special tokens), got {vocab_size}.",
+            f"Set model.vocab_size={MIN_VOCAB_SIZE}.",
+        )
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise ConfigError(
+            "A model with random weights has no tokenizer until one has been trained, and no texts were given.",
+            "Train one with train_tokenizer, and pass it to the module of the stage.",
         )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,24 +41,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
+    core.train_from_iterator(chain([first], texts), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 def chat_template(template: str) -> str:
-    """A plain prompt template as the Jinja chat template that tokenizers carry.
+    """Convert a plain prompt template to a Jinja chat template, as tokenizers have it.
 
     Args:
-        template: text around a prompt, with ``{prompt}`` in it, such as ``"{prompt}\\nSummary:"``. The answer follows
-            after one space; earlier answers of a conversation end in a blank line.
+        template: Text around a prompt, with ``{prompt}`` in it, such as ``"{prompt}\\nSummary:"``. The response follows
+            after one space. Earlier responses of a conversation end with a blank line.
 
     Returns:
-        Jinja source for ``tokenizer.chat_template``; it opens with BOS if the tokenizer has one, and closes an answer
+        Jinja source for ``tokenizer.chat_template``. It starts with BOS if the tokenizer has one, and ends a response
         with EOS.
     """
     if "{prompt}" not in template:
-        raise UserError(f"data.template={template!r} has no place for the prompt", "write {prompt} where it goes")
-    before, after = (_jinja_string(part) for part in template.split("{prompt}", 1))
+        raise ConfigError(
+            f"template must contain {{prompt}}, got {template!r}.", 'For example: data.template="{prompt}\\nSummary:"'
+        )
+    before, after = (_jinja_string(text) for text in template.split("{prompt}", 1))
     return (
         "{{- bos_token or '' -}}"
         "{%- for message in messages -%}"

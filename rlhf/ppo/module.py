@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
-from rlhf.declared import call_declared, declared_arguments
+from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput, ScalarHead
 from rlhf.ppo.critic import CRITIC_INITS, Critic, critic_values, critic_width, open_critic
 from rlhf.ppo.preflight import critic_checks
 from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
 from rlhf.rl.advantages import gae
+from rlhf.rl.estimators import call_estimator, estimator_name, needs_critic
 from rlhf.rl.objective import clipped_value_loss
-from rlhf.rl.settings import estimator_name
 from rlhf.tensors import masked_scale, masked_whiten
 
 ADVANTAGE_KEYS = {"gamma", "gae_lambda"}  # have no effect if the advantage estimator does not declare them
@@ -33,7 +33,8 @@ class PPOModule(OnPolicyModule):
 
     Args:
         advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
-        gamma: Discount factor per token, for estimators that declare ``gamma``.
+        gamma: Discount factor per token, for estimators that declare ``gamma``. ``advantage=reinforce_pp`` has a
+            separate one, ``stage.advantage.gamma``.
         gae_lambda: lambda of generalized advantage estimation, for estimators that declare ``gae_lambda`` (Schulman et
             al. 2016, arXiv:1506.02438).
         whiten_rewards: Scale the token rewards of a rollout to unit variance, keeping their mean, before advantages are
@@ -90,7 +91,7 @@ class PPOModule(OnPolicyModule):
         self.whiten_advantages = whiten_advantages
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
-        self.has_critic = "values" in declared_arguments(advantage)
+        self.has_critic = needs_critic(advantage)
         self.shared_critic = critic == "shared"
         self.critic_init = critic_init or ("reward_model" if self.reward_sources else "sft")
         self.critic_warmup = critic_warmup
@@ -144,7 +145,7 @@ class PPOModule(OnPolicyModule):
         response_mask = experience.rollout.response_mask
         if self.whiten_rewards:
             rewards = masked_scale(rewards, response_mask)
-        estimate = call_declared(
+        advantages, returns = call_estimator(
             self.advantage,
             rewards=rewards,
             response_mask=response_mask,
@@ -153,12 +154,6 @@ class PPOModule(OnPolicyModule):
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )
-        advantages, returns = estimate if isinstance(estimate, tuple) else (estimate, None)
-        if self.has_critic and returns is None:
-            raise ConfigError(
-                f"The advantage estimator {estimator_name(self.advantage)} declares the argument 'values', so it must "
-                "return two tensors: advantages, and the returns to fit the critic to."
-            )
         return masked_whiten(advantages, response_mask) if self.whiten_advantages else advantages, returns
 
     # Updates
@@ -175,7 +170,7 @@ class PPOModule(OnPolicyModule):
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.has_critic:
             return super().compute_loss(minibatch)
-        output = self.policy_update.policy_output(minibatch)
+        output = self.policy_update.policy_output(self.policies, minibatch)
         values = critic_values(
             self.critic,
             output,
@@ -194,7 +189,7 @@ class PPOModule(OnPolicyModule):
             clip_range=self.value_clip_range,
             loss_reduction=self.loss_reduction,
         )
-        policy_loss, metrics = self.policy_update.loss(minibatch, output)
+        policy_loss, metrics = self.policy_update.loss(self.policies, minibatch, output)
         if self.warming_up:  # Keep the policy in the graph: distributed training needs a gradient of every parameter.
             policy_loss = policy_loss * 0.0
         return policy_loss + self.value_coef * value_loss, {**metrics, "loss/value_avg": value_loss}
@@ -226,8 +221,7 @@ def _check_critic(
 
 def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:
     """Refuse settings that differ from their default and that the advantage estimator does not use."""
-    declared = declared_arguments(advantage)
-    unused = (ADVANTAGE_KEYS - declared) | (set() if "values" in declared else CRITIC_KEYS)
+    unused = (ADVANTAGE_KEYS - declared_arguments(advantage)) | (set() if needs_critic(advantage) else CRITIC_KEYS)
     parameters = inspect.signature(PPOModule.__init__).parameters
     for name in sorted(unused):
         if given[name] != parameters[name].default:

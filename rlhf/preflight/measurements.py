@@ -56,12 +56,14 @@ def unpadded_rows(batch: SequenceBatch) -> list[list[int]]:
 def one_at_a_time(batch: SequenceBatch) -> Iterator[SequenceBatch]:
     """Yield each row as a batch without padding."""
     for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
-        yield SequenceBatch(*(tensor[row : row + 1, :length] for tensor in _tensors(batch)))
+        input_ids, attention_mask, response_mask = (tensor[row : row + 1, :length] for tensor in _tensors(batch))
+        yield SequenceBatch(input_ids, attention_mask, response_mask)
 
 
 def pad_columns(batch: SequenceBatch, columns: int) -> SequenceBatch:
     """Add columns of padding on the right."""
-    return SequenceBatch(*(F.pad(tensor, (0, columns)) for tensor in _tensors(batch)))
+    input_ids, attention_mask, response_mask = (F.pad(tensor, (0, columns)) for tensor in _tensors(batch))
+    return SequenceBatch(input_ids, attention_mask, response_mask)
 
 
 def pad_left(batch: SequenceBatch) -> SequenceBatch:
@@ -69,7 +71,8 @@ def pad_left(batch: SequenceBatch) -> SequenceBatch:
     time = batch.input_ids.shape[1]
     shift = time - batch.attention_mask.sum(dim=1, keepdim=True)
     columns = (torch.arange(time, device=shift.device) - shift) % time
-    return SequenceBatch(*(tensor.gather(1, columns) for tensor in _tensors(batch)))
+    input_ids, attention_mask, response_mask = (tensor.gather(1, columns) for tensor in _tensors(batch))
+    return SequenceBatch(input_ids, attention_mask, response_mask)
 
 
 def _tensors(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:

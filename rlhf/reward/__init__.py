@@ -1,4 +1,4 @@
-"""The reward model: learns from pairs or from ratings what a good answer is."""
+"""The reward model: learns to score responses from preference pairs or from ratings."""
 
 from rlhf.reward.datamodule import RewardDataModule
 from rlhf.reward.module import RewardModule

@@ -1,4 +1,4 @@
-"""Preference pairs or ratings as batches, and demonstrations to centre the scores on."""
+"""Preference pairs or ratings as batches, and demonstrations to center the scores on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,18 +24,21 @@ from rlhf.data.loader import BucketBatchSampler
 
 @dataclass
 class EncodedRating:
-    """An answer with its prompt, and what it is worth."""
+    """A prompt with a response, and the reward of the response in the data."""
 
-    text: EncodedResponse
+    sequence: EncodedResponse
     reward: float
 
 
 class RewardDataModule(PreferenceDataModule):
-    """Pairs, or ratings: the fields of the first row decide. See RecordDataModule for the other keys.
+    """Reads preference pairs or ratings, depending on the fields of the first row.
+
+    The other arguments are those of ``RecordDataModule``.
 
     Args:
-        demonstrations: file of SFT records; the mean score of their answers is stored and subtracted; null for none.
-        demonstration_rows: how many of them are scored.
+        demonstrations: File of demonstrations. After training, the mean score of their responses is stored in the
+            reward model and subtracted from every score (Huang et al. 2024, detail 12, arXiv:2403.17031). null: none.
+        demonstration_rows: Number of demonstrations to score.
     """
 
     record_types = (Preference, Rating)
@@ -56,14 +59,13 @@ class RewardDataModule(PreferenceDataModule):
         return EncodedRating(encoder.encode_response(record.prompt.messages, record.response), record.reward)
 
     def length(self, row: Any) -> int:
-        return len(row.text.input_ids) if isinstance(row, EncodedRating) else super().length(row)
+        return len(row.sequence.input_ids) if isinstance(row, EncodedRating) else super().length(row)
 
     def collate(self, rows: list[Any]) -> Any:
         if not isinstance(rows[0], EncodedRating):
             return super().collate(rows)
-        return RatingBatch(
-            SequenceBatch.collate([row.text for row in rows]), torch.tensor([row.reward for row in rows])
-        )
+        sequences = SequenceBatch.collate([row.sequence for row in rows])
+        return RatingBatch(sequences, torch.tensor([row.reward for row in rows]))
 
     @property
     def has_ratings(self) -> bool:
@@ -71,21 +73,22 @@ class RewardDataModule(PreferenceDataModule):
         return isinstance(self.records("train")[0], Rating)
 
     def report_batches(self) -> Iterator[Any]:
-        """The validation rows in batches, the same on every rank, as far as ``trainer.limit_val_batches`` goes."""
-        rows, limit = self.encoded("val"), self.trainer.limit_val_batches
-        order = BucketBatchSampler([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
-        count = limit * self.trainer.world_size if isinstance(limit, int) else int(limit * len(order))
-        return islice(BatchLoader(rows, self.collate, order), count if rows else 0)
+        """Yield the validation rows in batches, up to ``trainer.limit_val_batches``. All ranks get the same batches."""
+        trainer: Any = self.trainer
+        rows, limit = self.encoded("val"), trainer.limit_val_batches
+        sampler = BucketBatchSampler([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
+        count = limit * trainer.world_size if isinstance(limit, int) else int(limit * len(sampler))
+        return islice(BatchLoader(rows, self.collate, sampler), count if rows else 0)
 
     def demonstration_batches(self) -> Iterator[SequenceBatch]:
-        """The demonstrations whose mean score becomes 0, in batches; none if no file is given."""
+        """Yield the demonstrations in batches, or nothing if there is no file of them."""
         if self.demonstrations is None:
             return
         rows = read_rows(self.demonstrations)
         encoder = self.encoder()
-        coded = []
-        for number in range(min(self.demonstration_rows, len(rows))):
-            record = self.parser.parse(rows[number], Demonstration)
-            coded.append(encoder.encode_response(record.prompt.messages, record.response))
-        order = BucketBatchSampler([len(row.input_ids) for row in coded], self.eval_batch_size, shuffle=False)
-        yield from BatchLoader(coded, SequenceBatch.collate, order)  # type: ignore[misc]
+        encoded = []
+        for index in range(min(self.demonstration_rows, len(rows))):
+            record = self.parser.parse(rows[index], Demonstration)
+            encoded.append(encoder.encode_response(record.prompt.messages, record.response))
+        sampler = BucketBatchSampler([len(row.input_ids) for row in encoded], self.eval_batch_size, shuffle=False)
+        yield from BatchLoader(encoded, SequenceBatch.collate, sampler)  # type: ignore[misc]

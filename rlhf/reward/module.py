@@ -1,4 +1,4 @@
-"""The reward model's stage."""
+"""The reward stage."""
 
 import logging
 from collections.abc import Iterator
@@ -11,34 +11,39 @@ from rich.progress import track
 from torch import Tensor
 
 from rlhf.check import Check
-from rlhf.data import PairBatch, RatingBatch, SequenceBatch
-from rlhf.errors import UserError
+from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
+from rlhf.errors import ConfigError
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
-from rlhf.reward.preflight import checks
+from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
-from rlhf.reward.report_output import as_text, picture, scalars, write_json
+from rlhf.reward.report_output import plot, scalars, summary, write_json
 from rlhf.stage import Metrics, Result, StageModule
 
 log = logging.getLogger(__name__)
-LONG = 20  # batches from which on a progress bar is shown
+MIN_PROGRESS_BATCHES = 20  # The report shows a progress bar from this many batches on.
 
 
 class RewardModule(StageModule):
-    """Learns to score answers: Bradley-Terry on pairs, regression on ratings; the data decide.
+    """Trains a reward model: with the Bradley-Terry loss on preference pairs, with regression on ratings.
+
+    The other arguments are those of ``StageModule``.
 
     Args:
-        policy: the language model whose body it starts from; null: the run's SFT model.
-        input_dim: width of the hidden state the head reads; null asks the model.
-        hidden_dim: width of the head's inner layers.
-        num_layers: linear layers of the head; 1 is a plain linear map.
-        num_heads: heads of independent first weights, each with its own loss; a score is their mean, and PPO can
-            charge for their spread.
-        label_smoothing: probability that a label is the wrong way round, from 0 to below 1/2; pairs only.
-        centering_coef: weight of the centring penalty, nats per squared reward unit; pairs only.
-        output: folder of metrics.json, the report on the validation set; null for none.
-        optimizer keys: see StageModule.
+        policy: Language model whose trunk the reward model starts from. null: the run's SFT model.
+        input_dim: Width of the hidden states. null: read from the model.
+        hidden_dim: Width of the inner layers of the head.
+        num_layers: Number of linear layers of the head. 1: a linear head.
+        num_heads: Number of heads with independent initial weights. Each head has its own loss, and the score is their
+            mean. PPO and GRPO can penalize their disagreement (``reward.uncertainty_penalty``).
+        label_smoothing: Probability that a label is wrong, at least 0 and below 0.5. Preference pairs only (Wang et al.
+            2024, arXiv:2401.06080).
+        centering_coef: Weight of the squared sum of a pair's scores, in nats per squared reward unit. Preference pairs
+            only. TRL suggests 0.01 (Eisenstein et al. 2023, arXiv:2312.09244).
+        output: Directory of metrics.json, the report on the validation data. null: no file.
     """
+
+    model: ScalarModel
 
     def __init__(
         self,
@@ -51,94 +56,113 @@ class RewardModule(StageModule):
         label_smoothing: float = 0.0,
         centering_coef: float = 0.0,
         output: str | None = None,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.01,
+        schedule: str = "linear",
+        warmup_ratio: float = 0.05,
         **optimizer: Any,
     ) -> None:
-        super().__init__(**optimizer)
+        super().__init__(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            **optimizer,
+        )
         if not 0 <= label_smoothing < 0.5:
-            raise UserError(
-                f"stage.label_smoothing={label_smoothing} is no probability from 0 to below 1/2",
-                "stage.label_smoothing=0.1",
+            raise ConfigError(
+                f"stage.label_smoothing must be at least 0 and below 0.5, got {label_smoothing}.",
+                "Set stage.label_smoothing=0.1.",
             )
         if centering_coef < 0:
-            raise UserError(
-                f"stage.centering_coef={centering_coef} would drive scores away from 0", "stage.centering_coef=0.01"
+            raise ConfigError(
+                f"stage.centering_coef must be at least 0, got {centering_coef}.", "Set stage.centering_coef=0.01."
             )
         self.source = policy
         self.input_dim = input_dim
-        self.hidden_dim = hidden_dim
-        self.num_layers = num_layers
-        self.num_heads = num_heads
+        self.head_settings = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
         self.label_smoothing = label_smoothing
         self.centering_coef = centering_coef
         self.output = output
-        self.model: ScalarModel | None = None
 
     @property
     def monitor(self) -> str:  # type: ignore[override]
         return "val/accuracy" if "val/accuracy" in self.trainer.callback_metrics else "val/loss"
 
+    @property
+    def data(self) -> Any:
+        """The datamodule that is being trained on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def setup(self, stage: str) -> None:
-        """Refuse keys that only mean something for pairs, before any weight is loaded."""
-        if stage == "fit" and self.trainer.datamodule.has_ratings:
+        """Reject keys that apply to preference pairs only, before any weights are loaded."""
+        if stage == "fit" and self.data.has_ratings:
             for key in ("label_smoothing", "centering_coef"):
                 if value := getattr(self, key):
-                    raise UserError(f"stage.{key}={value} speaks of pairs, and the data are ratings", f"stage.{key}=0")
+                    raise ConfigError(
+                        f"stage.{key} applies to preference pairs only, but the data contain ratings, got {value}.",
+                        f"Set stage.{key}=0.",
+                    )
 
     def configure_model(self) -> None:
-        if self.model is None:
-            lm = disable_dropout(self.source.language_model(self.tokenizer))
-            width = lm.config.get_text_config().hidden_size
-            if self.input_dim not in (None, width):
-                raise UserError(
-                    f"stage.input_dim={self.input_dim}, but the model's hidden state is {width} wide",
-                    f"stage.input_dim={width}, or null",
-                )
-            self.model = ScalarModel(lm.base_model, ScalarHead(width, self.hidden_dim, self.num_layers, self.num_heads))
+        if hasattr(self, "model"):
+            return
+        lm = disable_dropout(self.source.language_model(self.tokenizer))
+        width = lm.config.get_text_config().hidden_size
+        if self.input_dim not in (None, width):
+            raise ConfigError(
+                f"stage.input_dim must be {width}, the width of the model's hidden states, got {self.input_dim}.",
+                f"Set stage.input_dim={width} or stage.input_dim=null.",
+            )
+        self.model = ScalarModel(lm.base_model, ScalarHead(width, **self.head_settings))
 
-    # learning
+    # Training
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self.model.reward_mean.zero_()  # Training uses raw scores, even if the checkpoint already stores a mean.
 
     def training_loss(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, Metrics]:
-        loss, metrics = self.score(batch)
+        loss, metrics = self.loss_and_metrics(batch)
         return loss * batch.loss_weight, {f"train/{name}": value for name, value in metrics.items()}
 
     def validation_step(self, batch: PairBatch | RatingBatch, batch_idx: int) -> None:
-        self.log_val(self.score(batch)[1], batch.loss_terms)
+        self.log_val(self.loss_and_metrics(batch)[1], batch.loss_terms)
 
-    def score(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch, and the numbers to log."""
-        scores = self.model.scores(batch.sequences.input_ids, batch.sequences.attention_mask)  # [texts, heads]
-        on_kind = self._score_ratings if isinstance(batch, RatingBatch) else self._score_pairs
-        loss, numbers = on_kind(batch, scores)
-        if self.num_heads > 1:
-            numbers["spread"] = ensemble_std(scores)
-        return loss, {"loss": loss, **numbers, "mean_reward": scores.mean()}
+    def loss_and_metrics(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the unweighted loss of a batch, and the metrics of training and validation."""
+        sequences = batch.sequences
+        scores = self.model.scores(sequences.input_ids, sequences.attention_mask)  # [sequences, heads]
+        if isinstance(batch, RatingBatch):
+            loss, metrics = self._rating_loss(batch, scores)
+        else:
+            loss, metrics = self._pair_loss(batch, scores)
+        if scores.shape[1] > 1:
+            metrics["ensemble_std"] = ensemble_std(scores)
+        return loss, {"loss": loss, **metrics, "mean_reward": scores.mean()}
 
-    def _score_ratings(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        rated = scores + self.model.reward_mean  # on the scale of the data, also once the mean is stored
-        loss = regression_loss(rated, batch.rewards[:, None].expand_as(rated))
-        return loss, {"absolute_error": (rated.mean(dim=1) - batch.rewards).abs().mean()}
+    def _rating_loss(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ratings = scores + self.model.reward_mean  # On the scale of the data, even if the mean is already stored.
+        loss = regression_loss(ratings, batch.rewards[:, None].expand_as(ratings))
+        return loss, {"absolute_error": (ratings.mean(dim=1) - batch.rewards).abs().mean()}
 
-    def _score_pairs(self, batch: PairBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pair_loss(self, batch: PairBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.halves(scores)
         loss = bradley_terry_loss(chosen, rejected, batch.margin[:, None], label_smoothing=self.label_smoothing)
-        numbers = {}
+        metrics = {}
         if self.centering_coef:
-            numbers["centering"] = centering_penalty(chosen, rejected)
-            loss = loss + self.centering_coef * numbers["centering"]
+            metrics["centering"] = centering_penalty(chosen, rejected)
+            loss = loss + self.centering_coef * metrics["centering"]
         chosen, rejected = chosen.mean(dim=1), rejected.mean(dim=1)
         return loss, {
-            **numbers,
+            **metrics,
             "accuracy": (chosen > rejected).float().mean(),
             "margin": (chosen - rejected).mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
         }
 
-    # after learning
+    # After training
 
     @torch.no_grad()
     def on_fit_end(self) -> None:
@@ -149,77 +173,72 @@ class RewardModule(StageModule):
         """
         self.to(self.trainer.strategy.root_device)  # Lightning has already moved the module to the CPU.
         self.model.eval()
-        self._centre()
+        self._center_scores()
         if self.trainer.is_global_zero:
             self._report()
         self.cpu()
 
-    def _centre(self) -> None:
-        """Store the mean raw score of the demonstrations, to be subtracted (arXiv:2403.17031, detail 12).
+    def _center_scores(self) -> None:
+        """Store the mean raw score of the demonstrations, which is then subtracted from every score.
 
         The result depends only on the weights and the demonstrations, so calling this twice changes nothing.
+
+        Reference: Huang et al. 2024, detail 12 (arXiv:2403.17031).
         """
-        data = self.trainer.datamodule
-        self.model.reward_mean.zero_()
-        scores = [self._scores(texts) for texts in data.demonstration_batches()]
+        mean = self.model.reward_mean
+        mean.zero_()
+        scores = [self._scores(sequences) for sequences in self.data.demonstration_batches()]
         if scores:
-            self.model.reward_mean.copy_(torch.cat(scores).mean(dim=0).view_as(self.model.reward_mean))
-            log.info(
-                "mean score of %d demonstrations: %.4f, subtracted from now on",
-                sum(map(len, scores)),
-                float(self.model.reward_mean.mean()),
-            )
-        elif self.num_heads > 1 and not self.centering_coef and not data.has_ratings:
+            mean.copy_(torch.cat(scores).mean(dim=0).view_as(mean))
+            count = sum(map(len, scores))
+            log.info("The mean score of %d demonstrations, %.4f, is now subtracted.", count, float(mean.mean()))
+        elif mean.numel() > 1 and not self.centering_coef and not self.data.has_ratings:
             log.warning(
-                "nothing ties the zeros of the %d heads together, so that their spread says little: "
-                "data.demonstrations=<file> does, or stage.centering_coef=0.01",
-                self.num_heads,
+                "The offsets of the %d heads are arbitrary, so their disagreement is not meaningful. Set "
+                "data.demonstrations=<path> or stage.centering_coef=0.01.",
+                mean.numel(),
             )
 
     def _report(self) -> None:
-        """Calibration and length bias on the validation data: metrics.json, TensorBoard, a few lines in the log."""
-        batches = list(self.trainer.datamodule.report_batches())
+        """Report calibration and length bias on the validation data: in metrics.json, in the loggers and in the log."""
+        batches = list(self.data.report_batches())
         if not batches:
             return
         report = self._rating_report(batches) if isinstance(batches[0], RatingBatch) else self._pair_report(batches)
-        log.info("%s", as_text(report))
-        if self.trainer.fast_dev_run:
+        log.info("%s", summary(report))
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.output is not None:
             write_json(report, Path(self.output) / "metrics.json")
         for logger in self.loggers:
             logger.log_metrics(scalars(report), step=self.global_step)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("report", picture(report), self.global_step)
+                logger.experiment.add_figure("report", plot(report), self.global_step)
 
     def _pair_report(self, batches: list[PairBatch]) -> dict[str, Any]:
-        columns = [
-            (
-                *batch.halves(self._scores(batch.sequences).cpu()),
-                *batch.halves(batch.sequences.response_mask.sum(dim=1)),
-            )
-            for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
-        ]
+        columns = []
+        for batch in self._track(batches):
+            scores = batch.halves(self._scores(batch.sequences).cpu())
+            columns.append((*scores, *batch.halves(batch.sequences.response_mask.sum(dim=1))))
         return pair_report(*map(torch.cat, zip(*columns, strict=True)))
 
     def _rating_report(self, batches: list[RatingBatch]) -> dict[str, Any]:
-        columns = [
-            (
-                (self._scores(batch.sequences) + self.model.reward_mean).cpu(),
-                batch.rewards,
-                batch.sequences.response_mask.sum(dim=1),
-            )
-            for batch in track(batches, "report", transient=True, disable=len(batches) < LONG)
-        ]
+        columns = []
+        for batch in self._track(batches):
+            scores = (self._scores(batch.sequences) + self.model.reward_mean).cpu()
+            columns.append((scores, batch.rewards, batch.sequences.response_mask.sum(dim=1)))
         return rating_report(*map(torch.cat, zip(*columns, strict=True)))
 
-    def _scores(self, texts: SequenceBatch) -> Tensor:
-        """What each head says of some texts, [texts, heads], in the precision of training."""
-        with self.trainer.precision_plugin.forward_context():
-            return self.model.scores(texts.input_ids.to(self.device), texts.attention_mask.to(self.device))
+    def _track(self, batches: list[Any]) -> Any:
+        return track(batches, "report", transient=True, disable=len(batches) < MIN_PROGRESS_BATCHES)
 
-    def preflight_checks(self, datamodule: Any) -> Iterator[Check]:
-        return checks(self, datamodule)
+    def _scores(self, sequences: SequenceBatch) -> Tensor:
+        """Score sequences with every head in the precision of training, [sequences, heads]."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.model.scores(sequences.input_ids.to(self.device), sequences.attention_mask.to(self.device))
+
+    def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
+        return reward_model_checks(self, self.model, datamodule)
 
     def result(self) -> Result:
         return Result(self.model, self.tokenizer)

@@ -1,59 +1,75 @@
-"""Losses of reward models. Scores are in reward units: a difference of 1 is odds of e to 1."""
+"""Losses and metrics of reward models.
+
+Scores are in reward units. A difference of 1 between two responses means odds of e to 1.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(
-    chosen: Tensor,  # [pairs] or [pairs, heads] score of the better answer, reward units; carries the gradient
-    rejected: Tensor,  # [the same]                score of the other one, reward units; carries the gradient
-    margin: Tensor,  # [pairs] or [pairs, 1]     by how much it should be better, reward units; 0 where not said
-    *,
-    label_smoothing: float = 0.0,  # probability that a label is the wrong way round, from 0 to below 1/2
-) -> Tensor:  # []      nats a pair, mean over pairs and heads; ln 2 at equal scores without a margin
-    """Negative log-likelihood of the labels if P(chosen over rejected) = sigmoid(chosen - rejected - margin).
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Bradley-Terry loss: negative log-likelihood of the preferences.
 
-    With the lead ``z = chosen - rejected - margin`` and smoothing ``e`` a pair costs
+        L = -mean_i [(1 - e) log sigmoid(z_i) + e log sigmoid(-z_i)],    z_i = chosen_i - rejected_i - margin_i
+          =  mean_i [e z_i - log sigmoid(z_i)]
 
-        -(1 - e) log sigmoid(z) - e log sigmoid(-z)  =  -log sigmoid(z) + e z,
+    With label smoothing e, a pair has its lowest loss at sigmoid(z) = 1 - e, so that larger differences are penalized.
 
-    lowest at ``sigmoid(z) = 1 - e``: beyond that more certainty costs instead of paying.
+    Args:
+        chosen: [pairs] or [pairs, heads] scores of the chosen responses, in reward units. Receives gradients.
+        rejected: [same shape] scores of the rejected responses, in reward units. Receives gradients.
+        margin: [pairs] or [pairs, 1] by how much the chosen response should be better, in reward units; 0 if unknown.
+        label_smoothing: e, probability that a label is wrong, at least 0 and below 0.5.
 
-    Source: Stiennon et al. 2020, section 3.4 (arXiv:2009.01325); margin: Touvron et al. 2023, eq. 2 (arXiv:2307.09288);
-    smoothing: Wang et al. 2024, "Secrets of RLHF II" (arXiv:2401.06080); as in Mitchell's conservative DPO, 2023.
+    Returns:
+        Scalar mean over pairs and heads, in nats per pair; ln 2 for equal scores without a margin.
+
+    Reference: Stiennon et al. 2020, section 3.4 (arXiv:2009.01325). Margin: Touvron et al. 2023, eq. 2
+    (arXiv:2307.09288). Label smoothing: Wang et al. 2024, Secrets of RLHF part II (arXiv:2401.06080).
     """
+    difference = chosen - rejected - margin
+    return (label_smoothing * difference - F.logsigmoid(difference)).mean()
 
-    lead = chosen - rejected - margin
-    return (label_smoothing * lead - F.logsigmoid(lead)).mean()
 
+def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Centering penalty: keeps scores around 0, because preferences do not determine their offset.
 
-def centering_penalty(
-    chosen: Tensor,  # [pairs] or [pairs, heads] score of the better answer, reward units; carries the gradient
-    rejected: Tensor,  # [the same]                score of the other one, reward units; carries the gradient
-) -> Tensor:  # []      reward units squared, mean over pairs and heads
-    """Mean squared sum of a pair's scores: holds the zero of the scores, which preferences alone leave free.
+        P = mean_i (chosen_i + rejected_i)^2
 
-    Source: Eisenstein et al. 2023 (arXiv:2312.09244); as ``center_rewards_coefficient`` of TRL.
+    Args:
+        chosen: [pairs] or [pairs, heads] scores of the chosen responses, in reward units. Receives gradients.
+        rejected: [same shape] scores of the rejected responses, in reward units. Receives gradients.
+
+    Returns:
+        Scalar mean over pairs and heads, in squared reward units.
+
+    Reference: Eisenstein et al. 2023 (arXiv:2312.09244). TRL calls its weight ``center_rewards_coefficient``.
     """
-
     return (chosen + rejected).square().mean()
 
 
-def regression_loss(
-    scores: Tensor,  # [batch] reward units; carries the gradient
-    rewards: Tensor,  # [batch] what the answers are worth according to the data, reward units
-) -> Tensor:  # []      reward units squared
-    """Mean squared error of the scores."""
+def regression_loss(scores: Tensor, rewards: Tensor) -> Tensor:
+    """Mean squared error between scores and rewards.
 
+    Args:
+        scores: [batch] or [batch, heads] scores, in reward units. Receives gradients.
+        rewards: [same shape] rewards of the data, in reward units.
+
+    Returns:
+        Scalar, in squared reward units.
+    """
     return F.mse_loss(scores, rewards)
 
 
-def ensemble_std(
-    scores: Tensor,  # [batch, heads] reward units
-) -> Tensor:  # []             reward units
-    """How much the heads disagree: their standard deviation about an answer, mean over the answers.
+def ensemble_std(scores: Tensor) -> Tensor:
+    """Disagreement of an ensemble: standard deviation over the heads, averaged over the responses.
 
-    Each head's own mean over the batch is taken off first: preferences leave its zero free.
+    The batch mean of each head is subtracted first, because preferences do not determine the offset of a head.
+
+    Args:
+        scores: [batch, heads] scores, in reward units.
+
+    Returns:
+        Scalar, in reward units.
     """
-
     return (scores - scores.mean(dim=0)).std(dim=1, correction=0).mean()

@@ -1,8 +1,10 @@
-"""What the reward model's stage proves of itself with ``check=true``."""
+"""Pre-flight checks of the reward stage."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf.data import RecordDataModule
+from rlhf.models import ScalarModel
 from rlhf.preflight import (
     Check,
     check_accumulation_equivalence,
@@ -16,16 +18,23 @@ from rlhf.preflight import (
     score_measure,
     unpadded_rows,
 )
+from rlhf.stage import StageModule
 
 
-def checks(module: Any, datamodule: Any) -> Iterator[Check]:
-    """Checks of a RewardModule on its own data."""
+def reward_model_checks(module: StageModule, model: ScalarModel, datamodule: RecordDataModule) -> Iterator[Check]:
+    """Check the reward stage on its model and data.
+
+    Args:
+        module: The stage, on its device and with its model.
+        model: The reward model that it trains.
+        datamodule: Its data.
+    """
     rows = sample_rows(datamodule)
-    batch = datamodule.collate(rows).to(module.device)
-    texts, model, read = batch.sequences, module.model, score_measure(module.model)
-    yield check_single_bos(module.tokenizer, unpadded_rows(texts))
-    yield check_ends_with_eos(module.tokenizer, texts, datamodule.max_length)
-    yield from check_padding_invariance(module, "scores", read, texts, model)
-    yield check_no_dropout(module, "reward model", model, read, texts)
+    batch: Any = datamodule.collate(rows).to(module.device)
+    sequences, measure = batch.sequences, score_measure(model)
+    yield check_single_bos(module.tokenizer, unpadded_rows(sequences))
+    yield check_ends_with_eos(module.tokenizer, sequences, datamodule.max_length)
+    yield from check_padding_invariance(module, "scores", measure, sequences, model)
+    yield check_no_dropout(module, "reward model", model, measure, sequences)
     yield check_padding_is_ignored(module, batch)
     yield check_accumulation_equivalence(module, batch, micro_batches(rows, datamodule))

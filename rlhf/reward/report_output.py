@@ -1,109 +1,135 @@
-"""A reward model's report in four forms: a file, numbers to log, lines of text, a picture."""
+"""Output formats of the reward-model report: JSON, scalars, text and a plot."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# the curves of the picture: list in the report, its x and y, what they are, and whether they should lie on y = x
-LENGTH_PANEL = ("by_length", "length", "score", "answer, tokens", "mean score, reward units", False)
-PANELS = {
-    "pairs": (
-        ("by_length_difference", "difference", "accuracy", "chosen - rejected, tokens", "accuracy", False),
-        ("by_confidence", "confidence", "accuracy", "confidence", "accuracy", True),
-        LENGTH_PANEL,
-    ),
-    "ratings": (
-        ("by_reward", "reward", "score", "reward of the data", "mean score, reward units", True),
-        LENGTH_PANEL,
-    ),
-}
-SPREAD_PANEL = {
-    "pairs": ("by_spread", "spread", "accuracy", "spread of the heads, reward units", "accuracy", False),
-    "ratings": ("by_spread", "spread", "absolute_error", "spread of the heads, reward units", "mean error", False),
-}
+LABEL_WIDTH = 32  # Width of the first column of the text tables.
 
-WIDTH = 30  # of the first column of a table of text
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve of the plot.
+
+    Args:
+        buckets: Key of a list of buckets in the report; also the title.
+        x: Entry of a bucket on the horizontal axis.
+        y: Entry of a bucket on the vertical axis.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        ideal_diagonal: Whether an ideal reward model has y = x, which is then drawn as a dotted line.
+    """
+
+    buckets: str
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    ideal_diagonal: bool = False
+
+
+LENGTH = Panel("by_length", "length", "score", "response length, tokens", "mean score, reward units")
+PANELS = {
+    "pairs": [
+        Panel("by_length_difference", "difference", "accuracy", "chosen length - rejected length, tokens", "accuracy"),
+        Panel("by_confidence", "confidence", "accuracy", "confidence", "accuracy", ideal_diagonal=True),
+        LENGTH,
+    ],
+    "ratings": [
+        Panel("by_reward", "reward", "score", "reward of the data", "mean score, reward units", ideal_diagonal=True),
+        LENGTH,
+    ],
+}
+STD_LABEL = "standard deviation of the heads, reward units"
+ENSEMBLE_PANELS = {
+    "pairs": Panel("by_ensemble_std", "ensemble_std", "accuracy", STD_LABEL, "accuracy"),
+    "ratings": Panel("by_ensemble_std", "ensemble_std", "absolute_error", STD_LABEL, "mean absolute error"),
+}
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """The whole report as a file."""
+    """Write the complete report to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def scalars(report: dict[str, Any], prefix: str = "report") -> dict[str, float]:
-    """The report's single numbers under the names they are logged by, such as ``report/length_correlation/pearson``."""
-    found: dict[str, float] = {}
+    """Return the single numbers of a report under their logged names, such as ``report/length_correlation/pearson``."""
+    numbers: dict[str, float] = {}
     for name, value in report.items():
         if isinstance(value, dict):
-            found |= scalars(value, f"{prefix}/{name}")
+            numbers |= scalars(value, f"{prefix}/{name}")
         elif isinstance(value, int | float):
-            found[f"{prefix}/{name}"] = float(value)
-    return found
+            numbers[f"{prefix}/{name}"] = float(value)
+    return numbers
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report in a few lines, for the terminal and the log."""
+def summary(report: dict[str, Any]) -> str:
+    """Return the most important numbers of a report as a few lines of text."""
     lines = _rating_lines(report) if report["kind"] == "ratings" else _pair_lines(report)
     return "\n  ".join(lines)
 
 
 def _pair_lines(report: dict[str, Any]) -> list[str]:
-    length = report["length_correlation"]
+    by_length = [
+        f"{f'the {which} response is chosen':>{LABEL_WIDTH}}{group['count']:>8}{_format(group['accuracy']):>10}"
+        for which, group in (("longer", report["longer_chosen"]), ("shorter", report["shorter_chosen"]))
+    ]
     return [
-        f"{report['count']} held-out pairs: accuracy {_number(report['accuracy'])}, "
-        f"calibration error {_number(report['calibration_error'])}",
-        f"score and length of the answer: Pearson {_number(length['pearson'])}, Spearman {_number(length['spearman'])}",
+        f"{report['count']} held-out pairs: accuracy {_format(report['accuracy'])}, "
+        f"calibration error {_format(report['calibration_error'])}",
+        _length_line(report),
         *_table("chosen - rejected, tokens", report["by_length_difference"], "accuracy"),
-        *(
-            f"{f'the {which} answer is chosen':>{WIDTH}}{part['count']:>8}{_number(part['accuracy']):>10}"
-            for which in ("longer", "shorter")
-            for part in [report[f"{which}_chosen"]]
-        ),
+        *by_length,
     ]
 
 
 def _rating_lines(report: dict[str, Any]) -> list[str]:
-    reward, length = report["reward_correlation"], report["length_correlation"]
+    correlation = report["reward_correlation"]
     return [
-        f"{report['count']} held-out ratings: mean error {_number(report['absolute_error'])}, "
-        f"score and rating: Pearson {_number(reward['pearson'])}, Spearman {_number(reward['spearman'])}",
-        f"score and length of the answer: Pearson {_number(length['pearson'])}, Spearman {_number(length['spearman'])}",
+        f"{report['count']} held-out ratings: mean absolute error {_format(report['absolute_error'])}, "
+        f"correlation of score and rating: {_format_correlation(correlation)}",
+        _length_line(report),
         *_table("rating", report["by_reward"], "absolute_error"),
     ]
 
 
-def _table(what: str, buckets: list[dict[str, float]], column: str) -> list[str]:
-    limits = [f"{bucket['low']:.4g} to {bucket['high']:.4g}" for bucket in buckets]
+def _length_line(report: dict[str, Any]) -> str:
+    return f"correlation of score and response length: {_format_correlation(report['length_correlation'])}"
+
+
+def _table(label: str, buckets: list[dict[str, float]], column: str) -> list[str]:
+    rows = [(f"{bucket['low']:.4g} to {bucket['high']:.4g}", bucket["count"], bucket[column]) for bucket in buckets]
     return [
-        f"{what:>{WIDTH}}{'count':>8}{column.split('_')[-1]:>10}",
-        *(
-            f"{limit:>{WIDTH}}{bucket['count']:>8}{_number(bucket[column]):>10}"
-            for limit, bucket in zip(limits, buckets, strict=True)
-        ),
+        f"{label:>{LABEL_WIDTH}}{'count':>8}{column.split('_')[-1]:>10}",
+        *(f"{bounds:>{LABEL_WIDTH}}{count:>8}{_format(value):>10}" for bounds, count, value in rows),
     ]
 
 
-def _number(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
 
-def picture(report: dict[str, Any]) -> "Figure":
-    """The report's curves side by side; the spread's too where there are several heads."""
-    from matplotlib.figure import Figure  # only once training has ended
+def _format_correlation(correlation: dict[str, float | None]) -> str:
+    return f"Pearson {_format(correlation['pearson'])}, Spearman {_format(correlation['spearman'])}"
 
-    panels = [*PANELS[report["kind"]], *([SPREAD_PANEL[report["kind"]]] if report["heads"] > 1 else [])]
+
+def plot(report: dict[str, Any]) -> "Figure":
+    """Plot the curves of a report next to each other; with several heads, also that of their standard deviation."""
+    from matplotlib.figure import Figure  # Imported here, because it is slow and needed only after training.
+
+    panels = [*PANELS[report["kind"]], *([ENSEMBLE_PANELS[report["kind"]]] if report["heads"] > 1 else [])]
     figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
-    for axes, (name, x, y, x_label, y_label, diagonal) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        buckets = report[name]
-        across = [bucket[x] for bucket in buckets]
-        axes.plot(across, [bucket[y] for bucket in buckets], marker="o")
-        if diagonal:
-            axes.plot([min(across), max(across)], [min(across), max(across)], linestyle=":", color="grey")
-        axes.set(xlabel=x_label, ylabel=y_label, title=name.replace("_", " "))
-        if y == "accuracy":
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        x = [bucket[panel.x] for bucket in report[panel.buckets]]
+        axes.plot(x, [bucket[panel.y] for bucket in report[panel.buckets]], marker="o")
+        if panel.ideal_diagonal:
+            axes.plot([min(x), max(x)], [min(x), max(x)], linestyle=":", color="gray")
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.buckets.replace("_", " "))
+        if panel.y == "accuracy":
             axes.set_ylim(top=1.02)
     return figure

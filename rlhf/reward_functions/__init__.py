@@ -1,10 +1,11 @@
-"""Where rewards come from: reward models, functions of the user, checkable answers, and weighted sums of these."""
+"""Reward functions: reward models, Python functions, verifiable responses, and weighted sums of these."""
 
-from rlhf.reward_functions.base import ScoringBatch
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.reward_functions.exact_match import ExactMatchReward
-from rlhf.reward_functions.model import ModelReward
+from rlhf.reward_functions.model import ModelReward, load_reward_models
+from rlhf.reward_functions.objective import pessimistic_score
 from rlhf.reward_functions.python import PythonReward, load_scorer
-from rlhf.reward_functions.weighted_sum import RewardFunction, WeightedSumReward
+from rlhf.reward_functions.weighted_sum import WeightedSumReward
 
 __all__ = [
     "ExactMatchReward",
@@ -13,5 +14,7 @@ __all__ = [
     "RewardFunction",
     "ScoringBatch",
     "WeightedSumReward",
+    "load_reward_models",
     "load_scorer",
+    "pessimistic_score",
 ]

@@ -1,24 +1,54 @@
-"""What a reward is given to judge."""
+"""The interface of reward functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.models import ModelSource
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Answers as tokens and as text.
+    """Responses to be scored, as token ids and as text.
 
-    tokens: [batch, time] prompt and answer, padded on the right.
-    mask: [batch, time] bool, True on real tokens.
-    prompts: the prompts as they stand in the data.
-    texts: the answers, without special tokens.
-    targets: the data's own answers, where it has them.
+    Args:
+        input_ids: [batch, time] prompt and response, padded on the right.
+        attention_mask: [batch, time] bool, True on real tokens.
+        prompts: Raw text of each prompt, as in the data.
+        responses: Each response as text, without special tokens.
+        targets: Reference response of each prompt in the data; None where there is none.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompts: Sequence[str]
-    texts: Sequence[str]
+    responses: Sequence[str]
     targets: Sequence[str | None]
+
+
+class RewardFunction(nn.Module):
+    """Base class of reward functions: a module that maps a ``ScoringBatch`` to one reward per response.
+
+    Attributes:
+        needs_model: True if the reward function uses the reward models of ``stage.reward_model``.
+    """
+
+    needs_model: bool = False
+
+    def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load everything that scoring requires. A stage calls this once, before training.
+
+        Args:
+            sources: Sources of the reward models; empty if ``needs_model`` is False.
+            tokenizer: Tokenizer of the policy.
+        """
+
+    def forward(self, batch: ScoringBatch) -> Tensor:
+        """Return the reward of each response: [batch], in reward units; higher is better."""
+        raise NotImplementedError
+
+    def score_with_components(self, batch: ScoringBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the rewards, [batch], and the components to log with them, [batch] each, by name."""
+        return self(batch), {}

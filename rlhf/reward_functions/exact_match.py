@@ -1,4 +1,4 @@
-"""A reward that needs no model: is the final answer right?"""
+"""Rewards for verifiable responses: a number is correct or not."""
 
 import re
 from decimal import Decimal, InvalidOperation
@@ -6,48 +6,60 @@ from decimal import Decimal, InvalidOperation
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError
-from rlhf.reward_functions.base import ScoringBatch
-from rlhf.reward_functions.weighted_sum import RewardFunction
+from rlhf.errors import ConfigError, DataError
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 class ExactMatchReward(RewardFunction):
-    """Compares the final number of an answer with that of the data's own answer, as GSM8K is scored.
+    """Compares the final number of a response with that of the reference response in the data, as GSM8K does.
 
     Args:
-        marker: text before the final number (Cobbe et al. 2021, arXiv:2110.14168: ``####``). Where an answer lacks it,
-            its last number counts if ``strict`` is false.
-        strict: an answer without the marker is wrong.
-        correct, wrong: what a right and a wrong answer are worth, reward units.
+        marker: Text that precedes the final number (Cobbe et al. 2021, arXiv:2110.14168: ``####``). Without a marker,
+            the last number of a response is compared, unless ``strict`` is true.
+        strict: Whether a response without the marker is incorrect.
+        correct: Reward of a correct response, in reward units.
+        wrong: Reward of an incorrect response, in reward units.
     """
 
     def __init__(self, *, marker: str = "####", strict: bool = False, correct: float = 1.0, wrong: float = 0.0) -> None:
         super().__init__()
         if not correct > wrong:
-            raise UserError(f"reward.correct={correct} is not above reward.wrong={wrong}", "reward.correct=1")
+            raise ConfigError(
+                f"reward.correct must be greater than reward.wrong ({wrong}), got {correct}.",
+                "Set reward.correct=1 reward.wrong=0.",
+            )
         self.marker = marker
         self.strict = strict
         self.correct = correct
         self.wrong = wrong
 
-    def forward(self, answers: ScoringBatch) -> Tensor:
+    def forward(self, batch: ScoringBatch) -> Tensor:
         rewards = []
-        for text, target in zip(answers.texts, answers.targets, strict=True):
-            expected = final_number(target, self.marker, strict=False) if target is not None else None
+        for response, target in zip(batch.responses, batch.targets, strict=True):
+            expected = None if target is None else final_number(target, self.marker, strict=False)
             if expected is None:
-                raise UserError(
-                    f"reward=exact_match: no number to compare with in the data's answer {target!r}",
-                    "data whose rows have an answer ('target', 'completion' or 'chosen') that ends in a number",
+                raise DataError(
+                    f"reward=exact_match requires a reference response that ends in a number, got {target!r}.",
+                    "Use data whose records have such a 'target', 'completion' or 'chosen' field.",
                 )
-            right = final_number(text, self.marker, strict=self.strict) == expected
-            rewards.append(self.correct if right else self.wrong)
-        return torch.tensor(rewards, device=answers.input_ids.device)
+            matches = final_number(response, self.marker, strict=self.strict) == expected
+            rewards.append(self.correct if matches else self.wrong)
+        return torch.tensor(rewards, device=batch.input_ids.device)
 
 
 def final_number(text: str, marker: str, *, strict: bool) -> Decimal | None:
-    """The first number after the last marker; without a marker the last number of the text, or None if ``strict``."""
+    """Return the first number after the last marker.
+
+    Args:
+        text: Text to search.
+        marker: Text that precedes the number.
+        strict: Whether to return None for a text without the marker, instead of its last number.
+
+    Returns:
+        The number, or None if there is none.
+    """
     _, found, after = text.rpartition(marker)
     if found:
         match = NUMBER.search(after)

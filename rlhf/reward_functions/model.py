@@ -1,4 +1,4 @@
-"""The reward model's judgement, or that of several."""
+"""Rewards from a reward model or an ensemble of reward models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,48 +7,56 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.models import RewardModelEnsemble, Frozen, disable_dropout, pessimistic_score
-from rlhf.reward_functions.base import ScoringBatch
-from rlhf.reward_functions.weighted_sum import RewardFunction
+from rlhf.errors import ConfigError
+from rlhf.models import Frozen, ModelSource, RewardModelEnsemble, disable_dropout
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.reward_functions.objective import pessimistic_score
 
 
 class ModelReward(RewardFunction):
-    """Scores answers by the run's reward model, or by those that ``stage.reward_model`` names.
+    """Scores responses with the reward model of the run, or with the reward models of ``stage.reward_model``.
 
     Args:
-        uncertainty_penalty: standard deviations over the members and heads of an ensemble that are taken off their mean;
-            dimensionless (Coste et al. 2023, section 3.2, arXiv:2310.02743, there the variance).
-        batch_size: answers scored at once.
+        uncertainty_penalty: Standard deviations over the members and heads of an ensemble to subtract from their mean,
+            dimensionless (Coste et al. 2023, section 3.2, arXiv:2310.02743, where it is the variance).
+        batch_size: Number of responses scored at once.
     """
 
     needs_model = True
-    model: Any  # Frozen, once opened
+    model: Frozen
 
     def __init__(self, *, uncertainty_penalty: float = 0.0, batch_size: int = 64) -> None:
         super().__init__()
         if uncertainty_penalty < 0:
-            raise UserError(
-                f"reward.uncertainty_penalty={uncertainty_penalty} would pay for disagreement",
-                "reward.uncertainty_penalty=1",
+            raise ConfigError(
+                f"reward.uncertainty_penalty must be >= 0, got {uncertainty_penalty}. A negative value would reward "
+                "disagreement.",
+                "Set reward.uncertainty_penalty=1.",
             )
+        if batch_size < 1:
+            raise ConfigError(f"reward.batch_size must be at least 1, got {batch_size}.", "Set reward.batch_size=64.")
         self.uncertainty_penalty = uncertainty_penalty
         self.batch_size = batch_size
 
-    def load(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-        members = [disable_dropout(source.scalar_model(tokenizer)) for source in sources]
-        self.model = Frozen(RewardModelEnsemble(members) if len(members) > 1 else members[0])
+    def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = load_reward_models(sources, tokenizer)
 
-    def forward(self, answers: ScoringBatch) -> Tensor:
-        pieces = [slice(i, i + self.batch_size) for i in range(0, len(answers.input_ids), self.batch_size)]
+    def forward(self, batch: ScoringBatch) -> Tensor:
+        model: Any = self.model.model  # ScalarModel or RewardModelEnsemble
+        chunks = [slice(i, i + self.batch_size) for i in range(0, len(batch.input_ids), self.batch_size)]
         with torch.no_grad():
-            scores = torch.cat(
-                [self.model.model.scores(answers.input_ids[p], answers.attention_mask[p]) for p in pieces]
-            )
+            scores = torch.cat([model.scores(batch.input_ids[c], batch.attention_mask[c]) for c in chunks])
         if self.uncertainty_penalty and scores.shape[1] < 2:
-            raise UserError(
-                f"reward.uncertainty_penalty={self.uncertainty_penalty}, but a single score has no spread",
-                "reward.uncertainty_penalty=0, or an ensemble: stage=reward stage.num_heads=4, or "
-                "stage.reward_model=[<path>,<path>]",
+            raise ConfigError(
+                f"reward.uncertainty_penalty={self.uncertainty_penalty} requires an ensemble, but the reward model "
+                "gives a single score.",
+                "Set reward.uncertainty_penalty=0, train a reward model with stage=reward stage.num_heads=4, or set "
+                "stage.reward_model=[<path>,<path>].",
             )
         return pessimistic_score(scores, uncertainty_penalty=self.uncertainty_penalty)
+
+
+def load_reward_models(sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> Frozen:
+    """Load one reward model, or several as an ensemble, frozen and without dropout."""
+    members = [disable_dropout(source.scalar_model(tokenizer)) for source in sources]
+    return Frozen(RewardModelEnsemble(members) if len(members) != 1 else members[0])

@@ -1,4 +1,4 @@
-"""Rewards by a function of the user: any Python function ``file.py:function`` from prompts and answers to numbers."""
+"""Rewards from a Python function of the user."""
 
 import importlib.util
 import math
@@ -11,63 +11,86 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.reward_functions.base import ScoringBatch
-from rlhf.reward_functions.weighted_sum import RewardFunction
+from rlhf.errors import ConfigError, DataError
+from rlhf.models import ModelSource
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 
 Scorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
 
 class PythonReward(RewardFunction):
-    """Scores answers by a Python function.
+    """Scores responses with a Python function.
 
     Args:
-        path: ``file.py:function``. The function gets the prompts as they stand in the data and one answer each, and
-            returns one finite number each, reward units. If it takes a third argument, it gets the data's own answers
-            too (None where there is none).
+        path: The function, as ``file.py:function``. It receives the prompts, as in the data, and one response per
+            prompt, and returns one finite number per response, in reward units. If it takes a third argument, it also
+            receives the reference responses of the data (None where there is none).
     """
 
-    def __init__(self, *, path: str | None) -> None:
+    def __init__(self, *, path: str | None = None) -> None:
         super().__init__()
         self.path = path
 
-    def load(self, sources: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
         if self.path is None:
-            raise UserError("reward.path names no function", "reward.path=<file.py>:<function>")
+            raise ConfigError(
+                "reward=python requires reward.path, the function that scores responses.",
+                "Set reward.path=<file.py>:<function>.",
+            )
         self.function = load_scorer(self.path, key="reward.path")
 
-    def forward(self, answers: ScoringBatch) -> Tensor:
-        scores = self.function(answers.prompts, answers.texts, answers.targets)
-        return torch.tensor(scores, dtype=torch.float, device=answers.input_ids.device)
+    def forward(self, batch: ScoringBatch) -> Tensor:
+        scores = self.function(batch.prompts, batch.responses, batch.targets)
+        return torch.tensor(scores, dtype=torch.float, device=batch.input_ids.device)
 
 
 def load_scorer(name: str, *, key: str) -> Scorer:
-    """The function that ``file.py:function`` names, wrapped so that a wrong answer of it says so.
+    """Load a scoring function, wrapped so that its scores are checked.
 
     Args:
-        name: ``file.py:function``, as in PythonReward.
-        key: the configuration key that named it, for errors.
+        name: The function, as ``file.py:function``; its arguments are described in ``PythonReward``.
+        key: Configuration key that contains ``name``, for error messages.
+
+    Returns:
+        A function of prompts, responses and targets.
+
+    Raises:
+        ConfigError: There is no such file or function.
     """
-    path, _, function_name = name.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise UserError(f"{key}={name}: no such file", f"{key}=<file.py>:<function>")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None  # it is a file
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"{key}={name}: {path} has no function '{function_name}'")
+    function = _import_function(name, key)
     takes_targets = len(signature(function).parameters) > 2
 
-    def score(prompts: Sequence[str], answers: Sequence[str], targets: Sequence[str | None]) -> list[float]:
-        given = (list(prompts), list(answers), list(targets)) if takes_targets else (list(prompts), list(answers))
-        scores = [float(value) for value in function(*given)]
-        if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
-            raise UserError(
-                f"{key}={name}: {len(answers)} answers, but {len(scores)} numbers, or not all of them finite"
-            )
+    def score(prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
+        arguments: list[Any] = [list(prompts), list(responses), list(targets)]
+        scores = [float(value) for value in function(*(arguments if takes_targets else arguments[:2]))]
+        if len(scores) != len(responses):
+            raise DataError(f"{key}={name} returned {len(scores)} scores for {len(responses)} responses.")
+        for score, response in zip(scores, responses, strict=True):
+            if not math.isfinite(score):
+                raise DataError(f"{key}={name} returned the non-finite score {score} for the response {response!r}.")
         return scores
 
     return score
+
+
+def _import_function(name: str, key: str) -> Callable[..., Any]:
+    """Import the function ``file.py:function``."""
+    path, _, function_name = name.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ConfigError(
+            f"{key} must name a function as <file.py>:<function>, got {name}: there is no such file.",
+            f"Set {key}=<file.py>:<function>.",
+        )
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"{key} must name a function in a Python file, got {name}.", f"Set {key}=<file.py>:<function>."
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"{key}={name}: {path} contains no function named {function_name!r}.", f"Set {key}={path}:<function>."
+        )
+    return function

@@ -9,9 +9,9 @@ An estimator is a pure function that receives, by name, those of these arguments
         rows: rows 0 to group_size - 1 belong to the first prompt.
     gamma, gae_lambda: ``stage.gamma`` and ``stage.gae_lambda`` (PPO only).
 
-It returns [batch, time] advantages, or, if it uses a critic, advantages and the returns to fit the critic to. Other
-keywords are settings of the estimator: ``stage.advantage.<keyword>``. To use a function of your own, set
-``stage.advantage._target_=<module>.<function>``.
+It returns [batch, time] advantages, or, if it uses a critic, advantages and the returns to fit the critic to. Its other
+keywords are settings, ``stage.advantage.<keyword>``. A file in ``conf/advantage/`` adds an estimator to the choices of
+``advantage=``; without one, use ``advantage=rloo stage.advantage._target_=<module>.<function>``.
 """
 
 from collections.abc import Callable

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
-from rlhf.declared import call_declared
 from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout
 from rlhf.reward_functions import RewardFunction
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
+from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
 from rlhf.rl.metrics import IterationMetrics, critic_metrics, rollout_metrics
@@ -21,7 +21,7 @@ from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate, clear_gradients, zero_loss
 from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rl.settings import LOSS_REDUCTIONS, as_sequence, check_estimator, check_sampling, check_update
+from rlhf.rl.settings import LOSS_REDUCTIONS, as_sequence, check_sampling, check_update
 from rlhf.rl.update_limits import UpdateLimits
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.stage import Result, StageModule
@@ -104,11 +104,15 @@ class OnPolicyModule(StageModule):
         self.scores = scores or ScoreShaping()
         self.kl = kl or KLController()
         self.kl.initialize(kl_coef)
-        self.limits = limits or UpdateLimits()
-        self.clip_range = clip_range
-        self.clip_range_high = clip_range if clip_range_high is None else clip_range_high
-        self.entropy_coef = entropy_coef
         self.loss_reduction: Callable[[Tensor, Tensor], Tensor] = LOSS_REDUCTIONS[loss_reduction]
+        self.policy_update = PolicyUpdate(
+            kl=self.kl,
+            clip_range=clip_range,
+            clip_range_high=clip_range if clip_range_high is None else clip_range_high,
+            entropy_coef=entropy_coef,
+            limits=limits or UpdateLimits(),
+            loss_reduction=self.loss_reduction,
+        )
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
@@ -134,9 +138,9 @@ class OnPolicyModule(StageModule):
         self.reference = Frozen(reference)
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
         self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
-        policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)
+        self.policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)
         self.collector = Collector(
-            policies=policies,
+            policies=self.policies,
             token_values=self.token_values,
             reward=self.reward,
             sampler=self.sampler,
@@ -144,15 +148,6 @@ class OnPolicyModule(StageModule):
             tokenizer=self.tokenizer,
             num_generations=self.num_generations,
             precision_context=lambda: self.trainer.precision_plugin.forward_context(),
-        )
-        self.policy_update = PolicyUpdate(
-            policies=policies,
-            kl=self.kl,
-            clip_range=self.clip_range,
-            clip_range_high=self.clip_range_high,
-            entropy_coef=self.entropy_coef,
-            limits=self.limits,
-            loss_reduction=self.loss_reduction,
         )
 
     def token_values(
@@ -172,8 +167,7 @@ class OnPolicyModule(StageModule):
         # 1. Sample responses from the current policy.
         rollout = self.collector.sample(prompts)
 
-        # 2. Evaluate them under the current weights, in the batches of the first pass, so that the first ratio is
-        #    exactly 1.
+        # 2. Evaluate them under the current weights, in the batches of the first pass: the first ratio is exactly 1.
         first_split = shuffled_split(len(rollout.input_ids), self.minibatch_size)
         experience = self.collector.evaluate_rollout(rollout, first_split)
 
@@ -212,13 +206,8 @@ class OnPolicyModule(StageModule):
             rewards: [batch, time] reward of each token, including the KL penalty if it is applied to the reward.
             experience: The evaluated rollout.
         """
-        estimate = call_declared(
-            self.advantage,
-            rewards=rewards,
-            response_mask=experience.rollout.response_mask,
-            group_size=self.num_generations,
-        )
-        return estimate if isinstance(estimate, tuple) else (estimate, None)
+        mask, group_size = experience.rollout.response_mask, self.num_generations
+        return call_estimator(self.advantage, rewards=rewards, response_mask=mask, group_size=group_size)
 
     def _gather(self, values: Tensor) -> Tensor:
         """Gather [batch] values of all ranks: [ranks * batch]."""
@@ -247,7 +236,8 @@ class OnPolicyModule(StageModule):
 
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the unweighted loss of a minibatch and its metrics, ``update_metrics`` among them."""
-        return self.policy_update.loss(minibatch, self.policy_update.policy_output(minibatch))
+        output = self.policy_update.policy_output(self.policies, minibatch)
+        return self.policy_update.loss(self.policies, minibatch, output)
 
     def frozen_modules(self) -> list[nn.Module]:
         """Return the modules that the next optimizer step must not change."""

@@ -18,7 +18,6 @@ class PolicyUpdate:
     """Computes the clipped policy loss with entropy bonus and KL penalty.
 
     Args:
-        policies: The policy and its reference model.
         kl: The KL penalty.
         clip_range: Clip range of ratios below 1.
         clip_range_high: Clip range of ratios above 1.
@@ -30,7 +29,6 @@ class PolicyUpdate:
     def __init__(
         self,
         *,
-        policies: PolicyWithReference,
         kl: KLController,
         clip_range: float,
         clip_range_high: float,
@@ -38,7 +36,6 @@ class PolicyUpdate:
         limits: UpdateLimits,
         loss_reduction: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        self.policies = policies
         self.kl = kl
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
@@ -46,21 +43,24 @@ class PolicyUpdate:
         self.limits = limits
         self.loss_reduction = loss_reduction
 
-    def policy_output(self, minibatch: Minibatch) -> PolicyOutput:
+    def policy_output(self, policies: PolicyWithReference, minibatch: Minibatch) -> PolicyOutput:
         """Evaluate the response tokens of a minibatch under the current policy."""
-        return self.policies.policy_output(
+        return policies.policy_output(
             minibatch.input_ids,
             minibatch.attention_mask,
             minibatch.response_mask,
             entropy_grad=self.entropy_coef != 0,
         )
 
-    def loss(self, minibatch: Minibatch, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, policies: PolicyWithReference, minibatch: Minibatch, output: PolicyOutput
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the policy loss of a minibatch.
 
             L = L_clip - entropy_coef * mean(entropy) + kl_coef * mean(KL),    the last term only with apply_to=loss
 
         Args:
+            policies: The policy and its reference model.
             minibatch: The minibatch.
             output: Output of the current policy on it.
 
@@ -82,19 +82,20 @@ class PolicyUpdate:
         if self.entropy_coef:
             loss = loss - self.entropy_coef * self.loss_reduction(output.entropy, minibatch.response_mask)
         if self.kl.in_loss:
-            kl = self.loss_reduction(self._kl(minibatch, output), minibatch.response_mask)
+            kl = self.loss_reduction(self._kl(policies, minibatch, output), minibatch.response_mask)
             loss = loss + float(self.kl.coef) * kl
             metrics["loss/kl_avg"] = kl
         return loss, {"loss/policy_avg": surrogate, **metrics}
 
-    def _kl(self, minibatch: Minibatch, output: PolicyOutput) -> Tensor:
+    @staticmethod
+    def _kl(policies: PolicyWithReference, minibatch: Minibatch, output: PolicyOutput) -> Tensor:
         """Compute the KL at each token, [minibatch, time], with the gradient of the policy."""
         reference = None
-        if self.policies.needs_ref_output:
-            reference = self.policies.reference_output(
+        if policies.needs_ref_output:
+            reference = policies.reference_output(
                 minibatch.input_ids, minibatch.attention_mask, minibatch.response_mask
             )
-        return self.policies.kl(output, minibatch.ref_logprobs, minibatch.response_mask, reference)
+        return policies.kl(output, minibatch.ref_logprobs, minibatch.response_mask, reference)
 
     def stops_rollout(self, metrics: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], float]) -> bool:
         """Whether this minibatch and all later ones of its rollout must be skipped; equal on all ranks."""

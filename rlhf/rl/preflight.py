@@ -79,7 +79,7 @@ def check_first_ratio(collector: Collector, policy_update: PolicyUpdate, minibat
     Rollout and update evaluate the same tensors, and equal shapes give equal rounding.
     """
     with collector.precision_context():
-        logprobs = policy_update.policy_output(minibatch).logprobs
+        logprobs = policy_update.policy_output(collector.policies, minibatch).logprobs
     distance = float((policy_ratio(logprobs, minibatch.old_logprobs, minibatch.response_mask) - 1).abs().max())
     return Check(
         "first ratio exactly 1",

@@ -2,12 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import TypeVar
 
-from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
-from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.sampling import SamplingParams
 from rlhf.tensors import masked_mean, sequence_mean
 
@@ -59,26 +56,6 @@ def check_update(
             f"stage.clip_range_high must be positive, got {clip_range_high}.",
             "Set stage.clip_range_high=0.28 or remove it.",
         )
-
-
-def check_estimator(advantage: AdvantageEstimator, num_generations: int) -> None:
-    """Refuse a number of responses per prompt that is too small for the advantage estimator."""
-    if num_generations < 1:
-        raise ConfigError(
-            f"stage.num_generations must be at least 1, got {num_generations}.", "Set stage.num_generations=4."
-        )
-    if num_generations < 2 and "group_size" in declared_arguments(advantage):
-        raise ConfigError(
-            f"stage.num_generations must be at least 2 with the advantage estimator {estimator_name(advantage)}, "
-            f"which compares the responses to one prompt, got {num_generations}.",
-            "Set stage.num_generations=4 or advantage=reinforce_pp.",
-        )
-
-
-def estimator_name(advantage: AdvantageEstimator) -> str:
-    """Return the name of an advantage estimator for messages."""
-    function = advantage.func if isinstance(advantage, partial) else advantage
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def as_sequence(given: T | Sequence[T] | None) -> Sequence[T]:

@@ -33,6 +33,7 @@ class SFTModule(StageModule):
     """
 
     monitor = "val/loss"
+    policy: Policy
 
     def __init__(
         self,
@@ -54,10 +55,9 @@ class SFTModule(StageModule):
         self.samples = samples
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.sampler = sampler or LocalSampler()
-        self.policy: Policy | None = None
 
     def configure_model(self) -> None:
-        if self.policy is None:
+        if not hasattr(self, "policy"):
             # Pretrained models are loaded in eval mode. In this stage their dropout is active.
             self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
@@ -82,7 +82,7 @@ class SFTModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         if self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.log_samples(self.sample_responses(self.trainer.datamodule))
+            self.log_samples(self.sample_responses(self.trainer.datamodule))  # type: ignore[attr-defined]
 
     def sample_responses(self, datamodule: RecordDataModule) -> list[tuple[str, str]]:
         """Return the first validation prompts, each with a greedy response."""

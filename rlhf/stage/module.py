@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import lightning
 import torch
-from lightning.pytorch.core.mixins import HyperparametersMixin
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.parsing import collect_init_args
@@ -94,7 +94,7 @@ class StageModule(lightning.LightningModule):
         self.save_hyperparameters(_plain_arguments(inspect.currentframe()), logger=False)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.betas = tuple(betas)
+        self.betas = (betas[0], betas[1])
         self.eps = eps
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio

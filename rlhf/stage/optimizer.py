@@ -41,4 +41,5 @@ def learning_rate_schedule(
         steps: Number of optimizer steps.
     """
     name = "constant_with_warmup" if schedule == "constant" else schedule
-    return get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
+    scheduler: LRScheduler = get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
+    return scheduler

@@ -1,11 +1,12 @@
 """A default exists once: the signature of a class agrees with the yaml that configures it."""
 
+import inspect
 from typing import Any
 
 import pytest
 from hydra.utils import get_object
 
-from contract.configs import HYDRA_KEYS, STAGES, choices, composed_dict, keywords, targets
+from contract.configs import STAGES, choices, composed_dict, keywords, targets
 from rlhf.stages import stages
 
 # Every stage with its default choices, and every choice of the groups that configure a class or function of their own.
@@ -48,7 +49,7 @@ def comparable(value: Any) -> Any:
 def test_signature_defaults_equal_the_yaml(overrides: tuple[str, ...], path: str) -> None:
     """Nodes of the data module are compared with ``data=jsonl``, since stages read batches of different sizes."""
     cfg = composed_dict(*overrides)
-    jsonl = composed_dict("stage=sft", "data=jsonl")["data"]
+    jsonl = {**composed_dict("stage=sft", "data=jsonl")["data"], "train": None}
     root = (
         select(cfg, "stage.reward" if path == "stage.reward" else path) if path != "stage.reward" else reward_node(cfg)
     )
@@ -57,17 +58,33 @@ def test_signature_defaults_equal_the_yaml(overrides: tuple[str, ...], path: str
         if not node["_target_"].startswith("rlhf."):
             continue
         for name, parameter in keywords(get_object(node["_target_"])).items():
-            if name not in node or name in HYDRA_KEYS or parameter.default is parameter.empty:
+            if name not in node or not is_ours(get_object(node["_target_"]), name) or is_required(parameter):
                 continue
             value = jsonl[name] if path == "data" and name in jsonl else node[name]
-            if isinstance(value, str) and (value.startswith("${") or value == "???"):
-                continue
-            if isinstance(value, dict) and "_target_" in value:  # compared as a node
+            if is_computed(value):
                 continue
             if comparable(value) != comparable(parameter.default):
                 key = ".".join(part for part in (path, below, name) if part)
                 differences.append(f"{key}: {value!r} in the yaml, {parameter.default!r} in {node['_target_']}")
     assert differences == []
+
+
+def is_ours(target: Any, name: str) -> bool:
+    """Return True if a class or function of this project declares the keyword, and not a library's base class."""
+    functions = [cls.__init__ for cls in target.__mro__] if inspect.isclass(target) else [target]
+    ours = [function for function in functions if getattr(function, "__module__", "").startswith("rlhf.")]
+    return any(name in inspect.signature(function).parameters for function in ours)
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
+
+
+def is_computed(value: Any) -> bool:
+    """Return True for interpolations and missing values, and for nodes, which are compared by themselves."""
+    if isinstance(value, dict):
+        return "_target_" in value
+    return isinstance(value, str) and (value.startswith("${") or value == "???")
 
 
 def reward_node(cfg: dict[str, Any]) -> dict[str, Any]:

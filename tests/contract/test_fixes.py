@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from contract.configs import CONF, ROOT, STAGES, choices, compose_config, composed_dict, leaf_keys
+from contract.configs import CONF, HYDRA_KEYS, ROOT, STAGES, choices, compose_config, composed_dict, leaf_keys
 from contract.imports import FILES
 from rlhf.stages import stages
 
@@ -84,17 +84,19 @@ def known_keys() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def all_keys(node: dict[str, Any]) -> set[str]:
-    """Return the dotted keys of all values and of all dictionaries."""
+def all_keys(node: dict[str, Any]) -> list[str]:
+    """Return the dotted keys of all values, followed by those of all dictionaries."""
     leaves = leaf_keys(node)
-    return leaves | {key.rsplit(".", n)[0] for key in leaves for n in range(1, key.count(".") + 1)}
+    return sorted(leaves) + sorted({key.rsplit(".", n)[0] for key in leaves for n in range(1, key.count(".") + 1)})
 
 
 def find_key(key: str) -> tuple[str, tuple[str, ...]] | None:
     """Return a known key that matches ``key``, and overrides under which it exists. Fields stand for any name."""
-    key = key.removesuffix("._target_").removesuffix(f".{FIELD}")
     pattern = re.compile(re.escape(key).replace(FIELD, r"[\w.]+"))
-    return next(((name, overrides) for name, overrides in known_keys().items() if pattern.fullmatch(name)), None)
+    if match := next((name for name in known_keys() if pattern.fullmatch(name)), None):
+        return match, known_keys()[match]
+    node, _, special = key.rpartition(".")
+    return (key, known_keys()[node]) if special in HYDRA_KEYS | {FIELD} and node in known_keys() else None
 
 
 def fill(value: str) -> str:
@@ -111,7 +113,7 @@ def test_every_suggested_override_composes(location: str, override: str) -> None
     found = find_key(key)
     assert found is not None, f"{location}: no stage has the key {key}"
     name, overrides = found
-    compose_config(*overrides, f"{name}={fill(value)}")
+    assert compose_config(*overrides, f"{name}={fill(value)}")
 
 
 def compose_group(group: str, value: str) -> None:

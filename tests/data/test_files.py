@@ -1,4 +1,4 @@
-"""Rows from files of every format, and where a broken one breaks."""
+"""Rows of files of every format, and the location of an invalid one."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from rlhf.data.files import location, read_rows
-from rlhf.errors import UserError
+from rlhf.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "reward": 0.5}, {"prompt": "Ωmega 東", "reward": -2.0}, {"prompt": "x", "reward": 3.0}]
 
@@ -26,22 +26,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "JSONL"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
-    """Commas, quotes, line feeds inside a field and letters beyond ASCII come through."""
-    path = write(tmp_path / f"rows.{ending.lower()}", ROWS)
-    path = str(Path(path).rename(tmp_path / f"rows.{ending}"))
+@pytest.mark.parametrize("extension", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "JSONL"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, extension: str) -> None:
+    """Rows may contain commas, quotes, line breaks and characters beyond ASCII."""
+    path = write(tmp_path / f"rows.{extension.lower()}", ROWS)
+    path = str(Path(path).rename(tmp_path / f"rows.{extension}"))
     rows = read_rows(path)
     assert [rows[i] for i in range(len(rows))] == ROWS
 
 
-def test_nested_messages_come_through(tmp_path: Path) -> None:
+def test_nested_messages_are_read(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}]
     assert list(read_rows(write(tmp_path / "talk.jsonl", rows))) == rows
 
 
-def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
-    """The cache of the datasets library must not answer with yesterday's rows."""
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    """The cache of the datasets library must not return outdated rows."""
     path = write(tmp_path / "rows.jsonl", ROWS)
     assert len(read_rows(path)) == 3
     write(tmp_path / "rows.jsonl", ROWS[:1])
@@ -51,53 +51,51 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "x"', "not JSON"),
-        ("[1, 2]", "one JSON object"),
-        ('{"prompt": 5}', "'prompt' is int, but str in line 1"),
+        ('{"prompt": "x"', "the line is not JSON"),
+        ("[1, 2]", "the line must be a JSON object, got list"),
+        ('{"prompt": 5}', "'prompt' must have one type in all lines, got int here and str in line 1"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
-    """Line 3 of the file, the blank line 2 counted."""
+def test_an_invalid_line_is_located(tmp_path: Path, line: str, reason: str) -> None:
+    """The invalid line is line 3, because the blank line 2 counts."""
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"prompt": "a"}}\n\n{line}\n{{"prompt": "b"}}\n')
-    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{reason}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{reason}"):
         read_rows(str(path))
 
 
-def test_a_file_that_is_not_utf8_says_so(tmp_path: Path) -> None:
-    """Also where the reader only stumbles over the bytes once the row is asked for."""
+def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
+    """The datasets library alone would fail only when the row is accessed."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "straße"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"rows\.jsonl: not UTF-8"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: the file must be UTF-8"):
         list(read_rows(str(path)))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", None, r"rows\.jsonl: no such file"),
+        ("rows.jsonl", None, r"rows\.jsonl: there is no such file\.\n  Relative paths"),
         ("rows.jsonl", "", r"rows\.jsonl: the file is empty"),
-        ("rows.txt", "hello", r"rows\.txt: cannot tell its format from '\.txt'\n.*\.jsonl"),
-        ("rows.parquet", "hello", r"rows\.parquet: cannot be read"),
+        ("rows.txt", "hello", r"rows\.txt: the file extension '\.txt' is not supported\.\n.*\.jsonl"),
+        ("rows.parquet", "hello", r"rows\.parquet: the file cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DataError, match=message):
         read_rows(str(tmp_path / name))
 
 
-def test_a_hub_name_that_cannot_be_reached_is_a_user_error() -> None:
-    """Offline, as every test is: the name and what to type."""
-    with pytest.raises(
-        UserError, match=r"nobody/nothing: neither a file here nor a data set of the hub.*\n.*data\.train="
-    ):
+def test_an_unknown_hub_dataset_is_a_data_error() -> None:
+    """Tests run offline. The message has the name and the overrides for a file and for a dataset."""
+    with pytest.raises(DataError, match=r"nobody/nothing: neither a local file nor a Hub dataset.*\n.*data\.train="):
         read_rows("nobody/nothing")
 
 
-def test_where_counts_lines_as_an_editor_does(tmp_path: Path) -> None:
-    """Rows 0 and 1 stand in lines 1 and 4: blank lines count; other formats have rows."""
+def test_location_counts_lines_as_an_editor_does(tmp_path: Path) -> None:
+    """Rows 0 and 1 are in lines 1 and 4, because blank lines count. Other formats have row numbers."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n  \n{"a": 2}\n')
     assert [location(str(path), row) for row in (0, 1)] == [f"{path}:1", f"{path}:4"]

@@ -1,4 +1,4 @@
-"""The arithmetic of evaluation, by hand and against independent code."""
+"""Statistics of evaluation, by hand and against independent implementations."""
 
 import random
 
@@ -8,25 +8,25 @@ import torch
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
 
 
-def test_bootstrap_of_equal_numbers_has_no_width() -> None:
-    """Every resample of 0.25, 0.25, ... has the mean 0.25."""
+def test_bootstrap_interval_of_equal_values_has_width_zero() -> None:
+    """Every resample of 0.25, 0.25, ... has mean 0.25."""
     assert bootstrap_interval(torch.full((20,), 0.25)) == (0.25, 0.25, 0.25)
 
 
-def test_bootstrap_interval_is_the_normal_one_for_many_numbers() -> None:
-    """300 zeros and 100 ones: mean 0.25, standard error sqrt(0.25 x 0.75 / 400), interval mean -+ 1.96 errors.
+def test_bootstrap_interval_approaches_the_normal_interval() -> None:
+    """300 zeros and 100 ones: mean 0.25, standard error sqrt(0.25 x 0.75 / 400), interval mean -+ 1.96 standard errors.
 
-    Tolerance: a quarter of a standard error, for 2000 random resamples and steps of 1/400 in their means.
+    Tolerance: a quarter of a standard error, because there are 2,000 resamples whose means are multiples of 1/400.
     """
     error = (0.25 * 0.75 / 400) ** 0.5
-    middle, low, high = bootstrap_interval(torch.tensor([0.0] * 300 + [1.0] * 100))
-    assert middle == 0.25
+    mean, low, high = bootstrap_interval(torch.tensor([0.0] * 300 + [1.0] * 100))
+    assert mean == 0.25
     assert low == pytest.approx(0.25 - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(0.25 + 1.96 * error, abs=0.25 * error)
 
 
-def test_bootstrap_leaves_the_global_random_state_alone() -> None:
-    """The same numbers get the same interval each time, and nothing else is reseeded."""
+def test_bootstrap_does_not_use_the_global_random_state() -> None:
+    """Equal values get equal intervals, and the global generator is not reseeded."""
     values = torch.arange(50.0)
     torch.manual_seed(3)
     untouched = torch.rand(4)
@@ -37,32 +37,32 @@ def test_bootstrap_leaves_the_global_random_state_alone() -> None:
     assert bootstrap_interval(values, seed=1) != first
 
 
-def test_wins_count_ties_half() -> None:
-    ours, theirs = torch.tensor([2.0, 1.0, -3.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 0.5])
-    assert wins(ours, theirs).tolist() == [1.0, 0.5, 0.0, 0.5]
+def test_a_tie_is_half_a_win() -> None:
+    scores, other_scores = torch.tensor([2.0, 1.0, -3.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 0.5])
+    assert wins(scores, other_scores).tolist() == [1.0, 0.5, 0.0, 0.5]
 
 
 def test_rouge_l_by_hand() -> None:
-    """The F-measure of precision = common / answer words and recall = common / target words, common in order.
+    """F-measure of precision = LCS / words of the response and recall = LCS / words of the target.
 
-    "a b c d" to "b x d": "b d" is common: 2/4 and 2/3, F = 2 x 1/2 x 2/3 / (1/2 + 2/3) = 4/7
-    "d b" to "b x d": only one of both is in order: 1/2 and 1/3, F = 2/5
-    case and punctuation do not count; no common word: 0; an empty answer: 0
+    "a b c d" and "b x d": the longest common subsequence is "b d": 2/4 and 2/3, F = 2 x 1/2 x 2/3 / (1/2 + 2/3) = 4/7
+    "d b" and "b x d": its length is 1: 1/2 and 1/3, F = 2/5
+    Case and punctuation are ignored. Without a common word, or with an empty response, F = 0.
     """
-    answers = ["a b c d", "d b", "Nadia Falk, camera!", "u v", ""]
+    responses = ["a b c d", "d b", "Nadia Falk, camera!", "u v", ""]
     targets = ["b x d", "b x d", "nadia falk camera", "b x d", "b x d"]
     torch.testing.assert_close(
-        rouge_l(answers, targets).tolist(), [4 / 7, 2 / 5, 1.0, 0.0, 0.0], rtol=1e-6, atol=0.0
-    )  # the scorer works in float32
+        rouge_l(responses, targets).tolist(), [4 / 7, 2 / 5, 1.0, 0.0, 0.0], rtol=1e-6, atol=0.0
+    )  # torchmetrics computes in float32
 
 
-def test_rouge_l_compares_scripts_without_spaces_letter_by_letter() -> None:
-    """Of 4 and 3 letters the 2 outer ones are common, in order: 2/4 and 2/3, F = 4/7."""
+def test_rouge_l_compares_scripts_without_spaces_by_character() -> None:
+    """4 and 3 characters; the longest common subsequence has 2: 2/4 and 2/3, F = 4/7."""
     torch.testing.assert_close(rouge_l(["市長開橋"], ["市新橋"]).tolist(), [4 / 7], rtol=1e-6, atol=0.0)
 
 
-def test_rouge_l_agrees_with_a_plain_longest_common_subsequence() -> None:
-    """Random texts of few words, against the textbook recursion."""
+def test_rouge_l_agrees_with_the_textbook_recursion() -> None:
+    """Random texts with a vocabulary of three words."""
 
     def longest(one: tuple[str, ...], other: tuple[str, ...]) -> int:
         if not one or not other:
@@ -71,8 +71,8 @@ def test_rouge_l_agrees_with_a_plain_longest_common_subsequence() -> None:
             return longest(one[:-1], other[:-1]) + 1
         return max(longest(one[:-1], other), longest(one, other[:-1]))
 
-    draw = random.Random(0)
-    pairs = [tuple(tuple(draw.choices("abc", k=draw.randint(1, 6))) for _ in range(2)) for _ in range(20)]
+    generator = random.Random(0)
+    pairs = [tuple(tuple(generator.choices("abc", k=generator.randint(1, 6))) for _ in range(2)) for _ in range(20)]
     expected = [2 * longest(one, other) / (len(one) + len(other)) for one, other in pairs]
-    answers, targets = ([" ".join(pair[side]) for pair in pairs] for side in (0, 1))
-    torch.testing.assert_close(rouge_l(answers, targets).tolist(), expected, rtol=1e-6, atol=0.0)
+    responses, targets = ([" ".join(pair[side]) for pair in pairs] for side in (0, 1))
+    torch.testing.assert_close(rouge_l(responses, targets).tolist(), expected, rtol=1e-6, atol=0.0)

@@ -1,101 +1,100 @@
-"""The critic-free stage in Lightning's own loop, for both architectures."""
+"""The GRPO stage in Lightning's training loop, for both architectures."""
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from online import Setting, assert_same, changed
-from rlhf.errors import UserError
-from rlhf.grpo import GRPOModule
+from harness import EXACT, TinyRun, assert_same_weights, weights_differ
+from rlhf.errors import ConfigError
 from rlhf.rl import KLController, ScoreShaping
-from rlhf.rl.advantages import grpo, reinforce_pp, rloo
+from rlhf.rl.advantages import gae, grpo, reinforce_pp, rloo
 
 
-@pytest.fixture
-def groups(setting: Setting) -> Setting:
-    setting.stage = partial(GRPOModule, advantage=grpo)
-    return setting
+@pytest.fixture(autouse=True)
+def _groups_of_two(tiny_run: TinyRun) -> None:
+    tiny_run.stage_keys["grpo"]["num_generations"] = 2
 
 
-def test_answers_to_a_prompt_stand_together_and_are_compared(groups: Setting) -> None:
-    """4 prompts a rollout, 2 answers each, one minibatch: the two have opposite advantages, the same on every token."""
-    _, record = groups.train(num_generations=2, minibatch_size=8, ppo_epochs=1, kl_coef=0.0)
-    part = record.parts[0]
-    rows = {}
-    for tokens, mask, answer, advantage in zip(
-        part.input_ids, part.attention_mask, part.response_mask, part.advantages, strict=True
+def test_responses_to_a_prompt_form_a_group(tiny_run: TinyRun) -> None:
+    """Four prompts with two responses each: the two have opposite advantages, equal on all of their tokens."""
+    minibatch = tiny_run.train("grpo", minibatch_size=8, ppo_epochs=1, kl_coef=0.0).batches[0]
+    groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for input_ids, attention_mask, response_mask, advantages in zip(
+        minibatch.input_ids,
+        minibatch.attention_mask,
+        minibatch.response_mask,
+        minibatch.advantages,
+        strict=True,
     ):
-        prompt = tuple(tokens[mask & ~answer].tolist())
-        rows.setdefault(prompt, []).append(advantage[answer])
-        assert advantage[answer].unique().numel() == 1
-    assert len(rows) == 4
-    for one, other in rows.values():
-        torch.testing.assert_close(one[0], -other[0])
-    assert part.advantages.abs().max() > 0
+        prompt = tuple(input_ids[attention_mask & ~response_mask].tolist())
+        groups.setdefault(prompt, []).append(advantages[response_mask])
+        assert advantages[response_mask].unique().numel() == 1
+    assert len(groups) == 4
+    for first, second in groups.values():
+        torch.testing.assert_close(first[0], -second[0])
+    assert minibatch.advantages.abs().max() > 0
 
 
-def test_first_ratio_and_first_kl_are_exact(groups: Setting) -> None:
-    _, record = groups.train(num_generations=2, minibatch_size=8, ppo_epochs=1)
-    assert record.numbers[0]["objective/kl"] == 0.0
-    assert record.updates[0]["policy/ratio"] == 1.0
+def test_first_ratio_and_first_kl_are_exact(tiny_run: TinyRun) -> None:
+    recorder = tiny_run.train("grpo", minibatch_size=8, ppo_epochs=1).recorder
+    assert recorder.rollouts[0]["objective/kl"] == 0.0
+    assert recorder.updates[0]["policy/ratio"] == 1.0
 
 
 @pytest.mark.parametrize("estimator", [grpo, rloo, reinforce_pp])
-def test_every_estimator_learns_and_has_no_critic(setting: Setting, estimator: object) -> None:
-    setting.stage = partial(GRPOModule, advantage=estimator)
-    module, _ = setting.train(num_generations=2)
+def test_every_estimator_trains_without_a_critic(tiny_run: TinyRun, estimator: Any) -> None:
+    module = tiny_run.train("grpo", advantage=estimator).module
     assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "scores", "kl"}
-    assert changed(module.policy.lm, setting.policy.model)
+    assert weights_differ(module.policy.lm, tiny_run.lm)
 
 
-def test_accumulation_is_the_bigger_minibatch(groups: Setting) -> None:
-    """4 minibatches of 2 answers make the step of 1 of 8, by token and by answer, with the KL in the loss."""
-    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0, "num_generations": 2, "entropy_coef": 0.01}
-    for average in ("token", "sequence"):
-        own = {"average": average, **keys}
-        big, _ = groups.train(
-            minibatch_size=8,
-            trainer={"max_steps": 1},
-            scores=ScoreShaping(),
+@pytest.mark.parametrize("loss_reduction", ["token_mean", "sequence_mean"])
+def test_accumulation_equals_a_larger_minibatch(tiny_run: TinyRun, loss_reduction: str) -> None:
+    """Four minibatches of 2 responses give the step of one of 8, with the KL penalty in the loss."""
+
+    def train(minibatch_size: int, accumulate: int) -> Any:
+        return tiny_run.train(
+            "grpo",
+            minibatch_size=minibatch_size,
+            trainer={"max_steps": 1, "accumulate_grad_batches": accumulate},
             kl=KLController(apply_to="loss", estimator="k3"),
-            **own,
-        )
-        small, _ = groups.train(
-            minibatch_size=2,
-            trainer={"max_steps": 1, "accumulate_grad_batches": 4},
-            scores=ScoreShaping(),
-            kl=KLController(apply_to="loss", estimator="k3"),
-            **own,
-        )
-        assert changed(big.policy.lm, groups.policy.model)
-        assert_same(small.policy.lm, big.policy.lm)
+            loss_reduction=loss_reduction,
+            ppo_epochs=1,
+            eps=1.0,
+            learning_rate=10.0,
+            entropy_coef=0.01,
+        ).module.policy.lm
+
+    large, small = train(8, 1), train(2, 4)
+    assert weights_differ(large, tiny_run.lm)
+    assert_same_weights(small, large)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(groups: Setting, tmp_path: Path) -> None:
-    """One epoch, a checkpoint and another one, against two in one go: every weight, moment and the adapted price."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Two epochs in one run equal one epoch, a checkpoint, and the second epoch in a new run."""
 
-    def keys() -> dict:
-        return {
-            "num_generations": 2,
-            "kl": KLController(target_per_sequence=0.01, horizon=10),
-            "scores": ScoreShaping(),
-        }
+    def keys() -> dict[str, Any]:
+        return {"kl": KLController(target_per_sequence=0.01, horizon=10), "scores": ScoreShaping()}
 
-    whole, _ = groups.train(trainer={"max_epochs": 2}, **keys())
-    groups.train(trainer={"max_epochs": 1}, **keys())
-    groups.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed, _ = groups.train(trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys())
-    assert float(whole.kl.coef) != 0.05
-    assert_same(resumed, whole, rtol=0.0, atol=0.0)
+    uninterrupted = tiny_run.train("grpo", trainer={"max_epochs": 2}, **keys())
+    first = tiny_run.train("grpo", **keys())
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = tiny_run.train("grpo", trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys())
+    assert float(uninterrupted.module.kl.coef) != 0.1
+    assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
 
-def test_one_answer_is_refused_where_answers_are_compared(setting: Setting) -> None:
-    """REINFORCE++ is content with one answer; GRPO and RLOO are not."""
-    setting.stage = partial(GRPOModule, advantage=reinforce_pp)
-    setting.module(num_generations=1)
+def test_one_response_per_prompt_is_refused_where_responses_are_compared(tiny_run: TinyRun) -> None:
+    """REINFORCE++ accepts a single response per prompt; GRPO and RLOO do not."""
+    tiny_run.module("grpo", advantage=reinforce_pp, num_generations=1)
     for estimator in (grpo, partial(rloo)):
-        setting.stage = partial(GRPOModule, advantage=estimator)
-        with pytest.raises(UserError, match=r"stage\.num_generations=1"):
-            setting.module(num_generations=1)
+        with pytest.raises(ConfigError, match=r"stage\.num_generations must be at least 2 .* got 1"):
+            tiny_run.module("grpo", advantage=estimator, num_generations=1)
+
+
+def test_estimators_that_need_a_critic_are_refused(tiny_run: TinyRun) -> None:
+    with pytest.raises(ConfigError, match="gae requires a critic"):
+        tiny_run.module("grpo", advantage=partial(gae))

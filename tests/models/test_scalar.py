@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models import RewardModelEnsemble, ScalarHead, ScalarModel, pessimistic_score
+from rlhf.models import RewardModelEnsemble, ScalarHead, ScalarModel
 
 ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # an EOS (2) in the middle too
 
@@ -155,22 +155,6 @@ def test_an_ensemble_is_all_heads_of_all_members(lm: PreTrainedModel) -> None:
     assert ensemble.state_dict().keys() >= {"members.0.reward_mean", "members.1.head.others.0.0.weight"}
     with pytest.raises(UserError, match="without members"):
         RewardModelEnsemble([])
-
-
-def test_pessimistic_score_by_hand() -> None:
-    """Three scorers, coefficient 0.5; population standard deviation.
-
-    scores     mean  deviations  variance        std      mean - 0.5 std
-    0, 3, 6      3   -3, 0, 3    18 / 3 = 6    sqrt(6)      3 - 0.5 sqrt(6) = 1.7753
-    2, 2, 2      2    0, 0, 0        0            0         2
-    One scorer has no spread; coefficient 0 is the mean.
-    """
-    scores = torch.tensor([[0.0, 3.0, 6.0], [2.0, 2.0, 2.0]])
-    torch.testing.assert_close(
-        pessimistic_score(scores, uncertainty_penalty=0.5), torch.tensor([3 - 0.5 * 6**0.5, 2.0])
-    )
-    torch.testing.assert_close(pessimistic_score(scores, uncertainty_penalty=0.0), torch.tensor([3.0, 2.0]))
-    torch.testing.assert_close(pessimistic_score(scores[:, 2:], uncertainty_penalty=9.0), torch.tensor([6.0, 2.0]))
 
 
 def test_scores_are_float32_whatever_the_precision_of_the_body() -> None:

@@ -36,7 +36,7 @@ def test_22_the_reward_head_is_saved_and_never_initialized_at_random(tiny_run: T
     content = torch.load(path, weights_only=True)
     del content["weights"]["head.layers.2.weight"]
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"the reward head is not in the file: head\.layers\.2\.weight"):
+    with pytest.raises(UserError, match=r"the reward head is missing from the file: head\.layers\.2\.weight"):
         tiny_run.train("ppo", reward_model=open_model_source(str(path)))
 
 

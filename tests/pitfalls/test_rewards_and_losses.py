@@ -326,8 +326,8 @@ def test_21_the_kl_target_is_per_sequence_and_named_accordingly(tiny_run: TinyRu
     assert kl > 1e-3
 
     control = KLController(target_per_sequence=kl, horizon=8)
-    control.start(0.08)
-    control.steer(torch.tensor(kl), 8)
+    control.initialize(0.08)
+    control.update(torch.tensor(kl), 8)
     assert float(control.coef) == pytest.approx(0.08)
     with pytest.raises(TypeError, match="target_per_token"):
         KLController(target_per_token=kl)  # type: ignore[call-arg]

@@ -105,7 +105,7 @@ def test_10_dropout_is_off_in_every_model(dropout_run: TinyRun, stage: str) -> N
     """
 
     def losses(name: str) -> list[float]:
-        run = dropout_run.fit(name, learning_rate=0.0, trainer={"max_epochs": 2}, **greedy_sampling(name))
+        run = dropout_run.train(name, learning_rate=0.0, trainer={"max_epochs": 2}, **greedy_sampling(name))
         assert run.module.training
         return run.curve("train/loss")
 

@@ -17,8 +17,8 @@ def rows() -> dict[int, str]:
     return {int(row[0]): row[3] for row in cells if len(row) == 4}
 
 
-def tests_in(path: Path) -> set[str]:
-    """Return the names of the test functions of a file."""
+def functions_in(path: Path) -> set[str]:
+    """Return the names of the test functions in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -27,7 +27,7 @@ def numbered() -> dict[int, set[str]]:
     """Return the tests of this folder by the number in their names."""
     found: dict[int, set[str]] = {}
     for path in HERE.glob("test_*.py"):
-        for name in tests_in(path):
+        for name in functions_in(path):
             if match := re.match(r"test_(\d\d)_", name):
                 found.setdefault(int(match[1]), set()).add(name)
     return found
@@ -47,4 +47,4 @@ def test_every_pitfall_has_a_regression_test(number: int) -> None:
     assert cell.startswith("here") == (number in numbered())
     named = NODE_ID.findall(cell)
     assert len(named) == cell.count("::")
-    assert [f"{path}::{name}" for path, name in named if name not in tests_in(HERE.parent / path)] == []
+    assert [f"{path}::{name}" for path, name in named if name not in functions_in(HERE.parent / path)] == []

@@ -96,7 +96,7 @@ def test_04_truncation_keeps_the_response_and_is_counted(
     ended = [response[-1] == EOS for _, response in rows(batch)]
     assert ended.count(True) == len(ended) / 2
     assert all(map(math.isfinite, run.curve("train/loss")))
-    assert f"2 prompts and {1 if stage == 'sft' else 2} answers cut to 16 tokens" in caplog.text
+    assert f"2 prompts and {1 if stage == 'sft' else 2} responses truncated to fit 16 tokens" in caplog.text
 
 
 def test_05_last_token_with_pad_equal_eos(tiny_run: TinyRun, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -145,5 +145,5 @@ def test_06_padding_and_other_rows_do_not_affect_a_sequence(tiny_run: TinyRun, s
 def test_07_an_invalid_record_is_reported_with_file_and_line(tiny_run: TinyRun, stage: str) -> None:
     """The error names the file, the line, the fields and an override. It is not a KeyError during training."""
     records = [DEMONSTRATIONS[0] if stage in ("sft", "ppo") else PAIRS[0], {"text": "It rains."}]
-    with pytest.raises(UserError, match=r"broken\.jsonl:2: .*its fields are 'text'(.|\n)*data\.on_error=skip"):
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: .*\(fields: text\)(.|\n)*data\.on_error=skip"):
         tiny_run.train(stage, data={"train": tiny_run.write("broken", records)})

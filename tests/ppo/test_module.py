@@ -1,175 +1,269 @@
-"""The PPO stage in Lightning's own loop, for both architectures."""
+"""The PPO stage in Lightning's training loop, for both architectures."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import Tensor
 
-from online import Setting, assert_same, changed
-from rlhf.errors import UserError
+from contract.configs import compose_config
+from harness import EXACT, TinyRun, assert_same_weights, isolated_logprobs, weights_differ
+from rlhf.errors import ConfigError
 from rlhf.models import ScalarHead
-from rlhf.ppo import PPOModule
-from rlhf.rl import Minibatch, ScoreShaping
-from rlhf.sampling import SamplingParams
+from rlhf.rl import Minibatch
+from rlhf.rl.advantages import gae, reinforce_pp, rloo
+from rlhf.rl.policies import PolicyWithReference
+from rlhf.rl.policy_update import PolicyUpdate
 
 
-def test_first_ratio_and_first_kl_are_exact(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has been learned yet: log-probs of the update equal those of the rollout bit for bit, and the KL is 0.
+def test_first_ratio_and_first_kl_are_exact(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first update, log-probs of update and rollout are equal to the last bit, and the KL is 0.
 
-    The second minibatch comes after a step, so there they differ.
+    The second minibatch follows an update, so its log-probs differ.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
-    look = PPOModule.policy_output
+    pairs: list[tuple[Tensor, Tensor]] = []
+    policy_output = PolicyUpdate.policy_output
 
-    def noting(self: PPOModule, part: Minibatch) -> Any:
-        scores = look(self, part)
-        seen.append((scores.logprobs.detach(), part.old_logprobs))
-        return scores
+    def recording(self: PolicyUpdate, policies: PolicyWithReference, minibatch: Minibatch) -> Any:
+        output = policy_output(self, policies, minibatch)
+        pairs.append((output.logprobs.detach(), minibatch.old_logprobs))
+        return output
 
-    monkeypatch.setattr(PPOModule, "policy_output", noting)
-    _, record = setting.train(kl_coef=0.1)
-    assert torch.equal(*seen[0])
-    assert not torch.equal(*seen[1])
-    assert record.numbers[0]["objective/kl"] == 0.0
-    lengths = record.parts[0].response_mask.sum(dim=1)
-    assert lengths.min() < lengths.max(), "answers of one length would not show what padding does"
+    monkeypatch.setattr(PolicyUpdate, "policy_output", recording)
+    run = tiny_run.train("ppo")
+    assert torch.equal(*pairs[0])
+    assert not torch.equal(*pairs[1])
+    assert run.recorder.rollouts[0]["objective/kl"] == 0.0
+    lengths = run.batches[0].response_mask.sum(dim=1)
+    assert lengths.min() < lengths.max(), "responses of equal length would hide the effects of padding"
 
 
-def test_old_logprobs_and_values_are_those_of_the_models_alone(setting: Setting) -> None:
-    """Each answer of the first minibatch through the bare model, without padding or neighbours: log softmax of the
-    logits over the temperature, 0.7, at which it was sampled, and the judge's number before each token.
-    """
-    _, record = setting.train()
-    part = record.parts[0]
-    lm, judge = setting.policy.model, setting.judge.model
-    for row in range(len(part.input_ids)):
-        length, answer = int(part.attention_mask[row].sum()), part.response_mask[row]
-        ids = part.input_ids[row : row + 1, :length]
+def test_old_logprobs_and_values_match_the_plain_models(tiny_run: TinyRun) -> None:
+    """Compared with each sequence of the first minibatch on its own, without padding, at temperature 0.7."""
+    minibatch = tiny_run.train("ppo").batches[0]
+    lm, reward_model = tiny_run.lm, tiny_run.reward_model.eval()
+    for row in range(len(minibatch.input_ids)):
+        length, response_mask = int(minibatch.attention_mask[row].sum()), minibatch.response_mask[row]
+        ids = minibatch.input_ids[row, :length]
+        logprobs = isolated_logprobs(lm, ids, temperature=0.7).gather(1, ids[1:, None])[:, 0]
         with torch.no_grad():
-            logprobs = (lm(ids).logits[0, :-1] / 0.7).log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
-            values = judge.head(judge.trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1])
-        chosen = answer[1:length]
-        torch.testing.assert_close(part.old_logprobs[row][answer], logprobs[chosen])
-        torch.testing.assert_close(part.old_values[row][answer], values[chosen])
+            values = reward_model.head(reward_model.trunk(ids[None], use_cache=False).last_hidden_state[0, :-1])
+        selected = response_mask[1:length]
+        torch.testing.assert_close(minibatch.old_logprobs[row][response_mask], logprobs[selected])
+        torch.testing.assert_close(minibatch.old_values[row][response_mask], values[selected])
 
 
-def test_only_policy_and_critic_learn(setting: Setting) -> None:
-    """The reference and the reward model keep every bit, stay in eval mode and out of the optimizer and checkpoint."""
-    module, _ = setting.train()
-    assert_same(module.reference.model.lm, setting.policy.model, rtol=0.0, atol=0.0)
-    assert_same(module.reward.model.model, setting.judge.model, rtol=0.0, atol=0.0)
-    assert changed(module.policy.lm, setting.policy.model)
-    assert changed(module.critic, setting.judge.model)
+def test_only_policy_and_critic_are_trained(tiny_run: TinyRun) -> None:
+    """Reference and reward model keep every bit, stay in eval mode, and are not stored in checkpoints."""
+    module = tiny_run.train("ppo").module
+    assert_same_weights(module.reference.model.lm, tiny_run.lm, **EXACT)
+    assert_same_weights(module.reward.model.model, tiny_run.reward_model, **EXACT)
+    assert weights_differ(module.policy.lm, tiny_run.lm)
+    assert weights_differ(module.critic, tiny_run.reward_model)
     frozen = [*module.reference.model.modules(), *module.reward.model.model.modules()]
-    assert not any(part.training for part in frozen)
+    assert not any(submodule.training for submodule in frozen)
     assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores", "kl", "iterations"}
 
 
-def test_shared_critic_is_a_head_that_learns(setting: Setting) -> None:
-    """The head and the policy under it both take part; there is no second body."""
-    module, _ = setting.train(critic="shared", value_coef=1.0)
+def test_a_shared_critic_is_a_head_on_the_policy(tiny_run: TinyRun) -> None:
+    """The head and the policy are trained; there is no second trunk."""
+    module = tiny_run.train("ppo", critic="shared", value_coef=1.0).module
     assert isinstance(module.critic, ScalarHead)
-    fresh = ScalarHead(32)  # its bias starts at 0
-    assert torch.equal(fresh.layers[-1].bias, torch.zeros(1))
+    assert torch.equal(ScalarHead(32).layers[-1].bias, torch.zeros(1))  # a new head
     assert not torch.equal(module.critic.layers[-1].bias, torch.zeros(1))
-    assert changed(module.policy.lm, setting.policy.model)
+    assert weights_differ(module.policy.lm, tiny_run.lm)
 
 
-def test_gradient_clip_val_bounds_the_gradient_of_every_step(setting: Setting) -> None:
-    """Without clipping the norm is above 0.01; with 0.01 no step sees more, and all of it is used."""
-    _, free = setting.train(trainer={"max_steps": 2})
-    _, clipped = setting.train(trainer={"max_steps": 2, "gradient_clip_val": 0.01})
-    assert len(free.norms) == len(clipped.norms) == 2
-    assert min(free.norms) > 0.01
-    assert clipped.norms == pytest.approx([0.01, 0.01], rel=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm it divides by
+def test_gradient_clip_val_limits_the_gradient_of_every_step(tiny_run: TinyRun) -> None:
+    unclipped = tiny_run.train("ppo", trainer={"max_steps": 2}).recorder.grad_norms
+    clipped = tiny_run.train("ppo", trainer={"max_steps": 2, "gradient_clip_val": 0.01}).recorder.grad_norms
+    assert len(unclipped) == len(clipped) == 2
+    assert min(unclipped) > 0.01
+    assert clipped == pytest.approx([0.01, 0.01], rel=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm it divides by
 
 
-def test_max_steps_counts_optimizer_steps(setting: Setting) -> None:
-    """8 answers in minibatches of 4, two passes: 4 minibatches an iteration, 2 steps with accumulation over 2."""
-    _, record = setting.train(trainer={"max_steps": 3, "max_epochs": -1})
-    assert (setting.trainer.global_step, len(record.norms), len(record.parts)) == (3, 3, 3)
-    _, record = setting.train(trainer={"max_steps": 3, "max_epochs": -1, "accumulate_grad_batches": 2})
-    assert (setting.trainer.global_step, len(record.norms), len(record.parts)) == (3, 3, 6)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_max_steps_counts_optimizer_steps(tiny_run: TinyRun, accumulate: int) -> None:
+    """Three steps need three minibatches, or six if each step accumulates over two."""
+    flags = {"max_steps": 3, "max_epochs": -1, "accumulate_grad_batches": accumulate}
+    run = tiny_run.train("ppo", trainer=flags)
+    assert (run.trainer.global_step, len(run.recorder.grad_norms), len(run.batches)) == (3, 3, 3 * accumulate)
 
 
-def test_accumulation_is_the_bigger_minibatch(setting: Setting) -> None:
-    """4 minibatches of 2 answers make the step that 1 of 8 makes, although the answers have different lengths.
+def test_accumulation_equals_a_larger_minibatch(tiny_run: TinyRun) -> None:
+    """Four minibatches of 2 give the step of one minibatch of 8, although the responses differ in length.
 
-    AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
-    of tiny gradients into whole steps. Tolerances are the defaults.
+    AdamW's eps is 1: the first step is then nearly proportional to the gradient, while the usual eps would amplify the
+    rounding noise of tiny gradients. The tolerances are the defaults.
     """
-    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0, "scores": ScoreShaping(clip=None)}
-    big, seen = setting.train(minibatch_size=8, trainer={"max_steps": 1}, **keys)
-    keys["scores"] = ScoreShaping(clip=None)
-    small, parts = setting.train(minibatch_size=2, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys)
-    counts = [int(part.response_mask.sum()) for part in parts.parts]
+    keys = {"ppo_epochs": 1, "eps": 1.0, "learning_rate": 10.0}
+    large = tiny_run.train("ppo", minibatch_size=8, trainer={"max_steps": 1}, **keys)
+    small = tiny_run.train("ppo", minibatch_size=2, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys)
+    counts = [int(minibatch.response_mask.sum()) for minibatch in small.batches]
     assert len(set(counts)) > 1
-    assert sum(counts) == int(seen.parts[0].response_mask.sum())
-    assert changed(big.policy.lm, setting.policy.model)
-    assert_same(small.policy.lm, big.policy.lm)
-    assert_same(small.critic, big.critic)
+    assert sum(counts) == int(large.batches[0].response_mask.sum())
+    assert weights_differ(large.module.policy.lm, tiny_run.lm)
+    assert_same_weights(small.module.policy.lm, large.module.policy.lm)
+    assert_same_weights(small.module.critic, large.module.critic)
 
 
-def test_accumulation_across_iterations_is_refused(setting: Setting) -> None:
-    """4 minibatches an iteration cannot be shared out in steps of 3."""
-    with pytest.raises(UserError, match=r"trainer\.accumulate_grad_batches=3 does not divide the 4 minibatches"):
-        setting.train(trainer={"accumulate_grad_batches": 3})
+def test_accumulation_over_two_iterations_is_refused(tiny_run: TinyRun) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.accumulate_grad_batches=3 must divide .* iteration, 4"):
+        tiny_run.train("ppo", trainer={"accumulate_grad_batches": 3})
 
 
-def test_padding_of_a_minibatch_is_never_seen(setting: Setting) -> None:
-    """Random tokens and NaN on every slot that is no answer token change neither the loss nor any gradient."""
-    module, record = setting.train()
-    part = next(part for part in record.parts if not part.attention_mask.all())
+def test_padding_of_a_minibatch_is_ignored(tiny_run: TinyRun) -> None:
+    """Random tokens and NaN on padding and prompts change neither the loss nor any gradient."""
+    run = tiny_run.train("ppo")
+    module = run.module
+    minibatch = next(minibatch for minibatch in run.batches if not minibatch.attention_mask.all())
     nan = torch.tensor(float("nan"))
-    garbage = {
-        name: torch.where(part.response_mask, getattr(part, name), nan)
+    tensors = {
+        name: torch.where(minibatch.response_mask, getattr(minibatch, name), nan)
         for name in ("old_logprobs", "old_values", "advantages", "returns")
     }
-    noise = torch.randint(3, 300, part.input_ids.shape, generator=torch.Generator().manual_seed(0))
-    corrupt_padding = replace(part, tokens=torch.where(part.attention_mask, part.input_ids, noise), **garbage)
-    assert not torch.equal(corrupt_padding.input_ids, part.input_ids)
+    noise = torch.randint(3, 300, minibatch.input_ids.shape, generator=torch.Generator().manual_seed(0))
+    input_ids = torch.where(minibatch.attention_mask, minibatch.input_ids, noise)
+    assert not torch.equal(input_ids, minibatch.input_ids)
 
     def loss_and_gradients(batch: Minibatch) -> tuple[Tensor, ...]:
-        loss = module.training_step(batch, 0)
-        learned = [p for trained, _ in module.trainable_modules() for p in trained.parameters()]
-        return loss, *torch.autograd.grad(loss, learned, allow_unused=True)
+        loss, _ = module.training_loss(batch)
+        parameters = [p for trained, _ in module.trainable_modules() for p in trained.parameters()]
+        return loss, *torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    expected, got = loss_and_gradients(part), loss_and_gradients(corrupt_padding)
+    expected = loss_and_gradients(minibatch)
+    found = loss_and_gradients(replace(minibatch, input_ids=input_ids, **tensors))
     assert expected[0].isfinite()
     used = [gradient for gradient in expected[1:] if gradient is not None]
     assert max(float(gradient.abs().max()) for gradient in used) > 0
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(found, expected)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(setting: Setting, tmp_path: Path) -> None:
-    """Two epochs in one go, against one epoch, a checkpoint, and the second epoch in a new module and trainer.
+@pytest.mark.parametrize("keys", [{}, {"advantage": rloo, "num_generations": 4}], ids=["gae", "rloo"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_run: TinyRun, tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Two epochs in one run equal one epoch, a checkpoint, and the second epoch in a new run.
 
-    The random state travels with the checkpoint, so the second epoch samples the same answers; weights agree exactly.
+    The random state is stored in the checkpoint, so the second epoch samples the same responses.
     """
-    whole, _ = setting.train(trainer={"max_epochs": 2})
-    setting.train(trainer={"max_epochs": 1})
-    setting.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed, record = setting.train(trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt")
-    assert (setting.trainer.global_step, len(record.norms)) == (8, 4)
-    assert_same(resumed, whole, rtol=0.0, atol=0.0)
+    uninterrupted = tiny_run.train("ppo", trainer={"max_epochs": 2}, **keys)
+    first = tiny_run.train("ppo", **keys)
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = tiny_run.train("ppo", trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys)
+    assert resumed.trainer.global_step == uninterrupted.trainer.global_step == 2 * len(resumed.recorder.grad_norms)
+    assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
 
-@pytest.mark.parametrize(("key", "there"), [("obs_dim", 32), ("action_dim", 300)])
-def test_dimensions_are_checked_against_the_model(setting: Setting, key: str, there: int) -> None:
-    """The width of the tiny model is 32 and its vocabulary 300: these may be said, 77 may not."""
-    setting.module(**{key: there}).configure_model()
-    with pytest.raises(UserError, match=rf"stage\.{key}=77, but the model has {there}"):
-        setting.module(**{key: 77}).configure_model()
+# Advantage estimators
 
 
-def test_what_cannot_work_is_refused(setting: Setting) -> None:
-    """Greedy sampling, an unknown critic, and a learning rate for a critic that has none of its own."""
-    with pytest.raises(UserError, match=r"stage\.sampling\.temperature=0"):
-        setting.module(sampling=SamplingParams(temperature=0.0))
-    with pytest.raises(UserError, match=r"stage\.critic=both"):
-        setting.module(critic="both")
-    with pytest.raises(UserError, match=r"stage\.critic_learning_rate .* stage\.critic=shared"):
-        setting.module(critic="shared", critic_learning_rate=1e-4)
+def test_gae_is_the_default_advantage_estimator(tiny_run: TinyRun) -> None:
+    keys = {"advantage": partial(gae), "gamma": 0.9, "gae_lambda": 0.5}
+    default = tiny_run.train("ppo", gamma=0.9, gae_lambda=0.5)
+    assert_same_weights(tiny_run.train("ppo", **keys).module, default.module, **EXACT)
+    assert weights_differ(tiny_run.train("ppo").module, default.module)
+
+
+def test_an_estimator_without_values_builds_no_critic(tiny_run: TinyRun) -> None:
+    """RLOO in PPO: the policy is trained, and neither state dict nor metrics contain a critic."""
+    run = tiny_run.train("ppo", advantage=rloo, num_generations=4)
+    assert weights_differ(run.module.policy.lm, tiny_run.lm)
+    assert {name.split(".")[0] for name in run.module.state_dict()} == {"policy", "scores", "kl", "iterations"}
+    assert run.batches[0].old_values is None
+    assert not {"loss/value_avg", "critic/explained_variance"} & {name for call in run.logger.calls for name in call}
+
+
+def best_of_group(rewards: Tensor, response_mask: Tensor, group_size: int, bonus: float = 1.0) -> Tensor:
+    """A custom estimator: ``bonus`` for the best response to each prompt, 0 for the others."""
+    totals = torch.where(response_mask, rewards, 0.0).sum(dim=1).reshape(-1, group_size)
+    best = totals == totals.max(dim=1, keepdim=True).values
+    return torch.where(response_mask, bonus * best.float().reshape(-1, 1), 0.0)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_custom_estimators(tiny_run: TinyRun, stage: str) -> None:
+    """An estimator receives what it declares, by name; its other keywords are settings."""
+    plain = {"whiten_advantages": False} if stage == "ppo" else {}
+    run = tiny_run.train(stage, advantage=partial(best_of_group, bonus=3.0), num_generations=4, **plain)
+    assert {value for batch in run.batches for value in batch.advantages.unique().tolist()} == {0.0, 3.0}
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_custom_estimators_are_selected_by_import_path(
+    tiny_run: TinyRun, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``stage.advantage._target_=<module>.<function>`` with a setting of the function, as on the command line."""
+    source = "import torch\n\ndef constant(response_mask, value):\n    return torch.where(response_mask, value, 0.0)\n"
+    (tmp_path / "my_advantages.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ("stage.advantage._target_=my_advantages.constant", "+stage.advantage.value=2.0")
+    cfg = compose_config(f"stage={stage}", "advantage=rloo", *overrides)
+    plain = {"whiten_advantages": False} if stage == "ppo" else {}
+    run = tiny_run.train(stage, advantage=instantiate(cfg.stage.advantage), **plain)
+    assert {value for batch in run.batches for value in batch.advantages.unique().tolist()} <= {0.0, 2.0}
+
+
+def test_an_estimator_with_values_must_return_returns(tiny_run: TinyRun) -> None:
+    def no_returns(rewards: Tensor, values: Tensor) -> Tensor:
+        return rewards - values
+
+    with pytest.raises(ConfigError, match="no_returns declares the argument 'values'"):
+        tiny_run.train("ppo", advantage=no_returns)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"value_coef": 0.5}, r"stage\.value_coef=0\.5 has no effect with the advantage estimator rloo"),
+        ({"critic": "shared"}, r"stage\.critic=shared has no effect"),
+        ({"critic_warmup": 2}, r"stage\.critic_warmup=2 has no effect"),
+        ({"obs_dim": 32}, r"stage\.obs_dim=32 has no effect"),
+        ({"gamma": 0.5}, r"stage\.gamma=0\.5 has no effect"),
+        ({"gae_lambda": 0.5}, r"stage\.gae_lambda=0\.5 has no effect"),
+        ({"num_generations": 1}, r"stage\.num_generations must be at least 2 .* rloo"),
+    ],
+)
+def test_settings_without_effect_are_refused(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:
+    """RLOO uses neither a critic nor discounting, and compares at least two responses."""
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.module("ppo", **{"advantage": rloo, "num_generations": 4, **keys})
+
+
+def test_stage_gamma_is_used_unless_the_estimator_sets_its_own(tiny_run: TinyRun) -> None:
+    """``stage.gamma`` reaches estimators that declare gamma; with ``stage.advantage.gamma`` it has no effect."""
+    tiny_run.module("ppo", advantage=reinforce_pp, gamma=0.5)
+    with pytest.raises(ConfigError, match=r"stage\.gamma=0\.5 has no effect"):
+        tiny_run.module("ppo", advantage=partial(reinforce_pp, gamma=1.0), gamma=0.5)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(("key", "found"), [("obs_dim", 32), ("action_dim", 300)])
+def test_dimensions_are_checked_against_the_model(tiny_run: TinyRun, key: str, found: int) -> None:
+    """The tiny model has width 32 and 300 tokens."""
+    tiny_run.module("ppo", **{key: found}).configure_model()
+    with pytest.raises(ConfigError, match=rf"stage\.{key} must be {found}, as in the model, got 77"):
+        tiny_run.module("ppo", **{key: 77}).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"critic": "both"}, r"stage\.critic must be separate or shared, got both"),
+        ({"critic_init": "policy"}, r"stage\.critic_init must be null or one of .* got policy"),
+        ({"critic": "shared", "critic_init": "sft"}, r"stage\.critic_init=sft has no effect with stage\.critic=shared"),
+        (
+            {"critic": "shared", "critic_learning_rate": 1e-4},
+            r"stage\.critic_learning_rate=0\.0001 has no effect with stage\.critic=shared",
+        ),
+        ({"critic_init": "reward_model", "reward_model": None}, "requires a reward model"),
+        ({"value_clip_range": 0.0}, r"stage\.value_clip_range must be positive or null, got 0"),
+    ],
+)
+def test_invalid_settings_are_refused(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.module("ppo", **keys)

@@ -1,8 +1,7 @@
-"""The reward model's stage in Lightning's own loop, for both architectures."""
+"""The reward stage in Lightning's own loop, for both architectures."""
 
 import json
 import logging
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,299 +11,255 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from helpers import ANSWERS, PROMPTS, Fixed
+from harness import DEMONSTRATIONS, EXACT, PAIRS, PROMPTS, RATINGS, RESPONSES, Run, TinyRun, assert_same_weights
 from rlhf.data import PairBatch, RatingBatch
-from rlhf.errors import UserError
-from rlhf.reward import RewardDataModule, RewardModule
+from rlhf.errors import ConfigError
+from rlhf.reward import RewardModule
+
+RECORDS = {"pairs": PAIRS, "ratings": RATINGS}
 
 
-class Record(lightning.Callback):
-    """Keeps the batches, the logged numbers, and the weights before the first step."""
+class RewardRun(TinyRun):
+    """A harness for the reward stage."""
 
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.numbers: list[dict[str, float]] = []
-        self.first: dict[str, torch.Tensor] = {}
-
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.first = deepcopy(module.state_dict())
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.batches.append(batch)
-        self.numbers.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-class Setting:
-    """Builds and trains a tiny run; every call starts from the same model and seed."""
-
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> None:
-        self.folder, self.tokenizer, self.lm = folder, tokenizer, lm
-        self.callbacks: list[lightning.Callback] = []
-        self.pairs = self.write(
-            "pairs",
-            [
-                {"document": prompt, "chosen": chosen, "rejected": rejected}
-                for prompt, chosen, rejected in zip(PROMPTS, ANSWERS, ANSWERS[1:], strict=False)
-            ],
-        )
-        self.ratings = self.write(
-            "ratings",
-            [
-                {"document": prompt, "response": answer, "reward": number / 2}
-                for number, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=False))
-            ],
-        )
-        self.demonstrations = self.write(
-            "demonstrations",
-            [{"document": prompt, "target": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)],
-        )
-
-    def write(self, name: str, rows: list[dict[str, Any]]) -> str:
-        path = self.folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    def train(
-        self,
-        train: str,
-        *,
-        data: dict[str, Any] | None = None,
-        trainer: dict[str, Any] | None = None,
-        resume: Path | None = None,
-        **keys: Any,
-    ) -> tuple[RewardModule, Record]:
-        module, record = (
-            RewardModule(policy=Fixed(self.lm), **{"learning_rate": 1e-3, "schedule": "constant", **keys}),
-            Record(),
-        )
-        datamodule = RewardDataModule(
-            **{
-                "train": train,
-                "val_fraction": 0,
-                "max_length": 96,
-                "batch_size": 8,
-                "eval_batch_size": 3,
-                **(data or {}),
-            }
-        )
-        module.tokenizer = datamodule.tokenizer = self.tokenizer
-        lightning.seed_everything(7, verbose=False)
-        lightning.Trainer(
-            accelerator="cpu",
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[record, *self.callbacks],
-            **{"max_epochs": 1, "logger": False, **(trainer or {})},
-        ).fit(module, datamodule, ckpt_path=resume, weights_only=True)
-        return module, record
-
-    def raw_score(self, module: RewardModule, prompt: str, answer: str) -> float:
-        """The mean over the heads of their numbers, without what is subtracted."""
-        return float(self.raw_scores(module, prompt, answer).mean())
+    def reward(
+        self, kind: str = "pairs", *, data: dict[str, Any] | None = None, centered: bool = False, **keys: Any
+    ) -> Run:
+        """Train on pairs or ratings; with ``centered``, scores are centered on the demonstrations."""
+        records = {"train": self.write(kind, RECORDS[kind])}
+        if centered:
+            records["demonstrations"] = self.write("demonstrations", DEMONSTRATIONS)
+        return self.train("reward", data={"eval_batch_size": 3, **records, **(data or {})}, **keys)
 
     @torch.no_grad()
-    def raw_scores(self, module: RewardModule, prompt: str, answer: str) -> torch.Tensor:
-        """Each head's number at the last token of one text alone, [heads]."""
-        text = f"<bos>{prompt}\nSummary: {answer}<eos>"
+    def raw_scores(self, module: RewardModule, prompt: str, response: str) -> torch.Tensor:
+        """Return the output of each head at the last token of one sequence, without the mean, [heads]."""
+        text = f"<bos>{prompt}\nSummary: {response}<eos>"
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         hidden = module.model.trunk(input_ids=ids, use_cache=False).last_hidden_state
         return module.model.head.scores(hidden[0, -1])
 
+    def raw_score(self, module: RewardModule, prompt: str, response: str) -> float:
+        """Return the mean over the heads of ``raw_scores``."""
+        return float(self.raw_scores(module, prompt, response).mean())
+
+    def demonstration_scores(self, module: RewardModule) -> torch.Tensor:
+        """Return raw scores of each prompt with its response, [8, heads]."""
+        return torch.stack([self.raw_scores(module, *row) for row in zip(PROMPTS, RESPONSES, strict=False)])
+
     def pair_scores(self, module: RewardModule) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen and rejected raw scores of all eight pairs, each text alone: [pairs, heads] each."""
-        chosen = [self.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)]
-        rejected = [self.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS[1:], strict=False)]
-        return torch.stack(chosen), torch.stack(rejected)
+        """Return raw scores of the chosen and the rejected responses of all pairs, [8, heads] each."""
+        rejected = [self.raw_scores(module, *row) for row in zip(PROMPTS, RESPONSES[1:], strict=False)]
+        return self.demonstration_scores(module), torch.stack(rejected)
 
 
 @pytest.fixture
-def setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> Setting:
-    return Setting(tmp_path, tokenizer, lm)
+def harness(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lm: PreTrainedModel) -> RewardRun:
+    return RewardRun(tmp_path, tokenizer, lm)
 
 
-def test_the_fields_of_the_data_choose_pairs_or_ratings(setting: Setting) -> None:
-    """chosen/rejected: Bradley-Terry with its accuracy; response/reward: regression with its error."""
-    _, pairs = setting.train(setting.pairs)
+# Training
+
+
+def test_data_fields_select_pairs_or_ratings(harness: RewardRun) -> None:
+    """Pairs are trained with the Bradley-Terry loss and log accuracy; ratings use regression and log the error."""
+    pairs = harness.reward("pairs")
     assert isinstance(pairs.batches[0], PairBatch)
-    assert {"train/accuracy", "train/margin", "train/mean_reward"} <= pairs.numbers[0].keys()
-    _, ratings = setting.train(setting.ratings)
+    assert {"train/accuracy", "train/margin", "train/mean_reward"} <= pairs.recorder.metrics[0].keys()
+    ratings = harness.reward("ratings")
     assert isinstance(ratings.batches[0], RatingBatch)
     assert sorted(ratings.batches[0].rewards.tolist()) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
-    assert "train/absolute_error" in ratings.numbers[0]
-    assert "train/accuracy" not in ratings.numbers[0]
+    assert "train/absolute_error" in ratings.recorder.metrics[0]
+    assert "train/accuracy" not in ratings.recorder.metrics[0]
 
 
-def test_first_losses_are_those_of_each_text_alone(setting: Setting) -> None:
-    """Nothing is trained (learning rate 0): -mean ln sigmoid(chosen - rejected), and the mean squared error."""
-    module, pairs = setting.train(setting.pairs, learning_rate=0.0)
-    scores = [
-        (setting.raw_score(module, prompt, chosen), setting.raw_score(module, prompt, rejected))
-        for prompt, chosen, rejected in zip(PROMPTS, ANSWERS, ANSWERS[1:], strict=False)
-    ]
-    differences = torch.tensor([chosen - rejected for chosen, rejected in scores])
-    assert pairs.numbers[0]["train/loss"] == pytest.approx(float((1 + (-differences).exp()).log().mean()), rel=1e-5)
-    assert pairs.numbers[0]["train/accuracy"] == pytest.approx(float((differences > 0).float().mean()))
-    module, ratings = setting.train(setting.ratings, learning_rate=0.0)
-    errors = [
-        setting.raw_score(module, prompt, answer) - number / 2
-        for number, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=False))
-    ]
-    assert ratings.numbers[0]["train/loss"] == pytest.approx(sum(e * e for e in errors) / 8, rel=1e-5)
+def test_first_loss_of_pairs_equals_that_of_isolated_sequences(harness: RewardRun) -> None:
+    """At learning rate 0, the loss is -mean ln sigmoid(chosen - rejected)."""
+    run = harness.reward("pairs", learning_rate=0.0)
+    chosen, rejected = harness.pair_scores(run.module)
+    difference = chosen - rejected
+    logged = run.recorder.metrics[0]
+    assert logged["train/loss"] == pytest.approx(float((1 + (-difference).exp()).log().mean()), rel=1e-5)
+    assert logged["train/accuracy"] == pytest.approx(float((difference > 0).float().mean()))
 
 
-def test_a_margin_in_the_data_changes_the_loss(setting: Setting) -> None:
-    """A margin of 1000 that the scores do not reach costs 1000 - (chosen - rejected) nats a pair."""
-    row = {"prompt": "May", "chosen": "A", "rejected": "B b"}
-    module, record = setting.train(setting.write("margin", [{**row, "margin": 1000.0}]), learning_rate=0.0)
-    difference = setting.raw_score(module, "May", "A") - setting.raw_score(module, "May", "B b")
-    assert record.numbers[0]["train/loss"] == pytest.approx(1000 - difference, rel=1e-6)
+def test_first_loss_of_ratings_equals_that_of_isolated_sequences(harness: RewardRun) -> None:
+    """At learning rate 0, the loss is the mean squared error."""
+    run = harness.reward("ratings", learning_rate=0.0)
+    errors = harness.demonstration_scores(run.module)[:, 0] - torch.arange(8) / 2
+    assert run.recorder.metrics[0]["train/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-5)
 
 
-EVERYTHING = {"num_heads": 3, "label_smoothing": 0.1, "centering_coef": 0.05}
+def test_margin_of_the_data_changes_the_loss(harness: RewardRun) -> None:
+    """A margin of 1000, far above the difference of the scores, gives a loss of 1000 - (chosen - rejected)."""
+    row = {"prompt": "May", "chosen": "A", "rejected": "B b", "margin": 1000.0}
+    run = harness.reward(data={"train": harness.write("margin", [row])}, learning_rate=0.0)
+    difference = harness.raw_score(run.module, "May", "A") - harness.raw_score(run.module, "May", "B b")
+    assert run.recorder.metrics[0]["train/loss"] == pytest.approx(1000 - difference, rel=1e-6)
+
+
+ALL_OPTIONS = {"num_heads": 3, "label_smoothing": 0.1, "centering_coef": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("kind", "extra"),
-    [("pairs", {}), ("ratings", {}), ("pairs", EVERYTHING), ("ratings", {"num_heads": 3})],
-    ids=["pairs", "ratings", "pairs-everything", "ratings-heads"],
+    ("kind", "options"),
+    [("pairs", {}), ("ratings", {}), ("pairs", ALL_OPTIONS), ("ratings", {"num_heads": 3})],
+    ids=["pairs", "ratings", "pairs-all-options", "ratings-heads"],
 )
-def test_accumulation_is_the_bigger_batch(setting: Setting, kind: str, extra: dict[str, Any]) -> None:
-    """3 batches of 3, 3 and 2 rows make the step that 1 of 8 makes: the last batch weighs less.
+def test_accumulated_batches_equal_one_large_batch(harness: RewardRun, kind: str, options: dict[str, Any]) -> None:
+    """Batches of 3, 3 and 2 rows give the step of one batch of 8. The last batch has a smaller weight.
 
-    AdamW's eps is 1: the first step is then close to lr x gradient, where the usual eps would turn the rounding noise
-    of tiny gradients into whole steps. Tolerances are the defaults.
+    AdamW's epsilon is 1, so that the first step is close to learning rate x gradient. With the usual epsilon, rounding
+    noise of tiny gradients would become full steps.
     """
-    train, keys = getattr(setting, kind), {"eps": 1.0, "learning_rate": 0.1, **extra}
-    big, record = setting.train(train, trainer={"max_steps": 1}, **keys)
+    keys: dict[str, Any] = {"eps": 1.0, "learning_rate": 0.1, **options}
+    large = harness.reward(kind, trainer={"max_steps": 1}, **keys)
     steps = {"max_steps": 1, "accumulate_grad_batches": 3}
-    small, parts = setting.train(train, data={"batch_size": 3}, trainer=steps, **keys)
-    assert sorted(batch.loss_terms for batch in parts.batches) == [2, 3, 3]
-    assert max(float((record.first[name] - weight).abs().max()) for name, weight in big.state_dict().items()) > 1e-3
-    torch.testing.assert_close(small.state_dict(), big.state_dict())
+    small = harness.reward(kind, data={"batch_size": 3}, trainer=steps, **keys)
+    assert sorted(batch.loss_terms for batch in small.batches) == [2, 3, 3]
+    initial = large.recorder.initial_weights
+    assert max(float((initial[name] - weight).abs().max()) for name, weight in large.weights.items()) > 1e-3
+    assert_same_weights(small.module, large.module)
 
 
-def test_the_mean_score_of_the_demonstrations_becomes_zero(setting: Setting) -> None:
-    """Trained or not, the stored mean is that of each demonstration alone, and scores are counted from it."""
-    module, _ = setting.train(setting.pairs, data={"demonstrations": setting.demonstrations}, learning_rate=1e-2)
-    raw = [setting.raw_score(module, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)]
-    assert abs(sum(raw) / 8) > 1e-3
-    assert float(module.model.reward_mean) == pytest.approx(sum(raw) / 8, rel=1e-4)  # batched float32
-    ids = setting.tokenizer("<bos>May\nSummary: A<eos>", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    score = float(module.model(ids, torch.ones_like(ids, dtype=torch.bool))[0])
-    assert score == pytest.approx(setting.raw_score(module, "May", "A") - sum(raw) / 8, rel=1e-4, abs=1e-6)
-
-
-def test_without_demonstrations_nothing_is_subtracted(setting: Setting) -> None:
-    module, _ = setting.train(setting.pairs)
-    assert float(module.model.reward_mean) == 0.0
-
-
-def test_only_as_many_demonstrations_are_scored_as_asked_for(setting: Setting) -> None:
-    """demonstration_rows=2: the mean of the first two."""
-    data = {"demonstrations": setting.demonstrations, "demonstration_rows": 2}
-    module, _ = setting.train(setting.pairs, data=data)
-    raw = [setting.raw_score(module, prompt, answer) for prompt, answer in zip(PROMPTS[:2], ANSWERS[:2], strict=True)]
-    assert float(module.model.reward_mean) == pytest.approx(sum(raw) / 2, rel=1e-4)
-
-
-def test_head_has_the_shape_that_was_asked_for(setting: Setting) -> None:
-    """num_layers=3, hidden_dim=7 over a width of 32: 32-7, 7-7, 7-1; input_dim=32 may be said, 77 may not."""
-    module, _ = setting.train(setting.pairs, num_layers=3, hidden_dim=7, input_dim=32)
-    linear = [layer for layer in module.model.head.layers if isinstance(layer, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in linear] == [(32, 7), (7, 7), (7, 1)]
-    with pytest.raises(UserError, match=r"stage\.input_dim=77, but the model's hidden state is 32 wide"):
-        setting.train(setting.pairs, input_dim=77)
-
-
-def test_smoothing_centring_and_heads_are_in_the_loss(setting: Setting) -> None:
-    """Nothing is trained. Each head's leads z: mean of 0.9 ln(1 + e^-z) + 0.1 ln(1 + e^z), and 0.05 (c + r)^2."""
-    module, record = setting.train(setting.pairs, learning_rate=0.0, **EVERYTHING)
-    chosen, rejected = setting.pair_scores(module)
+def test_label_smoothing_centering_and_heads_are_in_the_loss(harness: RewardRun) -> None:
+    """At learning rate 0, with difference z: the mean of 0.9 ln(1 + e^-z) + 0.1 ln(1 + e^z), plus 0.05 (c + r)^2."""
+    run = harness.reward(learning_rate=0.0, **ALL_OPTIONS)
+    chosen, rejected = harness.pair_scores(run.module)
     assert chosen.shape == (8, 3)
-    lead = chosen - rejected
-    bradley_terry = (0.9 * (1 + (-lead).exp()).log() + 0.1 * (1 + lead.exp()).log()).mean()
+    z = chosen - rejected
+    bradley_terry = (0.9 * (1 + (-z).exp()).log() + 0.1 * (1 + z.exp()).log()).mean()
     centering = (chosen + rejected).square().mean()
-    logged = record.numbers[0]
+    logged = run.recorder.metrics[0]
     assert logged["train/centering"] == pytest.approx(float(centering), rel=1e-5)
     assert logged["train/loss"] == pytest.approx(float(bradley_terry + 0.05 * centering), rel=1e-5)
-    assert logged["train/accuracy"] == pytest.approx(float((lead.mean(dim=1) > 0).float().mean()))
-    assert logged["train/margin"] == pytest.approx(float(lead.mean()), rel=1e-4)
+    assert logged["train/accuracy"] == pytest.approx(float((z.mean(dim=1) > 0).float().mean()))
+    assert logged["train/margin"] == pytest.approx(float(z.mean()), rel=1e-4)
     scores = torch.cat([chosen, rejected])
-    spread = (scores - scores.mean(dim=0)).std(dim=1, correction=0).mean()
-    assert logged["train/spread"] == pytest.approx(float(spread), rel=1e-4)
+    ensemble_std = (scores - scores.mean(dim=0)).std(dim=1, correction=0).mean()
+    assert logged["train/ensemble_std"] == pytest.approx(float(ensemble_std), rel=1e-4)
 
 
-def test_heads_learn_ratings_each_by_itself(setting: Setting) -> None:
-    """Three heads: the mean of three mean squared errors; the error that is logged is that of their mean."""
-    module, record = setting.train(setting.ratings, learning_rate=0.0, num_heads=3)
-    scores = torch.stack([setting.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
-    rewards = torch.arange(8) / 2
-    logged = record.numbers[0]
+def test_every_head_has_its_own_regression_loss(harness: RewardRun) -> None:
+    """The loss is the mean over the heads. The logged error is that of the mean score."""
+    run = harness.reward("ratings", learning_rate=0.0, num_heads=3)
+    scores, rewards = harness.demonstration_scores(run.module), torch.arange(8) / 2
+    logged = run.recorder.metrics[0]
     assert logged["train/loss"] == pytest.approx(float((scores - rewards[:, None]).square().mean()), rel=1e-5)
     error = (scores.mean(dim=1) - rewards).abs().mean()
     assert logged["train/absolute_error"] == pytest.approx(float(error), rel=1e-5)
 
 
-def test_what_is_not_asked_for_is_not_logged(setting: Setting) -> None:
-    """One head has no spread, and no penalty is no number."""
-    _, record = setting.train(setting.pairs)
-    assert not {"train/spread", "train/centering"} & record.numbers[0].keys()
+def test_unused_options_are_not_logged(harness: RewardRun) -> None:
+    """One head has no standard deviation, and without a coefficient there is no centering penalty."""
+    assert not {"train/ensemble_std", "train/centering"} & harness.reward().recorder.metrics[0].keys()
 
 
 @pytest.mark.parametrize("key", [{"num_heads": 2}, {"label_smoothing": 0.2}, {"centering_coef": 0.5}])
-def test_every_switch_changes_what_is_learned(setting: Setting, key: dict[str, Any]) -> None:
-    """Three epochs from the same weights and seed end at another body."""
-    plain, _ = setting.train(setting.pairs, trainer={"max_epochs": 3})
-    other, _ = setting.train(setting.pairs, trainer={"max_epochs": 3}, **key)
-    weights = dict(plain.model.trunk.named_parameters())
-    apart = [float((weights[name] - weight).abs().max()) for name, weight in other.model.trunk.named_parameters()]
-    assert max(apart) > 1e-4
+def test_every_option_changes_the_trained_trunk(harness: RewardRun, key: dict[str, Any]) -> None:
+    """Three epochs from the same weights and seed end with different weights."""
+    default = harness.reward(trainer={"max_epochs": 3}).module.model.trunk
+    other = harness.reward(trainer={"max_epochs": 3}, **key).module.model.trunk
+    weights = dict(default.named_parameters())
+    assert max(float((weights[name] - weight).detach().abs().max()) for name, weight in other.named_parameters()) > 1e-4
 
 
-def test_centring_pulls_the_scores_to_zero(setting: Setting) -> None:
-    """Preferences leave the zero free; a heavy penalty brings the sum of a pair's scores near it."""
-    keys = {"trainer": {"max_epochs": 20}, "learning_rate": 1e-2}
-    free, held = (setting.train(setting.pairs, centering_coef=coef, **keys)[0] for coef in (0.0, 10.0))
-    sums = [sum(setting.pair_scores(module)).abs().mean() for module in (free, held)]
+def test_centering_penalty_moves_scores_towards_zero(harness: RewardRun) -> None:
+    """A large penalty reduces the absolute sum of a pair's scores by more than a factor of 5."""
+    sums = []
+    for coef in (0.0, 10.0):
+        run = harness.reward(trainer={"max_epochs": 20}, learning_rate=1e-2, centering_coef=coef)
+        sums.append(sum(harness.pair_scores(run.module)).abs().mean())
     assert sums[1] < 0.2 * sums[0]
 
 
+# Settings
+
+
+def test_head_has_the_requested_shape(harness: RewardRun) -> None:
+    """num_layers=3 and hidden_dim=7 with hidden states of width 32: 32-7, 7-7, 7-1."""
+    head = harness.reward(num_layers=3, hidden_dim=7, input_dim=32).module.model.head
+    linear = [layer for layer in head.layers if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(32, 7), (7, 7), (7, 1)]
+
+
+def test_wrong_input_dim_is_rejected(harness: RewardRun) -> None:
+    with pytest.raises(ConfigError, match=r"stage\.input_dim must be 32, .*, got 77\."):
+        harness.reward(input_dim=77)
+
+
 @pytest.mark.parametrize("key", [{"label_smoothing": 0.1}, {"centering_coef": 0.01}])
-def test_what_speaks_of_pairs_is_refused_for_ratings(setting: Setting, key: dict[str, float]) -> None:
-    """Before any weight is loaded: the source is never asked."""
+def test_pair_options_are_rejected_for_ratings(harness: RewardRun, key: dict[str, float]) -> None:
+    """They are rejected before any weights are loaded."""
     ((name, value),) = key.items()
-    setting.lm = None
-    with pytest.raises(UserError, match=rf"stage\.{name}={value} .* ratings\n  stage\.{name}=0"):
-        setting.train(setting.ratings, **key)
+    with pytest.raises(ConfigError, match=rf"stage\.{name} applies to preference pairs only.* got {value}\.") as error:
+        harness.reward("ratings", policy=None, **key)
+    assert error.value.hint == f"Set stage.{name}=0."
 
 
 @pytest.mark.parametrize(
     "key", [{"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"centering_coef": -1.0}, {"num_heads": 0}]
 )
-def test_values_without_a_meaning_are_refused(setting: Setting, key: dict[str, Any]) -> None:
+def test_values_out_of_range_are_rejected(harness: RewardRun, key: dict[str, Any]) -> None:
     ((name, value),) = key.items()
-    with pytest.raises(UserError, match=f"{name}={value}"):
-        setting.train(setting.pairs, **key)
+    with pytest.raises(ConfigError, match=f"{name} must be at least .* got {value}"):
+        harness.reward(**key)
 
 
-def test_each_head_is_centred_by_its_own_mean(setting: Setting) -> None:
-    """The mean of the demonstrations under each head alone; afterwards every head gives them 0 on average."""
-    data = {"demonstrations": setting.demonstrations}
-    module, _ = setting.train(setting.pairs, data=data, learning_rate=1e-2, num_heads=3)
-    raw = torch.stack([setting.raw_scores(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
-    torch.testing.assert_close(module.model.reward_mean, raw.mean(dim=0), rtol=1e-4, atol=1e-6)  # batched float32
+# Centering on demonstrations
+
+
+def test_mean_score_of_the_demonstrations_is_subtracted(harness: RewardRun) -> None:
+    """After training, the mean raw score of the demonstrations is stored, and ``forward`` subtracts it."""
+    module = harness.reward(centered=True, learning_rate=1e-2).module
+    mean = float(harness.demonstration_scores(module).mean())
+    assert float(module.model.reward_mean) == pytest.approx(mean, rel=1e-4)
+    text = "<bos>May\nSummary: A<eos>"
+    ids = harness.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    score = float(module.model(ids, torch.ones_like(ids, dtype=torch.bool))[0])
+    assert score == pytest.approx(harness.raw_score(module, "May", "A") - mean, rel=1e-4, abs=1e-6)
+
+
+def test_nothing_is_subtracted_without_demonstrations(harness: RewardRun) -> None:
+    assert float(harness.reward().module.model.reward_mean) == 0.0
+
+
+def test_demonstration_rows_limits_the_mean(harness: RewardRun) -> None:
+    module = harness.reward(centered=True, data={"demonstration_rows": 2}).module
+    mean = float(harness.demonstration_scores(module)[:2].mean())
+    assert float(module.model.reward_mean) == pytest.approx(mean, rel=1e-4)
+
+
+def test_each_head_is_centered_separately(harness: RewardRun) -> None:
+    module = harness.reward(centered=True, learning_rate=1e-2, num_heads=3).module
+    means = harness.demonstration_scores(module).mean(dim=0)
+    torch.testing.assert_close(module.model.reward_mean, means, rtol=1e-4, atol=1e-6)
     assert float(module.model.reward_mean.std()) > 1e-3
 
 
-# resuming
+@pytest.mark.parametrize(
+    ("keys", "warns"),
+    [
+        ({}, False),
+        ({"num_heads": 2}, True),
+        ({"num_heads": 2, "centered": True}, False),
+        ({"num_heads": 2, "centering_coef": 0.1}, False),
+    ],
+)
+def test_heads_with_arbitrary_offsets_give_a_warning(
+    harness: RewardRun, caplog: pytest.LogCaptureFixture, keys: dict[str, Any], warns: bool
+) -> None:
+    """Without demonstrations and without a penalty, the disagreement of the heads contains their offsets."""
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        harness.reward(**keys)
+    assert ("The offsets of the 2 heads are arbitrary" in caplog.text) is warns
 
 
-class SaveAtTheEnd(lightning.Callback):
-    """Writes a checkpoint before the scores are centered, as ``ModelCheckpoint`` does."""
+# Resuming
+
+
+class SaveBeforeCentering(lightning.Callback):
+    """Writes a checkpoint at the end of training, before the scores are centered, as ``ModelCheckpoint`` does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -314,155 +269,130 @@ class SaveAtTheEnd(lightning.Callback):
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("centered", [False, True], ids=["checkpoint-without-mean", "checkpoint-with-mean"])
-def test_a_resumed_finished_run_is_centered_like_the_first(
-    setting: Setting, tmp_path: Path, heads: int, centered: bool
+@pytest.mark.parametrize("mean_in_checkpoint", [False, True])
+def test_resuming_a_finished_run_centers_again(
+    harness: RewardRun, tmp_path: Path, heads: int, mean_in_checkpoint: bool
 ) -> None:
-    """The checkpoint may be written before or after the mean is stored; all weights are equal to the last bit."""
-    path, data = tmp_path / "last.ckpt", {"demonstrations": setting.demonstrations}
-    keys = {"data": data, "learning_rate": 1e-2, "num_heads": heads}
-    setting.callbacks = [] if centered else [SaveAtTheEnd(path)]
-    first, _ = setting.train(setting.pairs, **keys)
-    if centered:
+    """The checkpoint may be written before or after centering. All weights are bit-for-bit equal."""
+    path = tmp_path / "last.ckpt"
+    keys: dict[str, Any] = {"centered": True, "learning_rate": 1e-2, "num_heads": heads}
+    first = harness.reward(callbacks=[] if mean_in_checkpoint else [SaveBeforeCentering(path)], **keys)
+    if mean_in_checkpoint:
         first.trainer.save_checkpoint(path)
     stored = torch.load(path, weights_only=True)["state_dict"]["model.reward_mean"]
-    assert bool(stored.any()) is centered
-    setting.callbacks = []
-    second, record = setting.train(setting.pairs, resume=path, **keys)
-    assert record.batches == []
-    assert float(first.model.reward_mean.abs().min()) > 1e-3
-    assert_equal(second, first)
+    assert bool(stored.any()) is mean_in_checkpoint
+    second = harness.reward(resume=path, **keys)
+    assert second.batches == []
+    assert float(first.module.model.reward_mean.abs().min()) > 1e-3
+    assert_same_weights(second.module, first.module, **EXACT)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
-def test_a_mean_in_the_checkpoint_of_an_unfinished_run_is_not_subtracted_twice(
-    setting: Setting, tmp_path: Path, penalty: float
-) -> None:
-    """Two epochs, with and without a stored mean at the break: equal losses and weights, and one mean at the end.
+def test_stored_mean_is_not_subtracted_twice(harness: RewardRun, tmp_path: Path, penalty: float) -> None:
+    """A run that resumes for a second epoch does not depend on whether its checkpoint stores a mean.
 
-    The centering penalty depends on where the zero of the scores is, so training has to use the raw scores.
+    The centering penalty depends on the offset of the scores, so training has to use raw scores.
     """
-    keys = {"data": {"demonstrations": setting.demonstrations}, "learning_rate": 1e-2, "centering_coef": penalty}
-    setting.callbacks = [SaveAtTheEnd(tmp_path / "without.ckpt")]
-    first, _ = setting.train(setting.pairs, **keys)
-    setting.callbacks = []
+    keys: dict[str, Any] = {"centered": True, "learning_rate": 1e-2, "centering_coef": penalty}
+    first = harness.reward(callbacks=[SaveBeforeCentering(tmp_path / "without.ckpt")], **keys)
     first.trainer.save_checkpoint(tmp_path / "with.ckpt")
-    without, expected = setting.train(
-        setting.pairs, resume=tmp_path / "without.ckpt", trainer={"max_epochs": 2}, **keys
+    without, with_mean = (
+        harness.reward(resume=tmp_path / f"{name}.ckpt", trainer={"max_epochs": 2}, **keys)
+        for name in ("without", "with")
     )
-    held, record = setting.train(setting.pairs, resume=tmp_path / "with.ckpt", trainer={"max_epochs": 2}, **keys)
-    assert len(record.numbers) == 1
-    assert record.numbers[0]["train/loss"] == expected.numbers[0]["train/loss"]
-    assert_equal(held, without)
-    raw = [setting.raw_score(held, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=False)]
-    assert float(held.model.reward_mean) == pytest.approx(sum(raw) / 8, rel=1e-4)
+    assert len(with_mean.recorder.metrics) == 1
+    assert with_mean.recorder.metrics[0]["train/loss"] == without.recorder.metrics[0]["train/loss"]
+    assert_same_weights(with_mean.module, without.module, **EXACT)
+    mean = float(harness.demonstration_scores(with_mean.module).mean())
+    assert float(with_mean.module.model.reward_mean) == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_resumed_finished_run_writes_its_report_again(setting: Setting, tmp_path: Path) -> None:
-    """The second metrics.json equals the first."""
-    setting.callbacks = [SaveAtTheEnd(tmp_path / "last.ckpt")]
-    _, first = report_of(setting, setting.pairs, tmp_path / "first")
-    setting.callbacks = []
-    _, second = report_of(setting, setting.pairs, tmp_path / "second", resume=tmp_path / "last.ckpt")
+def test_resuming_a_finished_run_writes_the_same_report(harness: RewardRun, tmp_path: Path) -> None:
+    callbacks = [SaveBeforeCentering(tmp_path / "last.ckpt")]
+    _, first = train_with_report(harness, "pairs", tmp_path / "first", callbacks=callbacks)
+    _, second = train_with_report(harness, "pairs", tmp_path / "second", resume=tmp_path / "last.ckpt")
     assert second == first
 
 
-def assert_equal(one: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0.0, atol=0.0)
+# Report
 
 
-@pytest.mark.parametrize(
-    ("keys", "demonstrations", "warned"),
-    [
-        ({}, False, False),
-        ({"num_heads": 2}, False, True),
-        ({"num_heads": 2}, True, False),
-        ({"num_heads": 2, "centering_coef": 0.1}, False, False),
-    ],
-)
-def test_heads_without_a_common_zero_are_warned_about(
-    setting: Setting, caplog: pytest.LogCaptureFixture, keys: dict[str, Any], demonstrations: bool, warned: bool
-) -> None:
-    """Preferences leave each head's zero free: without demonstrations or penalty the spread holds offsets."""
-    data = {"demonstrations": setting.demonstrations if demonstrations else None}
-    with caplog.at_level(logging.WARNING, logger="rlhf"):
-        setting.train(setting.pairs, data=data, **keys)
-    assert ("nothing ties the zeros of the 2 heads" in caplog.text) is warned
+def train_with_report(harness: RewardRun, kind: str, output: Path, **keys: Any) -> tuple[Run, dict[str, Any]]:
+    """Train with the training rows as validation rows, and return the run and its metrics.json."""
+    rows = harness.write(kind, RECORDS[kind])
+    run = harness.reward(kind, data={"val": rows}, centered=True, output=str(output), learning_rate=1e-2, **keys)
+    return run, json.loads((output / "metrics.json").read_text())
 
 
-# the report
-
-
-def report_of(setting: Setting, train: str, folder: Path, **keys: Any) -> tuple[RewardModule, dict[str, Any]]:
-    """Train a little with the training rows as validation rows too; the module and its metrics.json."""
-    data = {"val": train, "demonstrations": setting.demonstrations, **keys.pop("data", {})}
-    module, _ = setting.train(train, data=data, output=str(folder), learning_rate=1e-2, **keys)
-    return module, json.loads((folder / "metrics.json").read_text())
-
-
-def test_the_report_speaks_of_the_final_weights(setting: Setting, tmp_path: Path) -> None:
-    """Accuracy, margin and spread of all eight pairs, each text alone, and the answers' real lengths."""
-    module, report = report_of(setting, setting.pairs, tmp_path / "out", num_heads=2)
-    chosen, rejected = setting.pair_scores(module)
-    lead = (chosen - rejected).mean(dim=1)
+def test_report_of_pairs_uses_the_final_weights(harness: RewardRun, tmp_path: Path) -> None:
+    """Accuracy, margin and standard deviation equal those of isolated sequences, and lengths count response tokens."""
+    run, report = train_with_report(harness, "pairs", tmp_path / "out", num_heads=2)
+    chosen, rejected = harness.pair_scores(run.module)
+    difference = (chosen - rejected).mean(dim=1)
     assert (report["kind"], report["count"], report["heads"]) == ("pairs", 8, 2)
-    assert report["accuracy"] == pytest.approx(float((lead > 0).float().mean()))
-    assert report["margin"] == pytest.approx(float(lead.mean()), rel=1e-4)
-    scores = torch.cat([chosen, rejected]) - module.model.reward_mean
-    assert report["spread"] == pytest.approx(float(scores.std(dim=1, correction=0).mean()), rel=1e-4)
-    count = [len(setting.tokenizer(f" {answer}<eos>", add_special_tokens=False)["input_ids"]) for answer in ANSWERS]
-    longer = sum(count[row] > count[row + 1] for row in range(8))
-    assert report["longer_chosen"]["count"] == longer
-    assert report["by_length"][0]["low"] == min(count)
-    assert report["by_length"][-1]["high"] == max(count)
+    assert report["accuracy"] == pytest.approx(float((difference > 0).float().mean()))
+    assert report["margin"] == pytest.approx(float(difference.mean()), rel=1e-4)
+    scores = torch.cat([chosen, rejected]) - run.module.model.reward_mean
+    assert report["ensemble_std"] == pytest.approx(float(scores.std(dim=1, correction=0).mean()), rel=1e-4)
+    lengths = [len(harness.tokenizer(f" {text}<eos>", add_special_tokens=False)["input_ids"]) for text in RESPONSES]
+    assert report["longer_chosen"]["count"] == sum(lengths[row] > lengths[row + 1] for row in range(8))
+    assert report["by_length"][0]["low"] == min(lengths)
+    assert report["by_length"][-1]["high"] == max(lengths)
 
 
-def test_the_report_on_ratings_is_on_the_scale_of_the_data(setting: Setting, tmp_path: Path) -> None:
-    """The mean that is subtracted afterwards does not count as an error; nor does it in a later validation."""
-    module, report = report_of(setting, setting.ratings, tmp_path / "out")
-    assert abs(float(module.model.reward_mean)) > 1e-2
-    raw = torch.tensor([setting.raw_score(module, *row) for row in zip(PROMPTS, ANSWERS, strict=False)])
-    errors = raw - torch.arange(8) / 2
+def test_report_of_ratings_is_on_the_scale_of_the_data(harness: RewardRun, tmp_path: Path) -> None:
+    """The mean that is subtracted from the scores counts as an error neither in the report nor in validation."""
+    run, report = train_with_report(harness, "ratings", tmp_path / "out")
+    assert abs(float(run.module.model.reward_mean)) > 1e-2
+    errors = harness.demonstration_scores(run.module)[:, 0] - torch.arange(8) / 2
     assert report["kind"] == "ratings"
     assert report["absolute_error"] == pytest.approx(float(errors.abs().mean()), rel=1e-4)
-    (later,) = module.trainer.validate(module, module.trainer.datamodule, verbose=False)
-    assert later["val/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-4)
+    (validation,) = run.trainer.validate(run.module, run.datamodule, verbose=False)
+    assert validation["val/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-4)
 
 
-def test_the_report_stands_in_tensorboard(setting: Setting, tmp_path: Path) -> None:
-    """Its single numbers, equal to the file's, and one picture."""
+def test_report_is_logged_to_tensorboard(harness: RewardRun, tmp_path: Path) -> None:
+    """TensorBoard gets the numbers of metrics.json and one figure."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = lightning.pytorch.loggers.TensorBoardLogger(tmp_path, name="board", version="")
-    _, report = report_of(setting, setting.pairs, tmp_path / "out", trainer={"logger": logger})
+    _, report = train_with_report(harness, "pairs", tmp_path / "out", trainer={"logger": logger})
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert events.Tags()["images"] == ["report"]
-    for name in ("accuracy", "calibration_error", "length_correlation/pearson"):
-        value = report
-        for part in name.split("/"):
-            value = value[part]
+    expected = {
+        "accuracy": report["accuracy"],
+        "calibration_error": report["calibration_error"],
+        "length_correlation/pearson": report["length_correlation"]["pearson"],
+    }
+    for name, value in expected.items():
         assert events.Scalars(f"report/{name}")[0].value == pytest.approx(value)
 
 
-def test_rows_without_report(setting: Setting, tmp_path: Path) -> None:
-    """No validation rows, no validation wanted, or a dry run: nothing is written; nor without a folder to write to."""
-    for data, trainer in (
-        ({}, {}),
-        ({"val": setting.pairs}, {"limit_val_batches": 0}),
-        ({"val": setting.pairs}, {"fast_dev_run": True}),
-    ):
-        setting.train(setting.pairs, data=data, trainer=trainer, output=str(tmp_path / "out"))
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("has_validation_rows", "trainer"),
+    [(False, {}), (True, {"limit_val_batches": 0}), (True, {"fast_dev_run": True})],
+    ids=["no-rows", "no-batches", "fast_dev_run"],
+)
+def test_no_report_without_validation(
+    harness: RewardRun, tmp_path: Path, has_validation_rows: bool, trainer: dict[str, Any]
+) -> None:
+    data = {"val": harness.write("pairs", PAIRS)} if has_validation_rows else {}
+    harness.reward(data=data, trainer=trainer, output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_without_output(harness: RewardRun, tmp_path: Path) -> None:
+    rows = harness.write("pairs", PAIRS)
     before = set(tmp_path.iterdir())
-    setting.train(setting.pairs, data={"val": setting.pairs})
+    harness.reward(data={"val": rows})
     assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 6), (0.7, 6), (1.0, 8), (9, 8)])
-def test_the_report_reads_as_many_batches_as_validation(
-    setting: Setting, tmp_path: Path, limit: float, count: int
+def test_report_uses_as_many_batches_as_validation(
+    harness: RewardRun, tmp_path: Path, limit: float, count: int
 ) -> None:
-    """Eight rows in batches of 3, 3 and 2; 0.7 of three batches are two."""
-    _, report = report_of(setting, setting.pairs, tmp_path / "out", trainer={"limit_val_batches": limit})
+    """Eight rows are batches of 3, 3 and 2. A fraction of 0.7 rounds down to two batches."""
+    _, report = train_with_report(harness, "pairs", tmp_path / "out", trainer={"limit_val_batches": limit})
     assert report["count"] == count

@@ -1,4 +1,4 @@
-"""What the bounds on an update and the price of KL do to a run, for both architectures."""
+"""What PPO and GRPO share: update limits, KL penalty, entropy bonus, stop tokens and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -6,159 +6,186 @@ from typing import Any
 import pytest
 import torch
 
-from online import Setting, assert_same, changed
-from rlhf.errors import UserError
+from harness import EXACT, TinyRun, assert_same_weights, weights_differ
+from rlhf.errors import ConfigError
 from rlhf.ppo import PPOModule
 from rlhf.rl import KLController, Minibatch, ScoreShaping, UpdateLimits
-from rlhf.sampling import SamplingParams
+from rlhf.sampling import LocalSampler, SamplingParams
 
 
-def test_a_stop_on_kl_ends_the_learning_from_a_rollout(setting: Setting) -> None:
-    """Two minibatches, two passes, any KL is too much: the first minibatch (KL 0) is learned from, the other three not.
+def skipped(run: Any) -> list[float]:
+    """Return whether each optimizer step was skipped, 1.0 or 0.0."""
+    return [update["policy/skipped"] for update in run.recorder.updates]
 
-    So one epoch is one step, and no moment of AdamW moves afterwards.
+
+def test_stop_kl_ends_training_on_a_rollout(tiny_run: TinyRun) -> None:
+    """Two minibatches, two passes; the limit is below any KL but 0.
+
+    The first minibatch has KL 0 and is trained on, the other three are skipped. So the epoch equals a single step, and
+    AdamW's moments do not move after it.
     """
-    stopped, record = setting.train(limits=UpdateLimits(stop_kl_per_token=1e-12))
-    once, _ = setting.train(trainer={"max_steps": 1})
-    assert len(record.parts) == 4
-    assert_same(stopped.policy, once.policy, rtol=0.0, atol=0.0)
-    assert_same(stopped.critic, once.critic, rtol=0.0, atol=0.0)
-    assert [updates["policy/skipped"] for updates in record.updates] == [0.0, 1.0, 1.0, 1.0]
-    free, _ = setting.train()
-    assert changed(free.policy, once.policy)
+    stopped = tiny_run.train("ppo", limits=UpdateLimits(stop_kl_per_token=1e-12))
+    one_step = tiny_run.train("ppo", trainer={"max_steps": 1})
+    assert len(stopped.batches) == 4
+    assert_same_weights(stopped.module.policy, one_step.module.policy, **EXACT)
+    assert_same_weights(stopped.module.critic, one_step.module.critic, **EXACT)
+    assert skipped(stopped) == [0.0, 1.0, 1.0, 1.0]
+    unlimited = tiny_run.train("ppo")
+    assert weights_differ(unlimited.module.policy, one_step.module.policy)
 
 
-def test_a_new_rollout_is_learned_from_again(setting: Setting) -> None:
-    """The stop holds for its rollout only: in the second epoch the first minibatch counts again."""
-    _, record = setting.train(trainer={"max_epochs": 2}, limits=UpdateLimits(stop_kl_per_token=1e-12))
-    assert [updates["policy/skipped"] for updates in record.updates] == [0.0, 1.0, 1.0, 1.0] * 2
+def test_stop_kl_applies_to_one_rollout_only(tiny_run: TinyRun) -> None:
+    """In the second epoch, which has a new rollout, the first minibatch is trained on again."""
+    run = tiny_run.train("ppo", trainer={"max_epochs": 2}, limits=UpdateLimits(stop_kl_per_token=1e-12))
+    assert skipped(run) == [0.0, 1.0, 1.0, 1.0] * 2
 
 
-def test_a_minibatch_whose_ratio_blew_up_is_skipped_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second minibatch claims to have been 10 times less likely when sampled: skipped, the others learned from."""
+def test_skip_ratio_skips_single_minibatches(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of the second minibatch claim to have been 10 times less likely when they were sampled."""
     iteration = PPOModule.iteration
 
-    def corrupt_padding(self: PPOModule, prompts: Any) -> Any:
-        for number, part in enumerate(iteration(self, prompts)):
-            part.old_logprobs = part.old_logprobs - 2.3 * (number == 1)
-            yield part
+    def shifted_iteration(self: PPOModule, prompts: Any) -> Any:
+        for number, minibatch in enumerate(iteration(self, prompts)):
+            minibatch.old_logprobs = minibatch.old_logprobs - 2.3 * (number == 1)
+            yield minibatch
 
-    monkeypatch.setattr(PPOModule, "iteration", corrupt_padding)
-    _, record = setting.train(limits=UpdateLimits(skip_ratio=5.0))
-    assert [updates["policy/skipped"] for updates in record.updates] == [0.0, 1.0, 0.0, 0.0]
-
-
-def test_while_the_critic_warms_up_the_policy_stays(setting: Setting) -> None:
-    """One iteration of warm-up: the policy keeps every bit, a critic of its own and a shared head learn."""
-    for critic in ("separate", "shared"):
-        module, _ = setting.train(critic=critic, critic_warmup=1, weight_decay=0.1, value_coef=1.0)
-        assert_same(module.policy.lm, setting.policy.model, rtol=0.0, atol=0.0)
-        if critic == "separate":
-            assert changed(module.critic, setting.judge.model)
-        else:
-            assert module.critic.layers[-1].bias.abs() > 0  # it starts at 0
-        later, _ = setting.train(critic=critic, critic_warmup=1, trainer={"max_epochs": 2})
-        assert changed(later.policy.lm, setting.policy.model)
+    monkeypatch.setattr(PPOModule, "iteration", shifted_iteration)
+    run = tiny_run.train("ppo", limits=UpdateLimits(skip_ratio=5.0))
+    assert skipped(run) == [0.0, 1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("start", ["sft", "random"])
-def test_the_critic_inits_from_what_was_asked_for(setting: Setting, start: str) -> None:
-    """``sft``: the policy's body under a new head; ``fresh``: neither the policy's body nor the judge's."""
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_critic_warmup_trains_the_critic_only(tiny_run: TinyRun, critic: str) -> None:
+    """One iteration of warm-up: the policy keeps every bit, the critic changes. The second iteration trains both."""
+    run = tiny_run.train("ppo", critic=critic, critic_warmup=1, weight_decay=0.1, value_coef=1.0)
+    assert_same_weights(run.module.policy.lm, tiny_run.lm, **EXACT)
+    if critic == "separate":
+        assert weights_differ(run.module.critic, tiny_run.reward_model)
+    else:
+        assert run.module.critic.layers[-1].bias.abs() > 0  # The bias starts at 0.
+    later = tiny_run.train("ppo", critic=critic, critic_warmup=1, trainer={"max_epochs": 2})
+    assert weights_differ(later.module.policy.lm, tiny_run.lm)
+
+
+@pytest.mark.parametrize("init", ["sft", "random"])
+def test_critic_init(tiny_run: TinyRun, init: str) -> None:
+    """``sft`` starts from the trunk of the policy with a new head, ``random`` from neither policy nor reward model."""
     torch.manual_seed(0)
-    module = setting.module(critic_init=start)
+    module = tiny_run.module("ppo", critic_init=init)
     module.configure_model()
-    body, policy, judge = module.critic.trunk, setting.policy.model.base_model, setting.judge.model.trunk
-    assert changed(body, policy) == (start == "random")
-    assert start == "sft" or changed(body, judge)
-    assert changed(module.critic.head, setting.judge.model.head)
+    reward_model = tiny_run.reward_model
+    assert weights_differ(module.critic.trunk, tiny_run.lm.base_model) == (init == "random")
+    assert init == "sft" or weights_differ(module.critic.trunk, reward_model.trunk)
+    assert weights_differ(module.critic.head, reward_model.head)
 
 
-def test_a_price_in_the_loss_leaves_the_rewards_alone(setting: Setting) -> None:
-    """In the reward, kl_coef 1 charges the second rollout; in the loss its rewards are the bare scores, summed."""
-    for place, estimator in (("reward", "k1"), ("loss", "k3"), ("loss", "full")):
-        kl = KLController(apply_to=place, advantage=estimator)
-        _, record = setting.train(trainer={"max_epochs": 2}, kl=kl, kl_coef=1.0, scores=ScoreShaping())
-        charged = record.numbers[1]["objective/non_score_reward"]
-        assert record.numbers[1]["objective/kl"] != 0
-        assert (charged == 0) == (place == "loss")
-        assert ("loss/kl_avg" in record.updates[-1]) == (place == "loss")
+@pytest.mark.parametrize(("apply_to", "estimator"), [("reward", "k1"), ("loss", "k3"), ("loss", "full")])
+def test_the_kl_penalty_is_in_the_rewards_or_in_the_loss(tiny_run: TinyRun, apply_to: str, estimator: str) -> None:
+    """From the second rollout on the KL is not 0. In the loss, the rewards consist of the scores only."""
+    kl = KLController(apply_to=apply_to, estimator=estimator)
+    run = tiny_run.train("ppo", trainer={"max_epochs": 2}, kl=kl, kl_coef=1.0)
+    second = run.recorder.rollouts[1]
+    assert second["objective/kl"] != 0
+    assert (second["objective/non_score_reward"] == 0) == (apply_to == "loss")
+    assert ("loss/kl_avg" in run.recorder.updates[-1]) == (apply_to == "loss")
 
 
-def test_the_entropy_bonus_raises_entropy(setting: Setting) -> None:
-    """With nothing else to gain (all advantages 0), the bonus alone moves the policy, towards more entropy."""
-    without, record = setting.train(value_coef=0.0, ppo_epochs=1, minibatch_size=8, entropy_coef=0.0)
-    with_it, _ = setting.train(value_coef=0.0, ppo_epochs=1, minibatch_size=8, entropy_coef=100.0)
-    part: Minibatch = record.parts[0]
+def test_the_entropy_bonus_raises_entropy(tiny_run: TinyRun) -> None:
+    keys = {"value_coef": 0.0, "ppo_epochs": 1, "minibatch_size": 8}
+    without = tiny_run.train("ppo", entropy_coef=0.0, **keys)
+    with_bonus = tiny_run.train("ppo", entropy_coef=100.0, **keys)
+    minibatch: Minibatch = without.batches[0]
 
     def entropy(module: PPOModule) -> float:
         with torch.no_grad():
-            return float(module.policy_output(part).entropy[part.response_mask].mean())
+            output = module.policy_update.policy_output(module.policies, minibatch)
+        return float(output.entropy[minibatch.response_mask].mean())
 
-    assert entropy(with_it) > entropy(without)
+    assert entropy(with_bonus.module) > entropy(without.module)
 
 
-def test_stop_tokens_end_answers_and_are_no_missing_eos(setting: Setting) -> None:
-    """Answers end at "e", whose text is a token of its own; such an answer is finished, and EOS is then a token like
-    others. A text that is no single token is refused.
-    """
+def test_stop_tokens_end_responses(tiny_run: TinyRun) -> None:
+    """Responses end at "e" or "t", each a single token; EOS is then an ordinary token."""
     sampling = SamplingParams(max_new_tokens=16, temperature=0.7, stop_tokens=["e", "t"])
-    _, record = setting.train(sampling=sampling)
-    vocabulary = setting.tokenizer.get_vocab()
-    part = record.parts[0]
-    answers = [tokens[answer].tolist() for tokens, answer in zip(part.input_ids, part.response_mask, strict=True)]
-    stops = {vocabulary["e"], vocabulary["t"]}
-    assert all(len(answer) == 16 or answer[-1] in stops for answer in answers)
-    assert not any(stops & set(answer[:-1]) for answer in answers)
-    assert sampling.stop_ids(setting.tokenizer) == [vocabulary["e"], vocabulary["t"]]
-    with pytest.raises(UserError, match="'no token' is no single token"):
-        setting.train(sampling=SamplingParams(max_new_tokens=8, stop_tokens=["no token"]))
-    with pytest.raises(UserError, match="is no list of tokens"):
-        SamplingParams(stop_tokens="e")
+    minibatch = tiny_run.train("ppo", sampling=sampling).batches[0]
+    vocabulary = tiny_run.tokenizer.get_vocab()
+    stop_ids = {vocabulary["e"], vocabulary["t"]}
+    responses = [row[mask].tolist() for row, mask in zip(minibatch.input_ids, minibatch.response_mask, strict=True)]
+    assert all(len(response) == 16 or response[-1] in stop_ids for response in responses)
+    assert not any(stop_ids & set(response[:-1]) for response in responses)
 
 
-def test_a_resumed_run_goes_on_with_price_and_warm_up(setting: Setting, tmp_path: Path) -> None:
-    """Two epochs in one go, against two halves: the price, the moments of the scores, the warm-up's count."""
+def test_unknown_stop_tokens_are_refused_before_training(tiny_run: TinyRun) -> None:
+    sampling = SamplingParams(max_new_tokens=8, stop_tokens=["no token"])
+    with pytest.raises(ConfigError, match="'no token'"):
+        tiny_run.module("ppo", sampling=sampling).configure_model()
+
+
+def test_a_resumed_run_restores_coefficient_moments_and_warmup(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Two epochs in one run equal one epoch, a checkpoint, and the second epoch in a new run."""
 
     def keys() -> dict[str, Any]:
         kl = KLController(target_per_sequence=0.01, horizon=10)
         return {"kl": kl, "scores": ScoreShaping(), "critic_warmup": 1}
 
-    whole, _ = setting.train(trainer={"max_epochs": 2}, **keys())
-    setting.train(trainer={"max_epochs": 1}, **keys())
-    setting.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed, _ = setting.train(trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys())
-    assert float(whole.kl.coef) != 0.05
-    assert_same(resumed, whole, rtol=0.0, atol=0.0)
+    uninterrupted = tiny_run.train("ppo", trainer={"max_epochs": 2}, **keys())
+    first = tiny_run.train("ppo", **keys())
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = tiny_run.train("ppo", trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys())
+    assert float(uninterrupted.module.kl.coef) != 0.1
+    assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"clip_range_high": 0.0}, r"stage\.limits\.clip_range_high=0"),
-        ({"dual_clip": 1.0}, r"stage\.limits\.dual_clip=1"),
-        ({"skip_ratio": 0.5}, r"stage\.limits\.skip_ratio=0.5"),
-        ({"stop_kl_per_token": 0.0}, r"stage\.limits\.stop_kl_per_token=0"),
+        ({"dual_clip": 1.0}, r"stage\.limits\.dual_clip must be above 1, got 1"),
+        ({"skip_ratio": 0.5}, r"stage\.limits\.skip_ratio must be above 1, .* got 0\.5"),
+        ({"stop_kl_per_token": 0.0}, r"stage\.limits\.stop_kl_per_token must be positive, got 0"),
     ],
 )
-def test_limits_that_leave_nothing_are_refused(keys: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_invalid_limits_are_refused(keys: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         UpdateLimits(**keys)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"average": "answer"}, r"stage\.average=answer"),
-        ({"clip_range": 0.0}, r"stage\.clip_range=0"),
-        ({"ppo_epochs": 0}, r"stage\.ppo_epochs=0"),
-        ({"minibatch_size": 0}, r"stage\.minibatch_size=0"),
-        ({"kl_coef": -0.1}, r"stage\.kl_coef=-0.1"),
-        ({"critic_init": "policy"}, r"stage\.critic_init=policy"),
-        ({"critic": "shared", "critic_init": "sft"}, r"stage\.critic_init .* stage\.critic=shared"),
-        ({"critic_init": "reward_model", "reward_model": None}, "the reward is no model"),
-        ({"value_clip_range": 0.0}, r"stage\.value_clip_range=0"),
+        ({"loss_reduction": "sum"}, r"stage\.loss_reduction must be one of token_mean, sequence_mean, got sum"),
+        ({"clip_range": 0.0}, r"stage\.clip_range must be positive, got 0"),
+        ({"clip_range_high": 0.0}, r"stage\.clip_range_high must be positive, got 0"),
+        ({"ppo_epochs": 0}, r"stage\.ppo_epochs must be at least 1, got 0"),
+        ({"minibatch_size": 0}, r"stage\.minibatch_size must be at least 1, got 0"),
+        ({"num_generations": 0}, r"stage\.num_generations must be at least 1, got 0"),
+        ({"kl_coef": -0.1}, r"stage\.kl_coef must be >= 0, got -0\.1"),
+        ({"sampling": SamplingParams(temperature=0.0)}, r"stage\.sampling\.temperature must be above 0"),
     ],
 )
-def test_what_cannot_work_is_refused(setting: Setting, keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        setting.module(**keys)
+def test_invalid_settings_are_refused(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.module("ppo", **keys)
+
+
+class RecordingSampler(LocalSampler):
+    """Records the calls of the sampler protocol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def sync(self, *args: Any) -> None:
+        self.calls.append("sync")
+        super().sync(*args)
+
+    def sample(self, *args: Any) -> Any:
+        self.calls.append("sample")
+        return super().sample(*args)
+
+
+def test_the_sampler_is_synchronized_before_each_rollout(tiny_run: TinyRun) -> None:
+    sampler = RecordingSampler()
+    with_sampler = tiny_run.train("ppo", trainer={"max_epochs": 2}, sampler=sampler)
+    assert sampler.calls == ["sync", "sample"] * 2
+    default = tiny_run.train("ppo", trainer={"max_epochs": 2})
+    assert_same_weights(with_sampler.module, default.module, **EXACT)

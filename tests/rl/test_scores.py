@@ -1,37 +1,37 @@
-"""Shaping of scores: exact running moments, and keys that do what they say."""
+"""Score shaping: exact running moments, and the effect of each setting."""
 
 import pytest
 import torch
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.rl import ScoreShaping
 
 FINISHED = torch.tensor([True, True])
 
 
 def shaping(**keys: object) -> ScoreShaping:
-    """Everything off but what is given, having seen scores 1 and 5: mean 3, standard deviation 2."""
+    """Return score shaping with the given settings only, after scores 1 and 5: mean 3, standard deviation 2."""
     off = {"subtract_mean": False, "scale_by_std": False, "clip": None, "missing_eos_penalty": 0.0}
     scores = ScoreShaping(**{**off, **keys})
     scores.update(torch.tensor([1.0, 5.0]))
     return scores
 
 
-def test_running_moments_are_those_of_all_scores_seen() -> None:
-    """Batches of different sizes and levels, against torch over their concatenation after each one."""
+def test_running_moments_match_torch_over_all_scores() -> None:
+    """Batches of different sizes and means, compared with torch over their concatenation after each batch."""
     generator = torch.Generator().manual_seed(0)
-    scores, seen = ScoreShaping(), []
+    scores, batches = ScoreShaping(), []
     for size, level in ((4, 100.0), (1, -3.0), (32, 0.0), (7, 1000.0)):
         batch = torch.randn(size, generator=generator) + level
         scores.update(batch)
-        seen.append(batch.double())
-        everything = torch.cat(seen)
-        torch.testing.assert_close(scores.mean, everything.mean())
-        torch.testing.assert_close(scores.std, everything.std(correction=0))
-        assert scores.count == len(everything)
+        batches.append(batch.double())
+        all_scores = torch.cat(batches)
+        torch.testing.assert_close(scores.mean, all_scores.mean())
+        torch.testing.assert_close(scores.std, all_scores.std(correction=0))
+        assert scores.count == len(all_scores)
 
 
-def test_nothing_is_shaped_when_everything_is_off() -> None:
+def test_scores_are_unchanged_when_all_settings_are_off() -> None:
     assert shaping()(torch.tensor([1.0, 50.0]), FINISHED).tolist() == [1.0, 50.0]
 
 
@@ -45,34 +45,34 @@ def test_nothing_is_shaped_when_everything_is_off() -> None:
     ],
     ids=["subtract_mean", "scale_by_std", "clip", "clip after the rest"],
 )
-def test_each_key_does_what_it_says(keys: dict, scores: list[float], expected: list[float]) -> None:
-    """Mean 3 and standard deviation 2 have been seen; the arithmetic stands beside each case."""
+def test_each_setting_by_hand(keys: dict, scores: list[float], expected: list[float]) -> None:
+    """Running mean 3 and standard deviation 2; the comment of each case shows the arithmetic."""
     assert shaping(**keys)(torch.tensor(scores), FINISHED).tolist() == expected
 
 
-def test_the_penalty_is_taken_off_unfinished_answers_after_clipping() -> None:
-    """9 is clipped to 4 first: 4 if it ended, 4 - 1.5 if it was cut."""
+def test_the_missing_eos_penalty_is_subtracted_after_clipping() -> None:
+    """9 is clipped to 4 first: 4 for a finished response, 4 - 1.5 for an unfinished one."""
     scores = shaping(clip=4.0, missing_eos_penalty=1.5)
     assert scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False])).tolist() == [4.0, 2.5]
 
 
-def test_an_unfinished_answer_may_lose_its_score_altogether() -> None:
-    """``replace``: whatever the score was, an answer that was cut is worth -1.5 (arXiv:2403.17031: -1)."""
+def test_the_missing_eos_penalty_can_replace_the_score() -> None:
+    """With ``replace`` an unfinished response gets -1.5, whatever its score (arXiv:2403.17031 uses -1)."""
     scores = shaping(missing_eos_penalty=1.5, missing_eos="replace")
     assert scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False])).tolist() == [9.0, -1.5]
-    with pytest.raises(UserError, match=r"stage\.scores\.missing_eos=drop"):
+    with pytest.raises(ConfigError, match=r"stage\.scores\.missing_eos must be subtract or replace, got drop"):
         ScoreShaping(missing_eos="drop")
 
 
 def test_equal_scores_are_not_divided_by_zero() -> None:
-    """Scores 2, 2, 2 have no spread: they become 0, not NaN."""
+    """Scores 2, 2, 2 have standard deviation 0: they become 0, not NaN."""
     scores = ScoreShaping(clip=None)
     scores.update(torch.full((3,), 2.0))
     assert scores(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)).tolist() == [0.0] * 3
 
 
-def test_running_moments_survive_a_checkpoint() -> None:
-    """A new object with the old one's state goes on exactly where the old one was."""
+def test_running_moments_are_stored_in_checkpoints() -> None:
+    """A new object with the state of the old one continues exactly where the old one was."""
     old, new = shaping(), ScoreShaping(clip=None)
     new.load_state_dict(old.state_dict())
     for scores in (old, new):
@@ -82,6 +82,6 @@ def test_running_moments_survive_a_checkpoint() -> None:
     torch.testing.assert_close(dict(new.state_dict()), dict(old.state_dict()), rtol=0.0, atol=0.0)
 
 
-def test_a_clip_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match=r"stage\.scores\.clip=0"):
+def test_a_clip_range_of_0_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stage\.scores\.clip must be positive or null, got 0"):
         ScoreShaping(clip=0.0)

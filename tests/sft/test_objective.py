@@ -1,4 +1,4 @@
-"""The supervised loss, by hand."""
+"""The loss of supervised fine-tuning, by hand."""
 
 import math
 
@@ -7,10 +7,10 @@ import torch
 from rlhf.sft.objective import cross_entropy_loss
 
 
-def test_cross_entropy_is_the_mean_over_tokens_not_over_texts() -> None:
-    """An answer of one token and one of three; NaN and infinity on what is not to be learned.
+def test_cross_entropy_is_the_mean_over_tokens_not_over_sequences() -> None:
+    """A response of one token and one of three; NaN and infinity on tokens that are not learned.
 
-    loss = -(-1 - 2 - 3 - 6) / 4 = 3 (the mean of the two texts' means would be (1 + 11/3) / 2);
+    loss = -(-1 - 2 - 3 - 6) / 4 = 3 (the mean of the means of both sequences would be (1 + 11/3) / 2);
     d loss / d logprob = -1/4 on the four tokens, 0 elsewhere.
     """
     nan = math.nan

@@ -1,0 +1,93 @@
+"""Output formats of evaluation: metrics.json, samples.jsonl, and a table for the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from rlhf.evaluate.metrics import TARGET, ModelResponses, point_estimate
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write all metrics as JSON."""
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def write_samples(
+    path: Path,
+    prompts: Sequence[str],
+    targets: Sequence[str | None],
+    responses: Mapping[str, ModelResponses],
+) -> None:
+    """Write one JSON line per prompt, with the response of every model and its metrics.
+
+    Args:
+        path: File to write.
+        prompts: Raw text of each prompt.
+        targets: Reference response to each prompt; None where there is none.
+        responses: Responses of each model by name.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+            of_models = {
+                name: {
+                    "text": model.texts[row],
+                    **{metric: round(values[row], 4) for metric, values in model.metrics.items()},
+                }
+                for name, model in responses.items()
+                if name != TARGET
+            }
+            sample = {"prompt": prompt, "target": target, "responses": of_models}
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path) -> Table:
+    """Build the table of all models for the terminal.
+
+    Args:
+        metrics: The content of metrics.json.
+        baseline: Name of the model that the others are compared with.
+        output: Directory of metrics.json, for the caption.
+    """
+    table = Table(
+        title=f"{metrics['prompts']} held-out prompts; 95% bootstrap intervals; ties count as 0.5",
+        caption=f"RM: reward model. KL to {baseline}, nats per response. All metrics are in {output}.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    columns = {
+        "gold\nscore": ("gold",),
+        "RM\nscore": ("reward",),
+        f"gold wins\nvs {baseline}": (f"win_rate_vs_{baseline}", "gold"),
+        f"RM wins\nvs {baseline}": (f"win_rate_vs_{baseline}", "reward"),
+        f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
+        "KL": (f"kl_to_{baseline}",),
+        "tokens": ("length",),
+        "ROUGE\nL": ("rougeL",),
+    }
+    models = metrics["models"]
+    shown = {title: keys for title, keys in columns.items() if any(_entry(model, keys) for model in models.values())}
+    table.add_column("model", overflow="fold", min_width=6)  # Long model names wrap; numbers do not.
+    for title in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, model in models.items():
+        table.add_row(
+            name, *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items())
+        )
+    return table
+
+
+def _entry(metrics: dict[str, Any], keys: tuple[str, ...]) -> dict[str, float]:
+    for key in keys:
+        metrics = metrics.get(key, {})
+    return metrics
+
+
+def _cell(interval: dict[str, float], *, with_interval: bool) -> str:
+    if not interval:
+        return ""
+    estimate = f"{point_estimate(interval):.2f}"
+    return f"{estimate}\n{interval['low']:.2f}..{interval['high']:.2f}" if with_interval else estimate

@@ -1,0 +1,270 @@
+"""Every kind of row that is recognized, and the error for a row that is not valid."""
+
+from typing import Any
+
+import pytest
+
+from rlhf.data.parser import RecordError, RecordParser
+from rlhf.data.records import (
+    FIELDS,
+    Demonstration,
+    Preference,
+    Prompt,
+    Rating,
+    UnpairedPreference,
+)
+from rlhf.errors import ConfigError
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+PROMPT = Prompt([USER], "Q")
+CONVERSATION = [USER, ASSISTANT, {"role": "user", "content": "R"}]
+LONG_PROMPT = Prompt(CONVERSATION, "user: Q\n\nassistant: A\n\nuser: R")
+TRANSCRIPT = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant:"
+
+
+def ending_with(text: str) -> list[dict[str, str]]:
+    return [*CONVERSATION, {"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"document": "Q", "target": "A"}, Demonstration(PROMPT, "A")),
+        ({"prompt": "Q", "completion": "A"}, Demonstration(PROMPT, "A")),
+        ({"prompt": "Q", "target": "A"}, Demonstration(PROMPT, "A")),
+        ({"messages": [USER, ASSISTANT]}, Demonstration(PROMPT, "A")),
+        ({"messages": ending_with("B")}, Demonstration(LONG_PROMPT, "B")),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, Demonstration(PROMPT, "A")),
+        ({"prompt": CONVERSATION, "completion": "B"}, Demonstration(LONG_PROMPT, "B")),
+        # The datasets library fills columns that a row does not use with None.
+        ({"document": None, "prompt": "Q", "completion": "A", "messages": None}, Demonstration(PROMPT, "A")),
+        ({"prompt": "Q", "completion": " A\n"}, Demonstration(PROMPT, " A\n")),
+    ],
+)
+def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
+    assert RecordParser().parse(row, Demonstration) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, Preference(PROMPT, "A", "B", 0.0)),
+        ({"document": "Q", "chosen": "A", "rejected": "B", "margin": 1.5}, Preference(PROMPT, "A", "B", 1.5)),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 2}, Preference(PROMPT, "A", "B", 2.0)),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": None}, Preference(PROMPT, "A", "B", 0.0)),
+        (
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "B"}]},
+            Preference(PROMPT, "A", "B"),
+        ),
+        ({"chosen": ending_with("C"), "rejected": ending_with("D")}, Preference(LONG_PROMPT, "C", "D")),
+        ({"chosen": TRANSCRIPT + " C", "rejected": TRANSCRIPT + " D"}, Preference(LONG_PROMPT, "C", "D")),
+        (
+            {"chosen": TRANSCRIPT + " C", "rejected": TRANSCRIPT},
+            Preference(LONG_PROMPT, "C", ""),
+        ),  # HH contains empty responses
+    ],
+)
+def test_preferences(row: dict[str, Any], expected: Preference) -> None:
+    assert RecordParser().parse(row, Preference) == expected
+
+
+def test_a_transcript_keeps_the_lines_within_a_turn() -> None:
+    """A turn starts with a blank line and a role. 'Human:' within a line is part of the text."""
+    opening = "\n\nHuman: one\n\ntwo Human: x\n\nAssistant:"
+    pair = RecordParser().parse({"chosen": opening + " a\n\nb", "rejected": opening + " c"}, Preference)
+    assert pair.prompt.messages == [{"role": "user", "content": "one\n\ntwo Human: x"}]
+    assert (pair.chosen, pair.rejected) == ("a\n\nb", "c")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "response": "A", "reward": 0.5}, Rating(PROMPT, "A", 0.5)),
+        ({"document": "Q", "response": "A", "reward": -2}, Rating(PROMPT, "A", -2.0)),
+        ({"prompt": CONVERSATION, "response": [ASSISTANT], "reward": 0}, Rating(LONG_PROMPT, "A", 0.0)),
+    ],
+)
+def test_ratings(row: dict[str, Any], expected: Rating) -> None:
+    assert RecordParser().parse(row, Rating) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "completion": "A", "label": True}, UnpairedPreference(PROMPT, "A", True)),
+        ({"document": "Q", "response": "A", "label": False}, UnpairedPreference(PROMPT, "A", False)),
+        ({"prompt": CONVERSATION, "completion": [ASSISTANT], "label": 1}, UnpairedPreference(LONG_PROMPT, "A", True)),
+        ({"prompt": "Q", "response": "A", "completion": None, "label": 0}, UnpairedPreference(PROMPT, "A", False)),
+    ],
+)
+def test_unpaired_preferences(row: dict[str, Any], expected: UnpairedPreference) -> None:
+    assert RecordParser().parse(row, UnpairedPreference) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q"}, PROMPT),
+        ({"document": "Q"}, PROMPT),
+        ({"document": "Q", "target": "A"}, Prompt([USER], "Q", "A")),
+        ({"prompt": "Q", "completion": "A"}, Prompt([USER], "Q", "A")),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, Prompt([USER], "Q", "A")),
+        ({"prompt": "Q", "response": "A", "reward": 1.0}, PROMPT),  # a rated response is not a target
+        ({"prompt": CONVERSATION}, LONG_PROMPT),
+        ({"messages": CONVERSATION}, LONG_PROMPT),
+        ({"messages": ending_with("B")}, Prompt(CONVERSATION, LONG_PROMPT.raw_text, "B")),
+        ({"chosen": TRANSCRIPT + " C", "rejected": TRANSCRIPT + " D"}, Prompt(CONVERSATION, LONG_PROMPT.raw_text, "C")),
+    ],
+)
+def test_prompts_are_parsed_from_rows_of_any_kind(row: dict[str, Any], expected: Prompt) -> None:
+    assert RecordParser().parse(row, Prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "record_type", "expected"),
+    [
+        (
+            {"prompt": "q", "rejected": "loser"},
+            {"q": "Q", "chosen": "A", "loser": "B"},
+            Preference,
+            Preference(PROMPT, "A", "B"),
+        ),
+        ({"document": "body", "target": "tldr"}, {"body": "Q", "tldr": "A"}, Demonstration, Demonstration(PROMPT, "A")),
+        ({"messages": "turns"}, {"turns": [USER, ASSISTANT]}, Demonstration, Demonstration(PROMPT, "A")),
+        (
+            {"chosen": "good", "rejected": "bad"},
+            {"good": TRANSCRIPT + " C", "bad": TRANSCRIPT + " D"},
+            Preference,
+            Preference(LONG_PROMPT, "C", "D"),
+        ),
+        (
+            {"response": "text", "reward": "stars"},
+            {"prompt": "Q", "text": "A", "stars": 5},
+            Rating,
+            Rating(PROMPT, "A", 5.0),
+        ),
+        (
+            {"margin": "gap"},
+            {"prompt": "Q", "chosen": "A", "rejected": "B", "gap": 3, "margin": 9},
+            Preference,
+            Preference(PROMPT, "A", "B", 3.0),
+        ),
+        # The data have a column 'prompt' with other content. It is not read.
+        ({"prompt": "q"}, {"prompt": "system text", "q": "Q"}, Prompt, PROMPT),
+    ],
+)
+def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], record_type: type, expected: Any) -> None:
+    assert RecordParser(columns).parse(row, record_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "record_type", "reason", "missing"),
+    [
+        (
+            {"prompt": "Q", "chosen": "A", "loser": "B"},
+            Preference,
+            "the preference record has no field 'rejected' (fields: prompt, chosen, loser)",
+            "rejected",
+        ),
+        (
+            {"prompt": "Q", "rejected": "B", "chosen": None},
+            Preference,
+            "the preference record has no field 'chosen' (fields: prompt, rejected)",
+            "chosen",
+        ),
+        ({"chosen": "A", "rejected": "B"}, Preference, "has no field 'prompt'", "prompt"),
+        ({"prompt": "Q"}, Demonstration, "the demonstration record has no field 'target'", "target"),
+        ({"target": "A"}, Demonstration, "the demonstration record has no field 'prompt'", "prompt"),
+        ({"prompt": "Q", "response": "A"}, Rating, "the rating record has no field 'reward'", "reward"),
+        ({"prompt": "Q", "reward": 1}, Rating, "the rating record has no field 'response'", "response"),
+        ({"text": "Q"}, Prompt, "the prompt record has no field 'prompt' (fields: text)", "prompt"),
+        ({}, Prompt, "(fields: none)", "prompt"),
+        ({"prompt": " \n", "target": "A"}, Demonstration, "the field 'prompt' is empty", None),
+        ({"document": "", "target": "A"}, Demonstration, "the field 'document' is empty", None),
+        ({"prompt": "Q", "target": "  "}, Demonstration, "the response is empty", None),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, Demonstration, "the response is empty", None),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, Preference, "are identical", None),
+        ({"prompt": 7, "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got 7", None),
+        ({"prompt": [], "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got []", None),
+        ({"prompt": "Q", "chosen": {"a": 1}, "rejected": "A"}, Preference, "'chosen' must be text or a list", None),
+        ({"messages": "hello"}, Demonstration, "'messages' must be text or a list of messages, got 'hello'", None),
+        ({"messages": [{"role": "user"}]}, Demonstration, "must have a 'role' and a 'content' string", None),
+        ({"messages": [{"from": "human", "value": "Q"}]}, Demonstration, "every message in the field 'messages'", None),
+        ({"messages": ["Q", "A"]}, Demonstration, "must have a 'role' and a 'content' string", None),
+        ({"messages": [USER]}, Demonstration, "'messages' must end with a message by 'assistant'", None),
+        ({"messages": [ASSISTANT]}, Demonstration, "must end with a user message", None),
+        ({"prompt": [USER, ASSISTANT], "target": "A"}, Demonstration, "must end with a user message", None),
+        ({"chosen": [USER, ASSISTANT], "rejected": ending_with("D")}, Preference, "do not share a prompt", None),
+        ({"chosen": TRANSCRIPT + " C", "rejected": "\n\nHuman: X\n\nAssistant: D"}, Preference, "do not share", None),
+        ({"prompt": "Q", "response": "A", "reward": "good"}, Rating, "must be a finite number, got 'good'", None),
+        ({"prompt": "Q", "response": "A", "reward": float("nan")}, Rating, "must be a finite number, got nan", None),
+        ({"prompt": "Q", "response": "A", "reward": True}, Rating, "must be a finite number, got True", None),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": "big"}, Preference, "'margin' must be a", None),
+        ({"prompt": "Q", "completion": "A"}, UnpairedPreference, "preference record has no field 'label'", "label"),
+        ({"prompt": "Q", "label": True}, UnpairedPreference, "has no field 'completion'", "completion"),
+        (
+            {"prompt": "Q", "completion": "A", "label": "yes"},
+            UnpairedPreference,
+            "'label' must be true or false, got 'yes'",
+            None,
+        ),
+        (
+            {"prompt": "Q", "completion": "A", "label": -1},
+            UnpairedPreference,
+            "'label' must be true or false, got -1",
+            None,
+        ),
+    ],
+)
+def test_an_invalid_row_is_explained(row: dict[str, Any], record_type: type, reason: str, missing: str | None) -> None:
+    """The reason uses the name of the column in the data; ``missing`` is the key of ``data.columns``."""
+    with pytest.raises(RecordError) as caught:
+        RecordParser().parse(row, record_type)
+    assert reason in str(caught.value)
+    assert caught.value.missing == missing
+
+
+def test_a_field_mapped_to_none_keeps_its_name() -> None:
+    """The configuration maps every field to null by default; one of them is renamed here."""
+    parser = RecordParser({**dict.fromkeys(FIELDS), "rejected": "loser"})
+    row = {"prompt": "Q", "chosen": "A", "loser": "B", "rejected": "C"}
+    assert parser.parse(row, Preference) == Preference(PROMPT, "A", "B")
+
+
+@pytest.mark.parametrize(
+    ("columns", "fix"),
+    [
+        ({"reject": "loser"}, r"Set data\.columns\.<field>=reject"),
+        ({"loser": "rejected"}, r"Set data\.columns\.rejected=loser"),
+        ({"reject": None}, r"Set data\.columns\.<field>=reject"),
+    ],
+    ids=["unknown", "key and value swapped", "unknown and null"],
+)
+def test_an_unknown_field_name_is_rejected(columns: dict[str, str | None], fix: str) -> None:
+    """The message names the key, its value, the known fields, and the fix."""
+    ((name, column),) = columns.items()
+    message = rf"^data\.columns\.{name}={column}: '{name}' is not a field .* prompt, document, .*, label; .*\n  {fix}$"
+    with pytest.raises(ConfigError, match=message):
+        RecordParser({"prompt": "Q", **columns})
+
+
+def test_a_missing_renamed_field_is_reported_under_its_name_in_the_data() -> None:
+    with pytest.raises(RecordError, match=r"no field 'loser' \(fields: prompt, chosen\)") as caught:
+        RecordParser({"rejected": "loser"}).parse({"prompt": "Q", "chosen": "A"}, Preference)
+    assert caught.value.missing == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "record_type", "name"),
+    [
+        ({"prompt": "q"}, {"q": "", "target": "A"}, Demonstration, "q"),
+        ({"reward": "stars"}, {"prompt": "Q", "response": "A", "stars": "five"}, Rating, "stars"),
+        ({"messages": "turns"}, {"turns": 3}, Demonstration, "turns"),
+        ({"label": "good"}, {"prompt": "Q", "completion": "A", "good": 0.5}, UnpairedPreference, "good"),
+    ],
+)
+def test_an_invalid_renamed_field_is_reported_under_its_name_in_the_data(
+    columns: dict[str, str], row: dict[str, Any], record_type: type, name: str
+) -> None:
+    with pytest.raises(RecordError, match=f"field '{name}'"):
+        RecordParser(columns).parse(row, record_type)

@@ -1,0 +1,145 @@
+"""Reading records: the detected kind, the report of invalid rows, and the held-out records."""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+
+from contract.configs import compose_config
+from rlhf.data import Demonstration, Preference, Prompt, Rating
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader, hold_out
+from rlhf.data.records import FIELDS
+from rlhf.errors import DataError
+
+Write = Callable[..., str]
+Demonstrations = Callable[[int], list[dict[str, str]]]
+READER = RecordReader(RecordParser())
+LOSER_COLUMN = {"prompt": "Q", "chosen": "A", "loser": "B"}
+QUESTION = Prompt([{"role": "user", "content": "Q"}], "Q")
+
+
+def test_records_are_in_file_order(write: Write, demonstrations: Demonstrations) -> None:
+    assert READER.read(write(*demonstrations(3)), "train", (Demonstration,)) == [
+        Demonstration(Prompt([{"role": "user", "content": f"Q{i}"}], f"Q{i}"), f"A{i}") for i in range(3)
+    ]
+
+
+def test_a_missing_field_is_reported_with_line_and_fix(tmp_path: Path) -> None:
+    """The invalid row is in line 3, because the blank line 2 counts."""
+    path = tmp_path / "prefs.jsonl"
+    valid = json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B"})
+    path.write_text(f"{valid}\n\n{json.dumps(LOSER_COLUMN)}\n")
+    with pytest.raises(DataError) as caught:
+        READER.read(str(path), "train", (Preference,))
+    assert str(caught.value) == (
+        f"{path}:3: the preference record has no field 'rejected' (fields: prompt, chosen, loser).\n"
+        "  If the field has another name: data.columns.rejected=loser\n"
+        '  Expected: {"prompt": "...", "chosen": "...", "rejected": "..."}\n'
+        "  To skip invalid rows: data.on_error=skip"
+    )
+
+
+def test_the_suggested_column_is_not_empty(write: Write) -> None:
+    """Another row has a margin and this one does not, so 'margin' cannot be the column of 'rejected'."""
+    path = write(LOSER_COLUMN, {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 1.0})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*loser\)\.\n.*data\.columns\.rejected=loser\n"):
+        READER.read(path, "train", (Preference,))
+
+
+def test_the_suggested_column_fixes_the_error(write: Write) -> None:
+    reader = RecordReader(RecordParser({"rejected": "loser"}))
+    assert reader.read(write(LOSER_COLUMN), "train", (Preference,)) == [Preference(QUESTION, "A", "B")]
+
+
+@pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])
+def test_the_configuration_declares_every_field(data: str) -> None:
+    """``data.columns.<field>`` can be set for each field of a record, and is null by default."""
+    cfg = compose_config("stage=dpo", f"data={data}")
+    assert dict(cfg.data.columns) == dict.fromkeys(FIELDS)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("data", ["demo", "jsonl"])
+def test_the_suggested_override_works_on_the_command_line(write: Write, stage: str, data: str) -> None:
+    """Compose the configuration, read the override from the error message, and compose again with it."""
+    path = write(LOSER_COLUMN)
+    overrides = (f"stage={stage}", f"data={data}", "data.val=null", "data.val_fraction=0")
+    with pytest.raises(DataError) as caught:
+        instantiate(compose_config(*overrides).data, train=path).records("train")
+    suggested = re.search(r"data\.columns\.\S+", str(caught.value))
+    assert suggested is not None
+    assert suggested.group() == "data.columns.rejected=loser"
+    datamodule = instantiate(compose_config(*overrides, suggested.group()).data, train=path)
+    assert datamodule.records("train") == [Preference(QUESTION, "A", "B")]
+
+
+def test_five_invalid_rows_are_shown_and_all_are_counted(write: Write, demonstrations: Demonstrations) -> None:
+    """7 of 9 rows are invalid: 5 lines, and a line with the number of the others."""
+    path = write(*demonstrations(2), *({"document": f"Q{i}", "target": ""} for i in range(7)))
+    with pytest.raises(DataError) as caught:
+        READER.read(path, "train", (Demonstration,))
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{number}" for number in range(3, 8)]
+    assert lines[5] == "... and 2 more of 9 rows."
+
+
+def test_csv_rows_are_located_by_row_number(tmp_path: Path) -> None:
+    """A CSV field may contain line breaks, so line numbers do not help. The header is not a row."""
+    path = tmp_path / "rows.csv"
+    path.write_text('document,target\n"two\nlines",A\nQ,\n')
+    with pytest.raises(DataError, match=r"rows\.csv, row 2: the demonstration record has no field 'target'"):
+        READER.read(str(path), "train", (Demonstration,))
+
+
+def test_skipped_rows_are_counted_in_the_log(
+    write: Write, demonstrations: Demonstrations, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2 of 5 rows are invalid. The log shows the first one."""
+    rows = demonstrations(3)
+    path = write(rows[0], {"document": "Q"}, rows[1], {"document": "", "target": "A"}, rows[2])
+    reader = RecordReader(RecordParser(), on_error="skip")
+    with caplog.at_level(logging.INFO, logger="rlhf"):
+        records = reader.read(path, "train", (Demonstration,))
+    assert [record.response for record in records] == ["A0", "A1", "A2"]
+    assert f"{path}: skipped 2 invalid rows; the first one: {path}:2: the demonstration record has no" in caplog.text
+    assert "read 3 records, skipped 2 invalid rows" in caplog.text
+
+
+def test_a_file_without_a_valid_row_is_an_error_even_when_skipping(write: Write) -> None:
+    with pytest.raises(DataError, match="contain no valid record"):
+        RecordReader(RecordParser(), on_error="skip").read(write({"document": "Q"}), "train", (Demonstration,))
+
+
+def test_the_first_row_determines_the_record_type(write: Write) -> None:
+    rating = {"prompt": "Q", "response": "A", "reward": 0.5}
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    for row, record_type in ((rating, Rating), (pair, Preference)):
+        (record,) = READER.read(write(row), "train", (Preference, Rating))
+        assert type(record) is record_type
+
+
+def test_max_rows_limits_what_is_read(write: Write, demonstrations: Demonstrations) -> None:
+    """The invalid fourth row is not parsed."""
+    path = write(*demonstrations(3), {"document": "Q"})
+    assert len(RecordReader(RecordParser(), max_rows=2).read(path, "train", (Demonstration,))) == 2
+
+
+def test_hold_out_by_hand() -> None:
+    """15 % of 10 records are 1.5, rounded to 2. Both parts keep the order, and the seed decides."""
+    records = list(range(10))
+    train, val = hold_out(records, 0.15, seed=0)
+    assert (len(train), len(val)) == (8, 2)
+    assert (train, val) == (sorted(train), sorted(val))
+    assert sorted(train + val) == records
+    assert hold_out(records, 0.15, seed=0) == (train, val)
+    assert hold_out(records, 0.15, seed=1) != (train, val)
+
+
+def test_hold_out_keeps_one_record_for_training() -> None:
+    assert hold_out(["only"], 0.9, seed=0) == (["only"], [])
+    assert len(hold_out(["one", "two"], 0.9, seed=0)[0]) == 1

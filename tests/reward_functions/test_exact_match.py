@@ -1,0 +1,44 @@
+"""Rewards for correct numbers."""
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from rlhf.errors import ConfigError, DataError
+from rlhf.reward_functions import ExactMatchReward
+from rlhf.reward_functions.exact_match import final_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("He has 3 + 4 = 7 apples.\n#### 7", "7"),
+        ("#### 1,234", "1234"),
+        ("so 5 #### 6 #### -2.50 euros 9", "-2.50"),
+        ("it is 12, or 13", "13"),
+        ("none", None),
+        ("#### none 3", "3"),
+    ],
+)
+def test_final_number_is_the_first_after_the_last_marker(text: str, number: str | None) -> None:
+    """Without a marker it is the last number of the text."""
+    assert final_number(text, "####", strict=False) == (None if number is None else Decimal(number))
+
+
+def test_exact_match_by_hand(make_batch: Any) -> None:
+    """18 and 18.0 are equal. Without the marker, a response is incorrect only if strict. No number is incorrect."""
+    batch = make_batch("9 + 9 #### 18.0", "it is 18", "#### 17", "eighteen", targets=("... #### 18",) * 4)
+    assert ExactMatchReward(wrong=-0.5)(batch).tolist() == [1.0, 1.0, -0.5, -0.5]
+    assert ExactMatchReward(strict=True)(batch).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("target", [None, "no number"])
+def test_targets_must_contain_a_number(make_batch: Any, target: str | None) -> None:
+    with pytest.raises(DataError, match="requires a reference response that ends in a number"):
+        ExactMatchReward()(make_batch("#### 1", targets=(target,)))
+
+
+def test_correct_must_be_worth_more_than_wrong() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.correct must be greater than reward\.wrong \(0\.0\), got 0\.0"):
+        ExactMatchReward(correct=0.0)

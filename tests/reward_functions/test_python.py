@@ -1,0 +1,59 @@
+"""Rewards from Python functions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import ConfigError, DataError
+from rlhf.reward_functions import PythonReward
+
+
+def write_function(folder: Path, code: str) -> str:
+    path = folder / "mine.py"
+    path.write_text(code)
+    return f"{path}:score"
+
+
+def test_function_receives_prompts_and_responses(tmp_path: Path, make_batch: Any, load: Callable[..., Any]) -> None:
+    """Length of the prompt plus 10 times the length of the response: 2 + 10 and 2 + 30."""
+    path = write_function(
+        tmp_path, "def score(prompts, responses): return [len(p) + 10 * len(r) for p, r in zip(prompts, responses)]"
+    )
+    assert load(PythonReward(path=path))(make_batch("a", "bcd")).tolist() == [12.0, 32.0]
+
+
+def test_function_with_three_arguments_receives_targets(
+    tmp_path: Path, make_batch: Any, load: Callable[..., Any]
+) -> None:
+    path = write_function(
+        tmp_path, "def score(prompts, responses, targets): return [float(r == t) for r, t in zip(responses, targets)]"
+    )
+    assert load(PythonReward(path=path))(make_batch("x", "y", targets=("x", "z"))).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def score(prompts, responses): return [1.0]", "returned 1 scores for 2 responses"),
+        ("def score(prompts, responses): return [1.0, float('nan')]", "non-finite score nan for the response 'b'"),
+    ],
+)
+def test_invalid_scores_are_errors_that_name_the_function(
+    tmp_path: Path, make_batch: Any, load: Callable[..., Any], code: str, message: str
+) -> None:
+    path = write_function(tmp_path, code)
+    with pytest.raises(DataError, match=message) as raised:
+        load(PythonReward(path=path))(make_batch("a", "b"))
+    assert str(raised.value).startswith(f"reward.path={path}")
+
+
+def test_missing_file_or_function_is_an_error(tmp_path: Path, load: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"reward=python requires reward\.path"):
+        load(PythonReward())
+    with pytest.raises(ConfigError, match=r"reward\.path .* got no\.py:score: there is no such file"):
+        load(PythonReward(path="no.py:score"))
+    path = write_function(tmp_path, "def other(prompts, responses): return [1.0]")
+    with pytest.raises(ConfigError, match="contains no function named 'score'"):
+        load(PythonReward(path=path))

@@ -1,0 +1,38 @@
+"""Weighted sums of rewards."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import ConfigError
+from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward, WeightedSumReward
+
+
+def test_weighted_sum_by_hand(tmp_path: Path, make_batch: Any, load: Callable[..., Any]) -> None:
+    """0.5 x length + 2 x exact match: 0.5 x 9 + 2 = 6.5 for "ab #### 1", 0.5 x 6 + 0 = 3 for "#### 2"."""
+    path = tmp_path / "mine.py"
+    path.write_text("def score(prompts, responses): return [len(r) for r in responses]")
+    components = {
+        "python": PythonReward(path=f"{path}:score"),
+        "exact_match": ExactMatchReward(),
+        "model": ModelReward(),
+    }
+    weights = {"python": 0.5, "exact_match": 2.0, "model": 0.0}
+    reward = load(WeightedSumReward(components=components, weights=weights))
+    assert not reward.needs_model
+    total, by_component = reward.score_with_components(make_batch("ab #### 1", "#### 2", targets=("#### 1",) * 2))
+    assert total.tolist() == [6.5, 3.0]
+    assert {name: scores.tolist() for name, scores in by_component.items()} == {"python": [9, 6], "exact_match": [1, 0]}
+
+
+def test_weighted_sum_needs_a_model_if_a_component_does() -> None:
+    assert WeightedSumReward(components={"model": ModelReward()}, weights={"model": 1.0}).needs_model
+
+
+def test_weights_must_belong_to_components_and_not_all_be_zero() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.weights must contain a weight other than 0"):
+        WeightedSumReward(components={"exact_match": ExactMatchReward()}, weights={"exact_match": 0.0})
+    with pytest.raises(ConfigError, match=r"reward\.weights contains gold, which is not one of the components"):
+        WeightedSumReward(components={"exact_match": ExactMatchReward()}, weights={"gold": 1.0})

@@ -1,0 +1,87 @@
+"""Atomic writes and hashes of files."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from rlhf import files
+from rlhf.files import atomic_write, sha256_of_file
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_a_file_is_written_in_a_new_directory(tmp_path: Path, concurrent: bool) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    atomic_write(path, lambda file: file.write(b"content"), concurrent=concurrent)
+    assert path.read_bytes() == b"content"
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_an_existing_file_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path, concurrent: bool) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+
+    atomic_write(path, write, concurrent=concurrent)
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_write_leaves_no_trace(tmp_path: Path, error: type[BaseException], concurrent: bool) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"incomplete")
+        raise error
+
+    with pytest.raises(error):
+        atomic_write(path, write, concurrent=concurrent)
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.parametrize(("concurrent", "name"), [(False, "file.part"), (True, f"file.{os.getpid()}.part")])
+def test_concurrent_writers_use_different_names(tmp_path: Path, concurrent: bool, name: str) -> None:
+    """The process id is part of the temporary name."""
+    names: list[str] = []
+    atomic_write(tmp_path / "file", lambda file: names.append(Path(file.name).name), concurrent=concurrent)
+    assert names == [name]
+
+
+def test_the_content_is_flushed_to_disk_before_the_file_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a loss of power could leave an empty file under the final name."""
+    calls: list[str] = []
+
+    def record(name: str) -> Any:
+        original = getattr(os, name)
+
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return original(*args)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(files.os, name, record(name))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"content"))
+    assert calls == ["fsync", "replace", "fsync"]  # The second fsync is that of the directory.
+
+
+def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
+    """Also of a file that is longer than one block of 1 MiB. There is none for a directory or a missing file."""
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert sha256_of_file(tmp_path) is None
+    assert sha256_of_file(str(tmp_path / "nothing")) is None
+    assert sha256_of_file("") is None

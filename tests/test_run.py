@@ -1,0 +1,211 @@
+"""One stage from configuration to result, in this process; ``test_train.py`` runs complete commands."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from contract.configs import compose_config
+from harness import STAGES, TINY_DATA, TINY_MODEL, RunRecorder, TinyRun
+from rlhf import callbacks, run
+from rlhf.errors import ConfigError
+from rlhf.export import Export, save_result
+from rlhf.models import ModelSource
+from rlhf.run import build_trainer, run_stage
+from rlhf.stage import Result
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
+# The Trainer
+
+
+def trainer_of(*overrides: str, extra: list[Callback] | None = None) -> lightning.Trainer:
+    return build_trainer(compose_config("stage=sft", "trainer=cpu", *overrides), extra or [])
+
+
+def callback_names(trainer: lightning.Trainer) -> set[str]:
+    return {type(callback).__name__ for callback in trainer.callbacks}
+
+
+def test_the_trainer_gets_configured_and_given_callbacks(tmp_path: Path) -> None:
+    recorder = RunRecorder()
+    trainer = trainer_of(f"paths.root={tmp_path}", extra=[recorder])
+    assert recorder in trainer.callbacks
+    assert {"RichProgressBar", "Alerts", "RunCheckpoint"} <= callback_names(trainer)
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("trainer.enable_progress_bar=false", "RichProgressBar"),
+        ("trainer.enable_checkpointing=false", "RunCheckpoint"),
+        ("callbacks.checkpoint=null", "RunCheckpoint"),
+        ("callbacks.alerts=null", "Alerts"),
+    ],
+)
+def test_callbacks_can_be_switched_off(tmp_path: Path, override: str, name: str) -> None:
+    """By ``null``, or by a flag of the Trainer, which Lightning alone would reject next to the configured callback."""
+    assert name in callback_names(trainer_of(f"paths.root={tmp_path}"))
+    assert name not in callback_names(trainer_of(f"paths.root={tmp_path}", override))
+
+
+def sharded_trainer(**flags: Any) -> SimpleNamespace:
+    """Stands for a Trainer with FSDP, which Lightning does not build without a GPU."""
+    return SimpleNamespace(strategy=FSDPStrategy())
+
+
+def test_sharded_models_are_rejected() -> None:
+    """Their exports would contain one shard only."""
+    target = f"trainer._target_={__name__}.sharded_trainer"
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy=fsdp is not supported: .*\n  Set trainer=ddp or "):
+        trainer_of("trainer.strategy=fsdp", target)
+
+
+# Training
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Any:
+    """Return a function that composes a tiny run in ``tmp_path``."""
+
+    def compose(stage: str, *overrides: str) -> DictConfig:
+        tiny = [*TINY_MODEL["transformer"], *TINY_DATA, "trainer.enable_progress_bar=false", f"paths.root={tmp_path}"]
+        return compose_config(f"stage={stage}", *tiny, *overrides)
+
+    return compose
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "rlhf"
+
+
+SFT = ["stage.samples=0", "data.batch_size=8", "trainer.max_steps=1", "trainer.limit_val_batches=1"]
+
+
+def test_a_stage_exports_its_result_and_returns_its_metric(configure: Any, directory: Path) -> None:
+    """Training stops within the first epoch, before any validation, so a validation run computes the metric."""
+    monitored = run_stage(configure("sft", *SFT))
+    log = (directory / "sft" / "sft.log").read_text()
+    assert f"val/loss = {monitored:.4f}" in log
+    assert "stage=sft took" in log
+    export = Export(str(directory / "sft" / "sft_final.pt"))
+    assert export.provenance["stage"] == "sft"
+    assert len(export.tokenizer()) == 300
+
+
+def test_the_seed_makes_a_run_reproducible(configure: Any) -> None:
+    first, second, other = (run_stage(configure("sft", *SFT, f"seed={seed}")) for seed in (1, 1, 2))
+    assert first == second != other
+
+
+def test_fast_dev_run_exports_nothing(configure: Any, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        run_stage(configure("sft", *SFT, "trainer.fast_dev_run=true"))
+    assert "trainer.fast_dev_run=true: the result is not exported." in caplog.text
+    assert not list(directory.rglob("*.pt"))
+
+
+def test_check_only_trains_nothing(configure: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr(callbacks, "run_preflight", lambda module, reload: checked.append(module))
+    assert math.isnan(run_stage(configure("sft", *SFT, "check=only")))
+    assert len(checked) == 1
+    assert not list(directory.rglob("*.pt"))
+    assert not list(directory.rglob("*.ckpt"))
+
+
+def test_a_missing_input_is_reported_before_data_are_read(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "build_trainer", lambda *_: pytest.fail("a Trainer was built"))
+    with pytest.raises(ConfigError, match=r"^stage=dpo requires the output of stage=sft"):
+        run_stage(configure("dpo", "data.train=nowhere.jsonl"))
+
+
+def test_a_reward_function_without_a_model_needs_no_reward_model(tmp_path: Path) -> None:
+    """``reward=exact_match`` reads no reward model, so none has to exist in the run; ``reward=model`` requires one."""
+    policy = ["model=pretrained", "model.path=x", f"paths.root={tmp_path}"]
+    cfg = compose_config("stage=ppo", *policy, "reward=exact_match")
+    build = instantiate(cfg.stage, _partial_=True)
+    assert build.func.unused_inputs(build.keywords) == {"reward_model"}
+    assert run._inputs(cfg, unused={"reward_model"})["reward_model"] is None
+    with pytest.raises(ConfigError, match="requires the output of stage=reward"):
+        run._inputs(cfg, unused=set())
+
+
+# Evaluation
+
+
+def test_check_only_evaluates_nothing(configure: Any, directory: Path) -> None:
+    assert math.isnan(run_stage(configure("evaluate", "check=only")))
+    assert not (directory / "evaluation" / "metrics.json").exists()
+
+
+@pytest.fixture
+def policies(directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, source: ModelSource) -> None:
+    """SFT and DPO models of one vocabulary, and a model of another one."""
+    other = source.tokenizer(["an entirely different text"])
+    save_result(Result(lm, tokenizer), directory / "sft" / "sft_final.pt", {})
+    save_result(Result(lm, tokenizer), directory / "dpo" / "dpo_final.pt", {})
+    save_result(Result(source.language_model(other), other), directory / "other.pt", {})
+
+
+@pytest.mark.usefixtures("policies")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["stage.baseline=ppo"],
+            r"^stage\.baseline must be one of the models \(sft, dpo\), got ppo\.\n  Set stage\.baseline=sft$",
+        ),
+        (
+            ["stage.models={{sft: sft, other: {directory}/other.pt}}"],
+            r"^stage\.models: other and the baseline sft have different vocabularies",
+        ),
+        (
+            ["trainer.devices=2", "trainer.strategy=ddp"],
+            r"^stage=evaluate runs on one device, but trainer\.devices selects 2\.\n  Set trainer\.devices=1",
+        ),
+    ],
+)
+def test_policies_that_cannot_be_compared_are_rejected(
+    configure: Any, directory: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_stage(configure("evaluate", *(override.format(directory=directory) for override in overrides)))
+
+
+@pytest.mark.usefixtures("policies")
+def test_an_evaluation_compares_the_policies_of_the_run(configure: Any, directory: Path) -> None:
+    """Without a reward model, the gold score of the bundled data is the only score."""
+    small = ["data.max_rows=4", "data.max_length=64", "stage.sampling.max_new_tokens=4", "stage.bootstrap=10"]
+    run_stage(configure("evaluate", *small))
+    metrics = json.loads((directory / "evaluation" / "metrics.json").read_text())
+    assert {"sft", "dpo"} <= metrics["models"].keys()
+
+
+# Every stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_stage_clips_its_gradients(tiny_run: TinyRun, stage: str, precision: str) -> None:
+    """Lightning cannot clip the gradients of a fused AdamW under mixed precision, so the stages do not use it there."""
+    flags = {"precision": precision, "gradient_clip_val": 1e-3, "max_steps": 2, "max_epochs": 2}
+    run = tiny_run.train(stage, trainer=flags)
+    assert run.trainer.global_step == 2
+    assert run.recorder.grad_norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
