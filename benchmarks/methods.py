@@ -1,6 +1,6 @@
-"""The README's table of methods: gold win rate over SFT, with 95 % bootstrap intervals, a column a seed.
+"""Makes the table of methods: gold win rate over SFT with 95 % bootstrap intervals, one column per seed.
 
-python train.py -m experiment=compare seed=1,2,3       about 20 minutes a seed on 2 CPU cores
+python train.py -m experiment=compare seed=1,2,3       about 20 minutes per seed on 2 CPU cores
 python benchmarks/methods.py outputs/rlhf/sweeps/pipeline/seed=*
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, one a seed")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, one per seed")
     runs = parser.parse_args().runs
     models = [json.loads((run / "evaluation" / "metrics.json").read_text())["models"] for run in runs]
     lines = [
-        f"| method | {' | '.join(run.name for run in runs)} | mean | KL to SFT, nats an answer | tokens |",
+        f"| method | {' | '.join(run.name for run in runs)} | mean | KL to SFT, nats per response | tokens |",
         f"|{'---|' * (len(runs) + 4)}",
     ]
     for method in [name for name in models[0] if "win_rate_vs_sft" in models[0][name]]:
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _mean(metrics: list[dict[str, Any]], name: str) -> str:
-    """Mean over the seeds; nothing for what the data's own answers do not have."""
+    """Return the mean over the seeds, or an empty cell for a metric that the data's own responses do not have."""
     return f"{mean(of_seed[name]['mean'] for of_seed in metrics):.2f}" if name in metrics[0] else ""
 
 

@@ -1,9 +1,9 @@
-"""The README's table: the demo pipeline for several seeds, with wall-clock time.
+"""Makes the table of seeds: the demo pipeline for several seeds, with wall-clock time.
 
-    python benchmarks/seeds.py --seeds 1 2 3            about 5 minutes a seed on 2 CPU cores
+    python benchmarks/seeds.py --seeds 1 2 3            about 5 minutes per seed on 2 CPU cores
     python benchmarks/seeds.py --seeds 1 --model mamba
 
-Every pipeline is a process of its own, as a user would start it; seeds run one after the other.
+Each pipeline runs in a new process, one after the other.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--model", default="transformer")
-    parser.add_argument("--root", default="outputs/benchmark", help="folder of the runs")
+    parser.add_argument("--root", default="outputs/benchmark", help="directory of the runs")
     options = parser.parse_args()
     rows = ["| seed | reward model accuracy | PPO wins over SFT | DPO wins over SFT | KL PPO / DPO | seconds |"]
     rows.append("|---|---|---|---|---|---|")
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def figures(run: Path) -> str:
-    """The figures of one run, as cells of the table."""
+    """Return the results of one run as cells of the table."""
     models = json.loads((run / "evaluation" / "metrics.json").read_text())["models"]
     lines = (run / "reward" / "reward.log").read_text().splitlines()
     accuracy = next(line.split(" = ")[1] for line in reversed(lines) if "val/accuracy = " in line)

@@ -1,7 +1,8 @@
-"""Write the shipped data set again, byte for byte: ``python data/generate.py [folder]``.
+"""Generate the bundled data set: ``python data/generate.py [directory]``.
 
-Everything in these files is generated from the word lists of ``gold.py``: nobody in them exists. Targets are of mixed
-quality and one preference label in ten is flipped, as with human data, so that RLHF has something to gain.
+The files are the same, byte for byte, on every run. All people, places and events in them are invented and come from
+the word lists of ``gold.py``. As in human data, targets are of mixed quality and one preference label in ten is
+flipped, so that RLHF can improve on the demonstrations.
 """
 
 import argparse
@@ -10,13 +11,14 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gold import DAYS, MONTHS, NAMES, PLACES, THINGS, score
 
 SEED = 20261122
-LABEL_NOISE = 0.1  # share of preference labels that are flipped
-RATING_NOISE = 0.1  # standard deviation of the noise on scalar rewards, gold points
-SMALLEST_GAP = 0.25  # gold points; closer pairs are not shown to the annotator
+LABEL_NOISE = 0.1  # fraction of preference labels that are flipped
+RATING_NOISE = 0.1  # standard deviation of the noise on scalar rewards, in units of the gold score
+MIN_SCORE_GAP = 0.25  # smallest difference between the gold scores of a pair
 ROWS = {
     "rl_train": 5000,
     "rl_val": 300,
@@ -28,12 +30,15 @@ ROWS = {
 }
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Domain:
-    """A kind of document: what it is about, and how it tells each fact."""
+    """A topic of documents, with sentence templates for each kind of fact."""
 
     things: Sequence[str]
-    times: Sequence[str]  # with the preposition that goes with them
+    times: Sequence[str]  # including the preposition
     units: str
     what: Sequence[str]
     when: Sequence[str]
@@ -170,7 +175,7 @@ FILLERS = (
     "Children liked it best of all.",
 )
 
-# how an answer words a fact: short first, then ways that say no more in more words
+# Ways in which a response states a fact: the short one first, then wordy ones with the same content.
 WORDINGS = {
     "what": ("the {what}", "this is about the {what}", "the text tells of the {what}"),
     "where": ("in {where}", "all this is in {where}", "to be exact in {where}"),
@@ -188,32 +193,33 @@ CLOSINGS = (" More will follow soon.", " That is all we know.", " The rest is no
 
 @dataclass(frozen=True)
 class Writer:
-    """An author of answers: with which probability each fault appears."""
+    """An author of responses, defined by the probability of each kind of flaw."""
 
     omits: float  # per fact
-    invents: float  # per fact: another of its kind stands in its place
+    invents: float  # per fact: it is replaced by another one of the same kind
     wordy: float  # per fact, for the opening and for the closing
 
 
-DEMONSTRATORS = (  # careful, but often incomplete and long-winded: what SFT learns from
+DEMONSTRATORS = (  # authors of the SFT targets: accurate, but often incomplete and wordy
     Writer(omits=0.10, invents=0.005, wordy=0.10),
     Writer(omits=0.35, invents=0.005, wordy=0.50),
     Writer(omits=0.55, invents=0.005, wordy=0.15),
     Writer(omits=0.30, invents=0.005, wordy=0.75),
 )
-CANDIDATES = (  # whose answers are compared and rated
+CANDIDATES = (  # authors of the responses that are compared and rated
     *DEMONSTRATORS,
     Writer(omits=0.02, invents=0.00, wordy=0.02),
     Writer(omits=0.10, invents=0.03, wordy=0.20),
 )
 
 
-def pick(rng: random.Random, options: Sequence):
-    """One of the options. Only ``rng.random`` is promised to give the same numbers in every Python."""
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """Choose one of the options. Only ``rng.random`` is guaranteed to be the same in every version of Python."""
     return options[int(rng.random() * len(options))]
 
 
 def draw_facts(rng: random.Random, domain: Domain) -> dict[str, str]:
+    """Draw the five facts of a document."""
     return {
         "who": pick(rng, NAMES),
         "what": pick(rng, domain.things),
@@ -224,39 +230,42 @@ def draw_facts(rng: random.Random, domain: Domain) -> dict[str, str]:
 
 
 def shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
+    """Return the items in random order."""
     return [item for _, item in sorted((rng.random(), item) for item in items)]
 
 
 def write_document(rng: random.Random, domain: Domain, values: dict[str, str]) -> str:
-    told = [pick(rng, ways).format(**values) for ways in (domain.who, domain.what, domain.when, domain.count)]
+    """Write a news item that contains the facts and up to two filler sentences, in random order."""
+    statements = [pick(rng, ways).format(**values) for ways in (domain.who, domain.what, domain.when, domain.count)]
     fillers = shuffled(rng, FILLERS)[: int(rng.random() * 3)]
-    return " ".join(shuffled(rng, told + fillers))
+    return " ".join(shuffled(rng, statements + fillers))
 
 
-def write_answer(rng: random.Random, domain: Domain, values: dict[str, str], writer: Writer) -> str:
+def write_response(rng: random.Random, domain: Domain, values: dict[str, str], writer: Writer) -> str:
+    """Write a summary of the facts, with the flaws of its author."""
     values = dict(values)
     for fact, other in draw_facts(rng, domain).items():
         if rng.random() < writer.invents:
             values[fact] = other
     kept = [fact for fact in WORDINGS if rng.random() >= writer.omits] or ["what"]
-    parts = [pick(rng, WORDINGS[fact][1:]) if rng.random() < writer.wordy else WORDINGS[fact][0] for fact in kept]
+    phrases = [pick(rng, WORDINGS[fact][1:]) if rng.random() < writer.wordy else WORDINGS[fact][0] for fact in kept]
     opening = pick(rng, OPENINGS) if rng.random() < writer.wordy else ""
     closing = pick(rng, CLOSINGS) if rng.random() < writer.wordy else ""
-    text = ", ".join(parts).format(units=domain.units, **values)
+    text = ", ".join(phrases).format(units=domain.units, **values)
     return f"{opening}{text}.{closing}"
 
 
 def write_pair(rng: random.Random, document: str, domain: Domain, values: dict[str, str]) -> tuple[str, str]:
-    """Two answers by two authors, the better one first, further apart than the smallest gap."""
+    """Write two responses by two authors, the better one first, whose scores differ by at least ``MIN_SCORE_GAP``."""
     while True:
-        pair = [write_answer(rng, domain, values, pick(rng, CANDIDATES)) for _ in range(2)]
+        pair = [write_response(rng, domain, values, pick(rng, CANDIDATES)) for _ in range(2)]
         first, second = score([document, document], pair)
-        if abs(first - second) >= SMALLEST_GAP:
+        if abs(first - second) >= MIN_SCORE_GAP:
             return (pair[0], pair[1]) if first > second else (pair[1], pair[0])
 
 
 def rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator[dict[str, object]]:
-    """The records of one file; ``seen`` keeps a document from standing in two of them."""
+    """Yield the rows of one file. ``seen`` contains all documents so far, so that no document occurs twice."""
     for _ in range(count):
         domain = pick(rng, DOMAINS)
         values = draw_facts(rng, domain)
@@ -265,14 +274,14 @@ def rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator
             document = write_document(rng, domain, values := draw_facts(rng, domain))
         seen.add(document)
         if split.startswith("rl"):
-            yield {"document": document, "target": write_answer(rng, domain, values, pick(rng, DEMONSTRATORS))}
+            yield {"document": document, "target": write_response(rng, domain, values, pick(rng, DEMONSTRATORS))}
         elif split.startswith("prefs"):
             better, worse = write_pair(rng, document, domain, values)
             chosen, rejected = (worse, better) if rng.random() < LABEL_NOISE else (better, worse)
             yield {"document": document, "chosen": chosen, "rejected": rejected}
         else:
-            response = write_answer(rng, domain, values, pick(rng, CANDIDATES))
-            noise = RATING_NOISE * (sum(rng.random() for _ in range(12)) - 6)  # near normal, and portable
+            response = write_response(rng, domain, values, pick(rng, CANDIDATES))
+            noise = RATING_NOISE * (sum(rng.random() for _ in range(12)) - 6)  # nearly normal and portable
             yield {
                 "document": document,
                 "response": response,
@@ -282,13 +291,14 @@ def rows(rng: random.Random, split: str, count: int, seen: set[str]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent)
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, seen = random.Random(SEED), set()
+    parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).parent)
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+    seen: set[str] = set()
     for split, count in ROWS.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(rng, split, count, seen))
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

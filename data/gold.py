@@ -1,9 +1,9 @@
-"""The gold scorer of the shipped data: what the reward model tries to guess from noisy labels.
+"""The gold score of the bundled data, which the reward model learns to predict from noisy labels.
 
-    score = facts covered / facts in the document - 0.25 x facts invented - 0.02 x words
+    score = facts covered / facts in the document - 0.25 * facts invented - 0.02 * words
 
-A fact is a name, place, thing, day, month or number. Training never sees this file; ``stage=evaluate`` calls
-``data/gold.py:score``, and any function of yours with the same two arguments can take its place.
+A fact is a name, place, thing, day, month or number. Training does not use this score. ``stage=evaluate`` calls
+``data/gold.py:score``; any function with the same arguments can replace it.
 """
 
 import re
@@ -25,21 +25,21 @@ _FACT_WORDS = frozenset(NAMES + PLACES + DAYS + MONTHS + THINGS)
 
 
 def facts(text: str) -> set[str]:
-    """The fact words of a text: every number, and every word that stands in one of the lists above."""
+    """Return the facts of a text: every number, and every word that is in one of the lists above."""
     return {word for word in re.findall(r"[A-Za-z]+|\d+", text) if word.isdigit() or word in _FACT_WORDS}
 
 
-def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Gold score of each answer to its document; 1 less 0.02 a word is the best there is.
+def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Gold score of each response; the best possible score is 1 minus 0.02 per word.
 
     Args:
-        prompts: the documents, as they stand in the data (no prompt template around them).
-        answers: one answer a document, without special tokens.
+        prompts: The documents as they are in the data, without a chat template.
+        responses: One response per document, without special tokens.
     """
-    return [_score_one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def _score_one(document: str, answer: str) -> float:
-    wanted, given = facts(document), facts(answer)
-    covered = len(wanted & given) / max(len(wanted), 1)
-    return covered - 0.25 * len(given - wanted) - 0.02 * len(answer.split())
+def _score(document: str, response: str) -> float:
+    expected, found = facts(document), facts(response)
+    covered = len(expected & found) / max(len(expected), 1)
+    return covered - 0.25 * len(found - expected) - 0.02 * len(response.split())

@@ -13,7 +13,7 @@ class UserError(ValueError):
 
     Args:
         message: The key, the value and the constraint.
-        hint: The fix, on a line of its own.
+        hint: The fix, on a separate line.
     """
 
     exit_code = 2

@@ -320,7 +320,7 @@ class TinyRun:
     """Builds and trains tiny runs of any stage. Every run starts from the same models, records and seed.
 
     Without further keywords a run is one epoch over the 8 records of its stage, in batches of 8, with plain AdamW and a
-    constant learning rate of 1e-3. PPO makes two passes over minibatches of 4; GRPO samples 4 responses to each of 2 prompts.
+    constant learning rate of 1e-3. PPO makes two passes over minibatches of 4; GRPO samples 4 responses per prompt.
 
     Args:
         folder: Directory for record files and for whatever a Trainer writes.

@@ -371,7 +371,13 @@ def interrupt(
     """Start ``python train.py`` and send a signal once ``is_ready``; return exit code, stdout and stderr."""
     environment = {**os.environ, "COLUMNS": "200"}
     command = train_command(root, *TINY, *overrides)
-    with subprocess.Popen(command, cwd=repo, env=environment, stdout=-1, stderr=-1, text=True) as process:
+
+    def restore_sigint() -> None:  # A shell starts background jobs, such as these tests, with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=repo, env=environment, stdout=-1, stderr=-1, text=True, preexec_fn=restore_sigint
+    ) as process:
         deadline = time.monotonic() + 120
         while process.poll() is None and not is_ready():
             assert time.monotonic() < deadline, "training has not started"

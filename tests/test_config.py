@@ -30,7 +30,7 @@ class Base:
 
 
 class Derived(Base):
-    """Inherits ``rate`` through its keywords and declares ``mode`` with a type of its own."""
+    """Inherits ``rate`` through its keywords and declares ``mode`` with another type."""
 
     def __init__(self, mode: str = "fast", **keys: Any) -> None:
         super().__init__(**keys)
@@ -70,7 +70,7 @@ def test_text_for_a_number_is_rejected(key: str) -> None:
     ],
 )
 def test_other_values_pass(settings: dict[str, Any]) -> None:
-    check(stage=node("Inner", **settings), data={}, model={"path": "text"})
+    assert check(stage=node("Inner", **settings), data={}, model={"path": "text"}) is None
 
 
 @pytest.mark.parametrize("part", ["stage", "data", "model"])
@@ -81,7 +81,7 @@ def test_nodes_below_are_checked(part: str) -> None:
 
 def test_other_parts_of_the_configuration_are_not_checked() -> None:
     """Lightning and the loggers check their own keywords."""
-    check(trainer=node("Inner", ratio="wide"))
+    assert check(trainer=node("Inner", ratio="wide")) is None
 
 
 def test_keywords_of_a_function_are_checked() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf import load_model
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, UserError
 from rlhf.export import open_model_source, save_huggingface, save_result
 from rlhf.models import ModelSource, ScalarHead, ScalarModel
 from rlhf.stage import Result
@@ -360,6 +360,28 @@ def test_a_failed_write_keeps_the_existing_file(
     with pytest.raises(OSError, match="no space left"):
         save(lm, tokenizer, tmp_path)
     assert path.read_bytes() == old
+
+
+def test_load_model_opens_results_stages_variants_and_paths(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Each of four files has its own weights. A variant has its own directory, and the file name of its stage."""
+    names = {
+        "rl_trained": "rlhf/final_rl_model.pt",
+        "grpo": "rlhf/grpo/grpo_final.pt",
+        "rloo": "rlhf/rloo/grpo_final.pt",
+        f"{tmp_path}/elsewhere.pt": "elsewhere.pt",
+    }
+    embedding = lm.get_input_embeddings().weight
+    for number, path in enumerate(names.values()):
+        with torch.no_grad():
+            embedding[5, 0] = number
+        save_result(Result(lm, tokenizer), tmp_path / path, {})
+    for number, name in enumerate(names):
+        model, _, _ = load_model(name, device="cpu", outputs=str(tmp_path))
+        assert model.get_input_embeddings().weight[5, 0] == number
+    with pytest.raises(ConfigError, match=r"Models of run=rlhf: grpo, rloo\.\n"):
+        load_model("dpo", outputs=str(tmp_path))
 
 
 def test_a_missing_model_names_the_command(tmp_path: Path) -> None:

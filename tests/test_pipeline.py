@@ -140,7 +140,7 @@ def test_a_mistyped_key_of_a_later_step_is_reported_before_the_first_one(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_of_a_sweep_is_a_run_of_its_own(runs: list[DictConfig], tmp_path: Path) -> None:
+def test_a_job_of_a_sweep_is_a_separate_run(runs: list[DictConfig], tmp_path: Path) -> None:
     """``rlhf.main`` sets ``paths.output`` to the directory of the job: it takes the place of the run's directory."""
     with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,dpo]") as cfg:
         cfg.paths.output = str(tmp_path / "job")

@@ -99,7 +99,7 @@ def test_help_does_not_import_torch(repo: Path) -> None:
 
 
 def test_a_user_error_exits_with_code_2(repo: Path, tmp_path: Path) -> None:
-    """In a process of its own: plain text on stderr, and nothing is written to disk."""
+    """In a separate process: plain text on stderr, and nothing is written to disk."""
     done = run_train(repo, tmp_path / "out", "stage=ppo", "stage.clip_rnage=0.1", check=False)
     assert done.returncode == 2
     assert "stage.clip_rnage" in done.stderr

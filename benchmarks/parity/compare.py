@@ -34,7 +34,7 @@ class Row:
     reason: str = ""
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         """``agree``, ``differ`` (with a known reason) or ``differ, unexplained``."""
         if self.difference <= self.tolerance:
             return "agree"
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def explanation(self) -> str:
-        return self.reason if self.verdict == "differ" else ""
+        return self.reason if self.outcome == "differ" else ""
 
 
 def relative(ours: float, theirs: float, floor: float) -> float:
@@ -73,13 +73,13 @@ def compare_curves(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> 
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return the rows as a Markdown table. Rows with equal case, verdict and reason are merged."""
+    """Return the rows as a Markdown table. Rows with equal case, outcome and reason are merged."""
     groups: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in rows:
-        group = groups.setdefault((row.case, row.verdict, row.explanation), {})
+        group = groups.setdefault((row.case, row.outcome, row.explanation), {})
         group.setdefault(row.extent, []).append(f"{row.metric} {row.difference:.1e}")
-    lines = ["| case | largest relative difference | verdict | reason, and which is correct |", "|" + "---|" * 4]
-    for (case, verdict, reason), group in groups.items():
+    lines = ["| case | largest relative difference | outcome | reason, and which is correct |", "|" + "---|" * 4]
+    for (case, outcome, reason), group in groups.items():
         metrics = "; ".join(f"{', '.join(metrics)} ({extent})" for extent, metrics in group.items())
-        lines.append(f"| {case} | {metrics} | {verdict} | {reason} |")
+        lines.append(f"| {case} | {metrics} | {outcome} | {reason} |")
     return "\n".join(lines)

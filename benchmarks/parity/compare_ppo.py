@@ -11,19 +11,19 @@ from compare import FLOOR, PPO_TOLERANCE, Row, largest_relative
 BESSEL = (
     "TRL divides by the sample standard deviation (n - 1), we by the population standard deviation (n), as Ziegler et "
     "al. 2019 and N+ do in their code. The advantages are equal up to a factor sqrt(1 - 1/n), and both choices are "
-    "sound. In rows marked 'by n', and in the losses, TRL's advantages are divided as ours"
+    "sound. In rows marked 'by n', and in the losses, TRL's advantages are divided as ours."
 )
 SLOT = (
     "TRL places the score one position after the last token and bootstraps with a value there. We place it at the last "
     "token, after which the value is 0 by definition, as in the textbook. With lambda 1, or once the critic predicts "
-    "the score, both agree"
+    "the score, both agree."
 )
 SLOT_LOSS = (
     "TRL's critic also learns a value for the position after the end, which is not a token. Our loss covers response "
-    "tokens, as published"
+    "tokens, as published."
 )
-PADDING = "TRL's mean includes padding; our mean over response tokens is correct"
-FOLLOWS = "follows from the advantages above"
+PADDING = "TRL's mean includes padding; our mean over response tokens is correct."
+FOLLOWS = "Follows from the advantages above."
 TENSORS = ("logprobs", "ref_logprobs", "kl", "values", "scores")
 
 
@@ -87,7 +87,7 @@ def losses(case: str, ours: list[dict[str, float]], theirs: dict[str, Any], ragg
     rows.append(scalar(case, "value loss", ours, other, SLOT_LOSS if ragged else follows))
     if ragged and not follows:
         first = {"value loss": value_loss_without_slot(theirs)}
-        rows.append(scalar(case, "value loss", ours[:1], [first], label="value loss without the slot"))
+        rows.append(scalar(case, "value loss", ours[:1], [first], label="value loss without the extra position"))
     means = ("approximate KL", "entropy", "ratio")
     rows += [scalar(case, name, ours, other, PADDING if ragged else follows) for name in means]
     if ragged and not follows:

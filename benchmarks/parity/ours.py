@@ -53,9 +53,7 @@ REPO = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "work", type=Path, help="directory with the models; results are written to its subdirectory ours/"
-    )
+    parser.add_argument("work", type=Path, help="directory with the models; results go to its subdirectory ours/")
     parser.add_argument("--only", nargs="*", help="names of cases and iterations; default: all")
     options = parser.parse_args()
     (options.work / "ours").mkdir(exist_ok=True)
@@ -156,7 +154,7 @@ def curve(case: Case, work: Path) -> dict[str, Any]:
     """Train one case and return the metrics of every step."""
     module_class, data_class, folder = STAGES[case.stage]
     source = Pretrained(str(work / folder))
-    module = module_class(policy=source, schedule="linear", **OPTIMIZER, **keywords(case))
+    module = module_class(policy=source, schedule="linear", warmup_ratio=0.0, **OPTIMIZER, **keywords(case))
     file = work / case.data.removeprefix("work:") if case.data.startswith("work:") else REPO / case.data
     data = in_file_order(data_class)(
         train=str(file),
@@ -213,7 +211,7 @@ class RecordedPPO(PPOModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        # Equal weights would make the KL 0, and with a critic equal to the reward model, the advantage of the last token.
+        # With equal weights, the KL would be 0, and so would the last advantages with the reward model as the critic.
         reference = AutoModelForCausalLM.from_pretrained(self.work / "reference", dtype=torch.float32)
         self.reference.model.lm.load_state_dict(reference.state_dict())
         self.critic.load_state_dict(Pretrained(str(self.work / "critic")).scalar_model(self.tokenizer).state_dict())

@@ -36,7 +36,7 @@ def main() -> None:
         work = (options.work or Path(temporary)).resolve()
         rows = measure(work, options.trl_python, options.trl_ppo_python, options.only or [])
     sys.stdout.write(table(rows) + "\n")
-    if any(row.verdict == "differ, unexplained" for row in rows):
+    if any(row.outcome == "differ, unexplained" for row in rows):
         sys.exit(1)
 
 

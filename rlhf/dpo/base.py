@@ -85,8 +85,8 @@ class PreferenceModule(StageModule):
         if self.sft_coef < 0:
             raise ConfigError(f"stage.sft_coef must be at least 0, got {self.sft_coef}.", "Set stage.sft_coef=0.")
         settings = self.loss.keywords if isinstance(self.loss, partial) else {}
-        for name, value in settings.items():
-            low, high = RANGES.get(name, (-torch.inf, torch.inf))
+        for name in RANGES.keys() & settings.keys():
+            (low, high), value = RANGES[name], settings[name]
             if not low <= value < high:
                 constraint = f"at least {low:g}" + (f" and below {high:g}" if high < torch.inf else "")
                 valid = 0.1 if high < 1 else 1.0
@@ -119,12 +119,8 @@ class PreferenceModule(StageModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if (
-            stage == "fit"
-            and getattr(datamodule, "has_margins", False)
-            and "margins" not in declared_arguments(self.loss)
-        ):
+        has_margins = getattr(getattr(self.trainer, "datamodule", None), "has_margins", False)
+        if stage == "fit" and has_margins and "margins" not in declared_arguments(self.loss):
             log.warning(
                 "The preference data have margins, which have no effect: stage.loss._target_=%s does not read them. "
                 "A loss of pairs reads them if it declares the argument 'margins'.",
@@ -150,9 +146,10 @@ class PreferenceModule(StageModule):
         if self.reference is None or not self.precompute_ref_logprobs or not isinstance(data, RecordDataModule):
             return
         directory, key = None, ""
-        if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:
+        if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             arithmetic = f"{self.trainer.precision} on {self.device.type}"
-            directory, key = Path(self.ref_logprobs_cache), model_key(self.reference.model.lm, arithmetic)
+            reference: Any = self.reference.model
+            directory, key = Path(self.ref_logprobs_cache), model_key(reference.lm, arithmetic)
         ref_logprobs = ReferenceLogprobs(self.compute_ref_logprobs, data.eval_batch_size, directory, key)
         for split in ("train", "val"):
             if data.records(split):
@@ -161,6 +158,7 @@ class PreferenceModule(StageModule):
     @torch.no_grad()
     def compute_ref_logprobs(self, sequences: SequenceBatch) -> Tensor:
         """Compute the summed log-probs of responses under the reference model: [batch], in nats."""
+        assert self.reference is not None, "a reference-free loss reads no reference log-probs"
         sequences = sequences.to(self.device)
         with self.trainer.precision_plugin.forward_context():
             output = self.reference(sequences.input_ids, sequences.attention_mask, sequences.response_mask)

@@ -9,8 +9,8 @@ can read:
     chosen_lengths, rejected_lengths   [pairs] number of response tokens, EOS included
 
 The score of a response is its log-ratio log pi - log ref, or its log-prob log pi with ``stage.reference_free=true``. It
-is summed over the tokens of the response, or averaged with ``stage.length_normalized=true``. A loss that is defined only
-for one value of these switches declares it with ``needs``, and the stage rejects the other value.
+is summed over the tokens of the response, or averaged with ``stage.length_normalized=true``. A loss that is defined for
+only one value of these switches declares it with ``needs``, and the stage rejects the other value.
 
 The settings of a loss are further keywords, which ``conf/loss/<name>.yaml`` fills in. An ``nn.Module`` keeps its state
 in buffers, which are saved in checkpoints and restored at resume. It should update them only while ``self.training`` is

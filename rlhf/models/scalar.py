@@ -135,24 +135,3 @@ class RewardModelEnsemble(nn.Module):
         """Scores by all heads of all members, in the order of the members: [batch, all heads], in reward units."""
         members: Iterable[Any] = self.members
         return torch.cat([member.scores(input_ids, attention_mask) for member in members], dim=1)
-
-
-def pessimistic_score(scores: Tensor, *, uncertainty_penalty: float) -> Tensor:
-    """Mean score of an ensemble minus a penalty on its disagreement.
-
-        score = mean_k(s_k) - c * std_k(s_k)
-
-    The standard deviation is that of the population, so a single score has no penalty. It has no derivative if all
-    scores are equal, so do not differentiate this function.
-
-    Args:
-        scores: [batch, members] score of each sequence by each member, in reward units.
-        uncertainty_penalty: c, dimensionless. 0 gives the mean.
-
-    Returns:
-        [batch] scores, in reward units.
-
-    Reference: Coste et al. 2023, uncertainty-weighted optimization (arXiv:2310.02743). They subtract the variance; the
-    standard deviation has the unit of the scores, so that c does not depend on the scale of the rewards.
-    """
-    return scores.mean(dim=1) - uncertainty_penalty * scores.std(dim=1, correction=0)

@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import PreferenceDataModule, PromptDataModule, RecordDataModule
+from rlhf.data.datamodule import DEFAULT_TEMPLATE
 from rlhf.errors import ConfigError, DataError
 from rlhf.sft import SFTDataModule
 
@@ -93,7 +94,7 @@ def test_sft_loss_covers_the_response_or_everything(
 
 @pytest.mark.parametrize(
     ("template", "has_chat_template", "prompt"),
-    [("[{prompt}]", True, "[Q0]"), (None, True, "Q0\nSummary:"), (None, False, "Q0\n\nAnswer:")],
+    [("[{prompt}]", True, "[Q0]"), (None, True, "Q0\nSummary:"), (None, False, DEFAULT_TEMPLATE.format(prompt="Q0"))],
     ids=["data.template", "the tokenizer's template", "the default template"],
 )
 def test_order_of_precedence_of_templates(

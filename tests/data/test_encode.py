@@ -1,10 +1,10 @@
-"""Prompt and response are enencoded as one text, with one BOS and a final EOS; truncation keeps the response."""
+"""Prompt and response are encoded as one text, with one BOS and a final EOS; truncation keeps the response."""
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data import EnencodedResponse, Encoder, replace_response
+from rlhf.data import EncodedResponse, Encoder, replace_response
 from rlhf.errors import ConfigError
 from rlhf.models import chat_template, train_tokenizer
 
@@ -20,7 +20,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("response", ["May.", "  two spaces", "\nnew line", "", "東京 👩‍👩‍👧", "ends in space "])
-def test_prompt_and_response_are_enencoded_as_one_text(tokenizer: PreTrainedTokenizerFast, response: str) -> None:
+def test_prompt_and_response_are_encoded_as_one_text(tokenizer: PreTrainedTokenizerFast, response: str) -> None:
     """The token ids are those of the complete text, split at the boundary."""
     encoder = Encoder(tokenizer, 200)
     encoded = encoder.encode_response(user("When?"), response)
@@ -175,15 +175,15 @@ def test_a_response_longer_than_max_length_is_truncated(tokenizer: PreTrainedTok
 @pytest.mark.parametrize(
     ("max_length", "bos", "expected"),
     [
-        (8, BOS, EnencodedResponse([BOS, 5, 6, 7, 8, 9, EOS], 4)),
-        (6, BOS, EnencodedResponse([BOS, 6, 7, 8, 9, EOS], 3)),
-        (6, None, EnencodedResponse([5, 6, 7, 8, 9, EOS], 3)),
-        (4, BOS, EnencodedResponse([BOS, 8, 9, EOS], 1)),
+        (8, BOS, EncodedResponse([BOS, 5, 6, 7, 8, 9, EOS], 4)),
+        (6, BOS, EncodedResponse([BOS, 6, 7, 8, 9, EOS], 3)),
+        (6, None, EncodedResponse([5, 6, 7, 8, 9, EOS], 3)),
+        (4, BOS, EncodedResponse([BOS, 8, 9, EOS], 1)),
     ],
 )
-def test_replace_response_by_hand(max_length: int, bos: int | None, expected: EnencodedResponse) -> None:
-    """Prompt BOS 5 6 7 with the response 8 9 EOS of another row: 7 tokens, or fewer prompt tokens if they do not fit."""
-    one, other = EnencodedResponse([BOS, 5, 6, 7, 30, EOS], 4), EnencodedResponse([BOS, 20, 8, 9, EOS], 2)
+def test_replace_response_by_hand(max_length: int, bos: int | None, expected: EncodedResponse) -> None:
+    """Prompt BOS 5 6 7 with the response 8 9 EOS of another row: 7 tokens, unless the prompt is truncated."""
+    one, other = EncodedResponse([BOS, 5, 6, 7, 30, EOS], 4), EncodedResponse([BOS, 20, 8, 9, EOS], 2)
     assert replace_response(one, other, max_length, bos) == expected
 
 

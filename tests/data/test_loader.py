@@ -66,13 +66,13 @@ def test_buckets_reduce_padding() -> None:
 
 
 def test_small_data_are_combined_differently_in_each_epoch() -> None:
-    """40 rows in batches of 2 would fit into one bucket. Sorted as a whole, the same rows would always share a batch."""
+    """40 rows in batches of 2 would fit into one bucket. Then the same rows would share a batch in every epoch."""
     batches = BucketBatchSampler(list(range(40)), 2, shuffle=True)
     pairs = [{frozenset(rows) for rows in epoch(batches, number)} for number in range(2)]
     assert pairs[0] != pairs[1]
 
 
-def test_whole_only_leaves_out_what_does_not_fill_a_batch() -> None:
+def test_drop_last_leaves_out_rows_that_do_not_fill_a_batch() -> None:
     """11 rows in batches of 4: two full batches, and 3 rows that are left out, different ones in each epoch."""
     batches = BucketBatchSampler(LENGTHS, 4, shuffle=True, bucket=False, drop_last=True)
     left_out = set()
@@ -87,7 +87,7 @@ def test_whole_only_leaves_out_what_does_not_fill_a_batch() -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("count", [8, 11, 13])
 def test_ranks_share_the_rows_and_have_equal_numbers_of_batches(world: int, count: int) -> None:
-    """Together, the ranks get every row. A row is repeated only if the last batch has fewer rows than there are ranks."""
+    """Together, the ranks get every row. A row is repeated only if the last batch has fewer rows than ranks."""
     ranks = [BucketBatchSampler(list(range(count)), 2, shuffle=True, rank=rank, world=world) for rank in range(world)]
     orders = [epoch(rank, 1) for rank in ranks]
     assert {len(order) for order in orders} == {len(ranks[0])}
@@ -219,7 +219,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_ranks_are_equivalent_to_one_large_batch(tmp_path: Path, repo: Path) -> None:
-    """16 terms on 2 ranks with 2 batches each: weight = terms * 2 * 2 / 16 = terms / 4. The ranks are gloo processes."""
+    """16 terms on 2 gloo ranks with 2 batches each: weight = terms * 2 * 2 / 16 = terms / 4."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],

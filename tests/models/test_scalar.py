@@ -1,4 +1,4 @@
-"""One number a sequence, read at its last real token, and a head that is never made up."""
+"""Scores are read at the last real token, and a head is never initialized at random when weights are loaded."""
 
 from itertools import pairwise
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.models import RewardModelEnsemble, ScalarHead, ScalarModel
 
-ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # an EOS (2) in the middle too
+ROW = torch.tensor([5, 260, 2, 3, 99, 41, 2])  # with an EOS (2) in the middle as well
 
 
 def scalar_model(lm: PreTrainedModel, mean: float = 0.0) -> ScalarModel:
@@ -19,40 +19,40 @@ def scalar_model(lm: PreTrainedModel, mean: float = 0.0) -> ScalarModel:
 
 
 def by_hand(lm: PreTrainedModel, model: ScalarModel, row: Tensor) -> Tensor:
-    """w . h + b of the last token of the row alone."""
+    """w . h + b at the last token of the row, without padding."""
     hidden = lm.base_model(input_ids=row[None]).last_hidden_state[0, -1]
     (layer,) = model.head.layers
     return hidden @ layer.weight[0] + layer.bias[0]
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 4), (4, 0), (2, 2)])
-@pytest.mark.parametrize("garbage", [0, 2, 77])
-def test_the_score_is_read_at_the_last_real_token(lm: PreTrainedModel, left: int, right: int, garbage: int) -> None:
-    """Padding of either side, pad = eos included, leaves the score at w . h + b of the last token."""
+@pytest.mark.parametrize("padding", [0, 2, 77])
+def test_the_score_is_read_at_the_last_real_token(lm: PreTrainedModel, left: int, right: int, padding: int) -> None:
+    """The score is w . h + b at the last real token, with padding on either side, also if it is EOS."""
     model = scalar_model(lm)
-    tokens = torch.nn.functional.pad(ROW[None], (left, right), value=garbage)
+    tokens = torch.nn.functional.pad(ROW[None], (left, right), value=padding)
     mask = torch.nn.functional.pad(torch.ones_like(ROW[None], dtype=torch.bool), (left, right))
     torch.testing.assert_close(model(tokens, mask)[0], by_hand(lm, model, ROW))
 
 
-def test_a_score_does_not_depend_on_neighbours(lm: PreTrainedModel) -> None:
-    """A row of 7 beside rows of 3 and of 9: the scores of the three rows alone."""
+def test_a_score_does_not_depend_on_other_rows(lm: PreTrainedModel) -> None:
+    """A batch of rows with 7, 3 and 9 tokens has the scores of the three rows alone."""
     model = scalar_model(lm)
     rows = [ROW, ROW[:3], torch.arange(20, 29)]
     tokens, mask = torch.full((3, 9), 2), torch.zeros(3, 9, dtype=torch.bool)
     for index, row in enumerate(rows):
-        start = 9 - len(row) if index == 1 else 0  # the second stands right, after padding
+        start = 9 - len(row) if index == 1 else 0  # the second row is padded on the left
         tokens[index, start : start + len(row)], mask[index, start : start + len(row)] = row, True
     torch.testing.assert_close(model(tokens, mask), torch.stack([by_hand(lm, model, row) for row in rows]))
 
 
 def test_reward_mean_is_subtracted_from_scores_and_values(lm: PreTrainedModel) -> None:
-    """The same model with mean 1.5 scores 1.5 less, at the end and at every token."""
-    plain, centred = scalar_model(lm), scalar_model(lm, mean=1.5)
+    """With a mean of 1.5, scores and values are 1.5 lower."""
+    plain, centered = scalar_model(lm), scalar_model(lm, mean=1.5)
     mask = torch.ones_like(ROW[None], dtype=torch.bool)
-    torch.testing.assert_close(centred(ROW[None], mask), plain(ROW[None], mask) - 1.5)
+    torch.testing.assert_close(centered(ROW[None], mask), plain(ROW[None], mask) - 1.5)
     hidden = torch.randn(2, 3, 32)
-    torch.testing.assert_close(centred.values(hidden), plain.head(hidden) - 1.5)
+    torch.testing.assert_close(centered.values(hidden), plain.head(hidden) - 1.5)
 
 
 def test_the_value_at_the_last_token_is_the_score(lm: PreTrainedModel) -> None:
@@ -64,20 +64,20 @@ def test_the_value_at_the_last_token_is_the_score(lm: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(("num_layers", "fan_in"), [(1, 4095), (2, 1023), (3, 1023)])
-def test_the_last_layer_starts_as_published(num_layers: int, fan_in: int) -> None:
+def test_the_last_layer_is_initialized_as_published(num_layers: int, fan_in: int) -> None:
     """N(0, 1/sqrt(d + 1)), bias 0: sqrt(4096) = 64 and sqrt(1024) = 32, so std 1/64 and 1/32 (detail 11 of N+)."""
     torch.manual_seed(0)
     head = ScalarHead(4095, hidden_dim=1023, num_layers=num_layers)
     last = head.layers[-1]
     assert last.in_features == fan_in
-    # the standard error of a standard deviation over d draws is 1 / sqrt(2 d): 1.1 % and 2.2 %; four of them
+    # The standard error of a standard deviation over d draws is 1 / sqrt(2 d): 1.1 % and 2.2 %. Allow four of them.
     assert last.weight.std().item() * (fan_in + 1) ** 0.5 == pytest.approx(1, abs=4 / (2 * fan_in) ** 0.5)
     assert last.bias.item() == 0
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_num_layers_are_linear_layers_with_gelu_between(num_layers: int) -> None:
-    """The head equals the chain of its own matrices, with x * Phi(x) between them."""
+    """The head is the composition of its linear layers, with GELU, x * Phi(x), between them."""
     torch.manual_seed(0)
     head = ScalarHead(6, hidden_dim=5, num_layers=num_layers)
     linear = [layer for layer in head.layers if isinstance(layer, torch.nn.Linear)]
@@ -92,16 +92,16 @@ def test_num_layers_are_linear_layers_with_gelu_between(num_layers: int) -> None
     torch.testing.assert_close(head(x), expected)
 
 
-def test_a_head_without_layers_is_refused() -> None:
-    with pytest.raises(UserError, match="num_layers=0"):
+def test_a_head_without_layers_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"^num_layers must be at least 1, got 0\.\n  Set stage\.num_layers=1\."):
         ScalarHead(4, num_layers=0)
-    with pytest.raises(UserError, match="num_heads=0"):
+    with pytest.raises(ConfigError, match=r"^num_heads must be at least 1, got 0\."):
         ScalarHead(4, num_heads=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_heads_are_mlps_of_their_own(num_layers: int) -> None:
-    """Three heads: each a chain of its own matrices with its own first weights; the head's number is their mean."""
+def test_heads_are_independent_mlps(num_layers: int) -> None:
+    """Three heads with separate initial weights; the output is their mean."""
     torch.manual_seed(0)
     head = ScalarHead(6, hidden_dim=5, num_layers=num_layers, num_heads=3)
     x = torch.randn(2, 7, 6)
@@ -114,8 +114,8 @@ def test_heads_are_mlps_of_their_own(num_layers: int) -> None:
     assert len({weight.data_ptr() for weight in head.parameters()}) == 3 * 2 * num_layers
 
 
-def test_one_head_draws_the_weights_it_always_drew() -> None:
-    """Its numbers come first from the generator, and more heads leave them as they are."""
+def test_more_heads_do_not_change_the_first_one() -> None:
+    """The first head is initialized first, so its weights do not depend on the number of heads."""
     torch.manual_seed(0)
     one = ScalarHead(6, hidden_dim=5, num_layers=2)
     torch.manual_seed(0)
@@ -129,8 +129,8 @@ def test_one_head_draws_the_weights_it_always_drew() -> None:
     assert all(torch.equal(weight, four.get_parameter(name)) for name, weight in one.named_parameters())
 
 
-def test_a_score_is_the_mean_over_heads_each_from_its_own_zero(lm: PreTrainedModel) -> None:
-    """Two heads with means 1 and 5: scores 1 and 5 lower, their mean 3 lower, and the value at the last token alike."""
+def test_each_head_has_a_separate_reward_mean(lm: PreTrainedModel) -> None:
+    """Two heads with means 1 and 5: scores are 1 and 5 lower, and their mean is 3 lower."""
     torch.manual_seed(1)
     model, mask = ScalarModel(lm.base_model, ScalarHead(32, num_heads=2)), torch.ones_like(ROW[None], dtype=torch.bool)
     plain = model.scores(ROW[None], mask)
@@ -143,8 +143,8 @@ def test_a_score_is_the_mean_over_heads_each_from_its_own_zero(lm: PreTrainedMod
     torch.testing.assert_close(model.values(hidden)[:, -1], model(ROW[None], mask))
 
 
-def test_an_ensemble_is_all_heads_of_all_members(lm: PreTrainedModel) -> None:
-    """A member with one head and one with two: three columns in that order, and their mean."""
+def test_an_ensemble_has_all_heads_of_all_members(lm: PreTrainedModel) -> None:
+    """A member with one head and one with two heads give three scores in that order."""
     torch.manual_seed(1)
     members = [ScalarModel(lm.base_model, ScalarHead(32, num_heads=heads), reward_mean=heads) for heads in (1, 2)]
     ensemble, mask = RewardModelEnsemble(members), torch.ones_like(ROW[None], dtype=torch.bool)
@@ -153,19 +153,19 @@ def test_an_ensemble_is_all_heads_of_all_members(lm: PreTrainedModel) -> None:
     assert torch.equal(ensemble.scores(ROW[None], mask), torch.cat([one, two], dim=1))
     torch.testing.assert_close(ensemble(ROW[None], mask), (one[:, 0] + two[:, 0] + two[:, 1]) / 3)
     assert ensemble.state_dict().keys() >= {"members.0.reward_mean", "members.1.head.others.0.0.weight"}
-    with pytest.raises(UserError, match="without members"):
+    with pytest.raises(ConfigError, match="must have at least one member"):
         RewardModelEnsemble([])
 
 
-def test_scores_are_float32_whatever_the_precision_of_the_body() -> None:
-    """A bfloat16 state goes through; so does a head that was moved to bfloat16 with its body."""
+def test_scores_are_float32_in_any_precision_of_the_trunk() -> None:
+    """The hidden states, and the head as well, may be in bfloat16."""
     hidden = torch.randn(2, 4, dtype=torch.bfloat16)
     assert ScalarHead(4)(hidden).dtype == torch.float32
     assert ScalarHead(4).to(torch.bfloat16)(hidden).dtype == torch.float32
 
 
-def test_loading_refuses_a_missing_head(lm: PreTrainedModel) -> None:
-    """A body alone is no reward model: its head would be made up."""
+def test_loading_weights_without_a_head_fails(lm: PreTrainedModel) -> None:
+    """Otherwise, the head would keep its random initial weights."""
     weights = scalar_model(lm).state_dict()
     without = {name: value for name, value in weights.items() if not name.startswith("head.")}
     assert 0 < len(without) < len(weights)
@@ -175,8 +175,8 @@ def test_loading_refuses_a_missing_head(lm: PreTrainedModel) -> None:
         scalar_model(lm).load_state_dict({name: value for name, value in weights.items() if name != "reward_mean"})
 
 
-def test_weights_and_mean_survive_state_dict(lm: PreTrainedModel) -> None:
-    """Stored and loaded into a model of other weights, the score is the same: the mean travels too."""
+def test_the_state_dict_contains_weights_and_reward_mean(lm: PreTrainedModel) -> None:
+    """Loaded into a model with other weights, it reproduces the scores exactly."""
     first, mask = scalar_model(lm, mean=0.7), torch.ones_like(ROW[None], dtype=torch.bool)
     expected = first(ROW[None], mask)
     second = ScalarModel(lm.base_model, ScalarHead(32))

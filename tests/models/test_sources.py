@@ -1,4 +1,4 @@
-"""What transformers saved opens here with the same numbers, and what cannot be used says so."""
+"""Model sources: saved models are opened with identical outputs, and incomplete ones are rejected."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models import Mamba, ModelSource, Pretrained, Transformer
 
 ROW = torch.tensor([[5, 260, 17, 3, 99, 41, 8]])
@@ -51,8 +51,8 @@ def folder(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     return str(path)
 
 
-def classes(name: str, count: int) -> object:
-    """The configuration of a classifier with so many labels."""
+def classifier_config(name: str, count: int) -> object:
+    """The configuration of a classifier with ``count`` labels."""
     config = deepcopy(CONFIGS[name])
     config.num_labels = count
     return config
@@ -60,14 +60,14 @@ def classes(name: str, count: int) -> object:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_model_opens_with_identical_logits(
+def test_a_saved_model_is_opened_with_identical_logits(
     name: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Weights, tokenizer and template are those that transformers wrote; bfloat16 weights are opened as float32."""
+    """Weights, tokenizer and chat template equal those that were saved. bfloat16 weights are opened in float32."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name])).eval()
     for weight in model.parameters():
-        weight.data = weight.data.to(dtype).float()  # numbers that the file can hold
+        weight.data = weight.data.to(dtype).float()  # values that the file can represent
     with torch.no_grad():
         expected = model(input_ids=ROW).logits
     source = Pretrained(folder(tmp_path, model.to(dtype), tokenizer))
@@ -75,55 +75,53 @@ def test_a_saved_model_opens_with_identical_logits(
     opened_tokenizer = source.tokenizer()
     opened = source.language_model(opened_tokenizer).eval()
 
-    assert {part.dtype for part in opened.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(opened(input_ids=ROW).logits, expected)
     assert opened_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert opened_tokenizer.chat_template == tokenizer.chat_template
 
 
-def test_every_copy_is_a_model_of_its_own(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Policy and reference opened from one folder share no memory."""
+def test_every_copy_is_a_separate_model(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A policy and a reference model from the same directory share no memory."""
     source = Pretrained(folder(tmp_path, AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"])), tokenizer))
     one, other = source.language_model(tokenizer), source.language_model(tokenizer)
     assert not {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in other.parameters()}
 
 
 @pytest.mark.parametrize("method", ["tokenizer", "language_model", "scalar_model"])
-def test_a_folder_that_is_not_there_is_a_user_error(
-    method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """It names the path as typed and the override."""
+def test_a_missing_directory_is_a_data_error(method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The message contains the path and says what to use."""
     source = Pretrained(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"model\.path=.*nowhere.*\n  model\.path=<folder"):
+    with pytest.raises(DataError, match=r"nowhere: could not load a .* from this path .*\n  Use a directory"):
         getattr(source, method)(*([] if method == "tokenizer" else [tokenizer]))
 
 
 @pytest.mark.parametrize("method", ["tokenizer", "language_model", "scalar_model"])
-def test_a_folder_without_a_model_is_a_user_error(
+def test_a_directory_without_a_model_is_a_data_error(
     method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("no model here")
-    with pytest.raises(UserError, match=r"model\.path="):
+    with pytest.raises(DataError, match=r"could not load a "):
         getattr(Pretrained(str(tmp_path)), method)(*([] if method == "tokenizer" else [tokenizer]))
 
 
-def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """No answer could ever end."""
+def test_a_tokenizer_without_eos_is_rejected(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Without an EOS token, a response could not end."""
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>")
     endless.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"])).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no EOS token.*\n.*eos_token"):
+    with pytest.raises(DataError, match=r"no EOS token.*\n.*eos_token"):
         Pretrained(str(tmp_path)).tokenizer()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_sequence_classifier_gives_the_score_transformers_gives(
+def test_a_sequence_classifier_has_the_same_scores_as_in_transformers(
     name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """One label, one unpadded row: our score is transformers' logit, also with padding beside it."""
+    """The score equals the logit of the only label, with and without padding."""
     torch.manual_seed(0)
-    classifier = AutoModelForSequenceClassification.from_config(classes(name, 1)).eval()
+    classifier = AutoModelForSequenceClassification.from_config(classifier_config(name, 1)).eval()
     model = Pretrained(folder(tmp_path, classifier, tokenizer)).scalar_model(tokenizer).eval()
     with torch.no_grad():
         expected = classifier(input_ids=ROW).logits[:, 0]
@@ -134,36 +132,38 @@ def test_a_sequence_classifier_gives_the_score_transformers_gives(
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_language_model_is_no_reward_model(labels: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Its folder has no head, so one would be made up, whatever number of labels the config names."""
-    lm = AutoModelForCausalLM.from_config(classes("llama", labels))
+def test_a_language_model_is_rejected_as_a_reward_model(
+    labels: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Its directory contains no score layer, and transformers would initialize one at random."""
+    lm = AutoModelForCausalLM.from_config(classifier_config("llama", labels))
     source = Pretrained(folder(tmp_path, lm, tokenizer))
-    with pytest.raises(UserError, match=r"holds no reward model: the score head is not in the folder: score\.weight"):
+    with pytest.raises(DataError, match=r"weights of the reward model are missing: score\.weight\.\n.*one label"):
         source.scalar_model(tokenizer)
 
 
-def test_a_folder_without_an_output_layer_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """The body alone, of a model whose output embedding is its own: a made-up one would answer at random."""
-    lm = AutoModelForCausalLM.from_config(classes("llama", 2))
+def test_a_language_model_without_output_layer_is_rejected(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The output layer is not tied to the embedding, and transformers would initialize it at random."""
+    lm = AutoModelForCausalLM.from_config(classifier_config("llama", 2))
     assert not lm.config.tie_word_embeddings
-    body = {name: weight for name, weight in lm.state_dict().items() if not name.startswith("lm_head")}
-    lm.save_pretrained(folder(tmp_path, lm, tokenizer), state_dict=body)
-    with pytest.raises(UserError, match=r"weights of the language model are not in the folder: lm_head\.weight"):
+    trunk = {name: weight for name, weight in lm.state_dict().items() if not name.startswith("lm_head")}
+    lm.save_pretrained(folder(tmp_path, lm, tokenizer), state_dict=trunk)
+    with pytest.raises(DataError, match=r"weights of the language model are missing: lm_head\.weight\."):
         Pretrained(str(tmp_path)).language_model(tokenizer)
 
 
-def test_a_fresh_model_knows_its_tokenizer(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The vocabulary is the tokenizer's, and so are the special tokens; input and output embedding are one."""
+def test_a_new_model_matches_its_tokenizer(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    """It has the vocabulary size and the special tokens of the tokenizer. Input and output embedding are tied."""
     lm = source.language_model(tokenizer)
     assert lm.get_input_embeddings().num_embeddings == len(tokenizer) == 300
     assert (lm.config.bos_token_id, lm.config.eos_token_id, lm.config.pad_token_id) == (1, 2, 0)
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
-def test_a_fresh_model_opens_in_plain_transformers(
+def test_a_new_model_can_be_opened_with_transformers(
     source: ModelSource, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """No class of ours is needed to read what was saved."""
+    """A saved model can be opened without this project."""
     lm = source.language_model(tokenizer).eval()
     lm.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -174,12 +174,30 @@ def test_a_fresh_model_opens_in_plain_transformers(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Transformer(hidden_size=30, num_heads=4), r"model\.hidden_size=30 .*model\.num_heads=4"),
-        (Mamba(hidden_size=30, head_dim=16), r"model\.hidden_size=30 .*model\.head_dim=16"),
+        (
+            Transformer(hidden_size=30, num_heads=4),
+            r"^hidden_size must be a multiple of num_heads \(4\), got 30\.\n  Set model\.hidden_size=32\.",
+        ),
+        (
+            Mamba(hidden_size=30, head_dim=16),
+            r"^2 \* hidden_size must be a multiple of head_dim \(16\), got 2 \* 30\.\n  Set model\.hidden_size=32\.",
+        ),
     ],
 )
-def test_widths_that_do_not_divide_are_refused(
+def test_widths_that_do_not_match_are_rejected(
     source: ModelSource, message: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ConfigError, match=message):
         source.language_model(tokenizer)
+
+
+def test_random_weights_cannot_be_used_as_a_reward_model(
+    source: ModelSource, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigError, match=r"has random weights .*\n  Set stage\.reward_model=<path>"):
+        source.scalar_model(tokenizer)
+
+
+def test_a_tokenizer_cannot_be_trained_without_texts(source: ModelSource) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer until one has been trained"):
+        source.tokenizer(())

@@ -1,9 +1,9 @@
-"""A tokenizer to which no text is unknown, and templates that say what the user typed."""
+"""Byte-level tokenizers and chat templates."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError
 from rlhf.models import chat_template, train_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -24,62 +24,64 @@ USER = {"role": "user", "content": "Hi"}
         "",
     ],
 )
-def test_any_text_comes_back_byte_for_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    """Byte-level BPE has all 256 bytes: no unknown token, nothing normalised, no space added or cleaned up."""
+def test_decoding_restores_any_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Byte-level BPE has all 256 bytes: no unknown token, no normalization, no added or removed spaces."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(tokens) == text
 
 
-def test_the_tokenizer_adds_nothing_by_itself(tokenizer: PreTrainedTokenizerFast) -> None:
-    """BOS and EOS come from the template alone: a tokenizer that adds them too would double them."""
+def test_the_tokenizer_adds_no_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """BOS and EOS come from the chat template. A tokenizer that added them as well would double them."""
     assert tokenizer("Hi")["input_ids"] == tokenizer("Hi", add_special_tokens=False)["input_ids"]
 
 
-def test_pad_bos_and_eos_are_three_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """With pad = eos the end of an answer could be mistaken for padding."""
+def test_padding_bos_and_eos_are_different_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """If padding were EOS, the end of a response could be mistaken for padding."""
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
 
 
-def test_the_vocabulary_is_as_large_as_asked_and_merges_are_learned() -> None:
-    """259 = 256 bytes + 3 has no merge; the 260th token is the commonest pair of 'ababab', which is 'ab'."""
+def test_the_vocabulary_has_the_requested_size() -> None:
+    """259 tokens are 256 bytes and 3 special tokens. The 260th is the most frequent pair of 'ababab', 'ab'."""
     assert len(train_tokenizer(["ababab"], 259)) == 259
     larger = train_tokenizer(["ababab"], 260)
     assert len(larger) == 260
     assert larger.convert_ids_to_tokens(larger("ababab")["input_ids"]) == ["ab", "ab", "ab"]
 
 
-def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model.vocab_size=258.*\n.*model.vocab_size=259"):
+def test_a_vocabulary_that_is_too_small_for_all_bytes_is_rejected() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^vocab_size must be at least 259 .*, got 258\.\n  Set model\.vocab_size=259\."
+    ):
         train_tokenizer(["ab"], 258)
 
 
 def test_the_template_writes_one_bos_and_an_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """<bos> prompt, template, space, answer, <eos>; without the answer it stops where the answer would begin."""
-    answer = {"role": "assistant", "content": "Hello"}
+    """<bos>, prompt, template, space, response, <eos>. Without a response, it ends where the response would begin."""
+    response = {"role": "assistant", "content": "Hello"}
     tokenizer.chat_template = chat_template("Q: {prompt}\nA:")
     assert tokenizer.apply_chat_template([USER], tokenize=False) == "<bos>Q: Hi\nA:"
-    assert tokenizer.apply_chat_template([USER, answer], tokenize=False) == "<bos>Q: Hi\nA: Hello<eos>"
-    tokens = tokenizer.apply_chat_template([USER, answer])["input_ids"]
+    assert tokenizer.apply_chat_template([USER, response], tokenize=False) == "<bos>Q: Hi\nA: Hello<eos>"
+    tokens = tokenizer.apply_chat_template([USER, response])["input_ids"]
     assert (tokens.count(tokenizer.bos_token_id), tokens[0]) == (1, tokenizer.bos_token_id)
     assert (tokens.count(tokenizer.eos_token_id), tokens[-1]) == (1, tokenizer.eos_token_id)
 
 
 def test_a_conversation_has_one_bos_and_one_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Earlier answers end in a blank line, so that EOS always means: the conversation is over."""
+    """Earlier responses end with a blank line, so that EOS always ends the conversation."""
     tokenizer.chat_template = chat_template("Q: {prompt}\nA:")
-    talk = [
+    conversation = [
         {"role": "system", "content": "Be kind."},
         USER,
         {"role": "assistant", "content": "Hello"},
         USER,
         {"role": "assistant", "content": "Again"},
     ]
-    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
     assert text == "<bos>Be kind.\n\nQ: Hi\nA: Hello\n\nQ: Hi\nA: Again<eos>"
 
 
-def test_a_tokenizer_without_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Qwen and others have no BOS: the template then begins with the prompt."""
+def test_the_template_writes_no_bos_for_a_tokenizer_without_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Qwen, for example, has no BOS. The template then begins with the prompt."""
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     plain.chat_template = chat_template("{prompt}?")
     assert plain.apply_chat_template([USER], tokenize=False) == "Hi?"
@@ -100,20 +102,19 @@ def test_a_tokenizer_without_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -
         "",
     ],
 )
-def test_a_template_is_taken_letter_by_letter(tokenizer: PreTrainedTokenizerFast, around: str) -> None:
-    """Quotes, line feeds, backslashes and Jinja's own signs stand in the text as typed, before and after the prompt."""
+def test_a_template_is_rendered_literally(tokenizer: PreTrainedTokenizerFast, around: str) -> None:
+    """Quotes, line breaks, backslashes and Jinja syntax are plain text, before and after the prompt."""
     tokenizer.chat_template = chat_template(around + "{prompt}" + around)
     assert tokenizer.apply_chat_template([USER], tokenize=False) == f"<bos>{around}Hi{around}"
 
 
 @pytest.mark.parametrize("content", ["{{ bos_token }}", "{% for %}", "'", "{prompt}", "\\n"])
-def test_what_users_write_is_no_template(tokenizer: PreTrainedTokenizerFast, content: str) -> None:
-    """Jinja in a prompt is text."""
+def test_jinja_syntax_in_a_prompt_is_not_evaluated(tokenizer: PreTrainedTokenizerFast, content: str) -> None:
     tokenizer.chat_template = chat_template("{prompt}.")
     assert tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False) == f"<bos>{content}."
 
 
 @pytest.mark.parametrize("template", ["", "Summary:", "{document}\nSummary:", "{ prompt }"])
-def test_a_template_without_a_place_for_the_prompt_is_refused(template: str) -> None:
-    with pytest.raises(UserError, match=r"data\.template=.*no place for the prompt\n.*\{prompt\}"):
+def test_a_template_without_prompt_is_rejected(template: str) -> None:
+    with pytest.raises(ConfigError, match=r"^template must contain \{prompt\}, got .*\n.*data\.template="):
         chat_template(template)

@@ -111,7 +111,7 @@ def test_pair_report_by_hand() -> None:
 
 
 def test_pair_report_of_a_tie() -> None:
-    """One pair with equal scores and lengths: accuracy 0, as in ``val/accuracy``, confidence 1/2, and no correlation."""
+    """Equal scores and lengths: accuracy 0, as in ``val/accuracy``, confidence 1/2, and an undefined correlation."""
     report = pair_report(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([4]), torch.tensor([4]))
     assert (report["accuracy"], report["calibration_error"], report["ensemble_std"]) == (0, 0.5, 0)
     assert report["longer_chosen"] == report["shorter_chosen"] == {"count": 0, "accuracy": None}
