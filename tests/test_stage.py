@@ -199,15 +199,13 @@ def test_load_from_checkpoint_restores_ppo(tiny_run: TinyRun, tmp_path: Path) ->
     """Frozen models are not part of a checkpoint. They are opened again from their sources."""
     run = tiny_run.train("ppo", gamma=0.5)
     run.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    fresh, objects = tiny_run.module("ppo"), {}
-    for name in ("reward", "sampling", "scores", "kl", "limits"):
-        objects[name] = getattr(fresh, name)
+    fresh = tiny_run.module("ppo")
     loaded = PPOModule.load_from_checkpoint(
         tmp_path / "last.ckpt",
         policy=fresh.source,
         reward_model=fresh.reward_sources,
+        reward=fresh.reward,
         tokenizer=tiny_run.tokenizer,
-        **objects,
     )
     torch.testing.assert_close(dict(loaded.state_dict()), run.weights, **EXACT)
     assert loaded.gamma == 0.5

@@ -226,8 +226,8 @@ def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:
     for name in sorted(unused):
         if given[name] != parameters[name].default:
             raise ConfigError(
-                f"stage.{name}={given[name]} has no effect with the advantage estimator {estimator_name(advantage)}, "
-                f"which uses {'no critic' if name in CRITIC_KEYS else f'no {name} of the stage'}.",
+                f"stage.{name}={given[name]} has no effect: the advantage estimator {estimator_name(advantage)} "
+                f"{'needs no critic' if name in CRITIC_KEYS else f'does not declare {name}'}.",
                 f"Set advantage=gae or remove stage.{name}.",
             )
 

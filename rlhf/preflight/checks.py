@@ -112,7 +112,7 @@ def check_frozen_models(module: StageModule) -> Check:
     for name, part in module.named_modules():
         if isinstance(part, Frozen):
             count += 1
-            model: nn.Module = part.model  # type: ignore[assignment]
+            model: nn.Module = part.model
             if any(inner.training for inner in model.modules()):
                 faults.append(f"{name} is in train mode")
             if any(weight.requires_grad or weight.grad is not None for weight in model.parameters()):

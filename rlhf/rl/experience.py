@@ -56,8 +56,8 @@ class Minibatch(Batch):
         terms_are_sequences: The loss is a mean over sequences instead of tokens.
         first: This is the first minibatch of its rollout.
         last: This is the last minibatch of the last pass over its rollout.
-        new_tokens: Number of tokens that no earlier minibatch has counted: those of the rollout if ``first``, else 0.
-        new_sequences: The same for sequences.
+        new_tokens: Tokens of the whole rollout if ``first``, otherwise 0, so that throughput counts each token once.
+        new_sequences: Sequences of the whole rollout if ``first``, otherwise 0.
         rollout_metrics: Metrics of the rollout, to be logged with those of its updates.
     """
 

@@ -1,7 +1,7 @@
 """Metrics of rollouts and of updates. docs/metrics.md explains each of them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from rlhf.rl.experience import Experience, Minibatch
 from rlhf.rl.kl import KLController
 from rlhf.rl.objective import explained_variance, policy_ratio
 from rlhf.rl.scores import ScoreShaping
-from rlhf.sampling import repeated_ngram_fraction
 from rlhf.tensors import masked_mean, masked_sum
 
 
@@ -45,6 +44,24 @@ def rollout_metrics(
         "response/repetition": repeated_ngram_fraction(rollout.response_ids()),
         "kl_coef": kl_coef,
     }
+
+
+def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
+    """Fraction of n-grams that already occurred earlier in the same response.
+
+        1 - distinct n-grams / n-grams,    both summed over the responses
+
+    Args:
+        responses: Token ids of each response.
+        size: Number of tokens in an n-gram.
+
+    Returns:
+        A fraction between 0 and 1; 0 if every response is shorter than one n-gram.
+
+    Reference: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
+    """
+    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
+    return 1 - sum(len(set(own)) for own in ngrams) / max(sum(map(len, ngrams)), 1) if any(ngrams) else 0.0
 
 
 def critic_metrics(experience: Experience, returns: Tensor | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Response sampling, shared by SFT, PPO, GRPO, evaluation and the pre-flight checks. It works without a trainer."""
 
 from rlhf.sampling.params import SamplingParams
-from rlhf.sampling.rollout import Rollout, repeated_ngram_fraction
+from rlhf.sampling.rollout import Rollout
 from rlhf.sampling.sampler import LocalSampler, Sampler
 
-__all__ = ["LocalSampler", "Rollout", "Sampler", "SamplingParams", "repeated_ngram_fraction"]
+__all__ = ["LocalSampler", "Rollout", "Sampler", "SamplingParams"]

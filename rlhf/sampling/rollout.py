@@ -61,21 +61,3 @@ class Rollout:
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return each response as text, without special tokens and without leading or trailing whitespace."""
         return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in self.response_ids()]
-
-
-def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
-    """Fraction of n-grams that already occurred earlier in the same response.
-
-        1 - distinct n-grams / n-grams,    both summed over the responses
-
-    Args:
-        responses: Token ids of each response.
-        size: Number of tokens in an n-gram.
-
-    Returns:
-        A fraction between 0 and 1; 0 if every response is shorter than one n-gram.
-
-    Reference: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
-    """
-    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
-    return 1 - sum(len(set(own)) for own in ngrams) / max(sum(map(len, ngrams)), 1) if any(ngrams) else 0.0

@@ -47,7 +47,7 @@ DATA = [
 TRANSFORMER = [
     Effect("sft", f"model.{setting}")
     for setting in (
-        "hidden_size=32 num_layers=2 num_heads=1 intermediate_size=32 max_length=8 vocab_size=310 "
+        "hidden_size=32 num_layers=2 num_heads=1 intermediate_size=32 vocab_size=310 "
         "initializer_range=0.1 rope_theta=10.0"
     ).split()
 ]
@@ -150,6 +150,7 @@ ELSEWHERE = {
     "data.columns*": "tests/data/test_records.py",
     "data.on_error": "needs an invalid record: tests/data/test_datamodule.py",
     "model.chunk_size": "speed: tests/models/test_backbone.py",
+    "model.max_length": "a limit: tests/sampling/test_sampler.py",
     "model.path": "an input",
     "model.revision": "of hub models: tests/models/test_sources.py",
     "model.attention": "speed",

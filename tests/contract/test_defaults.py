@@ -9,7 +9,7 @@ from hydra.utils import get_object
 from contract.configs import STAGES, choices, composed_dict, keywords, targets
 from rlhf.stages import stages
 
-# Every stage with its default choices, and every choice of the groups that configure a class or function of their own.
+# Every stage with its default choices, and every choice of the groups that configure a class or function.
 # For the latter only the node of the choice is compared: a choice may also change keys of the stage.
 GROUP_NODES = {
     "loss": "stage.loss",

@@ -112,8 +112,9 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def without_code(text: str) -> str:
-    """Remove fenced blocks, code spans and links' targets from markdown; line numbers stay."""
-    text = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), text, flags=re.S)
+    """Remove the glossary's table, fenced blocks, code spans and targets of links from markdown; line numbers stay."""
+    hidden = r"<!-- glossary -->.*?<!-- /glossary -->|```.*?```"
+    text = re.sub(hidden, lambda block: "\n" * block[0].count("\n"), text, flags=re.S)
     return re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>", "", text)
 
 

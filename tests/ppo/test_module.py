@@ -217,7 +217,7 @@ def test_an_estimator_with_values_must_return_returns(tiny_run: TinyRun) -> None
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"value_coef": 0.5}, r"stage\.value_coef=0\.5 has no effect with the advantage estimator rloo"),
+        ({"value_coef": 0.5}, r"stage\.value_coef=0\.5 has no effect: the advantage estimator rloo needs no critic"),
         ({"critic": "shared"}, r"stage\.critic=shared has no effect"),
         ({"critic_warmup": 2}, r"stage\.critic_warmup=2 has no effect"),
         ({"obs_dim": 32}, r"stage\.obs_dim=32 has no effect"),
