@@ -55,7 +55,7 @@ MAMBA_MODEL = [
     Effect("sft", f"model.{setting}", MAMBA)
     for setting in "hidden_size=32 num_layers=2 head_dim=8 state_size=8 vocab_size=310 initializer_range=0.1".split()
 ]
-SFT = [Effect("sft", "data.loss_on=text")]
+SFT = [Effect("sft", "data.loss_on=all")]
 REWARD = [
     Effect("reward", "stage.input_dim=7"),
     Effect("reward", "stage.hidden_dim=16", (TWO_LAYERS,)),

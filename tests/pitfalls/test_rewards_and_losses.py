@@ -188,7 +188,7 @@ DATA = {
     "eval_batch_size": 3,
     "on_error": "skip",
     "seed": 3,
-    "loss_on": "text",
+    "loss_on": "all",
 }
 ONLY_HUB = {"splits", "subset"}  # of hub data sets only
 TRAINER = {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}
