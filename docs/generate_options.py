@@ -199,8 +199,9 @@ def code(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Turn a docstring's text into markdown for a table cell."""
-    return re.sub(r"``([^`]+)``", r"`\1`", text).replace("|", "\\|")
+    """Turn a docstring's text into markdown for a table cell. Angle brackets outside of code spans are escaped."""
+    spans = re.sub(r"``([^`]+)``", r"`\1`", text).replace("|", "\\|").split("`")
+    return "`".join(span if number % 2 else span.replace("<", "&lt;") for number, span in enumerate(spans))
 
 
 def choices(group: str) -> list[str]:
