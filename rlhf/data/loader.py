@@ -105,6 +105,7 @@ class BatchLoader:
         self.collate = collate
         self.batch_sampler = batches
         self.per_step = per_step
+        self._epoch_length = len(batches)
         self._position = 0  # batches of the current epoch that have been yielded
         self._resume_at = 0  # batches to skip in the first epoch after resuming
 
@@ -121,8 +122,15 @@ class BatchLoader:
     def _batch(self, indices: list[int]) -> Batch:
         return self.collate([self.rows[i] for i in indices])
 
+    def limit_epoch(self, batches: int) -> None:
+        """Set the number of batches after which the Trainer ends an epoch, as ``trainer.limit_train_batches`` does.
+
+        A checkpoint at the end of such an epoch then has position 0: the next epoch starts from its first batch.
+        """
+        self._epoch_length = min(batches, len(self))
+
     def state_dict(self) -> dict[str, int]:
-        return {"position": self._position % len(self)}
+        return {"position": self._position % max(self._epoch_length, 1)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resume_at = state["position"]

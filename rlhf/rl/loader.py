@@ -47,6 +47,10 @@ class ExperienceLoader:
             weighted = with_loss_weights(self.iteration(cast(PromptBatch, batch)), self.prompts.per_step, world)
             yield from cast(Iterator[Minibatch], weighted)
 
+    def limit_epoch(self, batches: int) -> None:
+        """Set the number of minibatches after which the Trainer ends an epoch; see ``BatchLoader.limit_epoch``."""
+        self.prompts.limit_epoch(-(-batches // self.minibatches))
+
     def state_dict(self) -> dict[str, int]:
         return self.prompts.state_dict()
 

@@ -167,6 +167,9 @@ class StageModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         self._meter = ThroughputMeter()
         self.restore_random_state()
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "limit_epoch"):
+            loader.limit_epoch(int(self.trainer.num_training_batches))
         if self.global_rank:  # Ranks must sample different responses.
             torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)
 
