@@ -100,8 +100,8 @@ def evaluate(cfg: DictConfig) -> float:
     module = instantiate(cfg.stage, _partial_=True)(
         models=policies,
         reward_model=None if chosen is None else open_sources(chosen),
-        tokenizer=_shared_tokenizer(policies, cfg.stage.baseline),
     )
+    _check_vocabularies(policies, module.baseline)
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1:
         raise ConfigError(
@@ -114,22 +114,16 @@ def evaluate(cfg: DictConfig) -> float:
     return float(module.monitored)
 
 
-def _shared_tokenizer(policies: dict[str, ModelSource], baseline: str) -> Any:
-    """Return the tokenizer of the baseline, whose vocabulary all policies have to share."""
-    if baseline not in policies:
-        raise ConfigError(
-            f"stage.baseline must be one of the models ({', '.join(policies)}), got {baseline}.",
-            f"Set stage.baseline={next(iter(policies))}",
-        )
-    tokenizers = {name: source.tokenizer(()) for name, source in policies.items()}
-    for name, tokenizer in tokenizers.items():
-        if tokenizer.get_vocab() != tokenizers[baseline].get_vocab():
+def _check_vocabularies(policies: dict[str, ModelSource], baseline: str) -> None:
+    """Reject policies whose vocabulary differs from that of the baseline."""
+    vocabularies = {name: source.tokenizer(()).get_vocab() for name, source in policies.items()}
+    for name, vocabulary in vocabularies.items():
+        if vocabulary != vocabularies[baseline]:
             raise ConfigError(
                 f"stage.models: {name} and the baseline {baseline} have different vocabularies, so their log-probs "
                 "cannot be compared.",
                 "Evaluate models of one vocabulary: stage.models=[<name>,<name>]",
             )
-    return tokenizers[baseline]
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:

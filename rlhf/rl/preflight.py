@@ -86,8 +86,8 @@ def check_first_ratio(collector: Collector, policy_update: PolicyUpdate, minibat
         distance == 0,
         f"largest distance from 1: {distance:.1e}",
         "0",
-        "updates evaluate another policy than the one that sampled the responses (dropout, precision, shapes or "
-        "temperature), so clipping would be arbitrary",
+        "The update evaluates a different policy from the one that sampled the responses, because of dropout, "
+        "precision, shapes or temperature. Clipping would be arbitrary.",
     )
 
 
@@ -101,8 +101,8 @@ def check_first_kl(collector: Collector, rollout: Rollout) -> Check:
         distance == 0,
         f"largest sum of |log pi - log ref|: {distance:.1e} nats per response",
         "0 nats per response",
-        "policy and reference model differ in their weights or in their state (dropout, precision): the KL penalty "
-        "would pull the policy towards another model than the one training starts from",
+        "Policy and reference model differ in their weights, dropout or precision. The KL penalty would pull the "
+        "policy towards a different model from the one that training starts from.",
     )
 
 
@@ -119,8 +119,8 @@ def check_sampling_matches_scoring(module: StageModule, collector: Collector, pr
         fraction >= 0.98,
         f"{fraction:.1%} of greedy tokens are the most likely ones",
         "98%, because of ties",
-        "sampling with the model's cache gives other logits than evaluating the whole sequence: padding leaks into the "
-        "cache, or positions are wrong",
+        "Sampling with the model's cache gives different logits from evaluating the whole sequence. Padding leaks into "
+        "the cache, or positions are wrong.",
     )
 
 
