@@ -170,7 +170,7 @@ def policies(directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     [
         (
             ["stage.baseline=ppo"],
-            r"^stage\.baseline must be one of the models \(sft, dpo\), got ppo\.\n  Set stage\.baseline=sft$",
+            r"^stage\.baseline must be one of the models \(sft, dpo\), got ppo\.\n  Set stage\.baseline=sft\.$",
         ),
         (
             ["stage.models={{sft: sft, other: {directory}/other.pt}}"],
