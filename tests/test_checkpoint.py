@@ -102,9 +102,12 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.fixture
-def _restore_sigint_handler() -> Iterator[None]:
-    """Restore the handler of SIGINT. Lightning ignores the signal after the first one."""
-    handler = signal.getsignal(signal.SIGINT)
+def _receive_sigint() -> Iterator[None]:
+    """Receive SIGINT during a test, and restore its handler afterwards.
+
+    A shell starts background jobs with the signal ignored, and Lightning ignores it after the first one.
+    """
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 
@@ -353,7 +356,7 @@ def test_sigterm_outside_of_training_batches_is_reported(runs: CheckpointedRuns,
     assert_same_weights(resumed.module, whole.module, **EXACT)
 
 
-@pytest.mark.usefixtures("_restore_sigint_handler")
+@pytest.mark.usefixtures("_receive_sigint")
 def test_ctrl_c_reports_the_newest_checkpoint(runs: CheckpointedRuns) -> None:
     """It interrupts a step anywhere, so no checkpoint is written. The exit code is 128 + 2."""
     with pytest.raises(Stopped) as stopped:
