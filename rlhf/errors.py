@@ -94,7 +94,9 @@ def explain(error: BaseException) -> str | None:
         if isinstance(reason, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
             return _trainer_message(reason)
         return (
-            f"{reason}\n  The keys are the keywords of the class; see conf/." if isinstance(reason, TypeError) else None
+            f"{reason}\n  The valid keys are the keywords of the configured class; see conf/."
+            if isinstance(reason, TypeError)
+            else None
         )
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)

@@ -77,7 +77,7 @@ def test_an_unknown_keyword_names_the_class_and_the_keyword() -> None:
     error = error_of(lambda: instantiate({"_target_": "rlhf.sampling.SamplingParams", "temprature": 1.0}))
     message = str(explain(error))
     assert "temprature" in message
-    assert message.endswith("\n  The keys are the keywords of the class; see conf/.")
+    assert message.endswith("\n  The valid keys are the keywords of the configured class; see conf/.")
 
 
 def test_an_error_of_the_trainer_names_its_keys() -> None:

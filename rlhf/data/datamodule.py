@@ -25,8 +25,8 @@ PROGRESS_BAR_RECORDS = 2000  # fewer records are encoded within seconds
 class RecordDataModule(lightning.LightningDataModule):
     """Reads, encodes and loads the data of one stage.
 
-    A subclass sets ``record_types`` and implements ``encode``, ``length`` and ``collate``. A row is whatever its
-    ``encode`` returns.
+    A subclass sets ``record_types`` and implements ``encode``, ``length`` and ``collate``. The rows of a
+    data module are the objects that its ``encode`` returns.
 
     Args:
         train: Training data: a file or the ID of a Hub dataset; null for none.

@@ -153,7 +153,7 @@ class EvaluateModule(lightning.LightningModule):
     def score(
         self, batch: PromptBatch, texts: list[str], input_ids: Tensor, attention_mask: Tensor
     ) -> dict[str, Tensor | list[float]]:
-        """Score responses with the reward model and the gold function, as far as there are any."""
+        """Score responses with the reward model and with the gold function, where they are configured."""
         scores: dict[str, Tensor | list[float]] = {}
         if self.reward_model is not None:
             with self.trainer.precision_plugin.forward_context():

@@ -28,7 +28,7 @@ def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         attention_mask: [batch, time] bool, True on real tokens. They must be contiguous; padding may be on either side.
 
     Returns:
-        [batch, time, width] hidden states; those of padding are meaningless.
+        [batch, time, width] hidden states. Values at padding positions are undefined.
     """
     left_padded = not bool(attention_mask[:, 0].all())
     if left_padded:

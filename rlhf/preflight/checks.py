@@ -125,8 +125,8 @@ def check_frozen_models(module: StageModule) -> Check:
         not faults and count > 0,
         ", ".join(faults) or f"{count} in eval mode, without gradients and without trained weights",
         "all",
-        "The models that responses are measured with would change together with the policy. Open a separate copy and "
-        "wrap it in rlhf.models.Frozen.",
+        "Reference and reward models must not change with the policy. Open a separate copy and wrap it in "
+        "rlhf.models.Frozen.",
     )
 
 

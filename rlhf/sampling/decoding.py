@@ -89,7 +89,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     Args:
         logits: [rows, vocabulary] logits, already divided by the temperature.
         top_k: Number of tokens to keep; 0 keeps all.
-        top_p: Probability that the kept tokens reach, computed after the top-k filter; 1 keeps all.
+        top_p: Total probability of the tokens to keep, computed after the top-k filter; 1 keeps all.
 
     Returns:
         [rows, vocabulary] logits. The most likely token is always kept.
