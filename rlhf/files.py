@@ -1,10 +1,11 @@
 """Atomic writes and hashes of files."""
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PART = ".part"  # suffix of a file that is still being written
 
@@ -32,6 +33,12 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object], *, concurrent
         part.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file with ``atomic_write``."""
+    data = (json.dumps(content, indent=2) + "\n").encode()
+    atomic_write(path, lambda file: file.write(data))
 
 
 def sha256_of_file(path: str | Path) -> str | None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.artifacts import (
     describe_provenance,
@@ -101,7 +102,7 @@ def evaluate(cfg: DictConfig) -> float:
         models=policies,
         reward_model=None if chosen is None else open_sources(chosen),
     )
-    _check_vocabularies(policies, module.baseline)
+    _check_vocabularies(policies, module.baseline, module.tokenizer)
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1:
         raise ConfigError(
@@ -114,11 +115,11 @@ def evaluate(cfg: DictConfig) -> float:
     return float(module.monitored)
 
 
-def _check_vocabularies(policies: dict[str, ModelSource], baseline: str) -> None:
+def _check_vocabularies(policies: dict[str, ModelSource], baseline: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Reject policies whose vocabulary differs from that of the baseline."""
-    vocabularies = {name: source.tokenizer(()).get_vocab() for name, source in policies.items()}
-    for name, vocabulary in vocabularies.items():
-        if vocabulary != vocabularies[baseline]:
+    vocabulary = tokenizer.get_vocab()
+    for name, source in policies.items():
+        if name != baseline and source.tokenizer(()).get_vocab() != vocabulary:
             raise ConfigError(
                 f"stage.models: {name} and the baseline {baseline} have different vocabularies, so their log-probs "
                 "cannot be compared.",

@@ -20,7 +20,8 @@ from rlhf.evaluate.metrics import (
     point_estimates,
     summarize,
 )
-from rlhf.evaluate.report_output import comparison_table, write_metrics, write_samples
+from rlhf.evaluate.report_output import comparison_table, write_samples
+from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import load_reward_models, load_scorer
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
@@ -169,7 +170,7 @@ class EvaluateModule(lightning.LightningModule):
         summary = summarize(self.responses, baseline=self.baseline, bootstrap=self.bootstrap)
         self.metrics = {"prompts": len(self.prompts), "models": summary}
         self.output.mkdir(parents=True, exist_ok=True)
-        write_metrics(self.output / "metrics.json", self.metrics)
+        write_json(self.output / "metrics.json", self.metrics)
         write_samples(self.output / "samples.jsonl", self.prompts, self.targets, self.responses)
         for logger in self.loggers:
             logger.log_metrics(point_estimates(summary), step=0)

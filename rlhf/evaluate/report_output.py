@@ -1,4 +1,4 @@
-"""Output formats of evaluation: metrics.json, samples.jsonl, and a table for the terminal."""
+"""Output formats of evaluation: samples.jsonl, and a table for the terminal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,6 @@ from rich import box
 from rich.table import Table
 
 from rlhf.evaluate.metrics import TARGET, ModelResponses, point_estimate
-
-
-def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write all metrics as JSON."""
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def write_samples(

@@ -13,11 +13,12 @@ from torch import Tensor
 from rlhf.check import Check
 from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
 from rlhf.errors import ConfigError
+from rlhf.files import write_json
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
 from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
-from rlhf.reward.report_output import plot, scalars, summary, write_json
+from rlhf.reward.report_output import plot, scalars, summary
 from rlhf.stage import Metrics, Result, StageModule
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class RewardModule(StageModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.output is not None:
-            write_json(report, Path(self.output) / "metrics.json")
+            write_json(Path(self.output) / "metrics.json", report)
         for logger in self.loggers:
             logger.log_metrics(scalars(report), step=self.global_step)
             if isinstance(logger, TensorBoardLogger):

@@ -1,8 +1,6 @@
 """Output formats of the reward-model report: JSON, scalars, text and a plot."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,12 +47,6 @@ ENSEMBLE_PANELS = {
     "pairs": Panel("by_ensemble_std", "ensemble_std", "accuracy", STD_LABEL, "accuracy"),
     "ratings": Panel("by_ensemble_std", "ensemble_std", "absolute_error", STD_LABEL, "mean absolute error"),
 }
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the complete report to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def scalars(report: dict[str, Any], prefix: str = "report") -> dict[str, float]:

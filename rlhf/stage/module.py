@@ -3,7 +3,7 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -36,12 +36,10 @@ class Result:
     Attributes:
         model: A causal language model, or a ``ScalarModel`` with its head.
         tokenizer: The tokenizer of the model.
-        extra: Additional entries of the exported file.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class StageModule(lightning.LightningModule):

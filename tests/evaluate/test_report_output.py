@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rlhf.evaluate.metrics import TARGET, ModelResponses
-from rlhf.evaluate.report_output import comparison_table, write_metrics, write_samples
+from rlhf.evaluate.report_output import comparison_table, write_samples
+from rlhf.files import write_json
 
 INTERVAL = {"mean": 0.5, "low": 0.25, "high": 0.75}
 RATE = {"value": 0.75, "low": 0.5, "high": 1.0}
@@ -21,7 +22,7 @@ METRICS = {
 
 
 def test_metrics_are_written_as_json(tmp_path: Path) -> None:
-    write_metrics(tmp_path / "metrics.json", METRICS)
+    write_json(tmp_path / "metrics.json", METRICS)
     assert json.loads((tmp_path / "metrics.json").read_text()) == METRICS
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.files import write_json
 from rlhf.reward.report import pair_report, rating_report
-from rlhf.reward.report_output import plot, scalars, summary, write_json
+from rlhf.reward.report_output import plot, scalars, summary
 
 
 def report(kind: str, heads: int = 1) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def report(kind: str, heads: int = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["pairs", "ratings"])
 def test_json_file_contains_the_report(kind: str, tmp_path: Path) -> None:
-    write_json(report(kind), tmp_path / "new" / "metrics.json")
+    write_json(tmp_path / "new" / "metrics.json", report(kind))
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == report(kind)
 
 
