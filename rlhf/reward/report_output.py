@@ -1,4 +1,4 @@
-"""Output formats of the reward-model report: JSON, scalars, text and a plot."""
+"""Output formats of the reward-model report: scalars, text and a plot."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
