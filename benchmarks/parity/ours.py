@@ -90,8 +90,8 @@ def trainer(steps: int, **keys: Any) -> lightning.Trainer:
 class SameHead(RewardModule):
     """The reward stage with the head of a saved sequence classifier instead of a new one."""
 
-    def configure_model(self) -> None:
-        super().configure_model()
+    def open_models(self) -> None:
+        super().open_models()
         saved = AutoModelForSequenceClassification.from_pretrained(Path(self.source.path))
         last = self.model.head.layers[-1]
         last.weight.data.copy_(saved.score.weight)
@@ -209,8 +209,8 @@ class RecordedPPO(PPOModule):
         self.work = work
         self.results: dict[str, Any] = {"passes": []}
 
-    def configure_model(self) -> None:
-        super().configure_model()
+    def open_models(self) -> None:
+        super().open_models()
         # With equal weights, the KL would be 0, and so would the last advantages with the reward model as the critic.
         reference = AutoModelForCausalLM.from_pretrained(self.work / "reference", dtype=torch.float32)
         self.reference.model.lm.load_state_dict(reference.state_dict())

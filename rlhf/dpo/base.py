@@ -18,7 +18,7 @@ from rlhf.dpo.objective import RANGES, response_lengths
 from rlhf.dpo.preflight import checks
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.errors import ConfigError
-from rlhf.models import Frozen, ModelSource, Policy, disable_dropout
+from rlhf.models import Frozen, ModelSource, Policy, disable_dropout, open_reference
 from rlhf.stage import Metrics, Result, StageModule
 from rlhf.tensors import masked_mean
 
@@ -127,16 +127,10 @@ class PreferenceModule(StageModule):
                 self._loss_name(),
             )
 
-    def configure_model(self) -> None:
-        if hasattr(self, "policy"):
-            return
-        self.policy = self._open_policy()
+    def open_models(self) -> None:
+        self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
         if not self.reference_free:
-            # The reference is opened from the same source, not copied, so that a resumed run has the same reference.
-            self.reference = Frozen(self._open_policy())
-
-    def _open_policy(self) -> Policy:
-        return Policy(disable_dropout(self.source.language_model(self.tokenizer)))
+            self.reference = Frozen(open_reference(self.source, self.tokenizer, self.policy))
 
     # Reference model
 

@@ -102,10 +102,8 @@ class PPOModule(OnPolicyModule):
 
     # Models
 
-    def configure_model(self) -> None:
-        if self.policy is not None:
-            return
-        super().configure_model()
+    def open_models(self) -> None:
+        super().open_models()
         assert self.policy is not None
         _check_dimension("action_dim", self.action_dim, self.policy.vocab_size)
         if not self.has_critic:

@@ -105,9 +105,7 @@ class RewardModule(StageModule):
                         f"Set stage.{key}=0.",
                     )
 
-    def configure_model(self) -> None:
-        if hasattr(self, "model"):
-            return
+    def open_models(self) -> None:
         lm = disable_dropout(self.source.language_model(self.tokenizer))
         width = lm.config.get_text_config().hidden_size
         if self.input_dim not in (None, width):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
-from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout
+from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout, open_reference
 from rlhf.reward_functions import RewardFunction
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
@@ -131,11 +131,9 @@ class OnPolicyModule(StageModule):
         """Tokens of ``data.max_length`` that ``PromptDataModule`` reserves for the response."""
         return self.sampling.max_new_tokens
 
-    def configure_model(self) -> None:
-        if self.policy is not None:
-            return
-        self.policy, reference = (Policy(disable_dropout(self.source.language_model(self.tokenizer))) for _ in range(2))
-        self.reference = Frozen(reference)
+    def open_models(self) -> None:
+        self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
+        self.reference = Frozen(open_reference(self.source, self.tokenizer, self.policy))
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
         self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
         self.policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)
@@ -292,5 +290,5 @@ class OnPolicyModule(StageModule):
         yield from on_policy_checks(self, datamodule, self.collector, self.policy_update, self.iteration)
 
     def result(self) -> Result:
-        assert self.policy is not None, "configure_model opens the policy"
+        assert self.policy is not None, "open_models opens the policy"
         return Result(self.policy.lm, self.tokenizer)

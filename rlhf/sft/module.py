@@ -56,10 +56,9 @@ class SFTModule(StageModule):
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.sampler = sampler or LocalSampler()
 
-    def configure_model(self) -> None:
-        if not hasattr(self, "policy"):
-            # Pretrained models are loaded in eval mode. In this stage their dropout is active.
-            self.policy = Policy(self.source.language_model(self.tokenizer)).train()
+    def open_models(self) -> None:
+        # Pretrained models are loaded in eval mode. In this stage their dropout is active.
+        self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
     def training_loss(self, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
         output = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
 from rlhf.errors import ConfigError
-from rlhf.models import ModelSource
+from rlhf.models import ModelSource, enable_gradient_checkpointing
 from rlhf.stage.optimizer import SCHEDULES, learning_rate_schedule, parameter_groups
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.sample_table import markdown_table
@@ -45,7 +45,7 @@ class Result:
 class StageModule(lightning.LightningModule):
     """Base class of the training stages.
 
-    A stage sets ``source``, opens its models in ``configure_model``, and implements ``training_loss`` and ``result``.
+    A stage sets ``source``, opens its models in ``open_models``, and implements ``training_loss`` and ``result``.
 
     Args:
         tokenizer: The tokenizer of data and models. null: the tokenizer of ``policy``.
@@ -55,6 +55,8 @@ class StageModule(lightning.LightningModule):
         eps: AdamW epsilon.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
         warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
+        gradient_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
+            This takes less memory and about one more forward pass per step.
 
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
@@ -76,6 +78,7 @@ class StageModule(lightning.LightningModule):
         eps: float = 1e-8,
         schedule: str = "cosine",
         warmup_ratio: float = 0.0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -96,10 +99,12 @@ class StageModule(lightning.LightningModule):
         self.eps = eps
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
+        self.gradient_checkpointing = gradient_checkpointing
         self.metrics: dict[str, Tensor | float] = {}
         self.metrics_step = -1
         self._tokenizer = tokenizer
         self._meter = ThroughputMeter()
+        self._models_opened = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,6 +130,10 @@ class StageModule(lightning.LightningModule):
         """
 
     @abstractmethod
+    def open_models(self) -> None:
+        """Open all models of the stage, in float32 on the CPU. ``configure_model`` calls this once."""
+
+    @abstractmethod
     def result(self) -> Result:
         """Return the trained model for export."""
 
@@ -144,6 +153,19 @@ class StageModule(lightning.LightningModule):
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         """Yield each module to train with its learning rate."""
         yield self, self.learning_rate
+
+    # Models
+
+    def configure_model(self) -> None:
+        if self._models_opened:
+            return
+        # Lightning calls this hook under the device context of the strategy. There, transformers would place weights
+        # itself, which requires accelerate.
+        with torch.device("cpu"):
+            self.open_models()
+        self._models_opened = True
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(module for module, _ in self.trainable_modules())
 
     # Training
 

@@ -1,0 +1,20 @@
+"""The reference model of a policy."""
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.models.backbone import Policy
+from rlhf.models.frozen import disable_dropout
+from rlhf.models.sources import ModelSource
+
+
+def open_reference(source: ModelSource, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Policy:
+    """Open the model that a policy starts from, without dropout, as its reference model.
+
+    It is opened from the same source, not copied, so that a resumed run has the same reference model.
+
+    Args:
+        source: Source of the policy.
+        tokenizer: Tokenizer of the policy.
+        policy: The policy.
+    """
+    return Policy(disable_dropout(source.language_model(tokenizer)))
