@@ -1,18 +1,35 @@
 """Causal language models as policies: hidden states, log-probs and entropy of given tokens."""
 
-import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.tensors import scatter, states_before
+from rlhf.distributed import gather_objects
+from rlhf.errors import ConfigError
+from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks
+from rlhf.tensors import scatter, states_before, true_positions
 
-LOGIT_CHUNK_TOKENS = 4096  # logits of at most this many tokens are computed at once, to save memory
+EntropyMode: TypeAlias = Literal["none", "value", "grad"]
+
+
+def skip_padding_check(trunk: nn.Module) -> None:
+    """Let a model not look for padding tokens when it is called without an attention mask, as GPT-2 does.
+
+    The host would wait for the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
+
+    Args:
+        trunk: A causal model without its output layer.
+    """
+    if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
+        trunk.warn_if_padding_and_no_attention_mask = _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """Do nothing."""
 
 
 def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -30,14 +47,16 @@ def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     Returns:
         [batch, time, width] hidden states. Values at padding positions are undefined.
     """
-    left_padded = not bool(attention_mask[:, 0].all())
-    if left_padded:
-        order = attention_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        input_ids = input_ids.gather(1, order)
-    hidden: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-    if left_padded:
-        hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
-    return hidden
+    hidden: Tensor
+    # Without padding on the left, there is nothing to move. The CPU can find this out without waiting for a device.
+    if attention_mask.device.type == "cpu" and bool(attention_mask[:, 0].all()):
+        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    start = attention_mask.to(torch.int8).argmax(dim=1, keepdim=True)
+    rolled = input_ids.gather(1, (columns + start) % len(columns))
+    hidden = trunk(input_ids=rolled, use_cache=False).last_hidden_state
+    return hidden.gather(1, ((columns - start) % len(columns))[..., None].expand_as(hidden))
 
 
 @dataclass
@@ -46,16 +65,17 @@ class PolicyOutput:
 
     Args:
         logprobs: [batch, time] log-prob of each response token, in nats; 0 outside the response.
+        states: [response tokens, width] last hidden state before each response token, row by row.
         entropy: [batch, time] entropy of the distribution that each response token was drawn from, in nats; 0 outside
-            the response.
-        is_argmax: [batch, time] bool, True where a response token is the most likely token.
-        hidden: [batch, time, width] last hidden states.
+            the response. None unless it was requested.
+        is_argmax: [batch, time] bool, True where a response token is the most likely token. None unless it was
+            requested.
     """
 
     logprobs: Tensor
-    entropy: Tensor
-    is_argmax: Tensor
-    hidden: Tensor
+    states: Tensor
+    entropy: Tensor | None = None
+    is_argmax: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -63,12 +83,16 @@ class Policy(nn.Module):
 
     Args:
         lm: The language model.
+
+    Raises:
+        ConfigError: The architecture of the model is not supported.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        self._linear_head: bool | None = None
+        skip_padding_check(lm.base_model)
+        self.logit_transform = find_logit_transform(lm)
 
     @property
     def vocab_size(self) -> int:
@@ -89,7 +113,9 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         *,
-        entropy_grad: bool = False,
+        entropy: EntropyMode = "none",
+        is_argmax: bool = False,
+        response_tokens: int | None = None,
     ) -> PolicyOutput:
         """Compute the log-prob of each response token given all tokens before it.
 
@@ -98,94 +124,59 @@ class Policy(nn.Module):
             attention_mask: [batch, time] bool, True on real tokens.
             response_mask: [batch, time] bool, True on response tokens. Logits are computed for these tokens only.
             temperature: Divides the logits, as it did when the tokens were sampled.
-            entropy_grad: Whether gradients flow through the entropy, too.
+            entropy: Whether to compute the entropy: ``none``, ``value`` for its value only, or ``grad`` for its value
+                with gradient.
+            is_argmax: Whether to compute which tokens are the most likely ones.
+            response_tokens: Number of True entries of ``response_mask``. None: the host waits for the device to count
+                them.
         """
         hidden = hidden_states(self.lm.base_model, input_ids, attention_mask)
-        states, targets = states_before(hidden, response_mask), input_ids[response_mask]
-        chunks = [
-            self._evaluate(
-                states[i : i + LOGIT_CHUNK_TOKENS], targets[i : i + LOGIT_CHUNK_TOKENS], temperature, entropy_grad
-            )
-            for i in range(0, max(len(targets), 1), LOGIT_CHUNK_TOKENS)
-        ]
-        logprobs, entropy, is_argmax = (torch.cat(values) for values in zip(*chunks, strict=True))
-        return PolicyOutput(
-            scatter(logprobs, response_mask), scatter(entropy, response_mask), scatter(is_argmax, response_mask), hidden
-        )
+        positions = true_positions(response_mask, response_tokens)
+        states, targets = states_before(hidden, positions), input_ids[positions]
 
-    def _evaluate(
-        self, states: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-prob, entropy and argmax match, [tokens] each, of target tokens given the states before them."""
-        logits = self.logits(states).float() / temperature
-        logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            shifted = logits - logits.amax(dim=-1, keepdim=True)
-            weights = shifted.exp()
-            total = weights.sum(dim=-1)
-            entropy = total.log() - (weights * shifted).sum(dim=-1) / total
-            is_argmax = shifted.gather(-1, targets[:, None])[:, 0] == 0
-        return logprobs, entropy, is_argmax
+        def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logits = self._logits(states)
+            return _token_statistics(logits if temperature == 1 else logits / temperature, targets, entropy, is_argmax)
+
+        logprobs, *requested = in_chunks(statistics, (states, targets), self.vocab_size)
+        output = PolicyOutput(scatter(logprobs, response_mask), states)
+        if is_argmax:
+            output.is_argmax = scatter(requested.pop(), response_mask)
+        if entropy != "none":
+            output.entropy = scatter(requested.pop(), response_mask)
+        return output
 
     def logits(self, states: Tensor) -> Tensor:
-        """Next-token logits of hidden states: [tokens, width] to [tokens, vocabulary]."""
-        if self._linear_head is None:
-            self._linear_head = self._has_linear_head()
-        if self._linear_head:
-            logits: Tensor = self.lm.get_output_embeddings()(states)
-            return logits
-        return self._logits_of_model(states)
+        """Next-token logits of hidden states: [tokens, width] to [tokens, vocabulary], float32 in any precision."""
+        return self._logits(states)
 
-    @torch.no_grad()
-    def _has_linear_head(self) -> bool:
-        """Return whether the logits are the output embedding applied to the last hidden state, without cap or scale."""
-        was_training = self.lm.training
-        self.lm.eval()
-        input_ids = torch.arange(2, device=self.lm.device)[None] % self.vocab_size
-        states: list[Tensor] = []
-
-        def enlarge(module: nn.Module, inputs: object, output: Any) -> None:
-            # The logits of an untrained model are so small that a soft cap hardly changes them.
-            output.last_hidden_state = output.last_hidden_state * 1000
-            states.append(output.last_hidden_state)
-
-        hook = self.lm.base_model.register_forward_hook(enlarge)
-        try:
-            logits = self.lm(input_ids=input_ids, use_cache=False).logits
-        finally:
-            hook.remove()
-        self.lm.train(was_training)
-        return torch.allclose(self.lm.get_output_embeddings()(states[0]).float(), logits.float(), rtol=1e-3)
-
-    def _logits_of_model(self, states: Tensor) -> Tensor:
-        """Compute logits with the model's own head, which may scale or cap them.
-
-        The forward pass runs on a shallow copy of the model, which shares all parameters and has a trunk that returns
-        the given states. The model itself is not modified.
-        """
-        head = copy.copy(self.lm)
-        head._modules = {**self.lm._modules, self.lm.base_model_prefix: _KnownStates(states)}
-        input_ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        logits: Tensor = head(input_ids=input_ids).logits
-        return logits[0]
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits for methods that already run with gathered parameters; see ``rlhf.models.sharding``."""
+        embedding: Any = self.lm.get_output_embeddings()
+        # Mamba's states are float32 in any precision of its weights.
+        logits: Tensor = embedding(states.to(embedding.weight.dtype))
+        return self.logit_transform(logits.float())
 
 
-class _KnownStates(nn.Module):
-    """A trunk that returns hidden states that have been computed before."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states[None])
+def _token_statistics(logits: Tensor, targets: Tensor, entropy: EntropyMode, is_argmax: bool) -> tuple[Tensor, ...]:
+    """Return the log-prob of each target token and, if requested, the entropy and the argmax match, [tokens] each."""
+    logp = logits.log_softmax(dim=-1)
+    results = [logp.gather(-1, targets[:, None])[:, 0]]
+    if entropy == "grad":
+        results.append(-(logp.exp() * logp).sum(dim=-1))
+    with torch.no_grad():
+        if entropy == "value":
+            results.append(-logp.exp().mul_(logp).sum(dim=-1))
+        if is_argmax:
+            results.append(logits.gather(-1, targets[:, None])[:, 0] == logits.amax(dim=-1))
+    return tuple(results)
 
 
 def kl_divergence(
     policy: Policy,
-    hidden: Tensor,
+    states: Tensor,
     reference: Policy,
-    reference_hidden: Tensor,
+    ref_states: Tensor,
     response_mask: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -198,19 +189,32 @@ def kl_divergence(
 
     Args:
         policy: p. Gradients flow through this model.
-        hidden: [batch, time, width] last hidden states of the policy.
+        states: [response tokens, width] ``PolicyOutput.states`` of the policy.
         reference: q, a model with the same vocabulary.
-        reference_hidden: [batch, time, width'] last hidden states of the reference model.
+        ref_states: [response tokens, width'] ``PolicyOutput.states`` of the reference model.
         response_mask: [batch, time] bool, True on response tokens.
         temperature: Divides the logits of both models.
 
     Returns:
         [batch, time] KL, in nats; 0 outside the response.
     """
-    states, ref_states = states_before(hidden, response_mask), states_before(reference_hidden, response_mask)
-    chunks = []
-    for i in range(0, max(len(states), 1), LOGIT_CHUNK_TOKENS):
-        logp = (policy.logits(states[i : i + LOGIT_CHUNK_TOKENS]).float() / temperature).log_softmax(dim=-1)
-        logq = (reference.logits(ref_states[i : i + LOGIT_CHUNK_TOKENS]).float() / temperature).log_softmax(dim=-1)
-        chunks.append((logp.exp() * (logp - logq)).sum(dim=-1))
-    return scatter(torch.cat(chunks), response_mask)
+
+    def divergence(states: Tensor, ref_states: Tensor) -> tuple[Tensor]:
+        logp = (policy.logits(states) / temperature).log_softmax(dim=-1)
+        logq = (reference.logits(ref_states) / temperature).log_softmax(dim=-1)
+        return ((logp.exp() * (logp - logq)).sum(dim=-1),)
+
+    if isinstance(policy, FSDPModule):  # Each call of ``logits`` is a collective operation: one call on every rank.
+        _check_one_chunk(max(gather_objects(len(states))), policy.vocab_size)
+    (kl,) = in_chunks(divergence, (states, ref_states), policy.vocab_size)
+    return scatter(kl, response_mask)
+
+
+def _check_one_chunk(tokens: int, vocab_size: int) -> None:
+    """Refuse more tokens than one chunk has, whose number would differ between the ranks of a sharded model."""
+    if tokens > chunk_size(vocab_size):
+        raise ConfigError(
+            "stage.kl.estimator=full with trainer=fsdp needs the logits of all response tokens of a minibatch at once, "
+            f"at most {chunk_size(vocab_size)} tokens with a vocabulary of {vocab_size}, got {tokens}.",
+            "Set stage.kl.estimator=k3.",
+        )

@@ -1,10 +1,14 @@
-"""Frozen models, and models without dropout."""
+"""Frozen models, and models without noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.models.scalar import ScalarHead
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,9 +38,64 @@ class Frozen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def cast_matrices(self, dtype: torch.dtype) -> None:
+        """Store the weights of linear layers in the dtype of autocast, see ``cast_frozen_matrices``.
+
+        Args:
+            dtype: The dtype that autocast computes in.
+        """
+        cast_frozen_matrices(self.model, dtype)
+
+
+def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of frozen linear layers in the dtype of autocast.
+
+    Autocast converts these weights whenever a layer uses them, because it caches the copies of trainable weights only.
+    Storing the converted weights changes no result and takes less memory. All other weights stay as they are: those
+    that are trained, embeddings and output embeddings tied to them, norms, and scalar heads, which compute in float32.
+
+    Args:
+        module: A module, and all ``Frozen`` modules in it.
+        dtype: The dtype that autocast computes in.
+    """
+    parts = list(module.modules())
+    embeddings = {id(part.weight) for part in parts if isinstance(part, nn.Embedding)}
+    in_heads = {id(layer) for part in parts if isinstance(part, ScalarHead) for layer in part.modules()}
+    for part in parts:
+        if isinstance(part, Frozen):
+            part.cast_matrices(dtype)
+        elif isinstance(part, nn.Linear | Conv1D) and id(part) not in in_heads:
+            parameters = list(part.parameters(recurse=False))
+            if not any(parameter.requires_grad or id(parameter) in embeddings for parameter in parameters):
+                for parameter in parameters:
+                    if parameter.dtype == torch.float32:
+                        # The parameter itself changes, so that models that share it keep sharing it.
+                        parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def frozen_in_float32(module: nn.Module) -> Iterator[None]:
+    """Compute with float32 copies of the weights that ``cast_frozen_matrices`` has cast, inside of this context.
+
+    The values stay rounded. Without autocast, layers cannot mix dtypes.
+
+    Args:
+        module: A module with ``Frozen`` modules in it.
+    """
+    frozen = [part.model for part in module.modules() if isinstance(part, Frozen)]
+    half = (torch.bfloat16, torch.float16)
+    parameters = {p: p.dtype for model in frozen for p in model.parameters() if p.dtype in half}
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in parameters.items():
+            parameter.data = parameter.data.to(dtype)
+
 
 def disable_dropout(model: M) -> M:
-    """Set every dropout probability to 0, so that train and eval mode give the same results.
+    """Disable dropout and the noise of routers, so that train and eval mode give the same results.
 
     With dropout, the ratio of PPO would differ from 1 before the first update.
 
@@ -49,4 +108,12 @@ def disable_dropout(model: M) -> M:
             for name, value in list(vars(settings).items()) if settings is not None else ():
                 if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                     setattr(settings, name, 0.0)
+        # Routers of mixtures of experts add noise in train mode only. In eval mode, the same number may be a threshold.
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_enter_eval_mode)
     return model
+
+
+def _enter_eval_mode(module: nn.Module, arguments: Any) -> None:
+    """Put a module, without the modules in it, into eval mode: a hook that runs before its forward pass."""
+    module.training = False

@@ -1,19 +1,23 @@
 """Models with a scalar output: reward models, critics and ensembles of reward models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
-from rlhf.models.backbone import hidden_states
+from rlhf.models.backbone import hidden_states, skip_padding_check
+from rlhf.models.logits import NO_TRUNK, unsupported_architecture
 from rlhf.tensors import last_true
 
 
 class ScalarHead(nn.Module):
-    """One or more MLPs that map a hidden state to a scalar each.
+    """One or more MLPs that map a hidden state to a scalar each. They compute in float32 under any precision of a run.
 
     The weights of the last layer are initialized from N(0, 1 / sqrt(fan_in + 1)) and its bias with 0.
 
@@ -43,13 +47,26 @@ class ScalarHead(nn.Module):
         }
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Mean over the heads: [..., width] to [...], float32 in any precision of the trunk."""
+        """Mean over the heads: [..., width] to [...], float32."""
         return self.scores(hidden).mean(dim=-1)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Output of each head: [..., width] to [..., heads], float32 in any precision of the trunk."""
-        hidden = hidden.to(next(self.layers[-1].parameters()).dtype)
-        return torch.cat([layers(hidden) for layers in (self.layers, *self.others)], dim=-1).float()
+        """Output of each head: [..., width] to [..., heads], float32."""
+        device_type = hidden.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+            return torch.cat([_float32_output(mlp, hidden) for mlp in (self.layers, *self.others)], dim=-1)
+
+
+def _float32_output(mlp: nn.Module, hidden: Tensor) -> Tensor:
+    """Output of an MLP, computed in float32 from hidden states and weights of any precision."""
+    output = hidden.float()
+    for layer in mlp.children():
+        if isinstance(layer, nn.Linear):
+            output = F.linear(output, layer.weight.float(), layer.bias.float())
+        else:
+            output = layer(output)
+    return output
 
 
 def _mlp(widths: list[int]) -> nn.Sequential:
@@ -72,16 +89,29 @@ class ScalarModel(nn.Module):
         reward_mean: Mean score of the demonstrations, in reward units; it is subtracted from every score (Huang et al.
             2024, detail 12, arXiv:2403.17031). With several heads, each head has its own mean, [heads]: preferences
             do not determine the offset of a head, and different offsets would look like disagreement.
+
+    Raises:
+        ConfigError: The trunk has an output layer, which its architecture does not separate from it.
     """
 
     reward_mean: Tensor
 
     def __init__(self, trunk: nn.Module, head: ScalarHead, reward_mean: float = 0.0) -> None:
         super().__init__()
+        if isinstance(trunk, PreTrainedModel) and trunk.get_output_embeddings() is not None:
+            raise unsupported_architecture(trunk, NO_TRUNK)
         self.trunk = trunk
+        skip_padding_check(trunk)
         self.head = head
         heads = head.settings["num_heads"]
         self.register_buffer("reward_mean", torch.full((heads,) if heads > 1 else (), reward_mean))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ScalarModel":
+        mean = self.reward_mean
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.reward_mean.dtype != mean.dtype:  # Scores are float32 under any precision, and so is their mean.
+            self.reward_mean = mean.to(self.reward_mean.device)
+        return self
 
     @property
     def config(self) -> Any:
@@ -105,6 +135,23 @@ class ScalarModel(nn.Module):
         hidden = hidden_states(self.trunk, input_ids, attention_mask)
         last = hidden[torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask)]
         return self.head.scores(last) - self.reward_mean
+
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """Value before each response token, for a critic.
+
+        Args:
+            input_ids: [batch, time] token ids.
+            attention_mask: [batch, time] bool, True on real tokens.
+            response_mask: [batch, time] bool, True on response tokens including EOS.
+
+        Returns:
+            [batch, time] values, in reward units; 0 outside the response.
+        """
+        hidden = hidden_states(self.trunk, input_ids, attention_mask)
+        # The next-token shift of ``states_before``, for all tokens, so that the host does not wait for the device.
+        is_read = response_mask.roll(-1, dims=1)
+        values = self.values(torch.where(is_read[..., None], hidden, 0.0))
+        return torch.where(response_mask, values.roll(1, dims=1), 0.0)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Scalar output at every hidden state, for a critic: [..., width] to [...], in reward units."""

@@ -1,6 +1,7 @@
 """Log-probs equal those of the plain transformers model and do not depend on padding or other rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,17 +9,15 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
-    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
     PreTrainedModel,
+    modeling_utils,
 )
 
-from rlhf.models import Frozen, Policy, backbone, disable_dropout, hidden_states
+from rlhf.models import Policy, PolicyOutput, ScalarHead, ScalarModel, hidden_states, kl_divergence, logits
 
 ROW = torch.tensor([[5, 260, 17, 3, 99, 41, 2]])
 TINY = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -39,6 +38,11 @@ def padded(row: Tensor, left: int, right: int, padding: Callable[[int], Tensor])
     return tokens, nn.functional.pad(mask, (left, right)), nn.functional.pad(chosen, (left, right))
 
 
+def evaluate(lm: PreTrainedModel, *args: Tensor, **keys: float) -> PolicyOutput:
+    """Log-probs, entropy and argmax of a policy."""
+    return Policy(lm)(*args, entropy="value", is_argmax=True, **keys)
+
+
 def test_logprobs_entropy_and_argmax_equal_those_of_the_plain_model(lm: PreTrainedModel) -> None:
     """log p(token t) is the log_softmax of the plain logits at t - 1, and entropy = -sum p log p."""
     tokens = torch.cat([ROW, ROW.flip(1)])
@@ -49,7 +53,7 @@ def test_logprobs_entropy_and_argmax_equal_those_of_the_plain_model(lm: PreTrain
         expected = lm(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1)
 
     mask, chosen = full_masks(tokens)
-    scores = Policy(lm)(tokens, mask, chosen)
+    scores = evaluate(lm, tokens, mask, chosen)
 
     picked = expected.gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(scores.logprobs[:, 1:].detach(), picked)
@@ -59,11 +63,22 @@ def test_logprobs_entropy_and_argmax_equal_those_of_the_plain_model(lm: PreTrain
     assert not scores.entropy.requires_grad
 
 
+def test_entropy_and_argmax_are_computed_on_request(lm: PreTrainedModel) -> None:
+    """By default there are only log-probs. With ``entropy="grad"``, the entropy has a gradient."""
+    mask, chosen = full_masks(ROW)
+    plain = Policy(lm)(ROW, mask, chosen)
+    assert (plain.entropy, plain.is_argmax) == (None, None)
+    without, with_gradient = (Policy(lm)(ROW, mask, chosen, entropy=mode).entropy for mode in ("value", "grad"))
+    torch.testing.assert_close(with_gradient.detach(), without)
+    assert with_gradient.requires_grad
+    assert not without.requires_grad
+
+
 def test_outputs_outside_the_response_are_zero(lm: PreTrainedModel) -> None:
     """The response consists of tokens 4 to 6: 3 log-probs below 0, and 0 everywhere else."""
     mask, chosen = full_masks(ROW)
     chosen[:, :4] = False
-    scores = Policy(lm)(ROW, mask, chosen)
+    scores = evaluate(lm, ROW, mask, chosen)
     assert (scores.logprobs != 0).tolist() == chosen.tolist()
     assert (scores.entropy != 0).tolist() == chosen.tolist()
 
@@ -72,14 +87,13 @@ def test_outputs_outside_the_response_are_zero(lm: PreTrainedModel) -> None:
 @pytest.mark.parametrize("token", [0, 2, 77])  # padding token, EOS, a word
 def test_padding_does_not_change_outputs(lm: PreTrainedModel, left: int, right: int, token: int) -> None:
     """The same row alone and with padding on either side, of any length and of any token, including EOS."""
-    policy = Policy(lm)
-    alone = policy(ROW, *full_masks(ROW))
+    alone = evaluate(lm, ROW, *full_masks(ROW))
     tokens, mask, chosen = padded(ROW, left, right, lambda count: torch.full((count,), token))
-    surrounded = policy(tokens, mask, chosen)
+    surrounded = evaluate(lm, tokens, mask, chosen)
     positions = slice(left, left + ROW.shape[1])
     torch.testing.assert_close(surrounded.logprobs[:, positions], alone.logprobs)
     torch.testing.assert_close(surrounded.entropy[:, positions], alone.entropy)
-    torch.testing.assert_close(surrounded.hidden[:, positions], alone.hidden)
+    torch.testing.assert_close(surrounded.states, alone.states)
 
 
 def test_other_rows_of_the_batch_do_not_change_outputs(lm: PreTrainedModel) -> None:
@@ -111,20 +125,62 @@ def test_temperature_divides_the_logits(lm: PreTrainedModel) -> None:
     """At temperature 0.5, the distribution is softmax(2 * logits)."""
     with torch.no_grad():
         expected = (2 * lm(input_ids=ROW).logits[:, :-1]).log_softmax(dim=-1)
-    scores = Policy(lm)(ROW, *full_masks(ROW), temperature=0.5)
+    scores = evaluate(lm, ROW, *full_masks(ROW), temperature=0.5)
     torch.testing.assert_close(scores.logprobs[:, 1:].detach(), expected.gather(-1, ROW[:, 1:, None])[..., 0])
     torch.testing.assert_close(scores.entropy[:, 1:], -(expected.exp() * expected).sum(dim=-1))
 
 
-def test_chunks_do_not_change_outputs(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 tokens in chunks of 5, 5 and 2, with and without gradients."""
-    monkeypatch.setattr(backbone, "LOGIT_CHUNK_TOKENS", 5)
+def outputs_and_gradients(lm: PreTrainedModel) -> list[Tensor]:
+    """Outputs for 12 tokens with the KL to another model, and the gradients of their sum."""
+    torch.manual_seed(3)
+    reference = Policy(type(lm)(lm.config).eval())
     tokens = torch.cat([ROW, ROW.flip(1)])
-    expected = Policy(lm)(tokens, *full_masks(tokens))
+    mask, chosen = full_masks(tokens)
+    policy = Policy(lm)
+    lm.zero_grad()
+    output = policy(tokens, mask, chosen, 0.7, entropy="grad", is_argmax=True)
     with torch.no_grad():
-        found = Policy(lm)(tokens, *full_masks(tokens))
-    torch.testing.assert_close(found.logprobs, expected.logprobs.detach())
-    torch.testing.assert_close(found.entropy, expected.entropy)
+        ref_states = reference(tokens, mask, chosen, 0.7).states
+    kl = kl_divergence(policy, output.states, reference, ref_states, chosen, 0.7)
+    (output.logprobs.sum() + 2 * output.entropy.sum() + 3 * kl.sum()).backward()
+    gradients = [parameter.grad for parameter in lm.parameters()]
+    return [output.logprobs.detach(), output.entropy.detach(), output.is_argmax, kl.detach(), *gradients]
+
+
+def test_chunks_change_neither_outputs_nor_gradients(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 tokens in chunks of 5, 5 and 2, whose logits the backward pass computes again."""
+    expected = outputs_and_gradients(lm)
+    monkeypatch.setattr(logits, "LOGIT_CHUNK_BYTES", 5 * 4 * 300)
+    for value, other in zip(outputs_and_gradients(lm), expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def stored_logits(lm: PreTrainedModel) -> int:
+    """Return the number of distributions over the vocabulary that the forward pass stores for the backward pass."""
+    stored = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal stored
+        stored += tensor.numel() // 300 if tensor.shape[-1:] == (300,) and tensor.shape[0] != 32 else 0
+        return tensor
+
+    tokens = torch.cat([ROW, ROW.flip(1)])
+    mask, chosen = full_masks(tokens)
+    policy, reference = Policy(lm), Policy(type(lm)(lm.config).eval())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = policy(tokens, mask, chosen, entropy="grad", is_argmax=True)
+        kl_divergence(policy, output.states, reference, output.states.detach(), chosen)
+    return stored
+
+
+def test_logits_in_several_chunks_are_not_stored(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded in bytes: with a vocabulary of 300, 6000 bytes are the float32 logits of 5 tokens.
+
+    A single chunk of 12 tokens is stored, so that small batches are not computed twice.
+    """
+    assert stored_logits(lm) >= 24
+    monkeypatch.setattr(logits, "LOGIT_CHUNK_BYTES", 6000)
+    assert stored_logits(lm) == 0
 
 
 def test_an_empty_response_mask_gives_zeros(lm: PreTrainedModel) -> None:
@@ -148,126 +204,125 @@ def special_heads() -> dict[str, PreTrainedModel]:
 @pytest.mark.parametrize("name", ["capped", "scaled up", "scaled down", "plain"])
 @pytest.mark.parametrize("growth", [1, 1000])
 def test_logits_are_capped_and_scaled_as_by_the_model(name: str, growth: float) -> None:
-    """The kind of head is detected in the first call, while the logits are still too small for the cap to matter.
+    """The transform is found when the policy is built, while the logits are still too small for the cap to matter.
 
-    After that call, the output embedding grows by the factor ``growth``, as it might in training.
+    After that, the output embedding grows by the factor ``growth``, as it might in training.
     """
     lm, tokens = special_heads()[name], ROW % 60
     policy = Policy(lm)
-    policy(tokens, *full_masks(tokens))
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(growth)
         expected = lm(input_ids=tokens).logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
     scores = policy(tokens, *full_masks(tokens))
     torch.testing.assert_close(scores.logprobs[:, 1:].detach(), expected)
-    assert lm.model is lm.base_model  # the model still has its own trunk
     scores.logprobs.sum().backward()
     assert all(parameter.grad is not None for parameter in lm.parameters())
 
 
-def gpt2(dropout: float) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        GPT2Config(
-            vocab_size=300,
-            n_positions=32,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
-def test_train_and_eval_mode_agree_without_dropout() -> None:
-    """A GPT-2 with dropout 0.5 gives different logits in train mode; with dropout disabled, the same ones."""
-    lm = gpt2(dropout=0.5)
+def test_a_model_with_nan_weights_is_not_called_unsupported(lm: PreTrainedModel) -> None:
+    """It has diverged. Sampling and the loss report that."""
     with torch.no_grad():
-        eval_logits, train_logits = lm.eval()(input_ids=ROW).logits, lm.train()(input_ids=ROW).logits
-        assert not torch.allclose(eval_logits, train_logits)
-        disable_dropout(lm)
-        assert torch.equal(lm.train()(input_ids=ROW).logits, eval_logits)
-        assert torch.equal(lm.eval()(input_ids=ROW).logits, eval_logits)
+        next(lm.base_model.parameters()).fill_(torch.nan)
+    assert Policy(lm)(ROW, *full_masks(ROW)).logprobs[:, 1:].isnan().all()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        # Llama stores its attention dropout as a float in the attention module, without an nn.Dropout.
-        LlamaConfig(**TINY, num_key_value_heads=2, attention_dropout=0.5),
-        # The decoder layer of Falcon reads it from the configuration. OPT also drops complete layers.
-        FalconConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, hidden_dropout=0.5),
-        OPTConfig(
-            vocab_size=60,
-            hidden_size=16,
-            word_embed_proj_dim=16,
-            ffn_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            dropout=0.0,
-            layerdrop=0.5,
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_dropout_stored_as_a_number_is_disabled(config: PretrainedConfig) -> None:
-    """Of six passes in train mode, some differ from eval mode before dropout is disabled, and none afterwards."""
-    torch.manual_seed(0)
-    lm, tokens = AutoModelForCausalLM.from_config(config), ROW % 60
-    with torch.no_grad():
-        expected = lm.eval()(input_ids=tokens).logits
-        lm.train()
-        assert not all(torch.equal(lm(input_ids=tokens).logits, expected) for _ in range(6))
-        disable_dropout(lm)
-        assert all(torch.equal(lm(input_ids=tokens).logits, expected) for _ in range(6))
+def test_forward_calls_each_module_of_the_model_as_it_is() -> None:
+    """No module is replaced or copied, even for a head that caps the logits, so sharding and compilation work."""
+    lm, tokens, called = special_heads()["capped"], ROW % 60, []
+    policy = Policy(lm)
+    lm.base_model.register_forward_hook(lambda *args: called.append(args[0]))
+    lm.get_output_embeddings().register_forward_hook(lambda *args: called.append(args[0]))
+    policy(tokens, *full_masks(tokens))
+    assert called == [lm.base_model, lm.get_output_embeddings()]
 
 
-class Owner(nn.Module):
-    """Like a LightningModule with a trained and a frozen model."""
+def test_the_head_has_a_gradient_in_the_first_step_under_autocast(lm: PreTrainedModel) -> None:
+    """The first pass uses the output embedding once, with gradients. A probe under ``no_grad`` in the same autocast
+    context would leave a copy without gradient in the cache of autocast (pytorch#165068, fixed in torch 2.11).
 
-    def __init__(self, model: nn.Module) -> None:
+    Logits, log-probs and entropy are float32.
+    """
+    policy, grad_enabled = Policy(lm), []
+    lm.get_output_embeddings().register_forward_hook(lambda *args: grad_enabled.append(torch.is_grad_enabled()))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = policy(ROW, *full_masks(ROW), entropy="grad")
+        assert policy.logits(output.states).dtype == torch.float32
+    assert (output.logprobs.dtype, output.entropy.dtype) == (torch.float32, torch.float32)
+    assert grad_enabled == [True, True]
+    output.logprobs.sum().backward()
+    assert lm.get_output_embeddings().weight.grad.abs().sum() > 0
+
+
+class HostReads(torch.overrides.TorchFunctionMode):
+    """Counts the calls for which the host waits for the device, on the CPU as a stand-in.
+
+    Operations whose result has a shape that depends on values, conversions to Python numbers, and copies to the CPU.
+    """
+
+    NAMES = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu", "masked_select"})
+
+    def __init__(self) -> None:
         super().__init__()
-        self.trained = nn.Linear(2, 2)
-        self.reference = Frozen(model)
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        indices = args[1] if name == "__getitem__" else ()
+        masks = [i for i in (indices if isinstance(indices, tuple) else (indices,)) if isinstance(i, Tensor)]
+        if name in self.NAMES or any(i.dtype == torch.bool for i in masks):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
 
 
-def test_a_frozen_model_is_hidden_from_its_owner() -> None:
-    """The owner has only its own two parameters, and ``train()`` leaves the frozen model in eval mode."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.BatchNorm1d(2)).train()
-    owner = Owner(model)
-    assert [name for name, _ in owner.named_parameters()] == ["trained.weight", "trained.bias"]
-    assert list(owner.state_dict()) == ["trained.weight", "trained.bias"]
-    assert list(owner.buffers()) == []
-    owner.train()
-    assert owner.training
-    assert not any(module.training for module in model.modules())
+@pytest.mark.parametrize(("response_tokens", "own_reads"), [(None, ["nonzero"]), (6, [])])
+def test_the_host_reads_the_device_only_to_count(
+    lm: PreTrainedModel, response_tokens: int | None, own_reads: list[str]
+) -> None:
+    """A policy reads where the response tokens are, unless it is told how many there are.
+
+    Further reads are those of transformers in the trunk and, on the CPU only, one that finds out whether rows are
+    padded on the left.
+    """
+    policy = Policy(lm)
+    with HostReads() as reads_of_trunk:
+        lm.base_model(input_ids=ROW, use_cache=False)
+    masks = full_masks(ROW)
+    with HostReads() as reads:
+        policy(ROW, *masks, entropy="value", is_argmax=True, response_tokens=response_tokens)
+    assert sorted(reads.names) == sorted([*own_reads, "__bool__", *reads_of_trunk.names])
 
 
-def test_a_frozen_model_has_no_gradients() -> None:
-    """Neither its weights nor its inputs get gradients, in any gradient mode of the caller."""
-    model = nn.Linear(2, 2)
-    frozen = Frozen(model)
-    result = frozen(torch.ones(1, 2, requires_grad=True))
-    assert not result.requires_grad
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+def test_the_number_of_response_tokens_changes_nothing(lm: PreTrainedModel) -> None:
+    """The outputs have the same bits, with responses of 3, 0 and 6 tokens."""
+    tokens = torch.cat([ROW, ROW.flip(1), ROW])
+    mask, chosen = full_masks(tokens)
+    chosen[0, :4] = False
+    chosen[1] = False
+    found, expected = (Policy(lm)(tokens, mask, chosen, response_tokens=count) for count in (9, None))
+    assert torch.equal(found.logprobs, expected.logprobs)
+    assert torch.equal(found.states, expected.states)
 
 
-def test_a_frozen_model_follows_its_owner() -> None:
-    """``owner.to(dtype)`` and ``owner.to(device)`` move the frozen weights as well."""
-    model = nn.Linear(2, 2)
-    owner = Owner(model).to(torch.float64)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
-    owner.to("meta")
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+def test_padding_tokens_cause_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called without an attention mask, GPT-2 would warn of padding tokens, although they have no effect here."""
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", warnings.append)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
+    tokens, mask, chosen = padded(ROW, 0, 2, lambda count: torch.zeros(count, dtype=torch.long))
+    policy, trunk = (
+        Policy(AutoModelForCausalLM.from_config(config)),
+        AutoModelForCausalLM.from_config(config).base_model,
+    )
+    policy(tokens, mask, chosen)
+    ScalarModel(trunk, ScalarHead(16))(tokens, mask)
+    assert warnings == []
 
 
 def test_positions_count_from_the_first_real_token() -> None:
     """GPT-2 has absolute position embeddings, so a left-padded row must start at position 0."""
-    trunk = gpt2(dropout=0.0).eval().base_model
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    trunk = AutoModelForCausalLM.from_config(config).eval().base_model
     alone = hidden_states(trunk, ROW, torch.ones_like(ROW, dtype=torch.bool))
     tokens, mask, _ = padded(ROW, 4, 2, lambda count: torch.full((count,), 9))
     torch.testing.assert_close(hidden_states(trunk, tokens, mask)[:, 4:-2], alone)

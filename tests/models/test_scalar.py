@@ -164,6 +164,12 @@ def test_scores_are_float32_in_any_precision_of_the_trunk() -> None:
     assert ScalarHead(4).to(torch.bfloat16)(hidden).dtype == torch.float32
 
 
+def test_a_trunk_with_an_output_layer_is_rejected(lm: PreTrainedModel) -> None:
+    """The base model of Llama 4 is the language model itself, which returns logits instead of hidden states."""
+    with pytest.raises(ConfigError, match=r"is not supported\. Its output embedding cannot be separated"):
+        ScalarModel(lm, ScalarHead(32))
+
+
 def test_loading_weights_without_a_head_fails(lm: PreTrainedModel) -> None:
     """Otherwise, the head would keep its random initial weights."""
     weights = scalar_model(lm).state_dict()
@@ -183,3 +189,47 @@ def test_the_state_dict_contains_weights_and_reward_mean(lm: PreTrainedModel) ->
     assert not torch.allclose(second(ROW[None], mask), expected)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second(ROW[None], mask), expected)
+
+
+def test_a_head_computes_in_float32_under_autocast() -> None:
+    """Of 4000 different scores, bfloat16 would leave fewer than half, and ties count as errors of a reward model."""
+    torch.manual_seed(0)
+    head, hidden = ScalarHead(64, hidden_dim=16, num_layers=2, num_heads=2), torch.randn(4000, 64)
+    expected = head.scores(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.scores(hidden)
+    assert torch.equal(found, expected)
+    assert len(found[:, 0].unique()) > 3900
+
+
+def test_a_head_in_half_precision_computes_in_float32() -> None:
+    """Under bf16-true, only the weights are rounded: the output is that of a float32 head with the rounded weights."""
+    torch.manual_seed(0)
+    head, hidden = ScalarHead(64, hidden_dim=16, num_layers=2), torch.randn(50, 64).bfloat16()
+    rounded = ScalarHead(64, hidden_dim=16, num_layers=2)
+    rounded.load_state_dict({name: weight.bfloat16().float() for name, weight in head.state_dict().items()})
+    assert torch.equal(head.bfloat16()(hidden), rounded(hidden.float()))
+    head(hidden).sum().backward()
+    assert head.layers[0].weight.grad.dtype == torch.bfloat16
+
+
+def test_the_reward_mean_keeps_its_precision(lm: PreTrainedModel) -> None:
+    """Under bf16-true, Lightning casts the model. In bfloat16, a mean of 101.3 would become 101.5."""
+    model = scalar_model(lm, mean=101.3).bfloat16()
+    assert model.reward_mean.dtype == torch.float32
+    assert model.reward_mean.item() == pytest.approx(101.3)
+    assert model.to("meta").reward_mean.device.type == "meta"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_token_values_are_read_before_each_response_token(lm: PreTrainedModel, left: int) -> None:
+    """The value at token t comes from the hidden state of token t - 1; it is 0 outside of the response."""
+    model, mask = scalar_model(lm, mean=0.5), torch.ones_like(ROW[None], dtype=torch.bool)
+    response_mask = mask.clone()
+    response_mask[:, :3] = False
+    expected = model.values(lm.base_model(input_ids=ROW[None]).last_hidden_state)[:, 2:-1]
+    pad = torch.nn.functional.pad
+    found = model.token_values(pad(ROW[None], (left, 2), value=9), pad(mask, (left, 2)), pad(response_mask, (left, 2)))
+    torch.testing.assert_close(found[:, left + 3 : -2], expected)
+    assert found.count_nonzero() == 4
