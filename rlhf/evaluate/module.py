@@ -1,11 +1,16 @@
 """The evaluation stage: samples responses with every model and scores them."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,22 +19,26 @@ from rlhf.data import PromptBatch
 from rlhf.errors import ConfigError
 from rlhf.evaluate.metrics import (
     TARGET,
-    ModelResponses,
     compare_with_targets,
     monitored_win_rate,
     point_estimates,
     summarize,
 )
 from rlhf.evaluate.report_output import comparison_table, write_samples
+from rlhf.evaluate.responses import Evaluation, ResponseBatch
 from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import load_reward_models, load_scorer
-from rlhf.sampling import LocalSampler, Sampler, SamplingParams
-from rlhf.tensors import masked_sum, pad_right
+from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
+from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
+from rlhf.tensors import masked_sum
+
+log = logging.getLogger(__name__)
 
 
 class EvaluateModule(lightning.LightningModule):
     """Compares the responses of several models to held-out prompts.
+
+    One model at a time is in memory. With several processes, each of them evaluates a share of the prompts.
 
     Args:
         models: Models to compare, by name. null: all policies of the run.
@@ -43,8 +52,6 @@ class EvaluateModule(lightning.LightningModule):
         bootstrap: Number of resamples behind each bootstrap interval.
         tokenizer: Tokenizer of all models. null: the tokenizer of the baseline.
     """
-
-    policies: torch.nn.ModuleDict
 
     def __init__(
         self,
@@ -79,10 +86,7 @@ class EvaluateModule(lightning.LightningModule):
         self.output = Path(output)
         self.bootstrap = bootstrap
         self.tokenizer = tokenizer or self.sources[baseline].tokenizer(())
-        self.reward_model: Frozen | None = None
-        self.responses: dict[str, ModelResponses] = {}
-        self.prompts: list[str] = []
-        self.targets: list[str | None] = []
+        self.batches: list[PromptBatch] = []
         self.metrics: dict[str, Any] = {}
 
     @property
@@ -90,88 +94,119 @@ class EvaluateModule(lightning.LightningModule):
         """Maximum response length in tokens, which the data module reserves in ``max_length``."""
         return self.sampling.max_new_tokens
 
-    def configure_model(self) -> None:
-        if hasattr(self, "policies"):
-            return
-        self.policies = torch.nn.ModuleDict(
-            {name: Frozen(Policy(source.language_model(self.tokenizer))) for name, source in self.sources.items()}
-        )
-        if self.reward_sources:
-            self.reward_model = load_reward_models(self.reward_sources, self.tokenizer)
-
     def on_test_start(self) -> None:
-        self.responses = {name: ModelResponses() for name in self.sources}
-        self.prompts, self.targets = [], []
+        self.batches = []
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self.prompts += [prompt.raw_text for prompt in batch.prompts]
-        self.targets += [prompt.target for prompt in batch.prompts]
-        for name in self.sources:
-            self.evaluate_policy(name, batch)
-        if all(prompt.target is not None for prompt in batch.prompts):
-            self.evaluate_targets(batch)
+        # Models are evaluated one after the other, each on all prompts, so that one of them is in memory at a time.
+        if not batch.is_filler:
+            self.batches.append(batch)
 
-    def evaluate_policy(self, name: str, batch: PromptBatch) -> None:
-        """Sample responses to a batch of prompts with one model, and collect them with their metrics."""
-        policies: Any = self.policies  # ModuleDict does not know the type of its entries.
-        policy, baseline = policies[name], policies[self.baseline]
+    def on_test_epoch_end(self) -> None:
+        responses = self.sample_models()
+        if all(prompt.target is not None for batch in self.batches for prompt in batch.prompts):
+            responses[TARGET] = [self.encode_targets(batch) for batch in self.batches]
+        self.score_with_reward_model([batch for model in responses.values() for batch in model])
+        evaluation = Evaluation.of_batches(self.batches, responses).gather(self.batches)
+        self.report(evaluation)
 
-        # 1. Sample.
-        self.sampler.sync(policy.model.lm, self.tokenizer)
-        rollout = self.sampler.sample(batch.input_ids, self.sampling)
-        texts = rollout.decode(self.tokenizer)
+    def sample_models(self) -> dict[str, list[ResponseBatch]]:
+        """Sample responses with every model, and estimate the KL to the baseline.
 
-        # 2. Estimate the KL to the baseline at the sampling temperature.
-        temperature = self.sampling.temperature or 1.0
+        The baseline comes last: it then evaluates the responses of all models. Every model samples from the same seed,
+        so that its responses do not depend on which other models are evaluated.
+        """
+        seed = torch.initial_seed()
+        sampled: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}
+        for name in sorted(self.sources, key=lambda name: name == self.baseline):
+            started = time.perf_counter()
+            torch.manual_seed(seed + self.global_rank)
+            with self.opened(Frozen(Policy(self.sources[name].language_model(self.tokenizer)))) as policy:
+                self.sampler.sync(policy.model.lm, self.tokenizer)
+                sampled[name] = [self.sample_responses(policy, batch) for batch in self.batches]
+                if name == self.baseline:
+                    for batch in chain.from_iterable(sampled.values()):
+                        self.compare_with_baseline(policy, batch)
+            log.info("%s: responses to all prompts took %.0f s", name, time.perf_counter() - started)
+        return sampled
+
+    @contextmanager
+    def opened(self, model: Frozen) -> Iterator[Any]:
+        """Move a model to the device, in the Trainer's precision, and free its memory at the end of the context."""
+        plugin: Any = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision):
+            model.cast_matrices(torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        try:
+            yield plugin.convert_module(model).to(self.device)
+        finally:
+            model.to("meta")  # The sampler may still refer to the model.
+
+    def sample_responses(self, policy: Frozen, batch: PromptBatch) -> ResponseBatch:
+        """Sample a response to each prompt, and compute everything that needs no other model."""
         with self.trainer.precision_plugin.forward_context():
-            logprobs, baseline_logprobs = (
-                model(rollout.input_ids, rollout.attention_mask, rollout.response_mask, temperature).logprobs
-                for model in (policy, baseline)
-            )
+            rollout = self.sampler.sample(batch.input_ids, self.sampling)
+            logprobs = self.logprobs(policy, rollout)
+        texts = rollout.decode(self.tokenizer)
+        metrics = {"length": rollout.lengths.cpu(), "truncated": (~rollout.finished).cpu()}
+        return ResponseBatch(batch, rollout.to("cpu"), texts, logprobs, {**metrics, **self.gold_scores(batch, texts)})
 
-        # 3. Score.
-        self.responses[name].add(
-            texts,
-            length=rollout.lengths,
-            truncated=~rollout.finished,
-            **{f"kl_to_{self.baseline}": masked_sum(logprobs - baseline_logprobs, rollout.response_mask)},
-            **self.score(batch, texts, rollout.input_ids, rollout.attention_mask),
-        )
+    def compare_with_baseline(self, baseline: Frozen, batch: ResponseBatch) -> None:
+        """Estimate the KL of the model that sampled the responses to the baseline, at the sampling temperature."""
+        assert batch.logprobs is not None, "sampled responses have log-probs"
+        with self.trainer.precision_plugin.forward_context():
+            difference = batch.logprobs - self.logprobs(baseline, batch.rollout)
+        batch.metrics[f"kl_to_{self.baseline}"] = masked_sum(difference, batch.rollout.response_mask)
 
-    def evaluate_targets(self, batch: PromptBatch) -> None:
-        """Collect the reference responses of the data with their metrics."""
+    def logprobs(self, policy: Frozen, rollout: Rollout) -> Tensor:
+        """Return the log-probs of the responses at the sampling temperature: [batch, time], on the CPU."""
+        rollout, temperature = rollout.to(self.device), self.sampling.temperature or 1.0
+        output = policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask, temperature)
+        logprobs: Tensor = output.logprobs.float().cpu()
+        return logprobs
+
+    def encode_targets(self, batch: PromptBatch) -> ResponseBatch:
+        """Encode the reference responses of the data."""
         encoder = self.trainer.datamodule.encoder()  # type: ignore[attr-defined]
         texts = [str(prompt.target) for prompt in batch.prompts]
         rows = [
             encoder.encode_response(prompt.messages, text) for prompt, text in zip(batch.prompts, texts, strict=True)
         ]
-        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad_right([row.input_ids for row in rows]))
-        lengths = [float(len(row.input_ids) - row.start) for row in rows]
-        self.responses.setdefault(TARGET, ModelResponses()).add(
-            texts, length=lengths, **self.score(batch, texts, input_ids, attention_mask)
+        rollout = Rollout.from_responses(
+            [row.input_ids[: row.start] for row in rows],
+            [row.input_ids[row.start :] for row in rows],
+            stop_ids=[self.tokenizer.eos_token_id],
         )
+        metrics = {"length": rollout.lengths, **self.gold_scores(batch, texts)}
+        return ResponseBatch(batch, rollout, texts, metrics=metrics)
 
-    def score(
-        self, batch: PromptBatch, texts: list[str], input_ids: Tensor, attention_mask: Tensor
-    ) -> dict[str, Tensor | list[float]]:
-        """Score responses with the reward model and with the gold function, where they are configured."""
-        scores: dict[str, Tensor | list[float]] = {}
-        if self.reward_model is not None:
-            with self.trainer.precision_plugin.forward_context():
-                scores["reward"] = self.reward_model(input_ids, attention_mask)
-        if self.gold is not None:
-            scores["gold"] = self.gold(
-                [prompt.raw_text for prompt in batch.prompts], texts, [prompt.target for prompt in batch.prompts]
-            )
-        return scores
+    def gold_scores(self, batch: PromptBatch, texts: list[str]) -> dict[str, Sequence[float]]:
+        """Score responses with the gold function, if there is one."""
+        if self.gold is None:
+            return {}
+        prompts, targets = ([getattr(prompt, name) for prompt in batch.prompts] for name in ("raw_text", "target"))
+        return {"gold": self.gold(prompts, texts, targets)}
 
-    def on_test_epoch_end(self) -> None:
-        compare_with_targets(self.responses, len(self.prompts))
-        summary = summarize(self.responses, baseline=self.baseline, bootstrap=self.bootstrap)
-        self.metrics = {"prompts": len(self.prompts), "models": summary}
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / "metrics.json", self.metrics)
-        write_samples(self.output / "samples.jsonl", self.prompts, self.targets, self.responses)
+    def score_with_reward_model(self, batches: Sequence[ResponseBatch]) -> None:
+        """Score responses with the reward model, if there is one."""
+        if not self.reward_sources:
+            return
+        stop_ids = self.sampling.stop_ids(self.tokenizer)
+        with self.opened(load_reward_models(self.reward_sources, self.tokenizer)) as model:
+            for batch in batches:
+                tokens = end_as_in_training(batch.rollout.to(self.device), self.tokenizer, stop_ids)
+                with self.trainer.precision_plugin.forward_context():
+                    batch.metrics["reward"] = model(*tokens).cpu()
+
+    def report(self, evaluation: Evaluation) -> None:
+        """Compute the metrics over all prompts, log them, and write them to files."""
+        compare_with_targets(evaluation.responses, len(evaluation.prompts))
+        summary = summarize(evaluation.responses, baseline=self.baseline, bootstrap=self.bootstrap)
+        self.metrics = {"prompts": len(evaluation.prompts), "models": summary}
+        if self.trainer.is_global_zero:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / "metrics.json", self.metrics)
+            write_samples(self.output / "samples.jsonl", evaluation.prompts, evaluation.targets, evaluation.responses)
+        self.trainer.strategy.barrier()
         for logger in self.loggers:
             logger.log_metrics(point_estimates(summary), step=0)
 

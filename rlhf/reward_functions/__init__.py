@@ -1,6 +1,7 @@
 """Reward functions: reward models, Python functions, verifiable responses, and weighted sums of these."""
 
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.reward_functions.endings import end_as_in_training
 from rlhf.reward_functions.exact_match import ExactMatchReward
 from rlhf.reward_functions.model import ModelReward, load_reward_models
 from rlhf.reward_functions.objective import pessimistic_score
@@ -14,6 +15,7 @@ __all__ = [
     "RewardFunction",
     "ScoringBatch",
     "WeightedSumReward",
+    "end_as_in_training",
     "load_reward_models",
     "load_scorer",
     "pessimistic_score",

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError
-from rlhf.models import Frozen, ModelSource, RewardModelEnsemble, disable_dropout
+from rlhf.models import Frozen, ModelSource, RewardModelEnsemble, common_count, disable_dropout, starting_point
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.reward_functions.objective import pessimistic_score
 
@@ -44,8 +44,10 @@ class ModelReward(RewardFunction):
     def forward(self, batch: ScoringBatch) -> Tensor:
         model: Any = self.model.model  # ScalarModel or RewardModelEnsemble
         chunks = [slice(i, i + self.batch_size) for i in range(0, len(batch.input_ids), self.batch_size)]
+        idle = common_count(model, len(chunks)) - len(chunks)  # Other ranks have more responses.
         with torch.no_grad():
-            scores = torch.cat([model.scores(batch.input_ids[c], batch.attention_mask[c]) for c in chunks])
+            parts = [model.scores(batch.input_ids[c], batch.attention_mask[c]) for c in chunks + chunks[-1:] * idle]
+        scores = torch.cat(parts[: len(chunks)])
         if self.uncertainty_penalty and scores.shape[1] < 2:
             raise ConfigError(
                 f"reward.uncertainty_penalty={self.uncertainty_penalty} requires an ensemble, but the reward model "
@@ -58,5 +60,5 @@ class ModelReward(RewardFunction):
 
 def load_reward_models(sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> Frozen:
     """Load one reward model, or several as an ensemble, frozen and without dropout."""
-    members = [disable_dropout(source.scalar_model(tokenizer)) for source in sources]
+    members = [disable_dropout(starting_point(source).scalar_model(tokenizer)) for source in sources]
     return Frozen(RewardModelEnsemble(members) if len(members) != 1 else members[0])

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from rlhf.sampling.params import SamplingParams
 from rlhf.tensors import pad_right
 
+INVALID_TOKEN = -1  # stands for a token whose logits were NaN or infinite
+SMALLEST_NOISE = 2**-24  # Float32 generators resolve no smaller values: on some devices, they return 0 instead.
+
 
 class DecodingBatch:
     """The unfinished rows of a batch and the model's cache for them.
@@ -28,7 +31,7 @@ class DecodingBatch:
         self.input_ids = reversed_ids.flip(1).to(lm.device)
         self.attention_mask = reversed_mask.flip(1).to(lm.device)
         self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        self.padded = not bool(self.attention_mask.all())
+        self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.arguments = signature(lm.forward).parameters
         # Models without attention name their recurrent state `cache_params`. Models with attention, including hybrid
         # ones, name their cache `past_key_values`.
@@ -48,9 +51,21 @@ class DecodingBatch:
         if "logits_to_keep" in self.arguments:
             inputs["logits_to_keep"] = 1
         output = self.lm(**inputs)
+        is_prompt = self.cache is None
         self.cache = getattr(output, self.cache_name)
+        if is_prompt:
+            self._always_use_the_mask()
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _always_use_the_mask(self) -> None:
+        """Stop transformers from reading the mask on the host in every step to find out whether it contains padding.
+
+        It does not do so for caches that can be compiled.
+        """
+        if self.padded:
+            for layer in getattr(self.cache, "layers", ()):
+                layer.is_compileable = True
 
     def keep(self, rows: Tensor) -> None:
         """Remove all other rows from the batch and from the cache."""
@@ -65,22 +80,26 @@ class DecodingBatch:
 
 
 def draw_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Draw one token per row by inverse transform sampling, with the global random state of torch.
+    """Draw one token per row with the global random state of torch, without reading anything on the host.
+
+    The draw is an exponential race: token v gets the arrival time E_v / p_v, where E_v is exponential noise of rate 1,
+    and the token that arrives first has distribution p.
 
     Args:
         logits: [rows, vocabulary] next-token logits.
         params: Temperature and filters.
 
     Returns:
-        [rows] token ids.
+        [rows] token ids; ``INVALID_TOKEN`` in rows whose largest logit is NaN or infinite.
     """
+    valid = logits.amax(dim=-1).isfinite()
     if params.temperature == 0:
-        return logits.argmax(dim=-1)
+        return torch.where(valid, logits.argmax(dim=-1), INVALID_TOKEN)
     logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
-    cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    # Scale by the total instead of 1, so that rounding never selects a token beyond the last one.
-    draw = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    probabilities = logits.softmax(dim=-1)
+    # With noise of exactly 0, which is not rare in a large vocabulary, even the least likely token would win.
+    noise = torch.empty_like(probabilities).exponential_().clamp_(min=SMALLEST_NOISE)
+    return torch.where(valid, probabilities.div_(noise).argmax(dim=-1), INVALID_TOKEN)
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -99,7 +118,8 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        remove = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        # Probabilities are counted in integers, because a GPU has no deterministic cumulative sum of floats.
+        probabilities = (ordered.softmax(dim=-1) * 2**40).long()
+        remove = probabilities.cumsum(dim=-1) - probabilities >= int(top_p * 2**40)
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
     return logits

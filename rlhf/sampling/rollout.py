@@ -1,7 +1,7 @@
 """Prompts with sampled responses."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Rollout:
     attention_mask: Tensor
     response_mask: Tensor
     finished: Tensor
+    _response_ids: list[list[int]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_responses(
@@ -47,7 +48,16 @@ class Rollout:
         starts = torch.tensor([len(prompt) for prompt in prompts])
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
         finished = torch.tensor([response[-1] in stop_ids for response in responses])
-        return cls(*(tensor.to(device) for tensor in (input_ids, attention_mask, response_mask, finished)))
+        rollout = cls(*(tensor.to(device) for tensor in (input_ids, attention_mask, response_mask, finished)))
+        rollout._response_ids = [list(response) for response in responses]
+        return rollout
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """Return a copy of the rollout on a device."""
+        tensors = (self.input_ids, self.attention_mask, self.response_mask, self.finished)
+        copy = Rollout(*(tensor.to(device) for tensor in tensors))
+        copy._response_ids = self._response_ids
+        return copy
 
     @property
     def lengths(self) -> Tensor:
@@ -55,8 +65,11 @@ class Rollout:
         return self.response_mask.sum(dim=1)
 
     def response_ids(self) -> list[list[int]]:
-        """Return the token ids of each response."""
-        return [row[mask].tolist() for row, mask in zip(self.input_ids, self.response_mask, strict=True)]
+        """Return the token ids of each response. They are read from the device at most once."""
+        if self._response_ids is None:
+            rows = torch.where(self.response_mask, self.input_ids, -1).tolist()
+            self._response_ids = [[token for token in row if token >= 0] for row in rows]
+        return self._response_ids
 
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return each response as text, without special tokens and without leading or trailing whitespace."""

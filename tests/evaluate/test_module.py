@@ -1,12 +1,14 @@
 """The evaluation stage in Lightning's test loop."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness import DEMONSTRATIONS, FakeSource, MetricsLogger, quick_trainer, tiny_reward_model
@@ -40,14 +42,17 @@ class Evaluation:
         self.folder, self.tokenizer = folder, tokenizer
         self.logger = MetricsLogger()
 
-    def run(self, rows: list[dict[str, Any]] = DEMONSTRATIONS, **keys: Any) -> EvaluateModule:
+    def run(
+        self, rows: list[dict[str, Any]] = DEMONSTRATIONS, trainer: dict[str, Any] | None = None, **keys: Any
+    ) -> EvaluateModule:
         path = self.folder / "prompts.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         keys = {"sampling": PARAMS, "output": str(self.folder / "out"), "bootstrap": 20, **keys}
         module = EvaluateModule(tokenizer=self.tokenizer, **keys)
         datamodule = PromptDataModule(test=str(path), max_length=64, eval_batch_size=3, tokenizer=self.tokenizer)
         torch.manual_seed(7)
-        quick_trainer(default_root_dir=self.folder, logger=self.logger).test(module, datamodule, verbose=False)
+        flags = {"default_root_dir": self.folder, "logger": self.logger, **(trainer or {})}
+        quick_trainer(**flags).test(module, datamodule, verbose=False)
         return module
 
 
@@ -76,10 +81,10 @@ def test_models_are_sampled_scored_and_compared(
     assert written == module.metrics
     assert written["prompts"] == 8
     assert list(written["models"]) == ["sft", "ppo", "target"]
-    metrics = ["length", "truncated", "kl_to_sft", "reward", "gold", "rougeL"]
+    metrics = ["length", "truncated", "gold", "kl_to_sft", "reward", "rougeL"]
     assert list(written["models"]["sft"]) == [*metrics, "win_rate_vs_target"]
     assert list(written["models"]["ppo"]) == [*metrics, "win_rate_vs_sft", "win_rate_vs_target"]
-    assert list(written["models"]["target"]) == ["length", "reward", "gold", "rougeL", "win_rate_vs_sft"]
+    assert list(written["models"]["target"]) == ["length", "gold", "reward", "rougeL", "win_rate_vs_sft"]
     assert written["models"]["target"]["rougeL"]["mean"] == 1.0
     assert written["models"]["sft"]["kl_to_sft"]["mean"] == 0.0
     assert module.monitored == written["models"]["ppo"]["win_rate_vs_sft"]["gold"]["value"]
@@ -90,11 +95,10 @@ def test_models_are_sampled_scored_and_compared(
 
 
 def test_responses_come_from_the_configured_sampler(evaluation: Evaluation, policy: FakeSource) -> None:
-    """The sampler is synchronized with each model before each of the 3 batches."""
+    """The sampler is synchronized with each model once, before its first batch."""
     sampler = FakeSampler()
     module = evaluation.run(models={"sft": policy, "ppo": shifted(policy)}, sampler=sampler)
-    of_models = [module.policies[name].model.lm for name in ("sft", "ppo")]
-    assert [id(lm) for lm in sampler.policies] == [id(lm) for lm in of_models] * 3
+    assert len(sampler.policies) == 2
     assert module.metrics["models"]["ppo"]["length"]["mean"] == 2.0
     assert module.metrics["models"]["ppo"]["truncated"]["mean"] == 0.0
 
@@ -133,6 +137,127 @@ def test_several_reward_models_score_as_an_ensemble(evaluation: Evaluation, poli
     single, listed, ensemble = (run.metrics["models"]["sft"]["reward"]["mean"] for run in runs)
     assert listed == single
     assert ensemble == pytest.approx(single + 1.0, rel=1e-5)
+
+
+def test_names_of_models_may_contain_dots(evaluation: Evaluation, policy: FakeSource) -> None:
+    """Paths such as ``outputs/b/dpo/dpo_final.pt`` and variants such as ``dpo_0.1`` are names as well."""
+    module = evaluation.run(models={"sft": policy, "dpo_0.1": policy}, sampler=FakeSampler())
+    assert list(module.metrics["models"])[:2] == ["sft", "dpo_0.1"]
+
+
+class CountedSource(FakeSource):
+    """Counts the models that have been opened and still have weights in memory, at each opening of another one."""
+
+    opened: ClassVar[list[torch.nn.Module]] = []
+    counts: ClassVar[list[int]] = []
+
+    def language_model(self, tokenizer: Any) -> Any:
+        alive = [model for model in self.opened if any(not weight.is_meta for weight in model.parameters())]
+        self.counts.append(len(alive))
+        self.opened.append(super().language_model(tokenizer))
+        return self.opened[-1]
+
+    scalar_model = language_model
+
+
+def test_one_model_at_a_time_is_in_memory(
+    evaluation: Evaluation, policy: FakeSource, reward_model: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three policies and the reward model is opened once, when no other one has its weights any more.
+
+    The sampler of this test keeps a reference to each of them.
+    """
+    monkeypatch.setattr(CountedSource, "opened", [])
+    monkeypatch.setattr(CountedSource, "counts", [])
+    models = {name: CountedSource(policy.model) for name in ("sft", "ppo", "dpo")}
+    evaluation.run(models=models, reward_model=CountedSource(reward_model.model), sampler=FakeSampler())
+    assert CountedSource.counts == [0] * 4
+
+
+def test_responses_of_a_model_do_not_depend_on_the_other_models(evaluation: Evaluation, policy: FakeSource) -> None:
+    """Every model samples from the same seed. A model that equals the baseline has the same responses."""
+    alone = evaluation.run(models={"sft": policy}).metrics["models"]["sft"]
+    models = {"sft": policy, "ppo": shifted(policy), "copy": policy}
+    together = evaluation.run(models=models).metrics["models"]
+    assert {name: together["sft"][name] for name in alone if "win" not in name} == {
+        name: value for name, value in alone.items() if "win" not in name
+    }
+    assert together["copy"]["kl_to_sft"]["mean"] == 0.0
+    assert together["copy"]["length"] == together["sft"]["length"]
+
+
+class Casts(TorchDispatchMode):
+    """Records the shape of each matrix that is cast from float32 to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("_to_copy", "to") and args[0].dtype == torch.float32:
+            self.shapes += [result.shape] if result.dtype == torch.bfloat16 else []
+        return result
+
+
+def test_frozen_policies_are_not_cast_at_every_step(evaluation: Evaluation, policy: FakeSource) -> None:
+    """Each weight of a linear layer is cast once, when the model is opened.
+
+    Autocast alone would cast the weights of a frozen model at each of the 8 decoding steps of 3 batches. The output
+    embedding is tied to the input embedding and stays in float32.
+    """
+    layers = [part for part in policy.model.modules() if isinstance(part, torch.nn.Linear)]
+    shapes = [layer.weight.shape for layer in layers if layer is not policy.model.get_output_embeddings()]
+    with Casts() as casts:
+        evaluation.run(models={"sft": policy}, trainer={"precision": "bf16-mixed"})
+    assert {shape: casts.shapes.count(shape) for shape in shapes} == Counter(shapes)
+
+
+class RecordingRewardModel(torch.nn.Module):
+    """Records the last token of each sequence that it scores."""
+
+    last: ClassVar[list[int]] = []
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        self.last.extend(int(row[mask][-1]) for row, mask in zip(input_ids, attention_mask, strict=True))
+        return torch.zeros(len(input_ids))
+
+
+def test_responses_that_end_with_a_stop_token_are_completed_for_the_reward_model(
+    evaluation: Evaluation, policy: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens except EOS are stop tokens. 8 responses and 8 targets are scored, all of them at an EOS."""
+    monkeypatch.setattr(RecordingRewardModel, "last", [])
+    eos = evaluation.tokenizer.eos_token_id
+    stops = [text for text, token in evaluation.tokenizer.get_vocab().items() if token != eos]
+    sampling = SamplingParams(max_new_tokens=8, stop_tokens=stops)
+    evaluation.run(models={"sft": policy}, reward_model=FakeSource(RecordingRewardModel()), sampling=sampling)
+    assert RecordingRewardModel.last == [eos] * 16
+
+
+def test_models_are_evaluated_in_half_precision(
+    evaluation: Evaluation, policy: FakeSource, reward_model: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``trainer.precision=bf16-true`` holds for models that are opened during the test as well."""
+    dtypes: list[torch.dtype] = []
+    monkeypatch.setattr(FakeSampler, "sync", recording(FakeSampler.sync, dtypes))
+    models = {"sft": policy, "ppo": shifted(policy)}
+    keys = {"models": models, "reward_model": reward_model, "sampler": FakeSampler()}
+    full, half = (evaluation.run(trainer={"precision": name}, **keys) for name in ("32-true", "bf16-true"))
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    scores = [run.metrics["models"]["ppo"]["reward"]["mean"] for run in (full, half)]
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)
+    assert scores[1] != scores[0]
+
+
+def recording(sync: Any, dtypes: list[torch.dtype]) -> Any:
+    """Wrap ``sync`` so that it records the dtype of the policy."""
+
+    def wrapper(self: FakeSampler, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        dtypes.append(policy.dtype)
+        sync(self, policy, tokenizer)
+
+    return wrapper
 
 
 def test_targets_are_left_out_if_a_prompt_has_none(evaluation: Evaluation, policy: FakeSource) -> None:

@@ -1,11 +1,15 @@
 """The distribution of drawn tokens and the filters of logits, by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf.sampling import SamplingParams
-from rlhf.sampling.decoding import draw_tokens, filter_logits
+from rlhf.sampling.decoding import INVALID_TOKEN, draw_tokens, filter_logits
 
 PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
 
@@ -35,6 +39,69 @@ def test_draws_follow_the_distribution(params: SamplingParams, expected: Tensor)
     """20,000 draws: each frequency is within four standard errors, sqrt(p (1 - p) / n); 0 is exactly 0."""
     found = frequencies(params, PROBABILITIES.log()[None])
     assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / 20_000).sqrt() + 1e-7).all()
+
+
+def test_draws_from_a_large_vocabulary_pass_a_chi_square_test() -> None:
+    """Random probabilities of 300 tokens, 100,000 draws: chi-square has mean 299 and standard deviation 24.5.
+
+    The statistic is within four standard deviations of the mean: smaller values would be suspicious as well.
+    """
+    torch.manual_seed(1)
+    logits = torch.randn(300)
+    draws = draw_tokens(logits.expand(100_000, -1), SamplingParams(temperature=1.0))
+    expected = logits.softmax(dim=0) * len(draws)
+    found = torch.bincount(draws, minlength=300)
+    assert abs(((found - expected).square() / expected).sum() - 299) < 4 * (2 * 299) ** 0.5
+
+
+def test_noise_of_zero_does_not_select_an_unlikely_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some devices return exactly 0 once in 2^24 draws. A token of probability 1e-9 must not win then.
+
+    A token that the filters removed must not win either: 0 / 0 would be NaN, which argmax prefers.
+    """
+    monkeypatch.setattr(Tensor, "exponential_", lambda self: self.copy_(torch.tensor([1.0, 0.0, 0.0])))
+    logits = torch.tensor([[1.0, 1e-9, 1e-9]]).log()
+    assert draw_tokens(logits, SamplingParams(temperature=1.0)).tolist() == [0]
+    assert draw_tokens(logits, SamplingParams(temperature=1.0, top_k=1)).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_whose_logits_are_not_finite_are_marked(temperature: float) -> None:
+    """A NaN, an infinite logit, no finite logit; tokens of probability 0 are no fault."""
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [-inf, 0.0, -inf]])
+    tokens = draw_tokens(logits, SamplingParams(temperature=temperature))
+    assert tokens.tolist() == [INVALID_TOKEN] * 3 + [1]
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of all operators, and the dtypes of the tensors that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+        self.floating_cumsum = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.names.add(name)
+        self.floating_cumsum |= name == "cumsum" and args[0].is_floating_point()
+        result = function(*args, **(kwargs or {}))
+        self.dtypes |= {tensor.dtype for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}], ids=["plain", "top_k", "top_p"])
+def test_draws_need_only_operators_that_every_device_has(filters: dict[str, Any]) -> None:
+    """No float64, which Apple's devices lack, no cumulative sum of floats, which is not deterministic on CUDA, and
+    nothing that makes the host wait for the device.
+    """
+    with Operations() as operations:
+        draw_tokens(torch.randn(4, 50), SamplingParams(temperature=0.7, **filters))
+    assert torch.float64 not in operations.dtypes
+    assert not operations.floating_cumsum
+    assert not operations.names & {"searchsorted", "multinomial", "nonzero", "_local_scalar_dense", "is_nonzero"}
 
 
 def test_rows_are_drawn_independently() -> None:

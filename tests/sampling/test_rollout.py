@@ -1,5 +1,7 @@
 """Rollouts by hand."""
 
+from dataclasses import replace
+
 import torch
 
 from rlhf.sampling import Rollout
@@ -25,4 +27,14 @@ def test_from_responses_by_hand() -> None:
     assert rollout.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert rollout.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert rollout.finished.tolist() == [True, False]
+    assert rollout.response_ids() == [[6, 2], [8]]
+
+
+def test_response_ids_are_read_from_the_device_at_most_once() -> None:
+    """A rollout of given responses needs no read. The ids of a copy with other tensors are its own."""
+    rollout = Rollout.from_responses([[2, 5], [7]], [[6, 2], [8]], stop_ids=[2])
+    other = replace(rollout, input_ids=rollout.input_ids + 1)
+    assert other.response_ids() == [[7, 3], [9]]
+    assert other.response_ids() is other.response_ids()
+    rollout.input_ids = torch.empty(2, 4, device="meta")  # cannot be read
     assert rollout.response_ids() == [[6, 2], [8]]

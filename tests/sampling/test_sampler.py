@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, UserError
 from rlhf.models import Mamba, ModelSource, Transformer
 from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 
@@ -261,6 +262,117 @@ def test_sampler_reflects_weight_updates_after_sync(model: PreTrainedModel) -> N
     after = sampler.sample(PROMPTS, GREEDY).response_ids()
     assert after == [greedy_response(model, prompt, 12, set()) for prompt in PROMPTS]
     assert after != before
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 8, 50])
+def test_the_stop_interval_does_not_change_responses(model: PreTrainedModel, interval: int) -> None:
+    """Rows that continue after their stop token are cut there, and the others do not see them."""
+    stop = early_stop_token(model)
+    sampler = LocalSampler(stop_interval=interval)
+    sampler.sync(model, IdTokenizer())
+    rollout = sampler.sample(PROMPTS, replace(GREEDY, stop_tokens=[str(stop)]))
+    expected = [greedy_response(model, prompt, 12, {stop}) for prompt in PROMPTS]
+    assert rollout.response_ids() == expected
+    assert rollout.finished.tolist() == [response[-1] == stop for response in expected]
+
+
+def test_stop_interval_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match=r"^stage\.sampler\.stop_interval must be at least 1 or null, got 0\."):
+        LocalSampler(stop_interval=0)
+
+
+class RowRecorder:
+    """Records the number of rows of each forward pass."""
+
+    def __init__(self, lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        forward = lm.forward
+
+        @wraps(forward)
+        def spy(**inputs: Any) -> Any:
+            self.rows.append(len(inputs["input_ids"]))
+            return forward(**inputs)
+
+        monkeypatch.setattr(lm, "forward", spy)
+
+
+def test_finished_rows_leave_the_batch_at_the_stop_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With interval 3, the number of rows changes after steps 3, 6, ... only, and it is the number of unfinished
+    responses. null is 1 on the CPU.
+    """
+    lm = gpt2()
+    stop = early_stop_token(lm)
+    lengths = [len(greedy_response(lm, prompt, 12, {stop})) for prompt in PROMPTS]
+    for interval in (None, 3):
+        with monkeypatch.context() as context:
+            recorder = RowRecorder(lm, context)
+            sampler = LocalSampler(stop_interval=interval)
+            sampler.sync(lm, IdTokenizer())
+            sampler.sample(PROMPTS, replace(GREEDY, stop_tokens=[str(stop)]))
+        seen = [step - step % (interval or 1) for step in range(12)]
+        expected = [sum(length > step for length in lengths) if step else len(PROMPTS) for step in seen]
+        assert recorder.rows == [rows for rows in expected if rows]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for a device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.count += name in self.NAMES
+        if name in ("index", "index_put", "index_put_"):
+            self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_once_per_stop_interval(model: PreTrainedModel) -> None:
+    """64 prompts of different lengths, 23 tokens, interval 8: two reads of the stop flags, and up to three of the
+    attention mask, which transformers makes for the prompts only. With 64 tokens, that is 0.16 per step.
+    """
+    sampler = LocalSampler(stop_interval=8)
+    sampler.sync(model, IdTokenizer())
+    with HostReads() as reads:
+        rollout = sampler.sample(PROMPTS * 16, SamplingParams(max_new_tokens=23, temperature=1.0))
+        rollout.response_ids()
+    assert 2 <= reads.count <= 2 + 3
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn() -> None:
+    """A model with 300 embeddings and a tokenizer of 300 tokens minus 200: the padding is not sampled."""
+
+    class ShortTokenizer(IdTokenizer):
+        def get_vocab(self) -> dict[str, int]:
+            return {str(token): token for token in range(100)}
+
+    lm = gpt2()
+    sampler = LocalSampler()
+    for temperature in (0.0, 5.0):
+        params = SamplingParams(max_new_tokens=12, temperature=temperature)
+        sampler.sync(lm, ShortTokenizer())
+        short = sampler.sample([[1, 5]] * 20, params).response_ids()
+        sampler.sync(lm, IdTokenizer())
+        full = sampler.sample([[1, 5]] * 20, params).response_ids()
+        assert max(map(max, short)) < 100 <= max(map(max, full))
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    """It names what to look at. Such logits after the end of a response do not matter."""
+    lm = gpt2()
+    stop = greedy_response(lm, [1, 5], 1, set())[0]
+    with torch.no_grad():
+        lm.transformer.wpe.weight[4] = torch.nan  # The token at position 5 is the fourth one of a response.
+    assert sample(lm, [[1, 5]], replace(GREEDY, max_new_tokens=3)).lengths.tolist() == [3]
+    with pytest.raises(UserError, match=r"NaN or infinite at token 4 of a response.*\n.*grad_norm"):
+        sample(lm, [[1, 5]], GREEDY)
+    sampler = LocalSampler(stop_interval=8)
+    sampler.sync(lm, IdTokenizer())
+    assert sampler.sample([[1, 5]], replace(GREEDY, stop_tokens=[str(stop)])).response_ids() == [[stop]]
 
 
 def test_sampling_before_sync_is_an_error() -> None:
