@@ -1,5 +1,6 @@
 """The ``*_final.pt`` format: write the result of a stage, and open it again."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -8,23 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.distributed import is_rank_zero
+from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.files import atomic_write
-from rlhf.models import Pretrained, ScalarHead, ScalarModel
+from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
+from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
+from rlhf.models.sources import remember_config
+from rlhf.models.tokenizer import check_vocabulary
+from rlhf.models.weights import REPLACE_FILE, load_weights
 from rlhf.stage import Result
 from rlhf.tokenizer_files import pack_tokenizer, unpack_tokenizer
 
 FORMAT = 1
 RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
 FINAL_PATTERN = "*_final.pt"
-_REPLACE_FILE = "Use a file that a stage of this project wrote, or run the stage again."
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
 
 
 def load_model(
-    name: str = "rl_trained", *, run: str = "rlhf", device: str | torch.device | None = None, outputs: str = "outputs"
+    name: str = "rl_trained",
+    *,
+    run: str = "rlhf",
+    device: str | torch.device | None = None,
+    outputs: str = "outputs",
+    base: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase, torch.device]:
     """Open a trained model.
 
@@ -35,17 +52,18 @@ def load_model(
         run: Name of the run, a directory in ``outputs``.
         device: Device of the model; None selects a GPU if there is one.
         outputs: Directory of all runs.
+        base: Path of the base model, if the file contains an adapter and its base model has been moved.
 
     Returns:
-        The model in eval mode, its tokenizer, and its device. The model is a ``transformers`` causal language model, or
-        for a reward model a ``ScalarModel``, which maps input_ids and attention_mask, [batch, time] each, to scores,
-        [batch].
+        The model in eval mode, its tokenizer, and its device. An adapter is merged into its base model. The model is a
+        ``transformers`` causal language model, or for a reward model a ``ScalarModel``, which maps input_ids and
+        attention_mask, [batch, time] each, to scores, [batch].
 
     Raises:
         ConfigError: There is no such model.
         DataError: The file is not a complete export.
     """
-    source = open_model_source(str(_path_of(name, Path(outputs) / run, run)))
+    source = open_model_source(str(_path_of(name, Path(outputs) / run, run)), base=base)
     tokenizer = source.tokenizer(())
     scalar = isinstance(source, Export) and source.kind == "scalar_model"
     model: Any = source.scalar_model(tokenizer) if scalar else source.language_model(tokenizer)
@@ -72,37 +90,57 @@ def _path_of(name: str, directory: Path, run: str) -> Path:
 def save_result(result: Result, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write the result of a stage as one file that ``torch.load(weights_only=True)`` opens.
 
-    The file is written to a temporary name and renamed, so that a crash cannot corrupt an existing export.
+    Of a model with an adapter, the file contains everything except the frozen base model.
+
+    The file is written to a temporary name and renamed, so that a crash cannot corrupt an existing export. All ranks
+    call this function, because the weights may be sharded. Only rank 0 writes.
     """
-    weights = {name: tensor.detach().cpu() for name, tensor in result.model.state_dict().items()}
+    weights = full_state_dict(result.model, without=base_weights(result.model))
     content = {**describe(result, provenance), "weights": weights}
-    atomic_write(path, lambda file: torch.save(content, file))
+    if is_rank_zero():
+        atomic_write(path, lambda file: torch.save(content, file))
 
 
 def describe(result: Result, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything in an export except the weights: text and numbers only."""
     model: Any = result.model
     scalar = isinstance(model, ScalarModel)
+    adapter = adapter_of(model)
+    config = getattr(trunk_of(model), "original_config", None)
     return {
         "format": FORMAT,
         "kind": "scalar_model" if scalar else "language_model",
-        "config": model.config.to_json_string(use_diff=False),
+        "config": config or model.config.to_json_string(use_diff=False),
+        "generation_config": None if scalar else model.generation_config.to_json_string(use_diff=False),
         "head": dict(model.head.settings) if scalar else None,
+        "adapter": None if adapter is None else adapter.to_dict(),
         "tokenizer": pack_tokenizer(result.tokenizer),
         "provenance": json.dumps(provenance),
     }
 
 
-def save_huggingface(source: str, directory: str) -> None:
-    """Write a language model as a Hugging Face folder that ``transformers`` opens without this project.
+def save_huggingface(source: str, directory: str, *, merged: bool = False) -> None:
+    """Write a language model as a Hugging Face folder that opens without this project.
+
+    ``transformers`` opens the folder of a complete model, and ``peft`` that of an adapter.
 
     Args:
         source: A ``*_final.pt``.
         directory: Directory to write to; it is created if necessary.
+        merged: Write the complete model even if the file contains an adapter.
     """
     export = Export(source)
     tokenizer = export.tokenizer()
-    export.language_model(tokenizer).save_pretrained(directory)
+    model: Any = export.language_model(tokenizer, merge=merged)
+    for stale in (path for pattern in WEIGHT_FILES for path in Path(directory).glob(pattern)):
+        stale.unlink()  # Otherwise an adapter and a complete model of an earlier run would be mixed.
+    if (adapter := adapter_of(model)) is not None:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = adapter.base.path, adapter.base.revision
+    generation_config = model.generation_config
+    model.generation_config = GenerationConfig()  # Saving rejects some of the settings that models are published with.
+    model.save_pretrained(directory)
+    generation_config.to_json_file(str(Path(directory, "generation_config.json")), use_diff=True)
     tokenizer.save_pretrained(directory)
 
 
@@ -112,9 +150,13 @@ class Export:
 
     Args:
         path: Path of the file.
+        attention: Attention implementation, see ``attn_implementation`` of transformers; None for its default.
+        base: Path of the base model of an adapter, if it is not the path that the file contains.
     """
 
     path: str
+    attention: str | None = None
+    base: str | None = None
 
     @property
     def kind(self) -> str:
@@ -126,6 +168,14 @@ class Export:
         """How the file was made: stage, inputs, configuration, data and versions."""
         return dict(json.loads(self._content()["provenance"]))
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights, whatever else the file contains."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self._content()["weights"].items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def tokenizer(self, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
         """Open the tokenizer of the file; ``texts`` are not used.
 
@@ -134,29 +184,63 @@ class Export:
         """
         return unpack_tokenizer(self._content()["tokenizer"], self.path)
 
-    def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Return a new copy of the causal language model in float32 on the CPU."""
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that the file contains; None if it contains a complete model."""
+        content = self._content().get("adapter")
+        try:
+            return None if content is None else Adapter.from_dict(content)
+        except (TypeError, KeyError, ConfigError) as error:
+            raise DataError(f"{self.path}: the adapter has invalid settings ({error}).", REPLACE_FILE) from error
+
+    def language_model(self, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> PreTrainedModel:
+        """Return a new copy of the causal language model in float32 on the CPU.
+
+        Args:
+            tokenizer: Its tokenizer.
+            merge: Add the update of an adapter to the weights. Otherwise the adapter is trainable, the rest frozen.
+        """
         content = self._content("language_model")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(content["config"]), dtype=torch.float32)
-        _load_weights(model, content["weights"], self.path)
+        model = self._without_weights(content, AutoModelForCausalLM, tokenizer)
+        load_weights(model, content["weights"], self.path)
+        if settings := content.get("generation_config"):
+            model.generation_config = GenerationConfig.from_dict(json.loads(settings))
+        if merge and adapter_of(model):
+            merge_adapter(model)
         return model
 
-    def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
-        """Return a new copy of the reward model in float32 on the CPU.
+    def scalar_model(self, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> ScalarModel:
+        """Return a new copy of the reward model in float32 on the CPU. Arguments as for ``language_model``.
 
         Raises:
             DataError: The reward model was trained with another vocabulary than that of ``tokenizer``.
         """
         content = self._content("scalar_model")
-        if (own := self.tokenizer().get_vocab()) != tokenizer.get_vocab():
-            raise DataError(
-                f"{self.path}: the tokenizer of the reward model ({len(own)} tokens) differs from that of the policy "
-                f"({len(tokenizer)} tokens), so token ids would be misinterpreted.",
-                "Train the reward model from the same base model: stage.reward_model=<path>",
-            )
-        trunk = AutoModel.from_config(_config(content["config"]), dtype=torch.float32)
+        check_vocabulary(self.tokenizer(), tokenizer, self.path)
+        trunk = self._without_weights(content, AutoModel, tokenizer).base_model
         model = ScalarModel(trunk, ScalarHead(**content["head"]))
-        _load_weights(model, content["weights"], self.path)
+        load_weights(model, content["weights"], self.path)
+        if merge and adapter_of(model):
+            merge_adapter(model)
+        return model
+
+    def _without_weights(self, content: Any, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Return a model to load the file's weights into: random, or the base model with a new adapter."""
+        if self.adapter is None:
+            keywords = {} if self.attention is None else {"attn_implementation": self.attention}
+            config = _config(content["config"])
+            return remember_config(auto_class.from_config(config, dtype=torch.float32, **keywords))
+        base = self.adapter.base
+        try:
+            source = open_model_source(self.base or base.path, revision=base.revision, attention=self.attention)
+            model = source.language_model(tokenizer)
+        except UserError as error:
+            raise DataError(
+                f"{self.path} contains an adapter, and its base model cannot be opened. {error.args[0]}",
+                f"Restore the base model at {base.path}, or open the file with load_model(<path>, base=<path>).",
+            ) from error
+        base.check(model, self.path)
+        add_adapter(model, self.adapter)
         return model
 
     def _content(self, kind: str | None = None) -> dict[str, Any]:
@@ -168,13 +252,22 @@ class Export:
         return content
 
 
-def open_model_source(path: str) -> Export | Pretrained:
-    """Return a model source for a ``*_final.pt``, a checkpoint, a Hugging Face folder or a hub id."""
+def open_model_source(
+    path: str, *, revision: str | None = None, attention: str | None = None, base: str | None = None
+) -> Export | Pretrained:
+    """Return a model source for a ``*_final.pt``, a checkpoint, a Hugging Face folder or a model ID on the Hub.
+
+    Args:
+        path: Path or model ID.
+        revision: Branch, tag or commit on the Hub.
+        attention: Attention implementation, see ``attn_implementation`` of transformers; None for its default.
+        base: See ``Export``.
+    """
     if path.endswith((".pt", ".ckpt")):
         if not Path(path).is_file():
             raise ConfigError(f"{path}: there is no such file.", "Make it first: python train.py stage=<stage>")
-        return Export(path)
-    return Pretrained(path)
+        return Export(path, attention, base)
+    return Pretrained(path, revision, attention)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -191,24 +284,6 @@ def _read(path: str) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise DataError(f"{path}: not a valid rlhf export of format {FORMAT}.")
     return dict(content)
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    """Load exactly the weights of a file. A missing weight is an error and never initialized at random (trl#1379)."""
-    expected = model.state_dict()
-    if missing := sorted(expected.keys() - weights.keys(), key=lambda name: (not name.startswith("head."), name)):
-        what = "the reward head is" if missing[0].startswith("head.") else "these weights are"
-        raise DataError(f"{path}: {what} missing from the file: {_shortened(missing)}.", _REPLACE_FILE)
-    misfits = [name for name in weights if name not in expected or weights[name].shape != expected[name].shape]
-    if misfits:
-        raise DataError(
-            f"{path}: these weights do not fit the model configuration: {_shortened(misfits)}.", _REPLACE_FILE
-        )
-    model.load_state_dict(weights)
-
-
-def _shortened(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _config(text: str) -> Any:

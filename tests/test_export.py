@@ -10,12 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from contract.configs import compose_config
 from rlhf import load_model
+from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, UserError
 from rlhf.export import open_model_source, save_huggingface, save_result
-from rlhf.models import ModelSource, ScalarHead, ScalarModel
+from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, disable_dropout
 from rlhf.stage import Result
 from rlhf.stages import stages
 
@@ -203,6 +212,71 @@ def test_a_reward_model_with_another_tokenizer_is_rejected(
     other = source.tokenizer(["an entirely different text"])
     with pytest.raises(UserError, match=r"the tokenizer of the reward model .* differs from that of the policy"):
         open_model_source(str(path)).scalar_model(other)
+
+
+# What a pretrained model brings
+
+
+@pytest.fixture
+def pretrained(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Pretrained:
+    """A model with dropout, and with the generation settings of an instruct model."""
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, attention_dropout=0.1, **tiny))
+    lm.generation_config = GenerationConfig(eos_token_id=[2, 5], do_sample=True, temperature=0.6, top_p=0.9)
+    lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return Pretrained(str(tmp_path / "base"))
+
+
+def test_settings_of_a_pretrained_model_survive_two_stages(
+    pretrained: Pretrained, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Dropout, which training turns off, all EOS tokens and the sampling settings are those of the first model."""
+    source: Any = pretrained
+    for stage in ("sft", "dpo"):
+        path = save(disable_dropout(source.language_model(tokenizer)), tokenizer, tmp_path, stage)
+        source = open_model_source(str(path))
+    assert source.language_model(tokenizer).config.attention_dropout == 0.1
+    save_huggingface(str(path), str(tmp_path / "hf"))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    expected = AutoModelForCausalLM.from_pretrained(pretrained.path)
+    assert opened.generation_config.eos_token_id == [2, 5]
+    assert opened.generation_config.to_diff_dict() == expected.generation_config.to_diff_dict()
+    assert opened.config.attention_dropout == expected.config.attention_dropout == 0.1
+
+
+def test_a_reward_model_keeps_the_dropout_of_its_base(
+    pretrained: Pretrained, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lm = disable_dropout(pretrained.language_model(tokenizer))
+    path = save(ScalarModel(lm.base_model, ScalarHead(16)), tokenizer, tmp_path, "reward")
+    assert open_model_source(str(path)).scalar_model(tokenizer).config.attention_dropout == 0.1
+
+
+def test_generation_settings_that_transformers_refuses_to_save_do_not_stop_an_export(
+    pretrained: Pretrained, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Published models have a temperature without do_sample. The folder contains what the model came with."""
+    lm = pretrained.language_model(tokenizer)
+    lm.generation_config.do_sample = False
+    with pytest.raises(ValueError, match="temperature"):
+        lm.save_pretrained(tmp_path / "refused")
+    save_huggingface(str(save(lm, tokenizer, tmp_path)), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_every_stage_opens_models_with_the_configured_attention(
+    pretrained: Pretrained, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """``model.attention`` also applies to the output of an earlier stage, to folders and in the evaluation."""
+    path = str(save(pretrained.language_model(tokenizer), tokenizer, tmp_path))
+    cfg = compose_config("stage=dpo", "model=pretrained", f"model.path={pretrained.path}", "model.attention=eager")
+    for chosen in (path, pretrained.path):
+        source: Any = open_sources(cfg, chosen)
+        assert source.language_model(tokenizer).config._attn_implementation == "eager"
+    evaluation = ["stage=evaluate", "model=pretrained", "model.path=x", "model.attention=eager"]
+    (source,) = policies_to_evaluate(compose_config(*evaluation, f"stage.models=[{path}]")).values()
+    assert source.attention == "eager"
 
 
 def test_a_hugging_face_folder_opens_in_transformers(

@@ -1,15 +1,23 @@
 """Language models, scalar heads and tokenizers, and the sources that they come from."""
 
-from rlhf.models.backbone import Policy, PolicyOutput, hidden_states, kl_divergence
+from rlhf.models.adapter_sources import SharedBase, WithAdapter, starting_point
+from rlhf.models.adapters import Adapter, BaseModel, LoRA, adapter_of, base_weights
+from rlhf.models.backbone import EntropyMode, Policy, PolicyOutput, hidden_states, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
-from rlhf.models.frozen import Frozen, disable_dropout
+from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
+from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
 from rlhf.models.tokenizer import chat_template, train_tokenizer
+from rlhf.models.weights import check_complete, stored_weights
 
 __all__ = [
+    "Adapter",
+    "BaseModel",
+    "EntropyMode",
     "Frozen",
+    "LoRA",
     "Mamba",
     "ModelSource",
     "Policy",
@@ -18,12 +26,28 @@ __all__ = [
     "RewardModelEnsemble",
     "ScalarHead",
     "ScalarModel",
+    "SharedBase",
     "Transformer",
+    "WithAdapter",
+    "adapter_of",
+    "base_weights",
+    "cast_frozen_matrices",
     "chat_template",
+    "check_complete",
+    "common_count",
     "disable_dropout",
     "enable_gradient_checkpointing",
+    "frozen_in_float32",
+    "full_state_dict",
+    "full_tensor",
+    "gathered",
     "hidden_states",
+    "is_sharded",
     "kl_divergence",
+    "local_tensor",
     "open_reference",
+    "shard",
+    "starting_point",
+    "stored_weights",
     "train_tokenizer",
 ]

@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.scalar import ScalarHead, ScalarModel
-from rlhf.models.tokenizer import train_tokenizer
+from rlhf.models.tokenizer import check_embedding, check_vocabulary, train_tokenizer
 
 T = TypeVar("T")
 
@@ -192,11 +192,17 @@ class Pretrained:
         return tokenizer
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        return self._open_model("language model", AutoModelForCausalLM, attn_implementation=self.attention)
+        return self._open_model("language model", AutoModelForCausalLM, tokenizer)
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
-        """Open a sequence classification model with one label as a reward model."""
-        model = self._open_model("reward model", AutoModelForSequenceClassification)
+        """Open a sequence classification model with one label as a reward model.
+
+        Raises:
+            DataError: It has another vocabulary than ``tokenizer``, or it is not such a model.
+        """
+        own: PreTrainedTokenizerBase = self._open("tokenizer", AutoTokenizer.from_pretrained)
+        check_vocabulary(own, tokenizer, self.path)
+        model = self._open_model("reward model", AutoModelForSequenceClassification, tokenizer)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise DataError(
@@ -207,17 +213,16 @@ class Pretrained:
         head.load_state_dict({"layers.0.weight": score.weight, "layers.0.bias": bias})
         return ScalarModel(model.base_model, head)
 
-    def _open_model(self, kind: str, auto_class: Any, **keywords: Any) -> PreTrainedModel:
+    def _open_model(self, kind: str, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Open a model in float32. Missing weights are an error; transformers would initialize them at random."""
-        model, info = self._open(
-            kind, auto_class.from_pretrained, dtype=torch.float32, output_loading_info=True, **keywords
-        )
+        keywords = {"dtype": torch.float32, "attn_implementation": self.attention, "output_loading_info": True}
+        model, info = self._open(kind, auto_class.from_pretrained, **keywords)
         if missing := sorted(info["missing_keys"]):
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
             fix = _REWARD_MODEL if kind == "reward model" else _LANGUAGE_MODEL
             raise DataError(f"{self.path}: weights of the {kind} are missing: {names}.", fix)
-        opened: PreTrainedModel = model
-        return opened
+        check_embedding(tokenizer, model, self.path)
+        return remember_config(model)
 
     def _open(self, kind: str, from_pretrained: Callable[..., T], **keywords: Any) -> T:
         try:
@@ -226,6 +231,13 @@ class Pretrained:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             message = f"{self.path}: could not load a {kind} from this path ({reason})."
             raise DataError(message, _LANGUAGE_MODEL) from error
+
+
+def remember_config(model: PreTrainedModel) -> PreTrainedModel:
+    """Store the configuration of a newly opened model on its trunk, for exports: training sets dropout to 0 in it."""
+    trunk: Any = model.base_model
+    trunk.original_config = model.config.to_json_string(use_diff=False)
+    return model
 
 
 _LANGUAGE_MODEL = "Use a directory with model and tokenizer, written by save_pretrained, or a model ID on the Hub."

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 MIN_VOCAB_SIZE = 256 + 3  # all bytes and the special tokens
@@ -43,6 +44,40 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(chain([first], texts), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, origin: str) -> None:
+    """Raise a ``DataError`` if the tokenizer has ids that the model has no embedding for.
+
+    Args:
+        tokenizer: The tokenizer of the policy.
+        model: A model that reads its token ids.
+        origin: The path of the model, for the message.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise DataError(
+            f"{origin}: the tokenizer has token ids up to {largest}, but the model has {embeddings.num_embeddings} "
+            "token embeddings.",
+            f"Call model.resize_token_embeddings({largest + 1}), and save the model again.",
+        )
+
+
+def check_vocabulary(own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Raise a ``DataError`` if a reward model has another vocabulary than the policy.
+
+    Args:
+        own: The tokenizer of the reward model.
+        tokenizer: The tokenizer of the policy.
+        origin: The path of the reward model, for the message.
+    """
+    if (vocabulary := own.get_vocab()) != tokenizer.get_vocab():
+        raise DataError(
+            f"{origin}: the tokenizer of the reward model ({len(vocabulary)} tokens) differs from that of the policy "
+            f"({len(tokenizer)} tokens), so token ids would be misinterpreted.",
+            "Train the reward model from the same base model: stage.reward_model=<path>",
+        )
 
 
 def chat_template(template: str) -> str:

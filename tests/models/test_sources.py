@@ -17,6 +17,7 @@ from transformers import (
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import Mamba, ModelSource, Pretrained, Transformer
+from rlhf.sft import SFTModule
 
 ROW = torch.tensor([[5, 260, 17, 3, 99, 41, 8]])
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -150,6 +151,65 @@ def test_a_language_model_without_output_layer_is_rejected(tokenizer: PreTrained
     lm.save_pretrained(folder(tmp_path, lm, tokenizer), state_dict=trunk)
     with pytest.raises(DataError, match=r"weights of the language model are missing: lm_head\.weight\."):
         Pretrained(str(tmp_path)).language_model(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_reward_model_with_another_vocabulary_is_rejected(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """It would misinterpret the token ids of the policy, without any error if its vocabulary is large enough."""
+    classifier = AutoModelForSequenceClassification.from_config(classifier_config(name, 1))
+    other = Transformer(vocab_size=290).tokenizer(["an entirely different text"])
+    source = Pretrained(folder(tmp_path, classifier, other))
+    with pytest.raises(
+        DataError, match=r"the tokenizer of the reward model .* differs from that of the policy \(300 tokens"
+    ):
+        source.scalar_model(tokenizer)
+    assert source.scalar_model(other)
+
+
+def test_every_model_has_the_configured_attention(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """``model.attention`` applies to language models and to reward models."""
+    config = classifier_config("llama", 1)
+    language_model = folder(tmp_path / "lm", AutoModelForCausalLM.from_config(config), tokenizer)
+    classifier = folder(tmp_path / "rm", AutoModelForSequenceClassification.from_config(config), tokenizer)
+    for attention in ("eager", "sdpa"):
+        lm = Pretrained(language_model, attention=attention).language_model(tokenizer)
+        reward_model = Pretrained(classifier, attention=attention).scalar_model(tokenizer)
+        assert [model.config._attn_implementation for model in (lm, reward_model)] == [attention, attention]
+
+
+@pytest.mark.parametrize("kind", ["language_model", "scalar_model"])
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_rejected(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The first sequence with a higher token id would be an index error. The message contains the fix."""
+    config = classifier_config("llama", 1)
+    config.vocab_size = 299
+    auto_class = AutoModelForCausalLM if kind == "language_model" else AutoModelForSequenceClassification
+    source = Pretrained(folder(tmp_path, auto_class.from_config(config), tokenizer))
+    with pytest.raises(DataError, match=r"ids up to 299, but the model has 299 .*\n.*resize_token_embeddings\(300\)"):
+        getattr(source, kind)(tokenizer)
+
+
+def test_a_padded_embedding_is_accepted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Published models often have more embeddings than their tokenizer has tokens."""
+    config = classifier_config("llama", 1)
+    config.vocab_size = 320
+    lm = Pretrained(folder(tmp_path, AutoModelForCausalLM.from_config(config), tokenizer)).language_model(tokenizer)
+    assert lm.get_input_embeddings().num_embeddings == 320
+
+
+def test_a_stage_opens_a_pretrained_model_under_a_device_context(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Lightning opens models in the device context of the strategy, where transformers would require accelerate."""
+    lm = AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"]))
+    module = SFTModule(policy=Pretrained(folder(tmp_path, lm, tokenizer)), tokenizer=tokenizer)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+    assert torch.equal(module.policy.lm.get_input_embeddings().weight, lm.get_input_embeddings().weight)
 
 
 def test_a_new_model_matches_its_tokenizer(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> None:

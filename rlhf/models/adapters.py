@@ -1,0 +1,223 @@
+"""Low-rank adapters (LoRA) on a frozen base model, through peft."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.errors import ConfigError, DataError
+from rlhf.models.scalar import ScalarModel
+
+ALL_LINEAR = "all-linear"
+# The kernels of these architectures read the weight of out_proj directly, so peft refuses to adapt it.
+OUT_PROJ_REFUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_MARK = "rlhf_adapter"  # attribute of an adapted language model and of its trunk
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters: an adapted layer computes W x + (alpha / r) B A x, where W is frozen and A and B are trained.
+
+    B starts at 0, so a new adapter does not change the model.
+
+    Args:
+        r: Rank of the update: A has r rows, and B has r columns.
+        alpha: Scale of the update, dimensionless. Its factor is alpha / r.
+        dropout: Probability with which inputs of A are dropped. Only SFT trains with dropout.
+        target_modules: Names of the adapted modules, such as ``[q_proj, v_proj]``, as in peft. ``all-linear``: every
+            linear layer except the output embedding.
+
+    Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685).
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"adapter.{name} must be at least 1, got {getattr(self, name)}.", f"Set adapter.{name}=16."
+                )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"adapter.dropout must be at least 0 and below 1, got {self.dropout}.", "Set adapter.dropout=0.05."
+            )
+        names = self.target_modules if isinstance(self.target_modules, str) else sorted(map(str, self.target_modules))
+        if not names:
+            raise ConfigError("adapter.target_modules names no module.", f"Set adapter.target_modules={ALL_LINEAR}.")
+        object.__setattr__(self, "target_modules", names if isinstance(names, str) else tuple(names))
+
+    def overrides(self) -> str:
+        """Return the settings as overrides of a command."""
+        values = {**asdict(self), "target_modules": _as_override(self.target_modules)}
+        return " ".join(f"adapter.{name}={value}" for name, value in values.items())
+
+    def peft_config(self, model: nn.Module) -> Any:
+        """Return the ``peft.LoraConfig`` for a model."""
+        from peft import LoraConfig
+
+        config: Any = model.config
+        without_out_proj = self.target_modules == ALL_LINEAR and config.model_type in OUT_PROJ_REFUSED
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=["out_proj"] if without_out_proj else None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What identifies the model that an adapter belongs to.
+
+    Args:
+        path: Absolute path of a folder or of a ``*_final.pt``, or a model ID on the Hub.
+        revision: Commit on the Hub; None for a local path.
+        digest: Digest of the weights, see ``weights_digest``.
+    """
+
+    path: str
+    revision: str | None
+    digest: str
+
+    @classmethod
+    def identify(cls, source: object, model: nn.Module) -> "BaseModel":
+        """Identify a model that has just been opened from a source."""
+        path = cls.require_path(source)
+        config: Any = model.config
+        local = Path(path).exists()
+        revision = None if local else getattr(source, "revision", None) or getattr(config, "_commit_hash", None)
+        return cls(str(Path(path).resolve()) if local else path, revision, weights_digest(model))
+
+    @staticmethod
+    def require_path(source: object) -> str:
+        """Return the path of a source.
+
+        Raises:
+            ConfigError: The source gives random weights, which are stored nowhere.
+        """
+        if path := str(getattr(source, "path", "")):
+            return path
+        raise ConfigError(
+            f"adapter=lora requires a trained base model, but {type(source).__name__} has random weights.",
+            "Set model=pretrained model.path=<path> or adapter=none.",
+        )
+
+    def check(self, model: nn.Module, origin: str) -> None:
+        """Raise a ``DataError`` if a model that has just been opened is not this one."""
+        if weights_digest(model) != self.digest:
+            raise DataError(
+                f"{origin}: the adapter was trained on the base model {self.path}, whose weights have changed since.",
+                f"Restore the original model at {self.path}, or train the adapter again.",
+            )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of a model.
+
+    Args:
+        lora: Its settings.
+        base: The model that it belongs to.
+    """
+
+    lora: LoRA
+    base: BaseModel
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return text, numbers and lists only, as files contain them."""
+        content = asdict(self)
+        targets = self.lora.target_modules
+        content["lora"]["target_modules"] = targets if isinstance(targets, str) else list(targets)
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Adapter":
+        """Return the adapter that ``to_dict`` describes."""
+        return cls(LoRA(**content["lora"]), BaseModel(**content["base"]))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of all parameters that takes about as long as reading them from memory.
+
+    It does not depend on names, which differ between versions of transformers. It recognizes changed weights; it is not
+    a protection against weights that someone has constructed to have the same digest.
+    """
+    hashes = sorted(
+        (tuple(p.shape), torch.hash_tensor(p.detach()).view(torch.int64).item()) for p in model.parameters()
+    )
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
+
+
+def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Freeze a model and add a new, trainable adapter to it.
+
+    Raises:
+        ConfigError: The model has no such target modules.
+    """
+    try:
+        model.add_adapter(adapter.lora.peft_config(model))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"adapter.target_modules={_as_override(adapter.lora.target_modules)} does not fit the model: {reason}",
+            f"Set adapter.target_modules={ALL_LINEAR}.",
+        ) from error
+    for part in (model, model.base_model):
+        setattr(part, _MARK, adapter)
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """Return the adapter of a language model or ``ScalarModel``; None if it has none."""
+    return getattr(trunk_of(model), _MARK, None)
+
+
+def base_weights(module: nn.Module) -> set[str]:
+    """Return the names, as in ``state_dict``, of all frozen parameters of models with adapters inside a module."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        if hasattr(part, _MARK)
+        for name, parameter in part.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> None:
+    """Add the update of every adapted layer to its weight, W + (alpha / r) B A, and remove the adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            merged: Any = layer
+            merged.merge()
+            model.set_submodule(name, merged.get_base_layer())
+    for part in model.modules():
+        for attribute in (_MARK, "peft_config"):
+            vars(part).pop(attribute, None)
+        if isinstance(part, PreTrainedModel):
+            part._hf_peft_config_loaded = False
+    model.requires_grad_(True)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """Return the trunk of a language model or ``ScalarModel``."""
+    return model.trunk if isinstance(model, ScalarModel) else getattr(model, "base_model", model)
+
+
+def _as_override(targets: str | Sequence[str]) -> str:
+    return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
