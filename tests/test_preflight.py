@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 from rlhf.export import Export, save_result
 from rlhf.models import Pretrained
 from rlhf.preflight import PreflightFailed
-from rlhf.preflight.measurements import corrupt_padding, pad_left, relative_difference
+from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
 from rlhf.sft import SFTModule
 from rlhf.stage import Metrics, Result
 
@@ -160,8 +160,7 @@ def test_masked_eos_is_found(gpt2_run: TinyRun, stage: str, monkeypatch: pytest.
 
     monkeypatch.setattr(SequenceBatch, "collate", collate_by_id)
     message = failures(build(gpt2_run, stage))
-    rows = {"sft": 8, "dpo": 16}[stage]
-    assert f"EOS contributes to the loss: in 0 of {rows} responses that end with EOS" in message
+    assert "EOS contributes to the loss: in 0 of 8 responses that end with EOS" in message
     assert "never learns to end a response" in message
 
 
@@ -306,6 +305,40 @@ def test_wrong_reference_model_is_found(gpt2_run: TinyRun, stage: str, expected:
     run = build(gpt2_run, stage)
     change_models(run.module, lambda module: next(module.reference.model.parameters()).mul_(1.5))
     assert expected in failures(run)
+
+
+# Rows and progress
+
+
+def test_checks_use_short_rows_and_the_longest_sequence(gpt2_run: TinyRun) -> None:
+    """Long rows would take minutes with large models. Rows that are all long are used as they are."""
+    rows = [{"prompt": "A", "target": "word " * count} for count in range(1, 60)]
+    data = gpt2_run.datamodule("sft", train=gpt2_run.write("rows", rows), max_length=1000)
+    lengths = sorted(map(data.length, data.encoded("train")))
+    short = [length for length in lengths if length <= 128]
+    assert 8 < len(short) < len(lengths)
+    assert [data.length(row) for row in sample_rows(data)] == [*short[:4], *short[-4:]]
+    assert [data.length(row) for row in sample_rows(data, 4)] == [*short[:2], *short[-2:]]
+    assert extreme_sequences(data).attention_mask.sum(dim=1).tolist() == [lengths[0], lengths[-1]]
+    long = gpt2_run.datamodule("sft", train=gpt2_run.write("long", rows[-10:]), max_length=1000)
+    assert [long.length(row) for row in sample_rows(long)] == lengths[-10:-2]
+
+
+def test_each_check_is_reported_when_it_is_complete(
+    gpt2_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last check saves the result. By then, the log contains the six others."""
+    reported: list[int] = []
+
+    def save_and_count(*args: Any) -> None:
+        reported.append(caplog.text.count("check passed: "))
+        save_result(*args)
+
+    monkeypatch.setattr("rlhf.callbacks.save_result", save_and_count)
+    with caplog.at_level("INFO", logger="rlhf"):
+        assert_passes(build(gpt2_run, "sft"))
+    assert reported == [6]
+    assert caplog.text.count("check passed: ") == 7
 
 
 # Measurements

@@ -24,10 +24,13 @@ class Batch:
     Args:
         loss_weight: Factor of the loss; its terms are ``loss_terms``.
         sft_loss_weight: Factor of an SFT loss that a stage adds to its own; its terms are ``sft_terms``.
+        is_filler: Whether the batch repeats rows of another batch only so that its rank does not miss a step. Such a
+            batch has no terms, so neither the loss nor any metric depends on it.
     """
 
     loss_weight: float = 1.0
     sft_loss_weight: float = 1.0
+    is_filler: bool = False
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy of the batch with its tensors on a device."""
@@ -38,9 +41,18 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def as_filler(self) -> Self:
+        """Return a copy of the batch without terms."""
+        inner: dict[str, Any] = {
+            item.name: value.as_filler()
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Batch)
+        }
+        return replace(self, loss_weight=0.0, sft_loss_weight=0.0, is_filler=True, **inner)
+
     @property
     def loss_terms(self) -> int:
-        """Number of terms that the loss is averaged over, such as tokens or pairs."""
+        """Number of terms that the loss is averaged over, such as tokens or pairs; 0 for a filler batch."""
         raise NotImplementedError
 
     @property
@@ -67,13 +79,22 @@ class SequenceBatch(Batch):
         input_ids: [batch, time] token ids.
         attention_mask: [batch, time] bool, True on real tokens.
         response_mask: [batch, time] bool, True on response tokens including EOS.
-        terms: Number of True entries of ``response_mask``, counted before the batch moves to a device.
+        terms: Number of True entries of ``response_mask``; None to count them now.
+        tokens: Number of True entries of ``attention_mask``; None to count them now.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
-    terms: int = 0
+    terms: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        # Counted here, before the batch moves to a device: each read from a device waits for its computations.
+        if self.terms is None:
+            self.terms = int(self.response_mask.sum())
+        if self.tokens is None:
+            self.tokens = int(self.attention_mask.sum())
 
     @classmethod
     def collate(cls, rows: Sequence[EncodedResponse]) -> "SequenceBatch":
@@ -82,15 +103,15 @@ class SequenceBatch(Batch):
         starts = torch.tensor([row.start for row in rows])
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
         response_mask[:, 0] = False  # nothing precedes the first token, so it cannot be predicted
-        return cls(input_ids, attention_mask, response_mask, terms=int(response_mask.sum()))
+        return cls(input_ids, attention_mask, response_mask)
 
     @property
     def loss_terms(self) -> int:
-        return self.terms
+        return 0 if self.is_filler else self.terms or 0
 
     @property
     def token_count(self) -> int:
-        return int(self.attention_mask.sum())
+        return self.tokens or 0
 
     @property
     def sequence_count(self) -> int:
@@ -125,10 +146,16 @@ class PairBatch(LabeledBatch):
         margin: [pairs] by how much the chosen response is better, in reward units.
         ref_logprobs: [2 * pairs] summed log-probs of the responses under the reference model, in nats; None if they
             have not been precomputed.
+        chosen_tokens: Number of tokens of the chosen responses; None to count them now.
     """
 
     margin: Tensor
     ref_logprobs: Tensor | None = None
+    chosen_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chosen_tokens is None:
+            self.chosen_tokens = int(self.halves(self.sequences.response_mask)[0].sum())
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Split [2 * pairs, ...] values into those of the chosen and those of the rejected responses."""
@@ -137,11 +164,11 @@ class PairBatch(LabeledBatch):
 
     @property
     def loss_terms(self) -> int:
-        return len(self.margin)
+        return 0 if self.is_filler else len(self.margin)
 
     @property
     def sft_terms(self) -> int:
-        return int(self.halves(self.sequences.response_mask)[0].sum())
+        return 0 if self.is_filler else self.chosen_tokens or 0
 
 
 @dataclass
@@ -151,22 +178,34 @@ class UnpairedBatch(LabeledBatch):
     Args:
         sequences: [batch, time] prompts with responses.
         desirable: [batch] bool, the label.
-        mismatched: [batch, time'] each prompt with the response of another row.
+        mismatched: [batch, time'] each prompt with a response to another prompt.
         ref_logprobs: [batch] summed log-probs of the responses under the reference model, in nats; None if they have
             not been precomputed.
+        mismatched_ref_logprobs: [batch] the same of the responses of ``mismatched``.
+        desirable_rows: Number of desirable responses; None to count them now.
+        desirable_tokens: Number of tokens of the desirable responses; None to count them now.
     """
 
     desirable: Tensor
     mismatched: SequenceBatch
     ref_logprobs: Tensor | None = None
+    mismatched_ref_logprobs: Tensor | None = None
+    desirable_rows: int | None = None
+    desirable_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.desirable_rows is None:
+            self.desirable_rows = int(self.desirable.sum())
+        if self.desirable_tokens is None:
+            self.desirable_tokens = int(self.sequences.response_mask[self.desirable].sum())
 
     @property
     def loss_terms(self) -> int:
-        return len(self.desirable)
+        return 0 if self.is_filler else len(self.desirable)
 
     @property
     def sft_terms(self) -> int:
-        return int(self.sequences.response_mask[self.desirable].sum())
+        return 0 if self.is_filler else self.desirable_tokens or 0
 
 
 @dataclass
@@ -182,7 +221,7 @@ class RatingBatch(LabeledBatch):
 
     @property
     def loss_terms(self) -> int:
-        return len(self.rewards)
+        return 0 if self.is_filler else len(self.rewards)
 
 
 @dataclass
@@ -199,7 +238,7 @@ class PromptBatch(Batch):
 
     @property
     def loss_terms(self) -> int:
-        return len(self.input_ids)
+        return 0 if self.is_filler else len(self.input_ids)
 
     @property
     def token_count(self) -> int:

@@ -13,13 +13,14 @@ from rlhf.data.encode import Encoder
 from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
-from rlhf.data.records import Prompt, Record
+from rlhf.data.records import Message, Prompt, Record
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.tokenizer import chat_template
 
 log = logging.getLogger(__name__)
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
 PROGRESS_BAR_RECORDS = 2000  # fewer records are encoded within seconds
+ENCODED_RECORDS = 256  # records that are encoded at once
 
 
 class RecordDataModule(lightning.LightningDataModule):
@@ -181,10 +182,12 @@ class RecordDataModule(lightning.LightningDataModule):
         if split not in self._rows:
             encoder, records = self.encoder(), self.records(split)
             quiet = len(records) < PROGRESS_BAR_RECORDS
-            rows = [
-                self.encode(encoder, record)
-                for record in track(records, f"encoding {split}", transient=True, disable=quiet)
-            ]
+            rows = []
+            starts = range(0, len(records), ENCODED_RECORDS)
+            for start in track(starts, f"encoding {split}", transient=True, disable=quiet):
+                chunk = records[start : start + ENCODED_RECORDS]
+                encoder.prepare([pair for record in chunk for pair in _conversations(record)])
+                rows += [self.encode(encoder, record) for record in chunk]
             self._rows[split] = [row for row in rows if row is not None]
             if records:
                 self._report_encoded(split, len(rows), encoder)
@@ -211,12 +214,18 @@ class RecordDataModule(lightning.LightningDataModule):
         """Return the first validation prompts as token ids and records; training prompts if there is no validation.
 
         Args:
-            count: Number of prompts.
+            count: Number of different prompts.
             response_budget: Tokens of ``max_length`` to reserve for the response, at most half of ``max_length``.
         """
         reserve = min(response_budget, self.max_length // 2)
-        encoder, records = self.encoder(), (self.records("val") or self.records("train"))[:count]
-        prompts = [record if isinstance(record, Prompt) else record.prompt for record in records]
+        encoder, records = self.encoder(), self.records("val") or self.records("train")
+        unique: dict[str, Prompt] = {}
+        for record in records:
+            if len(unique) == count:
+                break
+            prompt = record if isinstance(record, Prompt) else record.prompt
+            unique.setdefault(prompt.raw_text, prompt)
+        prompts = unique.values()
         return [(encoder.encode_prompt(prompt.messages, reserve=reserve), prompt) for prompt in prompts]
 
     # Batches
@@ -260,3 +269,10 @@ class RecordDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loader_state = state["train"]
+
+
+def _conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
+    """Return the messages of a record's prompt with each of its responses, as ``Encoder.prepare`` takes them."""
+    prompt = record if isinstance(record, Prompt) else record.prompt
+    responses = [getattr(record, name) for name in ("response", "chosen", "rejected") if hasattr(record, name)]
+    return [(prompt.messages, response) for response in responses or [None]]

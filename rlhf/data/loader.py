@@ -5,9 +5,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from rlhf.data.batches import Batch
+from rlhf.distributed import sum_over_ranks
 
 BUCKET_BATCHES = 50  # rows are sorted by length within buckets of at most this many batches
 
@@ -24,7 +24,8 @@ class BucketBatchSampler:
         seed: Seed of the order.
         drop_last: Leave out the last rows of an epoch if they do not fill a batch.
         rank: Rank of this process.
-        world: Number of processes that share the rows. All of them yield the same number of batches.
+        world: Number of processes that share the rows. All of them yield the same number of batches, but the last
+            batch of a rank is empty if fewer rows than ranks are left.
     """
 
     def __init__(
@@ -78,10 +79,9 @@ class BucketBatchSampler:
         if self.shuffle:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-        # 4. Yield this rank's rows. A rank without rows in the last batch repeats one, so that no rank misses a step.
+        # 4. Yield this rank's rows. There may be none in the last batch.
         for batch in batches:
-            rows = batch[self.rank :: self.world].tolist()
-            yield rows or batch[:1].tolist()
+            yield batch[self.rank :: self.world].tolist()
 
 
 class BatchLoader:
@@ -105,7 +105,7 @@ class BatchLoader:
         self.collate = collate
         self.batch_sampler = batches
         self.per_step = per_step
-        self._epoch_length = len(batches)
+        self._epoch_length = len(batches)  # batches of an epoch; fewer if the Trainer limits them
         self._position = 0  # batches of the current epoch that have been yielded
         self._resume_at = 0  # batches to skip in the first epoch after resuming
 
@@ -114,18 +114,23 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._position, self._resume_at = self._resume_at, 0
-        indices = islice(iter(self.batch_sampler), self._position, None)
+        indices = islice(iter(self.batch_sampler), self._position, self._epoch_length)
         for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world):
             self._position += 1
             yield batch
 
     def _batch(self, indices: list[int]) -> Batch:
-        return self.collate([self.rows[i] for i in indices])
+        if indices:
+            return self.collate([self.rows[i] for i in indices])
+        # The other ranks have a batch here, and wait for this rank in collective operations.
+        shortest = int(self.batch_sampler.lengths.argmin())
+        return self.collate([self.rows[shortest]]).as_filler()
 
     def limit_epoch(self, batches: int) -> None:
         """Set the number of batches after which the Trainer ends an epoch, as ``trainer.limit_train_batches`` does.
 
-        A checkpoint at the end of such an epoch then has position 0: the next epoch starts from its first batch.
+        The loss weights of the last optimizer step then do not count batches that the Trainer never requests, and a
+        checkpoint at the end of such an epoch has position 0: the next epoch starts from its first batch.
         """
         self._epoch_length = min(batches, len(self))
 
@@ -151,11 +156,8 @@ def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -
     while step := list(islice(batches, per_step)):
         if per_step > 1 or world > 1:
             terms = torch.tensor([[batch.loss_terms, batch.sft_terms] for batch in step])
-            totals = terms.sum(dim=0)
-            if world > 1:
-                totals = totals.cuda() if dist.get_backend() == "nccl" else totals
-                dist.all_reduce(totals)
-            weights = terms.double() * per_step * world / totals.cpu().clamp(min=1)
+            totals = sum_over_ranks(terms.sum(dim=0)) if world > 1 else terms.sum(dim=0)
+            weights = terms.double() * per_step * world / totals.clamp(min=1)
             for batch, (loss_weight, sft_loss_weight) in zip(step, weights.tolist(), strict=True):
                 batch.loss_weight, batch.sft_loss_weight = loss_weight, sft_loss_weight
         yield from step

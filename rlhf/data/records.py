@@ -8,7 +8,7 @@ Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant",
 Row: TypeAlias = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass  # Not frozen: with trainer.precision=bf16-true, Lightning copies batches field by field.
 class Prompt:
     """A conversation up to the next response.
 

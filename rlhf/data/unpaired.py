@@ -10,7 +10,7 @@ from rlhf.data.batches import SequenceBatch, UnpairedBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.records import Preference, UnpairedPreference
-from rlhf.errors import ConfigError
+from rlhf.errors import DataError
 
 
 @dataclass
@@ -20,27 +20,33 @@ class EncodedUnpaired:
     Args:
         text: Prompt and response.
         desirable: The label.
-        ref_logprobs: Summed log-prob of the response under the reference model, in nats. It is None until
-            ``PreferenceModule.on_fit_start`` fills it in; ``collate`` then copies it into every batch.
+        prompt: Text of the prompt, which tells whether two rows have the same one.
+        mismatched: The prompt with a response to another prompt.
+        ref_logprobs: Summed log-probs of the two responses under the reference model, in nats. They are None until
+            ``PreferenceModule.on_fit_start`` fills them in; ``collate`` then copies them into every batch.
     """
 
     text: EncodedResponse
     desirable: bool
-    ref_logprobs: tuple[float] | None = None
+    prompt: str
+    mismatched: EncodedResponse | None = None
+    ref_logprobs: tuple[float, float] | None = None
 
     @property
-    def responses(self) -> tuple[EncodedResponse]:
-        return (self.text,)
+    def responses(self) -> tuple[EncodedResponse, EncodedResponse]:
+        assert self.mismatched is not None, "UnpairedDataModule.encoded sets it"
+        return self.text, self.mismatched
 
 
 class UnpairedDataModule(RecordDataModule):
     """Reads responses that are labeled desirable or undesirable. A preference pair counts as one of each.
 
-    Every row of a batch also has a mismatched sequence: its prompt with the response of the next row, from which KTO
-    estimates its KL baseline. Rows that do not fill the last batch of an epoch are left out of that epoch.
+    Every row also has a mismatched sequence: its prompt with a response to another prompt, from which KTO estimates its
+    KL baseline. It is chosen once, among responses of similar length, so it depends neither on the batch nor on the
+    number of devices. Rows that do not fill the last batch of an epoch are left out of that epoch.
 
     Args:
-        batch_size: Responses per training batch and device, at least 2.
+        batch_size: Responses per training batch and device.
         keys: Keywords of ``RecordDataModule``. ``max_rows`` counts records, so a pair counts once.
     """
 
@@ -49,13 +55,6 @@ class UnpairedDataModule(RecordDataModule):
 
     def __init__(self, *, batch_size: int = 32, **keys: Any) -> None:
         super().__init__(batch_size=batch_size, **keys)
-        for name, size in (("batch_size", self.batch_size), ("eval_batch_size", self.eval_batch_size)):
-            if size < 2:
-                raise ConfigError(
-                    f"data.{name} must be at least 2 for unpaired preferences, got {size}. KTO combines each prompt "
-                    "with the response of another row of the batch.",
-                    f"Set data.{name}=16.",
-                )
 
     @property
     def has_margins(self) -> bool:
@@ -69,25 +68,60 @@ class UnpairedDataModule(RecordDataModule):
         return [*(message["content"] for message in record.prompt.messages), record.response]
 
     def encode(self, encoder: Encoder, record: Any) -> EncodedUnpaired:
-        return EncodedUnpaired(encoder.encode_response(record.prompt.messages, record.response), record.desirable)
+        text = encoder.encode_response(record.prompt.messages, record.response)
+        return EncodedUnpaired(text, record.desirable, record.prompt.raw_text)
+
+    def encoded(self, split: str) -> list[Any]:
+        is_new = split not in self._rows
+        rows = super().encoded(split)
+        if is_new and rows:
+            self._add_mismatched(rows, split)
+        return rows
+
+    def _add_mismatched(self, rows: list[EncodedUnpaired], split: str) -> None:
+        # Few validation rows may have only one prompt. They then use training rows as well.
+        others = rows_of_other_prompts(rows)
+        if None in others and split != "train" and self.paths["train"] is not None:
+            others = rows_of_other_prompts([*rows, *self.encoded("train")])
+        bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
+        for row, other in zip(rows, others, strict=False):
+            if other is None:
+                raise DataError(
+                    f"{self.paths[split] or split}: all rows have the same prompt, but KTO combines each prompt with a "
+                    "response to another one.",
+                    f"Set data.{split}=<file>",
+                )
+            row.mismatched = replace_response(row.text, other.text, self.max_length, bos)
 
     def length(self, row: Any) -> int:
         return len(row.text.input_ids)
 
     def collate(self, rows: list[Any]) -> UnpairedBatch:
-        texts = [row.text for row in rows]
-        bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
-        mismatched = [
-            replace_response(text, following, self.max_length, bos)
-            for text, following in zip(texts, [*texts[1:], texts[0]], strict=True)
-        ]
         known = all(row.ref_logprobs is not None for row in rows)
+        ref_logprobs = torch.tensor([row.ref_logprobs for row in rows]) if known else None
         return UnpairedBatch(
-            SequenceBatch.collate(texts),
+            SequenceBatch.collate([row.text for row in rows]),
             desirable=torch.tensor([row.desirable for row in rows]),
-            mismatched=SequenceBatch.collate(mismatched),
-            ref_logprobs=torch.tensor([row.ref_logprobs[0] for row in rows]) if known else None,
+            mismatched=SequenceBatch.collate([row.mismatched for row in rows]),
+            ref_logprobs=ref_logprobs[:, 0] if ref_logprobs is not None else None,
+            mismatched_ref_logprobs=ref_logprobs[:, 1] if ref_logprobs is not None else None,
         )
+
+
+def rows_of_other_prompts(rows: Sequence[EncodedUnpaired]) -> list[EncodedUnpaired | None]:
+    """Return for each row the next longer row that has another prompt; the shortest rows follow the longest one.
+
+    The result contains only None if all rows have the same prompt.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].text.input_ids))
+    others: list[EncodedUnpaired | None] = [None] * len(rows)
+    other = None
+    for k in reversed(range(2 * len(rows))):  # In the first round, a row does not know the rows after the longest one.
+        row, following = (rows[order[i % len(rows)]] for i in (k, k + 1))
+        if following.prompt != row.prompt:
+            other = following
+        others[order[k % len(rows)]] = other
+    return others
 
 
 def _as_unpaired(record: UnpairedPreference | Preference) -> Sequence[UnpairedPreference]:

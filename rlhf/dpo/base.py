@@ -1,13 +1,17 @@
 """Base class of the modules that train on preferences."""
 
+import gc
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from rlhf.check import Check
@@ -17,9 +21,12 @@ from rlhf.dpo.metrics import MetricGroup
 from rlhf.dpo.objective import RANGES, response_lengths
 from rlhf.dpo.preflight import checks
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
+from rlhf.dpo.samples import sample_responses
 from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, Policy, disable_dropout, open_reference
-from rlhf.stage import Metrics, Result, StageModule
+from rlhf.sampling import LocalSampler, Sampler, SamplingParams
+from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
 
 log = logging.getLogger(__name__)
@@ -37,9 +44,14 @@ class PreferenceModule(StageModule):
         length_normalized: Average log-probs over the tokens of a response instead of summing them.
         sft_coef: Weight of the SFT term, the negative log-likelihood per token of the chosen responses.
         precompute_ref_logprobs: Compute the reference model's log-probs of all responses once, before training, instead
-            of at every step. This needs a ``RecordDataModule``.
+            of at every step, and then free the memory of the reference model. This needs a ``RecordDataModule``.
         ref_logprobs_cache: Directory where precomputed log-probs are stored, keyed by model and data, so that the runs
             of a sweep compute them once. null: they are not stored.
+        samples: Number of validation prompts to which responses are sampled after each validation and after training,
+            greedily. TensorBoard and the log show them with their implicit rewards. If the reference model has been
+            freed, it is opened again for each table. 0 disables it.
+        max_new_tokens: Maximum length of these responses, in tokens.
+        sampler: Sampler of these responses. null: ``LocalSampler``.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
         warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
@@ -48,7 +60,7 @@ class PreferenceModule(StageModule):
 
     monitor = "val/rewards/accuracies"
     policy: Policy
-    reference: Frozen | None
+    reference: Frozen | None  # None without a reference model, and after its memory has been freed
 
     def __init__(
         self,
@@ -61,6 +73,9 @@ class PreferenceModule(StageModule):
         sft_coef: float = 0.0,
         precompute_ref_logprobs: bool = True,
         ref_logprobs_cache: str | None = None,
+        samples: int = 4,
+        max_new_tokens: int = 64,
+        sampler: Sampler | None = None,
         learning_rate: float = 1e-4,
         schedule: str = "linear",
         warmup_ratio: float = 0.05,
@@ -75,7 +90,11 @@ class PreferenceModule(StageModule):
         self.sft_coef = sft_coef
         self.precompute_ref_logprobs = precompute_ref_logprobs
         self.ref_logprobs_cache = ref_logprobs_cache
+        self.samples = samples
+        self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.sampler = sampler or LocalSampler()
         self.reference = None
+        self._sampled_at = -1  # Optimizer step of the latest table of samples.
         self._check_ranges()
         self._check_loss()
 
@@ -130,32 +149,72 @@ class PreferenceModule(StageModule):
     def open_models(self) -> None:
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
         if not self.reference_free:
-            self.reference = Frozen(open_reference(self.source, self.tokenizer, self.policy))
+            self.reference = self._open_reference()
+
+    def _open_reference(self) -> Frozen:
+        return Frozen(open_reference(self.source, self.tokenizer, self.policy))
 
     # Reference model
 
     def on_fit_start(self) -> None:
-        """Store reference log-probs in the datamodule's rows, from which its ``collate`` copies them into batches."""
+        """Precompute the reference log-probs of the data, and free the reference model."""
         data = getattr(self.trainer, "datamodule", None)
         if self.reference is None or not self.precompute_ref_logprobs or not isinstance(data, RecordDataModule):
             return
+        self._precompute(data, self.reference)
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # A sharded model cannot be opened again.
+            self.reference = None
+            gc.collect()
+
+    def _precompute(self, data: RecordDataModule, reference: Frozen) -> None:
+        """Store reference log-probs in the datamodule's rows, from which its ``collate`` copies them into batches."""
         directory, key = None, ""
         if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             arithmetic = f"{self.trainer.precision} on {self.device.type}"
-            reference: Any = self.reference.model
-            directory, key = Path(self.ref_logprobs_cache), model_key(reference.lm, arithmetic)
+            model: Any = reference.model
+            directory, key = Path(self.ref_logprobs_cache), model_key(model.lm, arithmetic)
         ref_logprobs = ReferenceLogprobs(self.compute_ref_logprobs, data.eval_batch_size, directory, key)
         for split in ("train", "val"):
             if data.records(split):
                 ref_logprobs.fill(data.encoded(split), split)
 
+    @contextmanager
+    def opened_reference(self) -> Iterator[Frozen]:
+        """Give access to the reference model. If it has been freed, it is opened again until the context ends."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        plugin: Any = self.trainer.precision_plugin
+        with separate_random_state(0), torch.device("cpu"):
+            reference = self._open_reference()
+        if isinstance(plugin, MixedPrecision):
+            reference.cast_matrices(torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        yield plugin.convert_module(reference).to(self.device)
+
+    def ref_logprobs(self, sequences: SequenceBatch, precomputed: Tensor | None) -> Tensor | None:
+        """Return the summed log-probs of responses under the reference model, or None if the loss reads none.
+
+        Args:
+            sequences: The responses.
+            precomputed: [batch] their precomputed log-probs, in nats. None: they are computed now.
+        """
+        if self.reference_free or precomputed is not None:
+            return precomputed
+        return self.compute_ref_logprobs(sequences)
+
     @torch.no_grad()
     def compute_ref_logprobs(self, sequences: SequenceBatch) -> Tensor:
         """Compute the summed log-probs of responses under the reference model: [batch], in nats."""
-        assert self.reference is not None, "a reference-free loss reads no reference log-probs"
+        if self.reference is None:
+            raise ConfigError(
+                "stage.precompute_ref_logprobs must be false for these data: the reference model was freed when its "
+                "log-probs of the training data were known, and these data are others.",
+                "Set stage.precompute_ref_logprobs=false.",
+            )
         sequences = sequences.to(self.device)
         with self.trainer.precision_plugin.forward_context():
-            output = self.reference(sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+            tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+            output = self.reference(*tokens, response_tokens=sequences.terms)
             logprobs: Tensor = output.logprobs.sum(dim=1)
             return logprobs
 
@@ -167,18 +226,41 @@ class PreferenceModule(StageModule):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, nll, groups = self.loss_and_metrics(batch)
-        metrics = {"train/loss": loss + self.sft_coef * nll, "nll": nll}
-        for terms, values in groups:
-            if terms:
-                metrics |= values
-        # The two means have their own weights: one runs over pairs or responses, the other over tokens.
+        # The two means have their own weights: one runs over pairs or responses, the other over tokens. The weight of
+        # the metric is that of the first, so the second one is rescaled.
+        rescaled = nll * (batch.sft_loss_weight / batch.loss_weight if batch.loss_weight else 0.0)
+        metrics: dict[str, Tensor | float | Mean] = {"train/loss": loss + self.sft_coef * rescaled}
+        for terms, values in self._terms_and_values(batch, nll, groups):
+            metrics |= {name: Mean(value, terms) for name, value in values.items()}
         return loss * batch.loss_weight + self.sft_coef * nll * batch.sft_loss_weight, metrics
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, nll, groups = self.loss_and_metrics(batch)
         self.log_val({"loss": loss + self.sft_coef * nll}, batch.loss_terms)
-        for terms, values in [MetricGroup(batch.sft_terms, {"nll": nll}), *groups]:
+        for terms, values in self._terms_and_values(batch, nll, groups):
             self.log_val(values, terms)
+
+    def _terms_and_values(self, batch: Batch, nll: Tensor, groups: list[MetricGroup]) -> list[MetricGroup]:
+        groups = [MetricGroup(batch.sft_terms, {"nll": nll}), *groups]
+        return [MetricGroup(0 if batch.is_filler else terms, values) for terms, values in groups]
+
+    # Samples
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._show_samples()
+
+    def on_train_end(self) -> None:
+        if self._sampled_at != self.global_step:
+            self._show_samples()
+
+    def _show_samples(self) -> None:
+        """Sample responses on all ranks, which a sharded model requires, and show them in the loggers of rank 0."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.samples and isinstance(data, RecordDataModule):
+            with separate_random_state(0):
+                self.log_samples(*sample_responses(self, data))
+            self._sampled_at = self.global_step
 
     def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Compute the summed log-probs of responses under the policy, and the mean entropy per token.
@@ -186,7 +268,8 @@ class PreferenceModule(StageModule):
         Returns:
             [batch] log-probs and a scalar entropy, both in nats.
         """
-        output = self.policy(sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+        tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+        output = self.policy(*tokens, entropy="value", response_tokens=sequences.terms)
         return output.logprobs.sum(dim=1), masked_mean(output.entropy, sequences.response_mask)
 
     def response_scores(self, logprobs: Tensor, ref_logprobs: Tensor | None, sequences: SequenceBatch) -> Tensor:

@@ -1,6 +1,6 @@
 """KTO: the DPO stage for unpaired preferences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf.data import UnpairedBatch
 from rlhf.declared import call_declared
+from rlhf.distributed import sum_over_ranks
 from rlhf.dpo.base import PreferenceModule
 from rlhf.dpo.metrics import MetricGroup, unpaired_metrics
 from rlhf.dpo.objective import kto_loss, response_lengths, response_nll
@@ -16,9 +17,8 @@ from rlhf.dpo.objective import kto_loss, response_lengths, response_nll
 class KTOModule(PreferenceModule):
     """Trains a policy on unpaired preferences: desirable responses become more likely, undesirable ones less likely.
 
-    The KL baseline of the loss is estimated on mismatched sequences: the prompt of each row with the response of the
-    next row. This takes one forward pass of the policy and one of the reference model per step, without gradients. The
-    reference model therefore stays in memory even if its log-probs for the data are precomputed.
+    The KL baseline of the loss is estimated on mismatched sequences: each prompt with a response to another prompt.
+    This takes one more forward pass of the policy per step, without gradients.
 
     The baseline is a statistic of one batch on all ranks. With gradient accumulation, 4 batches of 8 rows use four
     baselines, where one batch of 32 rows uses one; nothing else in the loss depends on accumulation.
@@ -34,19 +34,20 @@ class KTOModule(PreferenceModule):
 
     def loss_and_metrics(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        known = batch.ref_logprobs
-        ref_logprobs = known if known is not None else self.compute_ref_logprobs(batch.sequences)
-        scores = self.response_scores(logprobs, ref_logprobs, batch.sequences)
+        scores = self.response_scores(logprobs, self.ref_logprobs(batch.sequences, batch.ref_logprobs), batch.sequences)
         kl, desirable = self.kl_baseline(batch), batch.desirable
         loss = call_declared(self.loss, log_ratios=scores, desirable=desirable, kl=kl, beta=self.beta)
-        nll = response_nll(logprobs[desirable], response_lengths(batch.sequences.response_mask)[desirable])
+        lengths = response_lengths(batch.sequences.response_mask)
+        nll = response_nll(torch.where(desirable, logprobs, 0.0), torch.where(desirable, lengths, 0))
         return loss, nll, unpaired_metrics(batch, scores.detach(), logprobs.detach(), entropy, kl, beta=self.beta)
 
     @torch.no_grad()
     def kl_baseline(self, batch: UnpairedBatch) -> Tensor:
         """Estimate the KL divergence of the policy from the reference model on mismatched sequences.
 
-            kl = max(0, mean_i [log pi(y_j | x_i) - log ref(y_j | x_i)]),    j = i + 1, averaged over ranks
+            kl = max(0, mean_i [log pi(y_j | x_i) - log ref(y_j | x_i)])
+
+        The mean runs over the rows of all ranks; y_j is a response to another prompt than x_i.
 
         Returns:
             Scalar, in nats, or nats per token with ``length_normalized``.
@@ -55,6 +56,17 @@ class KTOModule(PreferenceModule):
         """
         sequences = batch.mismatched
         logprobs, _ = self.response_logprobs(sequences)
-        scores = self.response_scores(logprobs, self.compute_ref_logprobs(sequences), sequences)
-        kl: Tensor = self.trainer.strategy.reduce(scores.mean(), reduce_op="mean")
-        return kl.clamp(min=0)
+        ref_logprobs = self.ref_logprobs(sequences, batch.mismatched_ref_logprobs)
+        scores = self.response_scores(logprobs, ref_logprobs, sequences)
+        if batch.is_filler:
+            scores = scores[:0]
+        total, count = sum_over_ranks(torch.stack([scores.sum(), torch.ones_like(scores).sum()]))
+        kl: Tensor = (total / count).clamp(min=0)
+        return kl
+
+    def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        names = ("rewards/chosen", "rewards/rejected")
+        if not metrics.keys() >= set(names):
+            return {}
+        chosen, rejected = (metrics[name] for name in names)
+        return {"rewards/margins": chosen - rejected}

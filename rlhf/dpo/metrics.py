@@ -71,9 +71,11 @@ def unpaired_metrics(
         MetricGroup(batch.sequences.loss_terms, {"entropy": entropy}),
         MetricGroup(batch.loss_terms, {"rewards/accuracies": correct.float().mean(), "kto/kl": kl}),
     ]
-    for name, mask in (("chosen", desirable), ("rejected", ~desirable)):
+    desirable_rows = batch.desirable_rows or 0
+    undesirable_rows = len(desirable) - desirable_rows
+    for name, mask, rows in (("chosen", desirable, desirable_rows), ("rejected", ~desirable, undesirable_rows)):
         means = {f"rewards/{name}": masked_mean(rewards, mask), f"logps/{name}": masked_mean(logprobs, mask)}
-        groups.append(MetricGroup(int(mask.sum()), means))
+        groups.append(MetricGroup(rows, means))
     margin = groups[2].values["rewards/chosen"] - groups[3].values["rewards/rejected"]
-    both_labels = bool(desirable.any()) and not bool(desirable.all())
+    both_labels = desirable_rows > 0 and undesirable_rows > 0
     return [*groups, MetricGroup(batch.loss_terms if both_labels else 0, {"rewards/margins": margin})]

@@ -25,7 +25,7 @@ class DPOModule(PreferenceModule):
 
     def loss_and_metrics(self, batch: PairBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        scores = self.response_scores(logprobs, self._ref_logprobs(batch), batch.sequences)
+        scores = self.response_scores(logprobs, self.ref_logprobs(batch.sequences, batch.ref_logprobs), batch.sequences)
         chosen, rejected = batch.halves(scores)
         chosen_lengths, rejected_lengths = batch.halves(response_lengths(batch.sequences.response_mask))
         loss = call_declared(
@@ -39,9 +39,3 @@ class DPOModule(PreferenceModule):
         )
         nll = response_nll(batch.halves(logprobs)[0], chosen_lengths)
         return loss, nll, pair_metrics(batch, scores.detach(), logprobs.detach(), entropy, beta=self.beta)
-
-    def _ref_logprobs(self, batch: PairBatch) -> Tensor | None:
-        """Log-probs under the reference model, precomputed or computed now: [2 x pairs]. None without a reference."""
-        if self.reference is None:
-            return None
-        return batch.ref_logprobs if batch.ref_logprobs is not None else self.compute_ref_logprobs(batch.sequences)

@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.distributed import gather_objects, get_rank, is_rank_zero, world_size
 from rlhf.files import atomic_write
+from rlhf.models import adapter_of
+from rlhf.models.sharding import full_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -47,28 +50,40 @@ class ReferenceLogprobs:
             row.ref_logprobs = tuple(next(values) for _ in row.responses)
 
     def logprobs(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
-        """Return the log-probs of responses, from the cache if possible: [responses], in nats."""
-        if self.directory is None:
-            return self._compute(responses, split)
-        path = self.directory / f"{self._key(responses)}.pt"
-        cached = _read(path, len(responses))
+        """Return the log-probs of responses, from the cache if possible: [responses], in nats.
+
+        All ranks call this method with the same responses. Each computes its share, and all return the same values.
+        """
+        path = None
+        if self.directory is not None and is_rank_zero():
+            path = self.directory / f"{self._key(responses)}.pt"
+        # Only rank 0 reads the file, so that all ranks agree on whether there is a valid one.
+        cached = gather_objects(None if path is None else _read(path, len(responses)))[0]
         if cached is not None:
             log.info("Reference log-probs of %s: read from %s", split, path)
             return cached
         logprobs = self._compute(responses, split)
-        # Parallel jobs of a sweep may write the same file.
-        atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
-        log.info("Reference log-probs of %s: computed and stored in %s", split, path)
+        if path is not None:
+            # Parallel jobs of a sweep may write the same file.
+            atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
+            log.info("Reference log-probs of %s: computed and stored in %s", split, path)
         return logprobs
 
     def _compute(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
         # The longest sequences come first, so that a batch that does not fit into memory fails at once.
         order = sorted(range(len(responses)), key=lambda i: len(responses[i].input_ids), reverse=True)
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rank, steps = get_rank(), range(0, len(chunks), world_size())
+        log.info("Reference log-probs of %s: computing them for %d responses", split, len(responses))
         logprobs = torch.zeros(len(responses))
-        for chunk in track(chunks, f"reference log-probs, {split}", transient=True, disable=not chunks):
-            logprobs[chunk] = self.compute(SequenceBatch.collate([responses[i] for i in chunk])).float().cpu()
-        return logprobs
+        for step in track(steps, f"reference log-probs, {split}", transient=True, disable=not is_rank_zero()):
+            # All ranks run the same number of forward passes, which are collective operations if the model is sharded.
+            chunk = chunks[min(step + rank, len(chunks) - 1)]
+            values = self.compute(SequenceBatch.collate([responses[i] for i in chunk])).float().cpu()
+            if step + rank < len(chunks):
+                logprobs[chunk] = values
+        total: Tensor = torch.stack(gather_objects(logprobs)).sum(dim=0)
+        return total
 
     def _key(self, responses: Sequence[EncodedResponse]) -> str:
         """Return the SHA-256 of the model and the token ids. It depends on their content, not on file paths."""
@@ -79,15 +94,17 @@ class ReferenceLogprobs:
 
 
 def model_key(lm: PreTrainedModel, arithmetic: str) -> str:
-    """Return the SHA-256 of a model's weights and configuration.
+    """Return the SHA-256 of a model's weights and configuration. All ranks call this function; rank 0 needs the result.
 
     Args:
-        lm: The model.
+        lm: The model. It may be sharded.
         arithmetic: Precision and device type that it runs with, such as ``bf16-mixed on cuda``.
     """
     settings = {name: value for name, value in lm.config.to_dict().items() if name != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps([arithmetic, settings], sort_keys=True, default=str).encode())
-    for name, weight in sorted(lm.state_dict().items()):
+    adapter = adapter_of(lm)  # The weights do not contain its scale.
+    lora = None if adapter is None else adapter.lora.overrides()
+    digest = hashlib.sha256(json.dumps([arithmetic, settings, lora], sort_keys=True, default=str).encode())
+    for name, weight in sorted(full_state_dict(lm).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 A check measures one property and compares it with a limit. The checks that several stages share are in ``checks.py``
 and ``special_tokens.py``; each stage's ``preflight.py`` selects those that apply to it and adds its own. They use a few
-rows, the shortest and the longest, and do not affect training: the run is bit-for-bit identical with and without them.
+rows of different lengths, and do not affect training: the run is bit-for-bit identical with and without them.
 """
 
 from rlhf.check import Check
@@ -16,7 +16,9 @@ from rlhf.preflight.checks import (
 )
 from rlhf.preflight.measurements import (
     Measure,
+    extreme_sequences,
     full_precision,
+    full_precision_gradient,
     logprob_measure,
     micro_batches,
     sample_rows,
@@ -39,7 +41,9 @@ __all__ = [
     "check_padding_is_ignored",
     "check_reload",
     "check_single_bos",
+    "extreme_sequences",
     "full_precision",
+    "full_precision_gradient",
     "logprob_measure",
     "micro_batches",
     "run_preflight",

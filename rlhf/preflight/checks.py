@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.check import Check
 from rlhf.data import Batch, SequenceBatch
 from rlhf.data.loader import with_loss_weights
-from rlhf.models import Frozen, Policy, ScalarModel
+from rlhf.models import Frozen, Policy, ScalarModel, gathered, local_tensor
 from rlhf.preflight.measurements import (
+    Gradient,
     Measure,
     corrupt_padding,
     full_precision,
+    full_precision_gradient,
     gradient_difference,
     logprob_measure,
     one_at_a_time,
@@ -23,7 +25,6 @@ from rlhf.preflight.measurements import (
     response_values,
     score_measure,
     tolerance,
-    training_gradient,
 )
 from rlhf.stage import Result, StageModule
 
@@ -51,9 +52,10 @@ def check_padding_invariance(
     views = {"in a batch": batch, "more padding": padded, "padding on the left": pad_left(padded)}
     with torch.no_grad(), full_precision(module):
         expected = torch.cat([response_values(measure, row) for row in one_at_a_time(batch)])
-        differences = {view: relative_difference(response_values(measure, views[view]), expected) for view in views}
+        values = {view: response_values(measure, views[view]) for view in views}
         corrupted = response_values(measure, corrupt_padding(padded))
-        difference = relative_difference(corrupted, response_values(measure, padded))
+    differences = {view: relative_difference(values[view], expected) for view in views}
+    difference = relative_difference(corrupted, values["more padding"])
     limit = tolerance(module)
     failed = [view for view, value in differences.items() if not value <= limit]
     yield Check(
@@ -107,7 +109,8 @@ def check_no_dropout(module: StageModule, name: str, model: nn.Module, measure: 
 def check_frozen_models(module: StageModule) -> Check:
     """Check that reference and reward models stay in eval mode, have no gradients and share no trained weights."""
     module.train()
-    trained = {parameter.data_ptr() for parameter in module.parameters()}
+    # Address 0 is that of an empty shard.
+    trained = {_address(parameter) for parameter in module.parameters() if parameter.requires_grad} - {0}
     faults, count = [], 0
     for name, part in module.named_modules():
         if isinstance(part, Frozen):
@@ -117,7 +120,7 @@ def check_frozen_models(module: StageModule) -> Check:
                 faults.append(f"{name} is in train mode")
             if any(weight.requires_grad or weight.grad is not None for weight in model.parameters()):
                 faults.append(f"{name} has gradients")
-            if any(weight.data_ptr() in trained for weight in model.parameters()):
+            if any(_address(weight) in trained for weight in model.parameters()):
                 faults.append(f"{name} shares weights with a trained model")
     module.eval()
     return Check(
@@ -130,40 +133,49 @@ def check_frozen_models(module: StageModule) -> Check:
     )
 
 
+def _address(parameter: nn.Parameter) -> int:
+    return local_tensor(parameter).data_ptr()
+
+
 # Checks of the loss
 
 
-def check_padding_is_ignored(module: StageModule, batch: Batch) -> Check:
-    """Check that other tokens and NaN in the padding change neither the training loss nor its gradient."""
-    with full_precision(module):
-        loss, gradient = training_gradient(module, [batch])
-        corrupted_loss, corrupted_gradient = training_gradient(module, [corrupt_padding(batch)])
+def check_padding_is_ignored(module: StageModule, batch: Batch, expected: Gradient | None = None) -> Check:
+    """Check that other tokens and NaN in the padding change neither the training loss nor its gradient.
+
+    Args:
+        module: The stage.
+        batch: A training batch.
+        expected: ``full_precision_gradient`` of the batch, if another check needs it as well.
+    """
+    expected = expected or full_precision_gradient(module, [batch])
     return _same_gradient(
         module,
         "loss and gradient do not depend on padding",
-        (corrupted_loss, corrupted_gradient),
-        (loss, gradient),
+        full_precision_gradient(module, [corrupt_padding(batch)]),
+        expected,
         "Training learns from padding. Mask values before exp, log and means, because nan * 0 is nan; see "
         "rlhf.tensors.",
     )
 
 
-def check_accumulation_equivalence(module: StageModule, batch: Batch, micro_batches: list[Batch]) -> Check:
+def check_accumulation_equivalence(
+    module: StageModule, batch: Batch, micro_batches: list[Batch], expected: Gradient | None = None
+) -> Check:
     """Check that accumulating over micro-batches of different lengths gives the gradient of one large batch.
 
     Args:
         module: The stage.
         batch: All rows in one batch.
         micro_batches: The same rows in several batches.
+        expected: ``full_precision_gradient`` of the batch, if another check needs it as well.
     """
+    expected = expected or full_precision_gradient(module, [batch])
     weighted = [part.to(module.device) for part in with_loss_weights(iter(micro_batches), len(micro_batches))]
-    with full_precision(module):
-        expected = training_gradient(module, [batch])
-        accumulated = training_gradient(module, weighted)
     return _same_gradient(
         module,
         f"accumulating {len(micro_batches)} micro-batches gives the gradient of one batch",
-        accumulated,
+        full_precision_gradient(module, weighted),
         expected,
         "trainer.accumulate_grad_batches would train a different objective. The loss must be a mean over "
         "Batch.loss_terms, and training_loss must return it multiplied by batch.loss_weight.",
@@ -173,8 +185,8 @@ def check_accumulation_equivalence(module: StageModule, batch: Batch, micro_batc
 def _same_gradient(
     module: StageModule,
     name: str,
-    actual: tuple[float, list[Tensor]],
-    expected: tuple[float, list[Tensor]],
+    actual: Gradient,
+    expected: Gradient,
     fault: str,
 ) -> Check:
     loss = relative_difference(torch.tensor(actual[0]), torch.tensor(expected[0]))
@@ -204,8 +216,8 @@ def check_reload(module: StageModule, batch: SequenceBatch, reload: Callable[[Re
         error_message = " ".join(str(error).split())
     else:
         models: Any = (result.model, loaded.to(module.device).eval())
-        measures = [score_measure(model) if scalar else logprob_measure(Policy(model)) for model in models]
-        with torch.no_grad(), full_precision(module):
+        with gathered(result.model), torch.no_grad(), full_precision(module):
+            measures = [score_measure(model) if scalar else logprob_measure(Policy(model)) for model in models]
             expected, actual = (response_values(measure, batch) for measure in measures)
         difference = relative_difference(actual, expected)
     limit = tolerance(module)

@@ -1,22 +1,23 @@
 """Building blocks of checks: sample rows, differently padded views of a batch, measurements, and gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.data import Batch, EncodedResponse, PromptBatch, RecordDataModule, SequenceBatch
-from rlhf.models import Frozen, Policy, ScalarModel
+from rlhf.models import Frozen, Policy, ScalarModel, frozen_in_float32
 from rlhf.stage import StageModule
 
 B = TypeVar("B", bound=Batch)
 # (input_ids, attention_mask, response_mask) -> values, [batch] or [batch, time]
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 SAMPLE_ROWS, CANDIDATE_ROWS = 8, 300  # Rows that checks use, chosen from this many at the beginning of the data.
+SAMPLE_TOKENS = 128  # Checks prefer rows of at most this length, in tokens: they take much time with large models.
 FULL_PRECISION = (torch.float32, torch.float64)
 # Largest relative differences that are attributed to rounding. Half precision has two or three significant digits.
 FULL_PRECISION_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 5e-2
@@ -25,10 +26,33 @@ FULL_PRECISION_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 5e-2
 # Rows and batches
 
 
-def sample_rows(datamodule: RecordDataModule) -> list[Any]:
-    """Return the shortest and the longest of the first encoded training rows, shortest first."""
-    rows = sorted(datamodule.encoded("train")[:CANDIDATE_ROWS], key=datamodule.length)
-    return rows if len(rows) <= SAMPLE_ROWS else [*rows[: SAMPLE_ROWS // 2], *rows[-SAMPLE_ROWS // 2 :]]
+def sample_rows(datamodule: RecordDataModule, count: int = SAMPLE_ROWS) -> list[Any]:
+    """Return rows of different lengths among the first encoded training rows, shortest first.
+
+    These are the shortest rows, and the longest ones that have at most ``SAMPLE_TOKENS`` tokens.
+
+    Args:
+        datamodule: The data.
+        count: Number of rows, even.
+    """
+    rows = _first_rows(datamodule)
+    few = [row for row in rows if datamodule.length(row) <= SAMPLE_TOKENS]
+    rows = rows[: max(len(few), count)]
+    return rows if len(rows) <= count else [*rows[: count // 2], *rows[-count // 2 :]]
+
+
+def extreme_sequences(datamodule: RecordDataModule) -> SequenceBatch:
+    """Return the shortest and the longest sequence of the first encoded training rows."""
+    rows = _first_rows(datamodule)
+    sequences = as_sequences([rows[0], rows[-1]], datamodule)
+    lengths = sequences.attention_mask.sum(dim=1)
+    chosen = torch.stack([lengths.argmin(), lengths.argmax()])
+    input_ids, attention_mask, response_mask = (tensor[chosen] for tensor in _tensors(sequences))
+    return SequenceBatch(input_ids, attention_mask, response_mask)
+
+
+def _first_rows(datamodule: RecordDataModule) -> list[Any]:
+    return sorted(datamodule.encoded("train")[:CANDIDATE_ROWS], key=datamodule.length)
 
 
 def micro_batches(rows: list[Any], datamodule: RecordDataModule, count: int = 4) -> list[Batch]:
@@ -116,16 +140,18 @@ def response_values(measure: Measure, batch: SequenceBatch) -> Tensor:
 
 def full_precision(module: StageModule) -> AbstractContextManager[Any]:
     """Turn mixed precision off if the weights have full precision, so that checks measure errors and not rounding."""
-    return nullcontext() if _dtype(module) in FULL_PRECISION else module.trainer.precision_plugin.forward_context()
+    if _has_full_precision(module):
+        return frozen_in_float32(module)
+    return module.trainer.precision_plugin.forward_context()
 
 
 def tolerance(module: StageModule) -> float:
     """Return the largest difference that rounding explains, relative to 1 + the magnitude of the value."""
-    return FULL_PRECISION_TOLERANCE if _dtype(module) in FULL_PRECISION else HALF_PRECISION_TOLERANCE
+    return FULL_PRECISION_TOLERANCE if _has_full_precision(module) else HALF_PRECISION_TOLERANCE
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+def _has_full_precision(module: nn.Module) -> bool:
+    return all(parameter.dtype in FULL_PRECISION for parameter in module.parameters())
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -140,7 +166,10 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 # Gradients
 
 
-def training_gradient(module: StageModule, batches: Sequence[Batch]) -> tuple[float, list[Tensor]]:
+Gradient: TypeAlias = tuple[float, list[Tensor]]  # a loss, and its gradient for each trainable parameter
+
+
+def training_gradient(module: StageModule, batches: Sequence[Batch]) -> Gradient:
     """Return the mean training loss of some batches and its gradient, as gradient accumulation computes them."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     total, sums = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
@@ -152,6 +181,12 @@ def training_gradient(module: StageModule, batches: Sequence[Batch]) -> tuple[fl
             if gradient is not None:
                 accumulated += gradient
     return total, sums
+
+
+def full_precision_gradient(module: StageModule, batches: Sequence[Batch]) -> Gradient:
+    """Return ``training_gradient`` without mixed precision, see ``full_precision``."""
+    with full_precision(module):
+        return training_gradient(module, batches)
 
 
 def gradient_difference(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -11,7 +11,6 @@ import numpy
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -43,14 +42,16 @@ def run_preflight(module: StageModule, reload: Callable[[Result], nn.Module]) ->
         PreflightFailed: At least one check failed, on this process or on another one.
     """
     trainer, start = module.trainer, time.perf_counter()
+    checks = []
+    log.info("Running the pre-flight checks of the stage")
     with preserve_state(module):
-        progress: dict[str, Any] = {"total": None, "transient": True, "disable": not trainer.is_global_zero}
-        checks = list(track(_all_checks(module, reload), "checking", **progress))
+        for check in _all_checks(module, reload):
+            checks.append(check)
+            outcome = "passed" if check.passed else "FAILED"
+            log.info("%5.1f s, check %s: %s", time.perf_counter() - start, outcome, check.name)
+            metrics_log.info("%s: %s (limit: %s)", check.name, check.measured, check.limit)
     seconds = time.perf_counter() - start
     failed = [check for check in checks if not check.passed]
-    for check in checks:
-        outcome = "passed" if check.passed else "FAILED"
-        metrics_log.info("check %s: %s: %s (limit: %s)", outcome, check.name, check.measured, check.limit)
     if trainer.is_global_zero:
         Console().print(check_table(checks, seconds))
     if trainer.strategy.reduce_boolean_decision(not failed, all=True):
@@ -68,7 +69,7 @@ def _all_checks(module: StageModule, reload: Callable[[Result], nn.Module]) -> I
     datamodule: RecordDataModule = module.trainer.datamodule  # type: ignore[attr-defined]
     module.eval()
     yield from module.preflight_checks(datamodule)
-    yield check_reload(module, as_sequences(sample_rows(datamodule), datamodule).to(module.device), reload)
+    yield check_reload(module, as_sequences(sample_rows(datamodule, 4), datamodule).to(module.device), reload)
 
 
 def check_table(checks: Sequence[Check], seconds: float) -> Table:
@@ -88,12 +89,14 @@ def check_table(checks: Sequence[Check], seconds: float) -> Table:
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Restore a module and the random state on exit.
 
-    This covers all random number generators, train and eval modes, buffers such as running moments, and the module's
-    plain attributes. Checks never change weights or gradients.
+    This covers all random number generators, train and eval modes, buffers, extra state such as running moments, and
+    the module's plain attributes. Checks never change weights or gradients.
     """
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     modes = {part: part.training for part in module.modules()}
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    has_extra_state = [part for part in module.modules() if type(part).get_extra_state is not nn.Module.get_extra_state]
+    extra_states = [part.get_extra_state() for part in has_extra_state]
     registries = vars(nn.Module()).keys()  # Those of parameters, buffers, submodules and hooks.
     attributes = {name: _shallow_copy(value) for name, value in vars(module).items() if name not in registries}
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
@@ -107,6 +110,8 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers.items():
                     buffer.copy_(value)
+            for part, state in zip(has_extra_state, extra_states, strict=True):
+                part.set_extra_state(state)
             vars(module).update(attributes)
 
 

@@ -1,6 +1,6 @@
 """Preference pairs or ratings as batches, and demonstrations to center the scores on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -73,15 +73,22 @@ class RewardDataModule(PreferenceDataModule):
         return isinstance(self.records("train")[0], Rating)
 
     def report_batches(self) -> Iterator[Any]:
-        """Yield the validation rows in batches, up to ``trainer.limit_val_batches``. All ranks get the same batches."""
+        """Yield this rank's share of the validation rows in batches, up to ``trainer.limit_val_batches``."""
+        rows = self.encoded("val")
+        batches = self._share(rows, [self.length(row) for row in rows], self.collate)
         trainer: Any = self.trainer
-        rows, limit = self.encoded("val"), trainer.limit_val_batches
-        sampler = BucketBatchSampler([self.length(row) for row in rows], self.eval_batch_size, shuffle=False)
-        count = limit * trainer.world_size if isinstance(limit, int) else int(limit * len(sampler))
-        return islice(BatchLoader(rows, self.collate, sampler), count if rows else 0)
+        limit = trainer.limit_val_batches
+        return islice(batches, (limit if isinstance(limit, int) else int(limit * len(batches))) if rows else 0)
+
+    def _share(self, rows: list[Any], lengths: list[int], collate: Callable[[list[Any]], Any]) -> BatchLoader:
+        """Return a loader of this rank's share of rows, in order of length."""
+        trainer: Any = self.trainer
+        rank, world = trainer.global_rank, trainer.world_size
+        sampler = BucketBatchSampler(lengths, self.eval_batch_size, shuffle=False, rank=rank, world=world)
+        return BatchLoader(rows, collate, sampler)
 
     def demonstration_batches(self) -> Iterator[SequenceBatch]:
-        """Yield the demonstrations in batches, or nothing if there is no file of them."""
+        """Yield this rank's share of the demonstrations in batches, or nothing if there is no file of them."""
         if self.demonstrations is None:
             return
         rows = read_rows(self.demonstrations)
@@ -90,5 +97,4 @@ class RewardDataModule(PreferenceDataModule):
         for index in range(min(self.demonstration_rows, len(rows))):
             record = self.parser.parse(rows[index], Demonstration)
             encoded.append(encoder.encode_response(record.prompt.messages, record.response))
-        sampler = BucketBatchSampler([len(row.input_ids) for row in encoded], self.eval_batch_size, shuffle=False)
-        yield from BatchLoader(encoded, SequenceBatch.collate, sampler)  # type: ignore[misc]
+        yield from self._share(encoded, [len(row.input_ids) for row in encoded], SequenceBatch.collate)  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """The reward stage."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rlhf.check import Check
 from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
+from rlhf.distributed import gather_objects, sum_over_ranks
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
@@ -137,8 +139,15 @@ class RewardModule(StageModule):
         else:
             loss, metrics = self._pair_loss(batch, scores)
         if scores.shape[1] > 1:
-            metrics["ensemble_std"] = ensemble_std(scores)
+            metrics["ensemble_std"] = ensemble_std(scores, self._offsets(batch, scores))
         return loss, {"loss": loss, **metrics, "mean_reward": scores.mean()}
+
+    @staticmethod
+    def _offsets(batch: PairBatch | RatingBatch, scores: Tensor) -> Tensor:
+        """Return the mean score of each head over the batches of all ranks: [heads], in reward units."""
+        own = scores.detach()[:0] if batch.is_filler else scores.detach()
+        total = sum_over_ranks(torch.cat([own.sum(dim=0), own.new_tensor([len(own)])]))
+        return total[:-1] / total[-1]
 
     def _rating_loss(self, batch: RatingBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         ratings = scores + self.model.reward_mean  # On the scale of the data, even if the mean is already stored.
@@ -173,9 +182,9 @@ class RewardModule(StageModule):
         self.to(self.trainer.strategy.root_device)  # Lightning has already moved the module to the CPU.
         self.model.eval()
         self._center_scores()
-        if self.trainer.is_global_zero:
-            self._report()
-        self.cpu()
+        self._report()
+        if self.device_mesh is None:  # The shards of trainer=fsdp can be gathered on their device only.
+            self.cpu()
 
     def _center_scores(self) -> None:
         """Store the mean raw score of the demonstrations, which is then subtracted from every score.
@@ -186,10 +195,14 @@ class RewardModule(StageModule):
         """
         mean = self.model.reward_mean
         mean.zero_()
-        scores = [self._scores(sequences) for sequences in self.data.demonstration_batches()]
-        if scores:
-            mean.copy_(torch.cat(scores).mean(dim=0).view_as(mean))
-            count = sum(map(len, scores))
+        # Every rank scores its share.
+        sums, own_count = torch.zeros(mean.numel(), device=mean.device), 0
+        for sequences in self.data.demonstration_batches():
+            scores = self._scores(sequences)
+            if not sequences.is_filler:
+                sums, own_count = sums + scores.sum(dim=0), own_count + len(scores)
+        if count := sum(gather_objects(own_count)):
+            mean.copy_((sum_over_ranks(sums) / count).view_as(mean))
             log.info("The mean score of %d demonstrations, %.4f, is now subtracted.", count, float(mean.mean()))
         elif mean.numel() > 1 and not self.centering_coef and not self.data.has_ratings:
             log.warning(
@@ -203,7 +216,15 @@ class RewardModule(StageModule):
         batches = list(self.data.report_batches())
         if not batches:
             return
-        report = self._rating_report(batches) if isinstance(batches[0], RatingBatch) else self._pair_report(batches)
+        has_ratings = isinstance(batches[0], RatingBatch)
+        columns: Callable[[Any], tuple[Tensor, ...]] = self._rating_columns if has_ratings else self._pair_columns
+        # Every rank scores its share. A filler batch is scored as well, because the model may be sharded.
+        scored = [(batch, columns(batch)) for batch in self._track(batches)]
+        ranks = gather_objects([values for batch, values in scored if not batch.is_filler])
+        if not self.trainer.is_global_zero:
+            return
+        rows = map(torch.cat, zip(*chain.from_iterable(ranks), strict=True))
+        report = rating_report(*rows) if has_ratings else pair_report(*rows)
         log.info("%s", summary(report))
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -214,19 +235,15 @@ class RewardModule(StageModule):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("report", plot(report), self.global_step)
 
-    def _pair_report(self, batches: list[PairBatch]) -> dict[str, Any]:
-        columns = []
-        for batch in self._track(batches):
-            scores = batch.halves(self._scores(batch.sequences).cpu())
-            columns.append((*scores, *batch.halves(batch.sequences.response_mask.sum(dim=1))))
-        return pair_report(*map(torch.cat, zip(*columns, strict=True)))
+    def _pair_columns(self, batch: PairBatch) -> tuple[Tensor, ...]:
+        """Return the arguments of ``pair_report`` for one batch."""
+        lengths = batch.sequences.response_mask.sum(dim=1)
+        return (*batch.halves(self._scores(batch.sequences).cpu()), *batch.halves(lengths))
 
-    def _rating_report(self, batches: list[RatingBatch]) -> dict[str, Any]:
-        columns = []
-        for batch in self._track(batches):
-            scores = (self._scores(batch.sequences) + self.model.reward_mean).cpu()
-            columns.append((scores, batch.rewards, batch.sequences.response_mask.sum(dim=1)))
-        return rating_report(*map(torch.cat, zip(*columns, strict=True)))
+    def _rating_columns(self, batch: RatingBatch) -> tuple[Tensor, ...]:
+        """Return the arguments of ``rating_report`` for one batch."""
+        scores = (self._scores(batch.sequences) + self.model.reward_mean).cpu()
+        return scores, batch.rewards, batch.sequences.response_mask.sum(dim=1)
 
     def _track(self, batches: list[Any]) -> Any:
         return track(batches, "report", transient=True, disable=len(batches) < MIN_PROGRESS_BATCHES)

@@ -61,15 +61,17 @@ def regression_loss(scores: Tensor, rewards: Tensor) -> Tensor:
     return F.mse_loss(scores, rewards)
 
 
-def ensemble_std(scores: Tensor) -> Tensor:
+def ensemble_std(scores: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Disagreement of an ensemble: standard deviation over the heads, averaged over the responses.
 
-    The batch mean of each head is subtracted first, because preferences do not determine the offset of a head.
+    The mean of each head is subtracted first, because preferences do not determine the offset of a head.
 
     Args:
         scores: [batch, heads] scores, in reward units.
+        offsets: [heads] mean score of each head over the batches of all ranks; None: over these scores.
 
     Returns:
         Scalar, in reward units.
     """
-    return (scores - scores.mean(dim=0)).std(dim=1, correction=0).mean()
+    offsets = scores.mean(dim=0) if offsets is None else offsets
+    return (scores - offsets).std(dim=1, correction=0).mean()

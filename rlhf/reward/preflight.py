@@ -13,6 +13,8 @@ from rlhf.preflight import (
     check_padding_invariance,
     check_padding_is_ignored,
     check_single_bos,
+    extreme_sequences,
+    full_precision_gradient,
     micro_batches,
     sample_rows,
     score_measure,
@@ -31,10 +33,12 @@ def reward_model_checks(module: StageModule, model: ScalarModel, datamodule: Rec
     """
     rows = sample_rows(datamodule)
     batch: Any = datamodule.collate(rows).to(module.device)
+    extremes = extreme_sequences(datamodule).to(module.device)
     sequences, measure = batch.sequences, score_measure(model)
-    yield check_single_bos(module.tokenizer, unpadded_rows(sequences))
+    yield check_single_bos(module.tokenizer, [*unpadded_rows(sequences), *unpadded_rows(extremes)])
     yield check_ends_with_eos(module.tokenizer, sequences, datamodule.max_length)
-    yield from check_padding_invariance(module, "scores", measure, sequences, model)
+    yield from check_padding_invariance(module, "scores", measure, extremes, model)
     yield check_no_dropout(module, "reward model", model, measure, sequences)
-    yield check_padding_is_ignored(module, batch)
-    yield check_accumulation_equivalence(module, batch, micro_batches(rows, datamodule))
+    gradient = full_precision_gradient(module, [batch])
+    yield check_padding_is_ignored(module, batch, gradient)
+    yield check_accumulation_equivalence(module, batch, micro_batches(rows, datamodule), gradient)

@@ -13,7 +13,8 @@ from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
 from rlhf.stage import Metrics, Result, StageModule
-from rlhf.tensors import masked_fraction
+from rlhf.stage.random_state import separate_random_state
+from rlhf.tensors import masked_fraction, masked_mean
 
 
 class SFTModule(StageModule):
@@ -61,16 +62,25 @@ class SFTModule(StageModule):
         self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
     def training_loss(self, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
-        output = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        output = self.policy(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.response_mask,
+            entropy="value",
+            is_argmax=True,
+            response_tokens=batch.terms,
+        )
         loss = cross_entropy_loss(output.logprobs, batch.response_mask)
         return loss * batch.loss_weight, {
             "train/loss": loss,
             "train/token_accuracy": masked_fraction(output.is_argmax, batch.response_mask),
-            "train/entropy": output.entropy[batch.response_mask].mean(),
+            "train/entropy": masked_mean(output.entropy, batch.response_mask),
         }
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        output = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        output = self.policy(
+            batch.input_ids, batch.attention_mask, batch.response_mask, is_argmax=True, response_tokens=batch.terms
+        )
         self.log_val(
             {
                 "loss": cross_entropy_loss(output.logprobs, batch.response_mask),
@@ -80,8 +90,10 @@ class SFTModule(StageModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        if self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.log_samples(self.sample_responses(self.trainer.datamodule))  # type: ignore[attr-defined]
+        if self.samples and not self.trainer.sanity_checking:
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            with separate_random_state(0):  # Ranks sample together, which a sharded model requires.
+                self.log_samples(("prompt", "response"), self.sample_responses(datamodule))
 
     def sample_responses(self, datamodule: RecordDataModule) -> list[tuple[str, str]]:
         """Return the first validation prompts, each with a greedy response."""

@@ -200,3 +200,33 @@ def test_an_error_of_the_template_is_a_config_error(tokenizer: PreTrainedTokeniz
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ConfigError, match=r"with the roles \['user'\] \(no system role\)\.\n.*data\.template="):
         Encoder(tokenizer, 10).encode_prompt(user("Q"))
+
+
+# Encoding many conversations at once
+
+
+@pytest.mark.parametrize("max_length", [200, 20])
+def test_prepared_conversations_are_encoded_as_others(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    """Rows and counts are equal, and the tokenizer is called once for all conversations."""
+    messages = [user("When?"), user("Where to? " * 3)]
+    responses = ["May.", "東京 👩‍👩‍👧"]
+    one_by_one, at_once = (Encoder(tokenizer, max_length) for _ in range(2))
+    expected = [one_by_one.encode_responses(prompt, responses) for prompt in messages]
+    prompts = [one_by_one.encode_prompt(prompt) for prompt in messages]
+    at_once.prepare([(prompt, response) for prompt in messages for response in [*responses, None]])
+    at_once._encode = lambda *args: pytest.fail("a prepared conversation was encoded again")  # type: ignore[method-assign]
+    assert [at_once.encode_responses(prompt, responses) for prompt in messages] == expected
+    assert [at_once.encode_prompt(prompt) for prompt in messages] == prompts
+    assert at_once.counts == one_by_one.counts
+
+
+def test_token_ids_are_stored_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Equal ids of different rows are one object: a row takes 8 bytes per token. Python itself shares ids up to 256."""
+    large = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", chat_template=tokenizer.chat_template
+    )
+    large.add_tokens([f"<{i}>" for i in range(300)])
+    encoder = Encoder(large, 200)
+    rows = [encoder.encode_response(user(prompt), "<290>") for prompt in ("x", "y")]
+    (one,), (other,) = ([token for token in row.input_ids if token > 300] for row in rows)
+    assert one is other

@@ -85,24 +85,56 @@ def test_drop_last_leaves_out_rows_that_do_not_fill_a_batch() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("count", [8, 11, 13])
+@pytest.mark.parametrize("count", [3, 8, 11, 13])
 def test_ranks_share_the_rows_and_have_equal_numbers_of_batches(world: int, count: int) -> None:
-    """Together, the ranks get every row. A row is repeated only if the last batch has fewer rows than ranks."""
+    """Together, the ranks get every row once. Only the last batch of a rank may be empty."""
     ranks = [BucketBatchSampler(list(range(count)), 2, shuffle=True, rank=rank, world=world) for rank in range(world)]
     orders = [epoch(rank, 1) for rank in ranks]
     assert {len(order) for order in orders} == {len(ranks[0])}
-    assert all(batch for order in orders for batch in order)
-    seen = list(chain(*chain(*orders)))
-    assert sorted(set(seen)) == list(range(count))
-    rest = count % (2 * world)
-    assert len(seen) - count == (world - rest if 0 < rest < world else 0)
+    assert sorted(chain(*chain(*orders))) == list(range(count))
 
 
-def test_more_ranks_than_rows_have_equal_numbers_of_batches() -> None:
-    """3 rows, 4 ranks: one batch each. The fourth rank repeats a row, so that the others do not wait for it."""
-    orders = [list(BucketBatchSampler([5, 5, 5], 2, shuffle=False, rank=rank, world=4)) for rank in range(4)]
-    assert [len(order) for order in orders] == [1, 1, 1, 1]
-    assert {row for order in orders for batch in order for row in batch} == {0, 1, 2}
+@pytest.mark.parametrize("count", [3, 9])
+def test_a_rank_without_rows_gets_a_batch_without_terms(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 rows on 4 ranks with batches of 2: one row is left for the second step, and 3 ranks repeat a row meanwhile.
+
+    The repeated rows have weight 0, and the weights of all ranks add up to their number, so that the mean of the
+    weighted losses over ranks is the mean over the rows.
+    """
+    orders = []
+    for rank in range(4):
+        totals = iter([count] if count == 3 else [8, 1])
+        monkeypatch.setattr("rlhf.data.loader.sum_over_ranks", lambda own, totals=totals: own.new_tensor(next(totals)))
+        batches = BucketBatchSampler([5] * count, 2, shuffle=False, rank=rank, world=4)
+        orders.append(list(BatchLoader([row(0)] * count, SequenceBatch.collate, batches)))
+    *_, last = zip(*orders, strict=True)
+    left = count % 8
+    assert [batch.is_filler for batch in last] == [rank >= left for rank in range(4)]
+    assert [batch.loss_terms for batch in last] == [1] * left + [0] * (4 - left)
+    assert [batch.loss_weight for batch in last] == pytest.approx([4 / left] * left + [0.0] * (4 - left))
+    assert all(len(batch.input_ids) for batch in last), "the ranks must run the same number of forward passes"
+
+
+def test_a_filler_batch_has_no_terms() -> None:
+    """Neither has its inner batch, by which metrics are weighted."""
+    sequences = SequenceBatch.collate([row(2), row(3)])
+    filler = PairBatch(sequences, torch.zeros(1)).as_filler().to("cpu")
+    assert (filler.loss_terms, filler.sft_terms, filler.sequences.loss_terms) == (0, 0, 0)
+    assert (filler.loss_weight, filler.sft_loss_weight) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("limit", [5, 6])
+def test_an_epoch_that_ends_within_an_optimizer_step_has_its_own_weights(limit: int) -> None:
+    """11 batches of one row, 4 per step, and an epoch of 5 or 6 batches, as with ``trainer.limit_train_batches``.
+
+    The weights of every step add up to 4, by which Lightning divides. Batches that are never requested do not count.
+    """
+    batches = BucketBatchSampler(LENGTHS, 1, shuffle=True, seed=3)
+    limited = BatchLoader([row(i) for i in range(11)], SequenceBatch.collate, batches, per_step=4)
+    limited.limit_epoch(limit)
+    weights = [batch.loss_weight for batch in limited]
+    assert len(weights) == limit
+    assert [sum(weights[:4]), sum(weights[4:])] == pytest.approx([4.0, 4.0])
 
 
 def row(index: int) -> EncodedResponse:

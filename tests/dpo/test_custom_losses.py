@@ -63,6 +63,9 @@ class FixedLogprobs(DPOModule):
     def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         return self.logprobs, torch.tensor(0.0)
 
+    def ref_logprobs(self, sequences: SequenceBatch, precomputed: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.logprobs)
+
 
 def loss_by_module(loss: Callable[..., Tensor] | nn.Module) -> float:
     """The loss of two pairs as the module computes it, with beta 0.5.

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import EXACT, Run, TinyRun, assert_same_weights, isolated_logprobs
-from rlhf.data import UnpairedDataModule
+from harness import EXACT, PAIRS, Run, TinyRun, assert_same_weights, isolated_logprobs
+from rlhf.data import EncodedResponse, SequenceBatch, UnpairedBatch
+from rlhf.data.unpaired import EncodedUnpaired, rows_of_other_prompts
+from rlhf.dpo import KTOModule
 from rlhf.dpo.objective import kto_loss
-from rlhf.errors import ConfigError
+from rlhf.errors import DataError
 from rlhf.models import Frozen
 
 one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
@@ -28,10 +30,11 @@ def train(tiny_run: TinyRun) -> Train:
 def log_ratio(module: Any, input_ids: list[int], start: int) -> Tensor:
     """log pi - log ref of one response by the plain models, a scalar in nats."""
     ids = torch.tensor(input_ids)
-    sums = [
-        isolated_logprobs(lm, ids)[range(start - 1, len(ids) - 1), ids[start:]].sum()
-        for lm in (module.policy.lm, module.reference.model.lm)
-    ]
+    with module.opened_reference() as reference:
+        sums = [
+            isolated_logprobs(lm, ids)[range(start - 1, len(ids) - 1), ids[start:]].sum()
+            for lm in (module.policy.lm, reference.model.lm)
+        ]
     return sums[0] - sums[1]
 
 
@@ -60,23 +63,96 @@ def test_each_weight_changes_the_loss(train: Train) -> None:
 
 
 def test_kl_baseline_agrees_with_the_plain_models(train: Train) -> None:
-    """The mean log-ratio of prompt i with response i + 1 (the last one with the first), or 0 if it is negative.
+    """The mean log-ratio of the mismatched sequences of a batch, or 0 if it is negative.
 
     Swapping policy and reference model changes the sign, so one of the two values is positive and the other is clamped.
     """
-    run = train(learning_rate=1e-2, trainer={"max_epochs": 2})
+    run = train(learning_rate=1e-2, trainer={"max_epochs": 2}, precompute_ref_logprobs=False)
     module, rows = run.module, run.datamodule.encoded("train")[:5]
-    texts = [row.text for row in rows]
-    ratios = []
-    for text, following in zip(texts, [*texts[1:], texts[0]], strict=True):
-        input_ids = text.input_ids[: text.start] + following.input_ids[following.start :]
-        ratios.append(log_ratio(module, input_ids, text.start))
+    ratios = [log_ratio(module, row.mismatched.input_ids, row.mismatched.start) for row in rows]
     mean = float(sum(ratios)) / 5
     assert abs(mean) > 0.01
     batch = run.datamodule.collate(rows)
     assert float(module.kl_baseline(batch)) == pytest.approx(max(mean, 0.0), rel=1e-3)
     module.policy, module.reference = module.reference.model, Frozen(module.policy)
     assert float(module.kl_baseline(batch)) == pytest.approx(max(-mean, 0.0), rel=1e-3)
+
+
+def test_precomputing_ref_logprobs_does_not_change_training(train: Train) -> None:
+    """Neither the losses nor the KL baselines change, and the reference model is not needed after the start."""
+    keys = {"eps": 1.0, "learning_rate": 0.1, "trainer": {"max_epochs": 2}}
+    before, during = (train(precompute_ref_logprobs=switch, **keys) for switch in (True, False))
+    for name in ("train/loss", "kto/kl", "rewards/accuracies"):
+        assert before.curve(name) == pytest.approx(during.curve(name), rel=1e-4, abs=1e-5), name
+    assert len(set(during.curve("kto/kl"))) > 1
+    assert before.module.reference is None
+
+
+def unpaired_rows(*prompts: str) -> list[EncodedUnpaired]:
+    """Rows of 2, 3, 4, ... tokens with these prompts."""
+    texts = [EncodedResponse([1, *[5] * length], 1) for length in range(1, len(prompts) + 1)]
+    return [EncodedUnpaired(text, True, prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def test_mismatched_responses_belong_to_other_prompts() -> None:
+    """Each row gets the next longer one with another prompt: a1 -> b, a2 -> b, b -> a3, a3 -> c and c -> a1."""
+    a1, a2, b, a3, c = rows = unpaired_rows("a", "a", "b", "a", "c")
+    assert [id(row) for row in rows_of_other_prompts(rows)] == [id(row) for row in (b, b, a3, c, a1)]
+    shuffled = [b, c, a2, a3, a1]
+    assert [id(row) for row in rows_of_other_prompts(shuffled)] == [id(row) for row in (a3, a1, b, c, b)]
+    assert rows_of_other_prompts(unpaired_rows("a", "a")) == [None, None]
+
+
+@one_architecture
+def test_validation_never_combines_a_prompt_with_its_own_responses(tiny_run: TinyRun) -> None:
+    """All rows have equal lengths, so chosen and rejected responses are neighbors in every order by length."""
+    pairs = [{"prompt": f"Prompt {i}", "chosen": f"yes {i}", "rejected": f"no {i}."} for i in range(9)]
+    path = tiny_run.write("pairs", pairs)
+    data = tiny_run.datamodule("kto", train=path, val=path, eval_batch_size=4)
+    own = {tuple(row.text.input_ids) for row in data.encoded("val")}
+    batches = list(data.loader("val"))
+    assert [len(batch.desirable) for batch in batches] == [4, 4, 4, 4, 2]
+    for batch in batches:
+        for input_ids, mask in zip(batch.mismatched.input_ids, batch.mismatched.attention_mask, strict=True):
+            assert tuple(input_ids[mask].tolist()) not in own
+
+
+@one_architecture
+def test_validation_rows_of_one_prompt_use_training_responses(tiny_run: TinyRun) -> None:
+    """A single validation record has no other prompt. Training data with a single prompt are rejected."""
+    one = tiny_run.write("one", [{"prompt": "Who won?", "completion": "May", "label": True}])
+    data = tiny_run.datamodule("kto", val=one)
+    (row,) = data.encoded("val")
+    responses = [other.text.input_ids[other.text.start :] for other in data.encoded("train")]
+    assert row.mismatched.input_ids[row.mismatched.start :] in responses
+    with pytest.raises(DataError, match=r"one\.jsonl: all rows have the same prompt"):
+        tiny_run.datamodule("kto", train=one).encoded("train")
+
+
+@one_architecture
+def test_a_batch_of_one_is_trained_and_validated(tiny_run: TinyRun, train: Train) -> None:
+    """The baseline does not depend on other rows of the batch."""
+    run = train(data={"batch_size": 1, "eval_batch_size": 1, "val": tiny_run.write("val", PAIRS[:1])})
+    assert len(run.curve("train/loss")) == 16
+    assert run.recorder.validation_sizes == [1, 1]
+
+
+def test_the_baseline_is_the_mean_over_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 rows with log-ratios 1, 2, 3 here and one row with 10 there: 16 / 4 = 4, not (2 + 10) / 2 = 6.
+
+    A filler batch adds nothing to the 10 of the other rank.
+    """
+
+    class FixedKTO(KTOModule):
+        def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
+            return torch.tensor([1.0, 2.0, 3.0]), torch.tensor(0.0)
+
+    monkeypatch.setattr("rlhf.dpo.kto.sum_over_ranks", lambda own: own + torch.tensor([10.0, 1.0]))
+    sequences = SequenceBatch.collate([row.text for row in unpaired_rows("a", "b", "c")])
+    batch = UnpairedBatch(sequences, torch.ones(3, dtype=torch.bool), sequences, torch.zeros(3), torch.zeros(3))
+    module = FixedKTO(policy=None)
+    assert float(module.kl_baseline(batch)) == 4.0
+    assert float(module.kl_baseline(batch.as_filler())) == 10.0
 
 
 def test_metrics_of_a_batch_agree_with_the_plain_models(train: Train) -> None:
@@ -108,7 +184,8 @@ def test_metrics_without_responses_are_not_logged(tiny_run: TinyRun, train: Trai
 
 def test_training_separates_the_labels(tiny_run: TinyRun, train: Train) -> None:
     """Desirable responses become more likely than undesirable ones; the reference model stays bit-for-bit the same."""
-    run = train(data={"batch_size": 16}, learning_rate=3e-3, trainer={"max_epochs": 15}, beta=0.3)
+    keys = {"learning_rate": 3e-3, "beta": 0.3, "precompute_ref_logprobs": False}
+    run = train(data={"batch_size": 16}, trainer={"max_epochs": 15}, **keys)
     assert run.curve("rewards/margins")[-1] > 0.1
     assert_same_weights(run.module.reference.model.lm, tiny_run.lm, **EXACT)
 
@@ -143,13 +220,15 @@ def test_length_normalized_changes_the_losses(train: Train) -> None:
 @one_architecture
 def test_a_pair_equals_two_unpaired_rows(tiny_run: TinyRun) -> None:
     """A pair is encoded as a desirable and an undesirable response."""
-    pairs = tiny_run.write("pair", [{"prompt": "Who won?", "chosen": "May", "rejected": "A"}])
-    from_pair = tiny_run.datamodule("kto", train=pairs).encoded("train")
+    other = {"prompt": "It rains.", "completion": "So", "label": True}
+    pairs = [{"prompt": "Who won?", "chosen": "May", "rejected": "A"}, {**other, "chosen": "So", "rejected": "No"}]
+    from_pair = tiny_run.datamodule("kto", train=tiny_run.write("pair", pairs)).encoded("train")
     rows = [{"prompt": "Who won?", "completion": text, "label": text == "May"} for text in ("May", "A")]
+    rows += [other, {**other, "completion": "No", "label": False}]
     data = tiny_run.datamodule("kto", train=tiny_run.write("rows", rows))
     assert data.encoded("train") == from_pair
-    assert [row.desirable for row in from_pair] == [True, False]
-    assert list(data.training_texts()) == ["Who won?", "May", "Who won?", "A"]
+    assert [row.desirable for row in from_pair] == [True, False, True, False]
+    assert list(data.training_texts())[:4] == ["Who won?", "May", "Who won?", "A"]
 
 
 @one_architecture
@@ -169,10 +248,3 @@ def test_mismatched_sequences_respect_max_length(tiny_run: TinyRun) -> None:
     second = mismatched.input_ids[1][mismatched.attention_mask[1]].tolist()
     assert second == [*short.input_ids[: short.start], *long.input_ids[long.start :]]
     assert int(mismatched.response_mask[1].sum()) == len(long.input_ids) - long.start
-
-
-@pytest.mark.parametrize("key", ["batch_size", "eval_batch_size"])
-def test_a_batch_of_one_is_rejected(key: str) -> None:
-    """It has no other response to combine a prompt with."""
-    with pytest.raises(ConfigError, match=rf"data\.{key} must be at least 2 .*, got 1\."):
-        UnpairedDataModule(**{key: 1})

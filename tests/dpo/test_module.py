@@ -1,6 +1,7 @@
 """The DPO stage in Lightning's training loop, for both architectures."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harness import EXACT, FakeSource, TinyRun, assert_same_weights, isolated_logprobs
+from harness import EXACT, PAIRS, FakeSource, TinyRun, assert_same_weights, isolated_logprobs
+from rlhf.dpo import DPOModule, KTOModule
 from rlhf.dpo.objective import (
     conservative_loss,
     hinge_loss,
@@ -20,6 +22,7 @@ from rlhf.dpo.objective import (
     simpo_loss,
 )
 from rlhf.errors import ConfigError
+from rlhf.sampling import LocalSampler
 
 NO_REFERENCE = {"reference_free": True, "length_normalized": True}
 SMOOTHING = {"label_smoothing": 0.1}
@@ -102,10 +105,11 @@ def test_length_normalized_log_ratios_are_means_per_token(tiny_run: TinyRun) -> 
     run = tiny_run.train("dpo", length_normalized=True, trainer={"max_steps": 1})
     module, rows = run.module, run.datamodule.encoded("train")
     _, _, [(terms, metrics), _] = module.loss_and_metrics(run.datamodule.collate(rows))
-    ratios = [
-        (token_logprobs(module.policy.lm, row.chosen) - token_logprobs(module.reference.model.lm, row.chosen)).mean()
-        for row in rows
-    ]
+    with module.opened_reference() as reference:
+        ratios = [
+            (token_logprobs(module.policy.lm, row.chosen) - token_logprobs(reference.model.lm, row.chosen)).mean()
+            for row in rows
+        ]
     assert terms == 8
     assert float(metrics["rewards/chosen"]) == pytest.approx(0.1 * float(sum(ratios)) / 8, rel=1e-3)
 
@@ -128,7 +132,8 @@ def test_precomputing_ref_logprobs_does_not_change_training(tiny_run: TinyRun) -
 
 def test_only_the_policy_is_trained(tiny_run: TinyRun) -> None:
     """The reference model stays bit-for-bit the same and is not in checkpoints; training prefers chosen responses."""
-    run = tiny_run.train("dpo", data={"batch_size": 8}, learning_rate=3e-3, trainer={"max_epochs": 10})
+    keys = {"learning_rate": 3e-3, "precompute_ref_logprobs": False}
+    run = tiny_run.train("dpo", data={"batch_size": 8}, trainer={"max_epochs": 10}, **keys)
     reference = run.module.reference.model
     assert_same_weights(reference.lm, tiny_run.lm, **EXACT)
     assert not any(part.training for part in reference.modules())
@@ -196,7 +201,6 @@ def test_reference_free_opens_no_reference_model(tiny_run: TinyRun, reference_fr
     source = CountingSource(tiny_run.lm)
     run = tiny_run.train("dpo", policy=source, reference_free=reference_free, trainer={"max_steps": 1})
     assert source.opened == models
-    assert (run.module.reference is None) is reference_free
     assert (run.batches[0].ref_logprobs is None) is reference_free
 
 
@@ -243,3 +247,66 @@ def test_invalid_settings_are_rejected(tiny_run: TinyRun, stage: str, keys: dict
         tiny_run.train(stage, policy=source, **keys)
     assert message in str(caught.value)
     assert source.opened == 0
+
+
+@one_architecture
+def test_samples_show_rewards_and_kl(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 prompts after each of 2 validations: reward = beta x log-ratio and KL by the plain models.
+
+    The reference model has been freed, and it is opened again for the table only.
+    """
+    tables: list[tuple[int, Sequence[str], Any]] = []
+    monkeypatch.setattr(
+        DPOModule, "log_samples", lambda self, header, rows: tables.append((self.global_step, header, rows))
+    )
+    val = tiny_run.write("val", PAIRS[:3])
+    keys = {"samples": 2, "max_new_tokens": 5, "learning_rate": 1e-2}
+    run = tiny_run.train("dpo", data={"val": val}, trainer={"max_epochs": 2}, **keys)
+    assert [step for step, *_ in tables] == [4, 8]
+    _, header, rows = tables[-1]
+    assert header == ("prompt", "response", "reward", "KL in nats")
+    assert [row[0] for row in rows] == [pair["prompt"] for pair in PAIRS[:2]]
+    assert run.module.reference is None
+    for (input_ids, _), (_, response, reward, kl) in zip(run.datamodule.sample_prompts(2, 5), rows, strict=True):
+        rollout = LocalSampler()
+        rollout.sync(run.module.policy.lm, tiny_run.tokenizer)
+        ids = rollout.sample([input_ids], run.module.sampling).input_ids[0]
+        after = range(len(input_ids) - 1, len(ids) - 1)
+        new, old = (isolated_logprobs(lm, ids)[after] for lm in (run.module.policy.lm, tiny_run.lm))
+        ratios = (new - old)[range(len(after)), ids[len(input_ids) :]]
+        assert reward == pytest.approx(0.1 * float(ratios.sum()), rel=1e-3)
+        assert kl == pytest.approx(float((new.exp() * (new - old)).sum()), rel=1e-3)
+        assert tiny_run.tokenizer.decode(ids[len(input_ids) :], skip_special_tokens=True).strip() == response
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_samples_are_shown_once_after_training_without_validation(
+    tiny_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without validation data the prompts are those of the training data, each of them once."""
+    tables: list[Any] = []
+    monkeypatch.setattr(DPOModule, "log_samples", lambda self, header, rows: tables.append(rows))
+    monkeypatch.setattr(KTOModule, "log_samples", lambda self, header, rows: tables.append(rows))
+    tiny_run.train(stage, samples=3, max_new_tokens=2)
+    (rows,) = tables
+    assert [row[0] for row in rows] == [pair["prompt"] for pair in PAIRS[:3]]
+
+
+class DrawingSampler(LocalSampler):
+    """Draws random numbers for each response, as an external engine could."""
+
+    def sample(self, prompts: Any, params: Any) -> Any:
+        torch.rand(7)
+        return super().sample(prompts, params)
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_samples_do_not_advance_the_random_state_of_training(tiny_run: TinyRun, stage: str) -> None:
+    states = []
+    for samples in (0, 2):
+        val = tiny_run.write("val", [{**pair, "completion": "yes"} for pair in PAIRS[:2]])
+        tiny_run.train(stage, samples=samples, max_new_tokens=2, sampler=DrawingSampler(), data={"val": val})
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -2,17 +2,21 @@
 
 import json
 import logging
+import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from harness import PAIRS, FakeSource, TinyRun, run_train
+from harness import EXACT, PAIRS, FakeSource, TinyRun, run_train
+from ranks import in_ranks
 from rlhf.data import EncodedResponse, SequenceBatch
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
+from rlhf.errors import ConfigError
 from rlhf.export import save_result
 from rlhf.models import Transformer
 from rlhf.stage import Result
@@ -128,7 +132,7 @@ def test_the_key_depends_on_weights_configuration_and_arithmetic(lm: PreTrainedM
 
 @one_architecture
 def test_runs_that_share_model_and_data_compute_once(tiny_run: TinyRun, tmp_path: Path) -> None:
-    """Three values of beta, and KTO, whose 16 responses are those of the 8 pairs, share one file.
+    """Three values of beta share one file. KTO, which has mismatched sequences, makes another one.
 
     Training with the cache is the same as without it. Another model, another length and other data each make a file.
     """
@@ -139,7 +143,7 @@ def test_runs_that_share_model_and_data_compute_once(tiny_run: TinyRun, tmp_path
         return len(list(directory.glob("*.pt")))
 
     assert [files(beta=beta) for beta in (0.05, 0.1, 0.3)] == [1, 1, 1]
-    assert files("kto") == 1
+    assert [files("kto"), files("kto")] == [2, 2]
     uncached, cached = (
         tiny_run.train("dpo", ref_logprobs_cache=cache, trainer={"max_epochs": 2}).curve("train/loss")
         for cache in (None, str(directory))
@@ -148,16 +152,87 @@ def test_runs_that_share_model_and_data_compute_once(tiny_run: TinyRun, tmp_path
     changed = deepcopy(tiny_run.lm)
     with torch.no_grad():
         changed.get_input_embeddings().weight.mul_(1.01)
-    assert files(policy=FakeSource(changed)) == 2
-    assert files(data={"max_length": 30}) == 3
+    assert files(policy=FakeSource(changed)) == 3
+    assert files(data={"max_length": 30}) == 4
     rows = [{**pair, "chosen": pair["chosen"].replace("May", "June")} for pair in PAIRS]
-    assert files(data={"train": tiny_run.write("changed", rows)}) == 4
+    assert files(data={"train": tiny_run.write("changed", rows)}) == 5
 
 
 @one_architecture
 def test_fast_dev_run_stores_nothing(tiny_run: TinyRun, tmp_path: Path) -> None:
     tiny_run.train("dpo", ref_logprobs_cache=str(tmp_path / "cache"), trainer={"fast_dev_run": True})
     assert not (tmp_path / "cache").exists()
+
+
+class WatchedSource(FakeSource):
+    """A source that keeps weak references to the models that it has opened."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.opened: list[weakref.ref[torch.nn.Module]] = []
+
+    def language_model(self, tokenizer: Any) -> Any:
+        model = super().language_model(tokenizer)
+        self.opened.append(weakref.ref(model))
+        return model
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+@pytest.mark.parametrize("precompute", [True, False])
+def test_the_reference_model_is_freed_when_its_log_probs_are_known(
+    tiny_run: TinyRun, stage: str, precompute: bool
+) -> None:
+    """Nothing refers to it during training, and validation uses precomputed log-probs as well."""
+    source, alive = WatchedSource(tiny_run.lm), []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            policy, reference = source.opened
+            alive.append((policy() is not None, reference() is not None))
+
+    val = tiny_run.write("val", PAIRS[:3])
+    run = tiny_run.train(
+        stage, policy=source, precompute_ref_logprobs=precompute, data={"val": val}, callbacks=[Watch()]
+    )
+    assert set(alive) == {(True, not precompute)}
+    assert "val/loss" in run.trainer.callback_metrics
+
+
+@one_architecture
+def test_a_resumed_run_frees_the_reference_model_and_ends_with_the_same_weights(tiny_run: TinyRun) -> None:
+    whole = tiny_run.train("dpo", trainer={"max_epochs": 2})
+    first = tiny_run.train("dpo", trainer={"max_epochs": 1})
+    path = tiny_run.folder / "first.ckpt"
+    first.trainer.save_checkpoint(path)
+    second = tiny_run.train("dpo", trainer={"max_epochs": 2}, resume=path)
+    assert second.module.reference is None
+    torch.testing.assert_close(second.weights, whole.weights, **EXACT)
+
+
+@one_architecture
+def test_data_without_precomputed_log_probs_are_rejected_after_the_model_is_freed(tiny_run: TinyRun) -> None:
+    run = tiny_run.train("dpo", trainer={"max_steps": 1})
+    with pytest.raises(ConfigError, match=r"Set stage\.precompute_ref_logprobs=false"):
+        run.trainer.validate(run.module, tiny_run.datamodule("dpo", val=tiny_run.write("other", PAIRS)), verbose=False)
+
+
+def compute_on_a_rank(rank: int, directory: Path) -> list[tuple[list[float], int]]:
+    """Log-probs without a cache, with an empty one, and with a full one, each with the number of computed responses."""
+    many = [*RESPONSES, EncodedResponse([1, 4, 2], 1), EncodedResponse([1, 3, 2], 1)]
+    return [compute(where, many) for where in (None, directory, directory)]
+
+
+def test_ranks_share_the_work_and_get_all_log_probs(tmp_path: Path) -> None:
+    """5 responses are 3 chunks of 2, 2 and 1. Rank 0 computes two of them; rank 1 one, and repeats the last one.
+
+    A sharded model needs the same number of forward passes on every rank. There is one file, from rank 0.
+    """
+    ranks = in_ranks(compute_on_a_rank, tmp_path / "cache")
+    expected = [-8.0, -11.0, -7.0, -6.0, -5.0]
+    assert [[values for values, _ in calls] for calls in ranks] == [[expected] * 3] * 2
+    assert [[count for _, count in calls] for calls in ranks] == [[3, 3, 0], [3, 3, 0]]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from harness import DEMONSTRATIONS, EXACT, PAIRS, PROMPTS, RATINGS, RESPONSES, Run, TinyRun, assert_same_weights
+from ranks import DDP, in_ranks
 from rlhf.data import PairBatch, RatingBatch
 from rlhf.errors import ConfigError
+from rlhf.models import Transformer
 from rlhf.reward import RewardModule
 
 RECORDS = {"pairs": PAIRS, "ratings": RATINGS}
@@ -396,3 +398,46 @@ def test_report_uses_as_many_batches_as_validation(
     """Eight rows are batches of 3, 3 and 2. A fraction of 0.7 rounds down to two batches."""
     _, report = train_with_report(harness, "pairs", tmp_path / "out", trainer={"limit_val_batches": limit})
     assert report["count"] == count
+
+
+# Several processes
+
+
+def center_and_report(rank: int, harness: RewardRun, output: Path, flags: dict[str, Any]) -> tuple[float, int]:
+    """Return the mean that is subtracted from the scores, and the number of sequences scored for it and the report."""
+    scored = []
+    scores = RewardModule._scores
+
+    def count(module: RewardModule, sequences: Any) -> torch.Tensor:
+        scored.append(len(sequences.input_ids))
+        return scores(module, sequences)
+
+    RewardModule._scores = count
+    rows = {"val": harness.write("val", PAIRS[:7]), "demonstration_rows": 7}
+    trainer = {"limit_train_batches": 1, **flags}
+    run = harness.reward(data=rows, centered=True, output=str(output), learning_rate=0.0, trainer=trainer)
+    return float(run.module.model.reward_mean), sum(scored)
+
+
+def test_ranks_share_centering_and_report(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 demonstrations and 7 pairs on two ranks give the mean and the report of one process.
+
+    One row is left for the last batch. Rank 1 scores another one again, which counts neither there nor here: rank 0
+    scores 4 demonstrations and 4 pairs, and so does rank 1.
+    """
+    monkeypatch.setattr(RewardModule, "_scores", RewardModule._scores)  # restores it
+    torch.manual_seed(0)
+    source = Transformer(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_length=128)
+    harness = RewardRun(tmp_path, tokenizer, source.language_model(tokenizer))
+    mean, count = center_and_report(0, harness, tmp_path / "one", {})
+    ranks = in_ranks(center_and_report, harness, tmp_path / "two", DDP)
+    assert count == 7 + 14
+    assert [count for _, count in ranks] == [4 + 8, 4 + 8]
+    assert [mean for mean, _ in ranks] == pytest.approx([mean, mean], rel=1e-5)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["count"] == 7
+    for name in ("accuracy", "margin", "calibration_error"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+    assert two["by_length"] == [pytest.approx(bucket, rel=1e-4) for bucket in one["by_length"]]
