@@ -1,9 +1,12 @@
 """The command line: ``python train.py stage=<name> key=value ...``. See ``python train.py --help``."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from rlhf.errors import plain_errors
+from rlhf.launch import hydra_arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -16,5 +19,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    sys.argv = hydra_arguments(sys.argv)
     with plain_errors():
         main()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from rlhf.logs import TextLogger
 from rlhf.stage import StageModule
@@ -161,10 +160,7 @@ class Alerts(Callback):
     # Callback hooks
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # type: ignore[override]
-        # Floats are free to read. Reading a tensor waits for the device, so it is done only in steps that log anyway.
-        is_log_step = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if is_log_step or not any(isinstance(value, Tensor) for value in module.metrics.values()):
-            self._report(trainer, module)
+        self._report(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
         self._report(trainer, module)  # The last iteration of PPO is logged after the last batch has ended.

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import __version__
+from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED, open_model_source, save_huggingface, save_result
-from rlhf.files import sha256_of_file
-from rlhf.models import ModelSource
+from rlhf.files import atomic_write, sha256_of_file
+from rlhf.fsdp import restore_replaced
+from rlhf.lineage import model_digest, outdated_stages, warn_about_outdated
+from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter
 from rlhf.stage import Result
 from rlhf.stages import BASE_MODEL, StageInfo, policy_stages, stages
 
@@ -33,12 +37,12 @@ def resolve_input(cfg: DictConfig, key: str) -> ModelSource | list[ModelSource]:
         ConfigError: None of these exists.
     """
     if (chosen := cfg.stage[key]) is not None:
-        return open_sources(chosen)
+        return open_sources(cfg, chosen)
     made_by = stages()[cfg.stage_name].inputs[key]
     if made_by == BASE_MODEL:
         return _base_model(cfg)
     if (path := output_of(cfg, made_by)) is not None:
-        return open_model_source(str(path))
+        return open_sources(cfg, path)
     if stages()[made_by].exports == "policy" and "path" in cfg.model:
         log.warning("run=%s has no %s model. The stage starts from model.path=%s.", cfg.run, made_by, cfg.model.path)
         return _base_model(cfg)
@@ -49,11 +53,31 @@ def resolve_input(cfg: DictConfig, key: str) -> ModelSource | list[ModelSource]:
     )
 
 
-def open_sources(chosen: Any) -> ModelSource | list[ModelSource]:
+def open_sources(cfg: DictConfig, chosen: Any) -> ModelSource | list[ModelSource]:
     """Return the model source of a configured path, or those of a list of paths."""
+    attention = cfg.model.get("attention")
     if OmegaConf.is_list(chosen):
-        return [open_model_source(str(path)) for path in chosen]
-    return open_model_source(str(chosen))
+        return [open_model_source(str(path), attention=attention) for path in chosen]
+    return open_model_source(str(chosen), attention=attention)
+
+
+def with_adapter(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a stage as sources of models with the adapter of ``adapter=``, if there is one.
+
+    Raises:
+        ConfigError: The policy has random weights.
+    """
+    if cfg.adapter is None:
+        return inputs
+    lora, shared = instantiate(cfg.adapter), SharedBase()
+    BaseModel.require_path(inputs["policy"])
+
+    def adapted(source: Any) -> Any:
+        if isinstance(source, list):
+            return [adapted(one) for one in source]
+        return None if source is None else WithAdapter(source, lora, shared)
+
+    return {name: adapted(source) for name, source in inputs.items()}
 
 
 def output_of(cfg: DictConfig, stage: str) -> Path | None:
@@ -74,7 +98,8 @@ def policies_to_evaluate(cfg: DictConfig) -> dict[str, ModelSource]:
             raise ConfigError(
                 f"stage=evaluate found no model to evaluate in {cfg.paths.run}.", f"Run python train.py run={cfg.run}"
             )
-    return {name: open_model_source(_policy_path(cfg, path)) for name, path in chosen.items()}
+    attention = cfg.model.get("attention")
+    return {name: open_model_source(_policy_path(cfg, path), attention=attention) for name, path in chosen.items()}
 
 
 def policies_of_run(directory: Path) -> dict[str, str]:
@@ -102,7 +127,8 @@ def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
     if not cfg.resume:
         return None
     last = output / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+    restore_replaced(last)
+    if not last.exists():
         raise ConfigError(f"resume=true requires a checkpoint, but there is no {last}.", "Set resume=false.")
     return str(last)
 
@@ -116,40 +142,59 @@ def _base_model(cfg: DictConfig) -> ModelSource:
 
 
 def export_result(cfg: DictConfig, output: Path, result: Result, provenance: dict[str, Any]) -> None:
-    """Write the result of a stage: its ``*_final.pt``, and where they apply the run's final model and an HF folder."""
+    """Write the result of a stage: its ``*_final.pt``, and where they apply the run's final model and an HF folder.
+
+    All ranks call this function, and wait until rank 0 has written the files.
+    """
     info = stages()[cfg.stage_name]
     path = output / str(info.final)
     save_result(result, path, provenance)
-    log.info("saved %s", path)
-    run_directory = Path(cfg.paths.run)
-    if output == run_directory / info.name and _makes_final_model(info, run_directory):
-        save_result(result, run_directory / RL_TRAINED, provenance)
-        log.info("saved %s, which load_model('rl_trained') opens", run_directory / RL_TRAINED)
-    if cfg.save_hf and info.exports == "policy":
-        save_huggingface(str(path), str(output / "hf"))
-        log.info("saved %s, a folder that transformers opens", output / "hf")
-    elif cfg.save_hf:
-        log.warning("save_hf=true has no effect in stage=%s: only policies are written as a folder.", info.name)
+    if is_rank_zero():
+        log.info("saved %s", path)
+        run_directory = Path(cfg.paths.run)
+        if output == run_directory / info.name:
+            warn_about_outdated(run_directory, info)
+            _update_final_model(info, path, run_directory)
+        _write_huggingface(cfg, info, path, output / "hf")
+    barrier()
 
 
-def _makes_final_model(info: StageInfo, run_directory: Path) -> bool:
-    """Return whether a stage makes the final model of a run: no stage of a lower ``rl_priority`` has an output."""
+def _update_final_model(info: StageInfo, path: Path, run_directory: Path) -> None:
+    """Copy the result of a stage to the final model of the run, unless a preferred stage has made that.
+
+    Stages of a lower ``rl_priority`` are preferred, if they were trained from the present models of the run.
+    """
     if info.rl_priority is None:
-        return False
-    preferred = [
-        other for other in stages().values() if other.rl_priority is not None and other.rl_priority < info.rl_priority
-    ]
-    return not any((run_directory / other.name / str(other.final)).is_file() for other in preferred)
+        return
+    outdated = outdated_stages(run_directory)
+    for other in stages().values():
+        is_preferred = other.rl_priority is not None and other.rl_priority < info.rl_priority
+        if is_preferred and (run_directory / other.name / str(other.final)).is_file() and other not in outdated:
+            return
+    with open(path, "rb") as source:
+        atomic_write(run_directory / RL_TRAINED, lambda file: shutil.copyfileobj(source, file))
+    log.info("saved %s, which load_model('rl_trained') opens", run_directory / RL_TRAINED)
+
+
+def _write_huggingface(cfg: DictConfig, info: StageInfo, path: Path, directory: Path) -> None:
+    """Write a policy as a Hugging Face folder if ``save_hf`` asks for it."""
+    if cfg.save_hf and info.exports == "policy":
+        save_huggingface(str(path), str(directory), merged=cfg.save_hf == "merged")
+        opened_by = "peft" if cfg.adapter is not None and cfg.save_hf != "merged" else "transformers"
+        log.info("saved %s, a folder that %s opens", directory, opened_by)
+    elif cfg.save_hf:
+        chosen = f"save_hf={str(cfg.save_hf).lower()}"
+        log.warning("%s has no effect in stage=%s: only policies are written as a folder.", chosen, info.name)
 
 
 def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return how a result is made: stage, inputs and data with their hashes, configuration and versions."""
+    """Return how a result is made: stage, inputs and data with their digests, configuration and versions."""
     paths = {name: path for name in ("train", "val") if (path := cfg.data.get(name))}
     return {
         "stage": cfg.stage_name,
         "inputs": {
             name: [
-                {"source": str(source), "sha256": sha256_of_file(getattr(source, "path", ""))}
+                {"source": str(source), "sha256": model_digest(getattr(source, "path", ""))}
                 for source in (sources if isinstance(sources, list) else [sources])
             ]
             for name, sources in inputs.items()

@@ -1,6 +1,5 @@
 """Lightning callbacks that connect training to exports and to the pre-flight checks."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from rlhf.distributed import barrier, is_rank_zero
 from rlhf.export import Export, describe, save_result
 from rlhf.preflight import run_preflight
 from rlhf.stage import Result
@@ -48,13 +48,18 @@ class PreflightChecks(Callback):
 
     def reload(self, result: Result) -> nn.Module:
         """Save a result to a temporary file and open it again."""
-        with tempfile.TemporaryDirectory(dir=self.output, prefix="check-") as directory:
-            path = Path(directory, "result.pt")
-            save_result(result, path, self.provenance)
+        path = self.output / "check.pt"
+        save_result(result, path, self.provenance)
+        barrier()  # Rank 0 writes the file for all ranks.
+        try:
             export = Export(str(path))
             if export.kind == "scalar_model":
                 return export.scalar_model(result.tokenizer)
             return export.language_model(result.tokenizer)
+        finally:
+            barrier()
+            if is_rank_zero():
+                path.unlink()
 
 
 class PreflightOnly(Exception):

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf.errors import ConfigError, Stopped
-from rlhf.files import PART, atomic_write
+from rlhf.files import PART, atomic_write, remove
 from rlhf.logs import metrics_log
 
 
@@ -73,7 +75,7 @@ class RunCheckpoint(ModelCheckpoint):
         debugging = trainer.fast_dev_run  # type: ignore[attr-defined]
         if stage == "fit" and trainer.is_global_zero and self.dirpath and not debugging:
             for leftover in Path(self.dirpath).glob(f"*{self.FILE_EXTENSION}{PART}"):
-                leftover.unlink(missing_ok=True)
+                remove(leftover)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -169,8 +171,13 @@ def report_signals(trainer: Trainer) -> Iterator[None]:
     Lightning handles both: after SIGTERM the process would end with exit code 0 and without a message, and a signal
     that arrives after the last batch would be ignored.
     """
+    trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)  # type: ignore[method-assign]
     try:
         yield
+    except RuntimeError as error:
+        if trainer.received_sigterm and trainer.world_size > 1:  # Another rank has stopped before this one.
+            raise _stopped(trainer, signal.SIGTERM) from error
+        raise
     except SystemExit as error:
         if isinstance(error, SIGTERMException):
             raise _stopped(trainer, signal.SIGTERM) from error
@@ -179,6 +186,18 @@ def report_signals(trainer: Trainer) -> Iterator[None]:
         raise
     if trainer.received_sigterm:
         raise _stopped(trainer, signal.SIGTERM)
+
+
+def _note_sigterm(trainer: Trainer, number: int, _: Any) -> None:
+    """Remember the signal and pass it on to the ranks that Lightning has started.
+
+    Lightning's own handler communicates with the other ranks. They wait forever if the signal arrives while they are in
+    another collective operation.
+    """
+    connector = trainer._signal_connector
+    if not connector.received_sigterm and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.kill(signal.Signals(number))
+    connector.received_sigterm = True
 
 
 def _stopped(trainer: Trainer, by: signal.Signals) -> Stopped:

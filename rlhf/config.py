@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf.errors import ConfigError
 
 CHECK_CHOICES = (False, True, "only")
+SAVE_HF_CHOICES = (False, True, "merged")
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -17,15 +18,19 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ConfigError: A class or function expects a number, and the configuration contains text.
     """
-    for name in ("stage", "data", "model"):
-        if name in cfg:
+    for name in ("stage", "data", "model", "adapter"):
+        if cfg.get(name) is not None:
             _check_numbers(OmegaConf.to_container(cfg[name], resolve=False), name)
 
 
 def check_choices(cfg: DictConfig) -> None:
-    """Reject an unknown value of the top-level key ``check``."""
+    """Reject unknown values of the top-level keys ``check`` and ``save_hf``."""
     if cfg.check not in CHECK_CHOICES:
         raise ConfigError(f"check must be false, true or only, got {cfg.check}.", "Set check=true.")
+    if cfg.save_hf not in SAVE_HF_CHOICES:
+        raise ConfigError(f"save_hf must be false, true or merged, got {cfg.save_hf}.", "Set save_hf=true.")
+    if cfg.save_hf == "merged" and cfg.adapter is None and cfg.stage_name != "pipeline":
+        raise ConfigError("save_hf=merged has no effect with adapter=none.", "Set save_hf=true.")
 
 
 def _check_numbers(node: Any, path: str) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlhf.launch import is_launched
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. It is shown as plain text, without a traceback, and ends the process.
@@ -60,7 +62,8 @@ def _with_hint(message: str, hint: str) -> str:
 def plain_errors() -> Iterator[None]:
     """Report a user error as plain text and exit with its code, 2; a bug keeps its traceback.
 
-    A run that a signal has ended exits with 128 plus the number of the signal.
+    A run that a signal has ended exits with 128 plus the number of the signal. If several ranks of a run fail, the
+    first one reports its error, and all of them exit with its code.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them itself.
     try:
@@ -69,12 +72,30 @@ def plain_errors() -> Iterator[None]:
         sys.stderr.write("The run was interrupted by Ctrl-C (SIGINT) outside of training.\n")
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if (code := _code_of_first_failure(error)) is not None:
+            sys.exit(code)
         message = explain(error)
         if message is None:
             raise
         if message:
             sys.stderr.write(f"{message}\n")
-        sys.exit(next((cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped)), 2))
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: BaseException) -> int:
+    codes = (cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped))
+    return next(codes, 1 if explain(error) is None else 2)
+
+
+def _code_of_first_failure(error: Exception) -> int | None:
+    """Return the exit code of the rank that has failed first; None if this rank has to report its error."""
+    if not is_launched():
+        return None
+    from rlhf.distributed import announce_failure, announced_failure  # imports torch
+
+    if any(isinstance(cause, Stopped) for cause in _causes(error)) and not explain(error):
+        return announced_failure()  # Rank 0 reports what was stopped.
+    return announce_failure(_exit_code(error))
 
 
 def explain(error: BaseException) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +40,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file with ``atomic_write``."""
     data = (json.dumps(content, indent=2) + "\n").encode()
     atomic_write(path, lambda file: file.write(data))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256_of_file(path: str | Path) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf.distributed import is_rank_zero
+
 metrics_log = logging.getLogger("rlhf.metrics")  # written to <stage>.log, but not to the terminal
 
 
@@ -29,21 +31,33 @@ class TextLogger(Logger):
         values = (f"{name}={value:.6g}" for name, value in sorted(metrics.items()) if name != "epoch")
         metrics_log.info("step=%s %s", step, " ".join(values))
 
+    @rank_zero_only
+    def log_text(self, text: str, step: int) -> None:
+        """Write a text of several lines, such as a table of samples."""
+        metrics_log.info("step=%d %s", step, text)
+
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the configuration is stored in ``.hydra/config.yaml``."""
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append the log messages of this package to a file while the context is active."""
+    """Append the log messages of this package to a file while the context is active.
+
+    Only rank 0 writes a file. The other ranks print warnings and errors.
+    """
+    ours = logging.getLogger("rlhf")
+    metrics_log.propagate = False
+    if not is_rank_zero():
+        ours.setLevel(logging.WARNING)
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("rlhf")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     metrics_log.addHandler(handler)
-    metrics_log.propagate = False
     try:
         yield
     finally:
@@ -53,9 +67,12 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silence third-party banners and warnings that do not concern users."""
+    """Silence third-party banners, progress bars and warnings that do not concern users."""
     import warnings
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # It shows how the weights of each model are loaded.
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (

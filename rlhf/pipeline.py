@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
 from rlhf.logs import log_file
@@ -29,21 +30,24 @@ def run_pipeline(cfg: DictConfig) -> float:
     check_steps(cfg, steps)
     directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
     configs = {step: step_config(cfg, step, directory) for step in steps}
+    check_ranks(configs)
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
     with log_file(directory / "pipeline" / "pipeline.log"):
         for number, (step, config) in enumerate(configs.items(), 1):
             log.info("step %d of %d: %s", number, len(steps), step)
-            hydra_directory = Path(config.paths.output) / ".hydra"
-            hydra_directory.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, hydra_directory / "config.yaml")
+            if is_rank_zero():
+                hydra_directory = Path(config.paths.output) / ".hydra"
+                hydra_directory.mkdir(parents=True, exist_ok=True)
+                OmegaConf.save(config, hydra_directory / "config.yaml")
             started = time.perf_counter()
             monitored = run_stage(config)
             seconds[step] = time.perf_counter() - started
 
     # 3. Print where the outputs are.
-    Console().print(output_table(directory, configs, seconds))
+    if is_rank_zero():
+        Console().print(output_table(directory, configs, seconds))
     return monitored
 
 
@@ -68,6 +72,24 @@ def check_steps(cfg: DictConfig, steps: list[str]) -> None:
             f"pipeline.overrides.{idle[0]} has no effect: pipeline.steps=[{','.join(steps)}] lacks this step.",
             f"Remove pipeline.overrides.{idle[0]}, or add {idle[0]} to pipeline.steps.",
         )
+
+
+def check_ranks(configs: dict[str, DictConfig]) -> None:
+    """Reject steps that run on another number of processes than the first one.
+
+    Raises:
+        ConfigError: A step overrides the processes that all steps share.
+    """
+    first, *others = configs.items()
+    for step, config in others:
+        for key in ("strategy", "devices", "num_nodes"):
+            expected, found = first[1].trainer[key], config.trainer[key]
+            if found != expected:
+                raise ConfigError(
+                    f"pipeline.overrides.{step} sets trainer.{key}={found}, but step {first[0]} has {expected}: all "
+                    "steps of a pipeline run on the same processes.",
+                    f"Set trainer.{key}={expected} for all steps, or run step {step} by its own command.",
+                )
 
 
 def step_config(cfg: DictConfig, step: str, directory: Path) -> DictConfig:

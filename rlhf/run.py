@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import DictConfig
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +21,15 @@ from rlhf.artifacts import (
     policies_to_evaluate,
     resolve_input,
     resume_checkpoint,
+    with_adapter,
 )
 from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
 from rlhf.checkpoint import report_signals
 from rlhf.config import check_values
 from rlhf.errors import ConfigError
+from rlhf.fsdp import check_loadable, without_sharding
+from rlhf.hparams import log_hyperparameters
+from rlhf.lineage import check_resumable, warn_about_parents
 from rlhf.logs import log_file, quiet_libraries
 from rlhf.models import ModelSource
 from rlhf.stages import stages
@@ -51,7 +55,7 @@ def train(cfg: DictConfig, output: Path) -> float:
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
     build = instantiate(cfg.stage, _partial_=True)
-    inputs = _inputs(cfg, unused=build.func.unused_inputs(build.keywords))
+    inputs = with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
     checkpoint = resume_checkpoint(cfg, output)
 
     # 2. Build the module. A tokenizer is trained on the data where the base model is trained from scratch.
@@ -60,8 +64,11 @@ def train(cfg: DictConfig, output: Path) -> float:
 
     # 3. Train.
     provenance = describe_provenance(cfg, inputs)
+    if checkpoint is not None:
+        check_resumable(checkpoint, provenance)
     preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
     trainer = build_trainer(cfg, [ExportHeader(provenance), *preflight])
+    check_loadable(checkpoint, trainer.strategy)
     try:
         with report_signals(trainer):
             trainer.fit(module, datamodule, ckpt_path=checkpoint)
@@ -74,8 +81,9 @@ def train(cfg: DictConfig, output: Path) -> float:
     # 4. Export the result.
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.warning("trainer.fast_dev_run=true: the result is not exported.")
-    elif trainer.is_global_zero:
+    else:
         export_result(cfg, output, module.result(), provenance)
+        log_hyperparameters(trainer, cfg, module.metrics)
     monitored = trainer.callback_metrics.get(module.monitor)
     log.info("%s = %s", module.monitor, "none" if monitored is None else f"{float(monitored):.4f}")
     return float("nan") if monitored is None else float(monitored)
@@ -100,18 +108,15 @@ def evaluate(cfg: DictConfig) -> float:
     datamodule = instantiate(cfg.data)
     module = instantiate(cfg.stage, _partial_=True)(
         models=policies,
-        reward_model=None if chosen is None else open_sources(chosen),
+        reward_model=None if chosen is None else open_sources(cfg, chosen),
     )
     _check_vocabularies(policies, module.baseline, module.tokenizer)
-    trainer = build_trainer(cfg, [])
-    if trainer.world_size > 1:
-        raise ConfigError(
-            f"stage=evaluate runs on one device, but trainer.devices selects {trainer.world_size}.",
-            "Set trainer.devices=1 trainer.strategy=auto",
-        )
+    warn_about_parents(policies)
+    trainer = build_trainer(without_sharding(cfg), [])
     with report_signals(trainer):
         trainer.test(module, datamodule, verbose=False)
-    Console().print(module.table())
+    if trainer.is_global_zero:
+        Console().print(module.table())
     return float(module.monitored)
 
 
@@ -131,7 +136,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     """Build the Trainer of a stage with the configured callbacks and loggers and the given callbacks.
 
     Raises:
-        ConfigError: The strategy shards the model, which exports do not support.
+        ConfigError: The strategy shards models in another way than ``trainer=fsdp``.
     """
     configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
@@ -139,9 +144,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
             configured = [callback for callback in configured if not isinstance(callback, kind)]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
     trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
-            f"trainer.strategy={cfg.trainer.strategy} is not supported: sharded models cannot be exported.",
-            "Set trainer=ddp or trainer.strategy=auto",
+            f"trainer.strategy={cfg.trainer.strategy} is not supported: only FSDP2 shards models.", "Set trainer=fsdp"
         )
     return trainer

@@ -5,7 +5,10 @@ masked values, including NaN, affect neither results nor gradients.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf.distributed import sum_over_ranks
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -34,6 +37,24 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (masked_sum(values, mask) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
+def sequence_sum(values: Tensor, mask: Tensor, *, length: int) -> Tensor:
+    """Mean over rows of the masked sum of each row, divided by a constant length.
+
+    In contrast to ``sequence_mean``, a token has the same weight in a long row as in a short one.
+
+    Args:
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool, True on the entries to sum.
+        length: The constant that replaces the length of each row, in tokens.
+
+    Returns:
+        Scalar, in the unit of ``values``.
+
+    Reference: Liu et al. 2025, "Dr. GRPO", the loss without length bias (arXiv:2503.20783).
+    """
+    return (masked_sum(values, mask) / length).mean()
+
+
 def masked_fraction(hits: Tensor, mask: Tensor) -> Tensor:
     """Fraction of the True entries of ``mask`` that are also True in ``hits``; 0 if ``mask`` has none.
 
@@ -53,7 +74,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Scale to unit variance over the unmasked entries, keeping their mean.
+    """Scale to unit variance over the unmasked entries of all ranks, keeping their mean.
 
         x' = mean + (x - mean) / sqrt(variance + epsilon)
 
@@ -67,14 +88,16 @@ def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tens
 
     Reference: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shifting the mean (arXiv:2403.17031).
     """
-    mean = masked_mean(values, mask)
+    mean = _mean_over_ranks(values, mask)
     return torch.where(mask, masked_whiten(values, mask, epsilon=epsilon) + mean, 0.0)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Shift to zero mean and scale to unit variance over the unmasked entries.
+    """Shift to zero mean and scale to unit variance over the unmasked entries of all ranks.
 
         x' = (x - mean) / sqrt(variance + epsilon)
+
+    Every rank must call this function at the same time, because mean and variance are computed over all ranks.
 
     Args:
         values: [batch, time] values of any unit.
@@ -87,14 +110,35 @@ def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Ten
     Reference: Huang et al. 2024, detail 20 of PPO (arXiv:2403.17031). Some implementations add the mean back; this
     one does not.
     """
-    centered = torch.where(mask, values - masked_mean(values, mask), 0.0)
-    return centered * torch.rsqrt(masked_mean(centered.square(), mask) + epsilon)
+    centered = torch.where(mask, values - _mean_over_ranks(values, mask), 0.0)
+    return centered * torch.rsqrt(_mean_over_ranks(centered.square(), mask) + epsilon)
+
+
+def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
+    """Variance of the unmasked entries of all ranks: a scalar, in the squared unit of ``values``.
+
+    Every rank must call this function at the same time.
+
+    Args:
+        values: [batch, time] values of any unit.
+        mask: [batch, time] bool, True on the entries to include.
+    """
+    centered = torch.where(mask, values - _mean_over_ranks(values, mask), 0.0)
+    return _mean_over_ranks(centered.square(), mask)
+
+
+def _mean_over_ranks(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the unmasked entries of all ranks, or 0 if there are none."""
+    total = sum_over_ranks(torch.where(mask, values, 0.0).sum())
+    return total / sum_over_ranks(mask.sum()).clamp(min=1)
 
 
 def discounted_cumsum(values: Tensor, mask: Tensor, discount: float) -> Tensor:
     """Discounted sum of each entry and all later entries in its row.
 
         S_t = x_t + discount * S_{t+1}
+
+    The sums are computed by doubling: after k steps, each sum covers 2^k entries.
 
     Args:
         values: [batch, time] values of any unit.
@@ -104,15 +148,29 @@ def discounted_cumsum(values: Tensor, mask: Tensor, discount: float) -> Tensor:
     Returns:
         [batch, time] sums, in the unit of ``values``; 0 on masked entries.
     """
-    sums = torch.zeros_like(values)
-    later = torch.zeros_like(values[:, 0])
-    for t in range(values.shape[1] - 1, -1, -1):
-        later = torch.where(mask[:, t], values[:, t] + discount * later, 0.0)
-        sums[:, t] = later
-    return sums
+    sums = torch.where(mask, values, 0.0)
+    covered = 1
+    while covered < values.shape[1]:
+        sums = sums + discount**covered * F.pad(sums[:, covered:], (0, covered))
+        covered *= 2
+    return torch.where(mask, sums, 0.0)
 
 
-def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
+def true_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the True entries, [count] each, row by row.
+
+    Args:
+        mask: [batch, time] bool.
+        count: Number of True entries. None: unknown, so that the host waits for the device to count them.
+    """
+    if count is None:
+        row, column = mask.nonzero(as_tuple=True)
+        return row, column
+    index = (~mask).flatten().to(torch.int8).argsort(stable=True)[:count]
+    return index // mask.shape[1], index % mask.shape[1]
+
+
+def states_before(hidden: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
     """Hidden states from which the selected tokens are predicted (the next-token shift).
 
     A causal model predicts token t from the state at position t - 1. Every shift in this project goes through this
@@ -120,13 +178,13 @@ def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         hidden: [batch, time, width] hidden state at each token.
-        mask: [batch, time] bool, True on the tokens to predict. Column 0 must be False, because nothing precedes the
-            first token.
+        positions: Rows and columns of the tokens to predict, [selected tokens] each, as ``true_positions`` gives them.
+            They must not be in column 0, because nothing precedes the first token.
 
     Returns:
         [selected tokens, width] hidden states, row by row.
     """
-    row, column = mask.nonzero(as_tuple=True)
+    row, column = positions
     return hidden[row, column - 1]
 
 
@@ -140,7 +198,9 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [batch, time] values; 0 on masked entries.
     """
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    # In the backward pass of ``masked_scatter``, the host would wait for the device.
+    index = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+    return torch.cat([values, values.new_zeros(1)])[index].masked_fill(~mask, 0)
 
 
 def last_true(mask: Tensor) -> Tensor:

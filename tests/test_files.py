@@ -48,7 +48,9 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, error: type[BaseExceptio
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"old")]
 
 
-@pytest.mark.parametrize(("concurrent", "name"), [(False, "file.part"), (True, f"file.{os.getpid()}.part")])
+@pytest.mark.parametrize(
+    ("concurrent", "name"), [(False, "file.part"), (True, f"file.{os.getpid()}.part")], ids=["alone", "concurrent"]
+)
 def test_concurrent_writers_use_different_names(tmp_path: Path, concurrent: bool, name: str) -> None:
     """The process id is part of the temporary name."""
     names: list[str] = []

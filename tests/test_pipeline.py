@@ -55,6 +55,18 @@ def test_inconsistent_steps_are_rejected(overrides: list[str], message: str) -> 
     assert str(error.value) == message
 
 
+def test_all_steps_run_on_the_same_processes(tmp_path: Path) -> None:
+    """A step on one device would be run by every process of the others."""
+    own = "pipeline.overrides.evaluate=['trainer.devices=1','trainer.strategy=auto']"
+    command = [f"paths.root={tmp_path}", "trainer=ddp", "trainer.devices=2", "pipeline.steps=[sft,evaluate]", own]
+    with hydra_command(*command) as cfg, pytest.raises(ConfigError) as error:
+        run_pipeline(cfg)
+    assert str(error.value) == (
+        "pipeline.overrides.evaluate sets trainer.strategy=auto, but step sft has ddp: all steps of a pipeline run on "
+        "the same processes.\n  Set trainer.strategy=ddp for all steps, or run step evaluate by its own command."
+    )
+
+
 # How a step is configured
 
 

@@ -8,14 +8,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from harness import EXACT, TinyRun, quick_trainer
+from harness import EXACT, MetricsLogger, TinyRun, quick_trainer
 from rlhf.errors import ConfigError
+from rlhf.logs import TextLogger, log_file
 from rlhf.ppo import PPOModule
 from rlhf.sft import SFTModule
-from rlhf.stage import Metrics, Result, StageModule
-from rlhf.stage.sample_table import markdown_table
+from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage.sample_table import markdown_table, text_table
+from rlhf.stage.step_metrics import StepMetrics
 
 
 class TinyStage(StageModule):
@@ -57,6 +61,17 @@ def fit(module: TinyStage, *, steps: int = 1, resume: Path | None = None, **flag
     trainer: lightning.Trainer = quick_trainer(**flags)
     trainer.fit(module, Batches(steps), ckpt_path=resume, weights_only=True)
     return trainer
+
+
+class SaveAtStep(lightning.Callback):
+    """Saves a checkpoint at the end of the epoch in which a step is reached."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 # Optimizer and schedule
@@ -171,6 +186,40 @@ def test_resumed_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
     assert resumed.draws == whole.draws[3:]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_resumed_run_continues_its_schedule(tmp_path: Path, schedule: str) -> None:
+    """A run of 4 epochs of 2 steps, interrupted after the second epoch."""
+    keys = {"schedule": schedule, "warmup_ratio": 0.25}
+    fit(whole := TinyStage(**keys), steps=2, max_epochs=4)
+    fit(TinyStage(**keys), steps=2, max_epochs=4, callbacks=[SaveAtStep(4, tmp_path / "last.ckpt")])
+    fit(resumed := TinyStage(**keys), steps=2, max_epochs=4, resume=tmp_path / "last.ckpt")
+    assert resumed.learning_rates == whole.learning_rates[4:]
+
+
+def test_a_longer_run_starts_the_schedule_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A finished run of 4 steps goes on for 4 steps with a schedule of 4 steps; a run of 12 steps for 8 steps.
+
+    Continuing the schedule of 4 steps in a run of 8 would take a step with the learning rate 0, and then jump to half
+    of the peak. A checkpoint of the longer run continues its schedule.
+    """
+    longer = {"schedule": "linear", "warmup_ratio": 0.25}
+    trainer = fit(first := TinyStage(**longer), steps=4)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+    fit(second := TinyStage(**longer), steps=4, max_epochs=2, resume=tmp_path / "first.ckpt")
+    assert second.learning_rates == first.learning_rates
+    assert "had 4 optimizer steps" in caplog.text
+    caplog.clear()
+    save = SaveAtStep(8, tmp_path / "second.ckpt")
+    fit(third := TinyStage(**longer), steps=4, max_epochs=3, resume=tmp_path / "first.ckpt", callbacks=[save])
+    expected = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert third.learning_rates == pytest.approx([0.1 * factor for factor in expected])
+    caplog.clear()
+    fit(fourth := TinyStage(**longer), steps=4, max_epochs=3, resume=tmp_path / "second.ckpt")
+    assert fourth.learning_rates == third.learning_rates[4:]
+    assert caplog.text.count("starts again") == 0
+
+
 def test_hyperparameters_contain_plain_values_only(tmp_path: Path) -> None:
     """A checkpoint with other objects could not be loaded with weights_only=True."""
     from omegaconf import OmegaConf
@@ -179,7 +228,7 @@ def test_hyperparameters_contain_plain_values_only(tmp_path: Path) -> None:
     fit(module).save_checkpoint(tmp_path / "last.ckpt")
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
     assert stored == {"slope": 2.0, "learning_rate": 0.1, "schedule": "constant", "betas": [0.8, 0.9]} | {
-        name: stored[name] for name in ("weight_decay", "eps", "warmup_ratio")
+        name: stored[name] for name in ("weight_decay", "eps", "warmup_ratio", "gradient_checkpointing")
     }
     loaded = TinyStage.load_from_checkpoint(tmp_path / "last.ckpt", slope=5.0)
     assert (loaded.slope, loaded.betas) == (5.0, (0.8, 0.9))
@@ -214,9 +263,74 @@ def test_load_from_checkpoint_restores_ppo(tiny_run: TinyRun, tmp_path: Path) ->
     )
 
 
+# Logged metrics
+
+
+class Measuring(TinyStage):
+    """Logs the number of the batch with the weight of the batch, and half of the batches log their own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.batches += 1
+        number = float(self.batches)
+        metrics: dict[str, Tensor | float | Mean] = {"number": torch.tensor(number), "float": number}
+        if batch_idx % 2:
+            metrics["odd"] = Mean(torch.tensor(number), 3.0)
+        metrics["none"] = Mean(torch.tensor(float("nan")), 0.0)
+        self.log_train(metrics, weight=number)
+        return self.training_loss(batch)[0]
+
+
+def test_metrics_are_weighted_means_over_the_optimizer_step() -> None:
+    """Batches 1 and 2 with weights 1 and 2, then 3 and 4 with weights 3 and 4: 4 batches of 8 log what 1 of 32 does."""
+    fit(Measuring(), steps=4, accumulate_grad_batches=2, logger=(logger := MetricsLogger()))
+    assert [call["number"] for call in logger.calls if "number" in call] == pytest.approx([5 / 3, 25 / 7])
+    assert [call["float"] for call in logger.calls if "float" in call] == pytest.approx([5 / 3, 25 / 7])
+    assert [call["odd"] for call in logger.calls if "odd" in call] == [2.0, 4.0]
+    assert not any("none" in call for call in logger.calls)
+
+
+def test_metrics_are_collected_in_log_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a log every 2 steps, steps 1 and 3 add nothing, read nothing and communicate nothing."""
+    reduced: list[int] = []
+    reduce = StepMetrics.reduce
+    monkeypatch.setattr(StepMetrics, "reduce", lambda self: reduced.append(len(self._means)) or reduce(self))
+    fit(module := Measuring(), steps=4, log_every_n_steps=2, logger=(logger := MetricsLogger()))
+    assert [call["number"] for call in logger.calls if "number" in call] == [2.0, 4.0]
+    assert len(reduced) == 2
+    assert (module.metrics["number"], module.metrics_step) == (4.0, 3)
+    assert all(isinstance(value, float) for value in module.metrics.values())
+
+
 # Sample table
 
 
 def test_markdown_table_by_hand() -> None:
     table = markdown_table(("prompt", "response"), [("a | b", "c\nd")])
     assert table == "| prompt | response |\n| --- | --- |\n| a \\| b | c<br>d |"
+
+
+def test_text_table_by_hand() -> None:
+    """One line per cell. The further lines of a cell are indented like its first one."""
+    table = text_table(("prompt", "score"), [("a\nb", "1.5"), ("c", "-2")])
+    assert table == ("1.  prompt  a\n            b\n    score   1.5\n2.  prompt  c\n    score   -2")
+
+
+def test_samples_are_shown_in_tensorboard_and_in_the_text_log(tmp_path: Path) -> None:
+    """Numbers have four digits. A further logger without text is left out."""
+
+    class Showing(TinyStage):
+        def on_train_end(self) -> None:
+            self.log_samples(("prompt", "score"), [("It rains.", 0.123456)], name="examples")
+
+    loggers = [TensorBoardLogger(tmp_path, name="tensorboard"), TextLogger(), MetricsLogger()]
+    with log_file(tmp_path / "log"):
+        fit(Showing(), steps=2, logger=loggers)
+    assert "step=2 examples\n1.  prompt  It rains.\n    score   0.1235\n" in (tmp_path / "log").read_text()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0")).Reload()
+    (event,) = events.Tensors("examples/text_summary")
+    assert event.step == 2
+    assert event.tensor_proto.string_val[0].decode() == "| prompt | score |\n| --- | --- |\n| It rains. | 0.1235 |"

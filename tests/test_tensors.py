@@ -17,6 +17,7 @@ from rlhf.tensors import (
     scatter,
     sequence_mean,
     states_before,
+    true_positions,
 )
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
@@ -81,7 +82,8 @@ def test_states_before_is_the_next_token_shift() -> None:
     """
     hidden = torch.tensor([[[0.0], [1], [2], [3]], [[10], [11], [12], [13]]])
     mask = torch.tensor([[False, False, True, False], [False, True, False, True]])
-    assert states_before(hidden, mask)[:, 0].tolist() == [1, 10, 12]
+    assert states_before(hidden, true_positions(mask))[:, 0].tolist() == [1, 10, 12]
+    assert states_before(hidden, true_positions(mask, 3))[:, 0].tolist() == [1, 10, 12]
 
 
 def test_scatter_fills_the_mask_row_by_row() -> None:

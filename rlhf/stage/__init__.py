@@ -1,5 +1,6 @@
 """What all training stages share: the base class of their modules, and the result that they export."""
 
-from rlhf.stage.module import Metrics, Result, StageModule
+from rlhf.stage.module import Result, StageModule
+from rlhf.stage.step_metrics import Mean, Metrics
 
-__all__ = ["Metrics", "Result", "StageModule"]
+__all__ = ["Mean", "Metrics", "Result", "StageModule"]

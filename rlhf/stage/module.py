@@ -2,31 +2,31 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
 from rlhf.errors import ConfigError
-from rlhf.models import ModelSource, enable_gradient_checkpointing
-from rlhf.stage.optimizer import SCHEDULES, learning_rate_schedule, parameter_groups
+from rlhf.models import (
+    ModelSource,
+    base_weights,
+    cast_frozen_matrices,
+    check_complete,
+    enable_gradient_checkpointing,
+    shard,
+)
+from rlhf.stage.hyperparameters import plain_arguments
+from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
 from rlhf.stage.random_state import get_random_state, set_random_state
-from rlhf.stage.sample_table import markdown_table
-from rlhf.stage.throughput import ThroughputMeter
-
-PLAIN = (bool, int, float, str, type(None))  # Types that checkpoints can hold without pickle.
-Metrics: TypeAlias = Mapping[str, Tensor | float]
+from rlhf.stage.reporting import ReportingModule
+from rlhf.stage.step_metrics import Metrics
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Result:
     tokenizer: PreTrainedTokenizerBase
 
 
-class StageModule(lightning.LightningModule):
+class StageModule(ReportingModule):
     """Base class of the training stages.
 
     A stage sets ``source``, opens its models in ``open_models``, and implements ``training_loss`` and ``result``.
@@ -61,8 +61,6 @@ class StageModule(lightning.LightningModule):
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
         source: Where the policy comes from.
-        metrics: The training metrics logged most recently. Callbacks may read them and must not change them.
-        metrics_step: The optimizer step that ``metrics`` belong to. -1 until the first step is complete.
     """
 
     monitor: str = ""
@@ -92,7 +90,7 @@ class StageModule(lightning.LightningModule):
             )
         # Lightning's load_from_checkpoint passes these to the constructor again. The loggers do not need them: the
         # run stores its complete configuration.
-        self.save_hyperparameters(_plain_arguments(inspect.currentframe()), logger=False)
+        self.save_hyperparameters(plain_arguments(inspect.currentframe()), logger=False)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = (betas[0], betas[1])
@@ -100,10 +98,8 @@ class StageModule(lightning.LightningModule):
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
         self.gradient_checkpointing = gradient_checkpointing
-        self.metrics: dict[str, Tensor | float] = {}
-        self.metrics_step = -1
         self._tokenizer = tokenizer
-        self._meter = ThroughputMeter()
+        self._schedule = LearningRateSchedule(schedule, warmup_ratio)
         self._models_opened = False
 
     @property
@@ -126,7 +122,8 @@ class StageModule(lightning.LightningModule):
         Pre-flight checks call this method as well, so everything that the gradient depends on belongs here.
 
         Returns:
-            The scalar loss multiplied by ``batch.loss_weight``, and the metrics to log, under their full names.
+            The scalar loss multiplied by ``batch.loss_weight``, and the metrics to log, under their full names. Metrics
+            are means over the terms of the loss. One that is a mean over other terms is a ``Mean``.
         """
 
     @abstractmethod
@@ -164,14 +161,20 @@ class StageModule(lightning.LightningModule):
         with torch.device("cpu"):
             self.open_models()
         self._models_opened = True
+        self.strict_loading = not base_weights(self)  # Checkpoints leave out the frozen base of adapters.
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(module for module, _ in self.trainable_modules())
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision):
+            cast_frozen_matrices(self, torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        if self.device_mesh is not None:  # trainer=fsdp
+            shard(self, self.device_mesh)
 
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, metrics = self.training_loss(batch)
-        self.log_train(metrics)
+        self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -180,91 +183,37 @@ class StageModule(lightning.LightningModule):
         fused = None if isinstance(self.trainer.precision_plugin, MixedPrecision) else True
         groups = parameter_groups(self.trainable_modules(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = learning_rate_schedule(optimizer, self.schedule, warmup_ratio=self.warmup_ratio, steps=steps)
+        scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self._meter = ThroughputMeter()
+        super().on_train_start()
         self.restore_random_state()
+        if (scheduler := self._schedule.restart(self.trainer.optimizers[0])) is not None:
+            self.trainer.lr_scheduler_configs[0].scheduler = scheduler
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "limit_epoch"):
             loader.limit_epoch(int(self.trainer.num_training_batches))
         if self.global_rank:  # Ranks must sample different responses.
             torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if isinstance(batch, Batch):
-            self._meter.add(batch.token_count, batch.sequence_count)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log_train({**self.optimizer_metrics(optimizer), **self.throughput()})
-        self.metrics_step = self.global_step
-
-    # Logging
-
-    def log_train(self, metrics: Metrics) -> None:
-        """Log metrics of a training step under their full names."""
-        for name, value in metrics.items():
-            self.metrics[name] = value.detach() if isinstance(value, Tensor) else value
-        self.log_dict(dict(metrics), on_step=True, on_epoch=False, batch_size=1)
-
-    def log_val(self, metrics: Metrics, weight: int) -> None:
-        """Log metrics of a validation batch under ``val/``.
-
-        Args:
-            metrics: Names and values. The value of an epoch is the weighted mean over its batches.
-            weight: Number of terms that the values are means over.
-        """
-        names = {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(names, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
-
-    def log_samples(self, samples: Sequence[tuple[str, str]], name: str = "samples") -> None:
-        """Show (prompt, response) pairs as a table in TensorBoard's text tab."""
-        table = markdown_table(("prompt", "response"), samples)
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(name, table, self.global_step)
-
-    def optimizer_metrics(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
-        """Return the norm of the total gradient before clipping, and the learning rate."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return {"grad_norm": nn.utils.get_total_norm(gradients), "lr": optimizer.param_groups[0]["lr"]}
-
-    def throughput(self) -> dict[str, float]:
-        """Return tokens and sequences per second over all devices since the previous call."""
-        return self._meter.rates(self.trainer.world_size)
-
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = get_random_state()
+        checkpoint["schedule"] = self._schedule.state_dict()
+        for name in base_weights(self):
+            checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
+        if "schedule" in checkpoint:
+            self._schedule.load_state_dict(checkpoint["schedule"], checkpoint["global_step"])
+        if not self.strict_loading:
+            check_complete(self, checkpoint["state_dict"], "the checkpoint")
 
     def restore_random_state(self) -> None:
         """Restore the random state of the checkpoint that training resumes from, if there is one."""
         state = getattr(self, "_random_state", None)
         if state is not None:
             set_random_state(state)
-
-
-def _plain_arguments(frame: FrameType | None) -> dict[str, Any]:
-    """Return the constructor arguments that are numbers, strings, booleans, None, or sequences of these.
-
-    Models, functions and settings objects are left out: a checkpoint that contained them could not be opened with
-    ``torch.load(weights_only=True)``.
-
-    Args:
-        frame: Frame of the base class's ``__init__``. The arguments of subclasses are found from there.
-    """
-    assert frame is not None, "this Python implementation has no stack frames"
-    plain: dict[str, Any] = {}
-    for arguments in collect_init_args(frame, [], classes=(HyperparametersMixin,)):
-        for name, value in arguments.items():
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                value = list(value)  # From Hydra, it is a ListConfig, which would be pickled.
-            if all(isinstance(item, PLAIN) for item in (value if isinstance(value, list) else [value])):
-                plain[name] = value
-    return plain

@@ -1,13 +1,15 @@
 """AdamW and its learning rate schedule, as every training stage uses them."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+log = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -29,17 +31,57 @@ def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: f
     return groups
 
 
-def learning_rate_schedule(
-    optimizer: torch.optim.Optimizer, schedule: str, *, warmup_ratio: float, steps: int
-) -> LRScheduler:
-    """Return a schedule with linear warmup, to be advanced once per optimizer step.
+class LearningRateSchedule:
+    """The learning rate over the optimizer steps of a run: linear warmup, then the chosen schedule.
+
+    A resumed run continues its schedule. If the Trainer now trains for another number of steps than before, the
+    schedule starts again and covers the remaining steps.
 
     Args:
-        optimizer: The optimizer to schedule.
-        schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
-        warmup_ratio: Fraction of ``steps`` over which the learning rate rises from 0.
-        steps: Number of optimizer steps.
+        name: ``cosine`` or ``linear`` decay to 0, or ``constant``.
+        warmup_ratio: Fraction of the steps over which the learning rate rises from 0.
     """
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler: LRScheduler = get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
-    return scheduler
+
+    def __init__(self, name: str, warmup_ratio: float) -> None:
+        self.name = name
+        self.warmup_ratio = warmup_ratio
+        self.start = 0  # The optimizer step at which the schedule starts,
+        self.end = 0  # and the one at which it ends.
+        self._resumed: dict[str, int] | None = None
+        self._restarts = False
+
+    def scheduler(self, optimizer: Optimizer, end: int) -> LRScheduler:
+        """Return the scheduler of an optimizer, to be advanced once per optimizer step.
+
+        Args:
+            optimizer: The optimizer.
+            end: Number of optimizer steps of the run.
+        """
+        self.end = end
+        if self._resumed is not None:
+            self._restarts = self._resumed["end"] != end
+            self.start = self._resumed["step" if self._restarts else "start"]
+        steps = max(self.end - self.start, 1)
+        name = "constant_with_warmup" if self.name == "constant" else self.name
+        scheduler: LRScheduler = get_scheduler(name, optimizer, int(self.warmup_ratio * steps), steps)
+        return scheduler
+
+    def restart(self, optimizer: Optimizer) -> LRScheduler | None:
+        """Return a new scheduler if the schedule starts again. Call this after restoring the checkpoint."""
+        if not self._restarts or self._resumed is None:
+            return None
+        log.warning(
+            "The run had %d optimizer steps when its checkpoint was written, and now it has %d. The learning rate "
+            "schedule starts again at step %d and covers the remaining steps.",
+            self._resumed["end"],
+            self.end,
+            self.start,
+        )
+        return self.scheduler(optimizer, self.end)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.start, "end": self.end}
+
+    def load_state_dict(self, state: dict[str, int], step: int) -> None:
+        """Continue from the state in a checkpoint of the given optimizer step."""
+        self._resumed = {**state, "step": step}

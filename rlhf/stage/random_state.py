@@ -1,23 +1,52 @@
 """State of PyTorch's random number generators, saved in checkpoints so that a resumed run draws the same numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
 def get_random_state() -> dict[str, Any]:
-    """Return the state of the CPU generator and of every CUDA generator."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """Return the state of the CPU generator and of the generators of all accelerator devices."""
+    accelerator = _accelerator()
+    if accelerator is None:
+        states = []
+    elif hasattr(accelerator, "get_rng_state_all"):
+        states = accelerator.get_rng_state_all()
+    else:  # Apple's devices have a single generator.
+        states = [accelerator.get_rng_state()]
+    return {"cpu": torch.get_rng_state(), "accelerator": states}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore a state from ``get_random_state``.
 
-    CUDA states are restored only if this process sees as many CUDA devices as the process that saved them.
+    The states of accelerator devices are restored only if this process sees as many devices as the process that saved
+    them.
     """
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])
+    states, accelerator = [device_state.cpu() for device_state in state["accelerator"]], _accelerator()
+    if accelerator is None or len(states) != accelerator.device_count():
+        return
+    if hasattr(accelerator, "set_rng_state_all"):
+        accelerator.set_rng_state_all(states)
+    else:
+        accelerator.set_rng_state(states[0])
+
+
+def _accelerator() -> Any:
+    """Return the module of the available accelerator, such as ``torch.cuda`` or ``torch.mps``; None without one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else torch.get_device_module(device)
+
+
+@contextmanager
+def separate_random_state(seed: int) -> Iterator[None]:
+    """Draw from generators with this seed during the context, and restore the previous state on exit."""
+    state = get_random_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -20,10 +20,12 @@ class ThroughputMeter:
         self._sequences += sequences
 
     def rates(self, devices: int) -> dict[str, float]:
-        """Return tokens and sequences per second over all devices, and start counting again.
+        """Return tokens and sequences per second, multiplied by the number of devices, and start counting again.
+
+        The mean over all devices is their total throughput.
 
         Args:
-            devices: Number of devices. Each is assumed to process as much as this one.
+            devices: Number of devices.
         """
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rates = {

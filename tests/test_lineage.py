@@ -1,0 +1,144 @@
+"""What files of a run were made from: checkpoints of other inputs, outdated outputs, policies of different parents."""
+
+import json
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from contract.configs import compose_config
+from rlhf.artifacts import describe_provenance, export_result, open_sources
+from rlhf.errors import ConfigError
+from rlhf.export import Export, save_result
+from rlhf.files import sha256_of_file
+from rlhf.lineage import check_resumable, outdated_stages, warn_about_parents
+from rlhf.models import Pretrained
+from rlhf.stage import Result
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
+class Outputs:
+    """Exports results of stages to the run ``rlhf`` in a directory.
+
+    Args:
+        root: Directory of all runs.
+        result: The result of every stage.
+    """
+
+    def __init__(self, root: Path, result: Result) -> None:
+        self.root, self.run, self.result = root, root / "rlhf", result
+
+    def path(self, stage: str) -> Path:
+        return self.run / stage / f"{stage}_final.pt"
+
+    def provenance(self, stage: str, policy: Path | None, **data: str) -> dict[str, Any]:
+        cfg = compose_config(f"stage={stage}", f"paths.root={self.root}", *(f"data.{k}={v}" for k, v in data.items()))
+        return describe_provenance(cfg, {} if policy is None else {"policy": open_sources(cfg, str(policy))})
+
+    def export(self, stage: str, policy: Path | None = None, *, change: float = 0.0, seed: int = 1) -> Path:
+        """Export a result that was trained from ``policy``, with weights that are changed by a constant."""
+        cfg = compose_config(f"stage={stage}", f"paths.root={self.root}", f"seed={seed}")
+        inputs = {} if policy is None else {"policy": open_sources(cfg, str(policy))}
+        model: Any = deepcopy(self.result.model)
+        model.get_input_embeddings().weight.data += change
+        export_result(cfg, self.run / stage, Result(model, self.result.tokenizer), describe_provenance(cfg, inputs))
+        return self.path(stage)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Outputs:
+    return Outputs(tmp_path, Result(lm, tokenizer))
+
+
+# Resuming
+
+
+@pytest.fixture
+def checkpoint(outputs: Outputs, tmp_path: Path) -> str:
+    """A checkpoint of DPO that records its SFT model and its training data."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    provenance = outputs.provenance("dpo", outputs.export("sft"), train=str(tmp_path / "rows.jsonl"))
+    torch.save({"rlhf": {"provenance": json.dumps(provenance)}}, tmp_path / "last.ckpt")
+    return str(tmp_path / "last.ckpt")
+
+
+def test_equal_inputs_and_data_can_be_resumed(outputs: Outputs, checkpoint: str, tmp_path: Path) -> None:
+    """The files may have moved, and the model may have been written again, as by a resumed run of SFT."""
+    before = sha256_of_file(outputs.path("sft"))
+    outputs.export("sft", seed=2)
+    assert sha256_of_file(outputs.path("sft")) != before
+    moved = {"policy": tmp_path / "moved.pt", "train": tmp_path / "moved.jsonl"}
+    outputs.path("sft").rename(moved["policy"])
+    (tmp_path / "rows.jsonl").rename(moved["train"])
+    check_resumable(checkpoint, outputs.provenance("dpo", moved["policy"], train=str(moved["train"])))
+
+
+@pytest.mark.parametrize(("changed", "key"), [("sft", "stage.policy"), ("rows", "data.train")])
+def test_changed_inputs_and_data_cannot_be_resumed(
+    outputs: Outputs, checkpoint: str, tmp_path: Path, changed: str, key: str
+) -> None:
+    """A new SFT model under the same path would be another reference model than the one that training started with."""
+    if changed == "sft":
+        outputs.export("sft", change=0.1)
+    else:
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "other"}\n')
+    provenance = outputs.provenance("dpo", outputs.path("sft"), train=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(
+        ConfigError, match=rf"^resume=true: {key} is not what .*last\.ckpt was trained with: .*\n  Rest"
+    ):
+        check_resumable(checkpoint, provenance)
+
+
+# Outputs
+
+
+def test_an_output_of_an_earlier_sft_model_is_outdated(outputs: Outputs, caplog: pytest.LogCaptureFixture) -> None:
+    """It no longer makes the final model, and the log names it."""
+    sft = outputs.export("sft")
+    outputs.export("ppo", sft)
+    outputs.export("dpo", sft)
+    final = outputs.run / "final_rl_model.pt"
+    assert outdated_stages(outputs.run) == []
+    assert Export(str(final)).provenance["stage"] == "ppo"
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        outputs.export("sft", change=0.1)
+    assert [info.name for info in outdated_stages(outputs.run)] == ["ppo", "dpo"]
+    assert "stage=ppo and of stage=dpo was trained from an earlier result of stage=sft." in caplog.text
+    outputs.export("dpo", sft)
+    assert Export(str(final)).provenance["stage"] == "dpo"
+
+
+def test_an_output_of_a_chosen_model_is_not_outdated(outputs: Outputs, tmp_path: Path) -> None:
+    """``stage.policy=<path>`` does not name the run's own SFT model."""
+    other = tmp_path / "other.pt"
+    save_result(outputs.result, other, {})
+    outputs.export("ppo", other)
+    outputs.export("sft")
+    assert outdated_stages(outputs.run) == []
+
+
+@pytest.mark.parametrize(("again", "warns"), [(False, False), (True, True)])
+def test_policies_of_different_parents_are_reported(
+    outputs: Outputs, caplog: pytest.LogCaptureFixture, again: bool, warns: bool
+) -> None:
+    """PPO on the result of DPO has the same SFT model. A folder of transformers has no known parent."""
+    sft = outputs.export("sft")
+    dpo = outputs.export("dpo", sft)
+    if again:
+        outputs.export("sft", change=0.1)
+    ppo = outputs.export("ppo", dpo)
+    policies = {"sft": Export(str(sft)), "dpo": Export(str(dpo)), "ppo": Export(str(ppo)), "hub": Pretrained("a/b")}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        warn_about_parents(policies)
+    assert ("different models" in caplog.text) == warns
+    assert not warns or "sft; dpo, ppo" in caplog.text
