@@ -310,8 +310,8 @@ STAGES = {
         DEMONSTRATIONS,
         lambda: {**_on_policy_keys(), "advantage": grpo, "num_generations": 4},
     ),
-    "dpo": _Stage(DPOModule, PreferenceDataModule, PAIRS),
-    "kto": _Stage(KTOModule, UnpairedDataModule, PAIRS),
+    "dpo": _Stage(DPOModule, PreferenceDataModule, PAIRS, lambda: {"samples": 0}),
+    "kto": _Stage(KTOModule, UnpairedDataModule, PAIRS, lambda: {"samples": 0}),
 }
 ON_POLICY = ("ppo", "grpo")
 

@@ -1,12 +1,13 @@
 """The GRPO stage."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from rlhf.errors import ConfigError
-from rlhf.rl import AdvantageEstimator, OnPolicyModule
+from rlhf.rl import AdvantageEstimator, KLController, OnPolicyModule, ScoreShaping
 from rlhf.rl.advantages import grpo
 from rlhf.rl.estimators import estimator_name, needs_critic
 
@@ -14,26 +15,46 @@ from rlhf.rl.estimators import estimator_name, needs_critic
 class GRPOModule(OnPolicyModule):
     """Group relative policy optimization and other methods without a critic (Shao et al. 2024, arXiv:2402.03300).
 
-    By default the KL penalty is k1 in the reward, as in PPO. The cited paper uses k3 in the loss:
-    ``stage.kl.apply_to=loss stage.kl.estimator=k3``.
+    Each choice of ``advantage=`` sets the KL penalty, the shaping of scores and the loss reduction to those of its
+    paper. The defaults are those of ``advantage=grpo``: raw scores, normalized within each group, and k3 in the loss.
 
     Args:
         advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
         num_generations: Number of responses per prompt, the size of a group.
+        kl_coef: KL coefficient, in loss units per nat per token, or in reward units per nat with
+            ``stage.kl.apply_to=reward``.
+        loss_reduction: ``sequence_mean``, ``sequence_sum`` or ``token_mean``; see ``OnPolicyModule``.
         keys: The remaining keys are those of ``OnPolicyModule``.
 
     Raises:
         ConfigError: The advantage estimator requires a critic, or as ``OnPolicyModule``.
     """
 
-    def __init__(self, *, advantage: AdvantageEstimator = grpo, num_generations: int = 4, **keys: Any) -> None:
+    default_kl = partial(KLController, apply_to="loss", estimator="k3")
+    default_scores = partial(ScoreShaping, subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=0.0)
+
+    def __init__(
+        self,
+        *,
+        advantage: AdvantageEstimator = grpo,
+        num_generations: int = 4,
+        kl_coef: float = 0.04,
+        loss_reduction: str = "sequence_mean",
+        **keys: Any,
+    ) -> None:
         if needs_critic(advantage):
             raise ConfigError(
                 f"The advantage estimator {estimator_name(advantage)} requires a critic, which stage=grpo does not "
                 "train.",
                 "Set stage=ppo or advantage=grpo.",
             )
-        super().__init__(advantage=advantage, num_generations=num_generations, **keys)
+        super().__init__(
+            advantage=advantage,
+            num_generations=num_generations,
+            kl_coef=kl_coef,
+            loss_reduction=loss_reduction,
+            **keys,
+        )
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         assert self.policy is not None

@@ -5,8 +5,8 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout, hidden_states
-from rlhf.tensors import scatter, states_before
+from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout
+from rlhf.tensors import scatter
 
 Critic: TypeAlias = ScalarModel | ScalarHead  # a separate model, or a head on the policy
 CRITIC_INITS = ("reward_model", "sft", "random")
@@ -62,7 +62,5 @@ def critic_values(
         [batch, time] values, in reward units; 0 on masked tokens.
     """
     if isinstance(critic, ScalarHead):
-        hidden = output.hidden.detach() if detach else output.hidden
-        return scatter(critic(states_before(hidden, response_mask)), response_mask)
-    hidden = hidden_states(critic.trunk, input_ids, attention_mask)
-    return scatter(critic.values(states_before(hidden, response_mask)), response_mask)
+        return scatter(critic(output.states.detach() if detach else output.states), response_mask)
+    return critic.token_values(input_ids, attention_mask, response_mask)

@@ -4,11 +4,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.check import Check
-from rlhf.data import PromptBatch, RecordDataModule
+from rlhf.data import RecordDataModule
 from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput, ScalarHead
@@ -16,11 +15,12 @@ from rlhf.ppo.critic import CRITIC_INITS, Critic, critic_values, critic_width, o
 from rlhf.ppo.preflight import critic_checks
 from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
 from rlhf.rl.advantages import gae
-from rlhf.rl.estimators import call_estimator, estimator_name, needs_critic
+from rlhf.rl.estimators import estimator_name, needs_critic
 from rlhf.rl.objective import clipped_value_loss
 from rlhf.tensors import masked_scale, masked_whiten
 
-ADVANTAGE_KEYS = {"gamma", "gae_lambda"}  # have no effect if the advantage estimator does not declare them
+# Settings without effect if the advantage estimator does not declare the argument.
+ADVANTAGE_KEYS = {"gamma": "gamma", "gae_lambda": "gae_lambda", "whiten_rewards": "rewards"}
 CRITIC_KEYS = {
     *("value_clip_range", "value_coef", "critic", "critic_init", "critic_warmup", "critic_learning_rate", "obs_dim")
 }
@@ -55,7 +55,6 @@ class PPOModule(OnPolicyModule):
         ConfigError: A value is out of range, settings contradict each other, or a setting has no effect.
     """
 
-    iterations: Tensor
     critic: Critic
 
     def __init__(
@@ -76,7 +75,7 @@ class PPOModule(OnPolicyModule):
         action_dim: int | None = None,
         **keys: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in ADVANTAGE_KEYS | CRITIC_KEYS}
+        given = {name: value for name, value in locals().items() if name in ADVANTAGE_KEYS.keys() | CRITIC_KEYS}
         super().__init__(advantage=advantage, **keys)
         _check_critic(critic, critic_init, critic_learning_rate, value_clip_range)
         _check_unused(advantage, given)
@@ -98,7 +97,6 @@ class PPOModule(OnPolicyModule):
         self.critic_learning_rate = self.learning_rate if critic_learning_rate is None else critic_learning_rate
         self.obs_dim = obs_dim
         self.action_dim = action_dim
-        self.register_buffer("iterations", torch.zeros((), dtype=torch.long))  # number of iterations started
 
     # Models
 
@@ -135,31 +133,29 @@ class PPOModule(OnPolicyModule):
 
     # One iteration
 
-    def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
-        self.iterations += 1
-        yield from super().iteration(prompts)
-
-    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
+    def estimate_advantages(
+        self, rewards: Tensor, scores: Tensor, experience: Experience
+    ) -> tuple[Tensor, Tensor | None]:
         response_mask = experience.rollout.response_mask
         if self.whiten_rewards:
             rewards = masked_scale(rewards, response_mask)
-        advantages, returns = call_estimator(
-            self.advantage,
-            rewards=rewards,
-            response_mask=response_mask,
-            values=experience.values,
-            group_size=self.num_generations,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-        )
+        advantages, returns = super().estimate_advantages(rewards, scores, experience)
         return masked_whiten(advantages, response_mask) if self.whiten_advantages else advantages, returns
+
+    def estimator_arguments(self, rewards: Tensor, scores: Tensor, experience: Experience) -> dict[str, Any]:
+        return {
+            **super().estimator_arguments(rewards, scores, experience),
+            "values": experience.values,
+            "gamma": self.gamma,
+            "gae_lambda": self.gae_lambda,
+        }
 
     # Updates
 
     @property
     def warming_up(self) -> bool:
         """Whether only the critic is trained in this iteration."""
-        return self.has_critic and bool(self.iterations <= self.critic_warmup)
+        return self.has_critic and self.iterations <= self.critic_warmup
 
     def frozen_modules(self) -> list[nn.Module]:
         warmup = [self.policy] if self.warming_up and self.policy is not None else []
@@ -219,13 +215,15 @@ def _check_critic(
 
 def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:
     """Refuse settings that differ from their default and that the advantage estimator does not use."""
-    unused = (ADVANTAGE_KEYS - declared_arguments(advantage)) | (set() if needs_critic(advantage) else CRITIC_KEYS)
+    declared = declared_arguments(advantage)
+    unused = {name for name, argument in ADVANTAGE_KEYS.items() if argument not in declared}
+    unused |= set() if needs_critic(advantage) else CRITIC_KEYS
     parameters = inspect.signature(PPOModule.__init__).parameters
     for name in sorted(unused):
         if given[name] != parameters[name].default:
             raise ConfigError(
                 f"stage.{name}={given[name]} has no effect: the advantage estimator {estimator_name(advantage)} "
-                f"{'needs no critic' if name in CRITIC_KEYS else f'does not declare {name}'}.",
+                f"{'needs no critic' if name in CRITIC_KEYS else f'does not declare {ADVANTAGE_KEYS[name]}'}.",
                 f"Set advantage=gae or remove stage.{name}.",
             )
 

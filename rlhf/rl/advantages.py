@@ -2,7 +2,10 @@
 
 An estimator is a pure function that receives, by name, those of these arguments that its signature declares:
 
-    rewards: [batch, time] reward of each token, including the KL penalty if ``stage.kl.apply_to=reward``.
+    rewards: [batch, time] reward of each token: the score at the last response token, minus the KL penalty if
+        ``stage.kl.apply_to=reward``.
+    scores: [batch] score of each response, shaped by ``stage.scores``, without any KL penalty.
+    kl_penalty: [batch, time] KL coefficient times KL at each token, in reward units; 0 with ``stage.kl.apply_to=loss``.
     response_mask: [batch, time] bool, True on response tokens including EOS.
     values: [batch, time] values of the critic before each token. Declaring it requires a critic: PPO builds one.
     group_size: ``stage.num_generations``. Declaring it requires at least 2. The responses to one prompt are adjacent
@@ -55,31 +58,58 @@ def gae(
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 
-def grpo(rewards: Tensor, response_mask: Tensor, *, group_size: int, scale_by_std: bool = True) -> Tensor:
-    """Group-relative advantages: the total reward of each response, normalized within its group.
+def grpo(
+    scores: Tensor, response_mask: Tensor, *, kl_penalty: Tensor, group_size: int, scale_by_std: bool = True
+) -> Tensor:
+    """Group-relative advantages: the score of each response, normalized within its group.
 
-        A_i = (R_i - mean(R)) / (std(R) + 1e-4)
+        A_it = (s_i - mean(s)) / (std(s) + 1e-4) - sum_{t' >= t} p_it'
 
-    ``R`` holds the total rewards of the responses to one prompt. All tokens of a response have the same advantage.
+    ``s`` holds the scores of the responses to one prompt, and ``p`` is the KL penalty, which is 0 in the published
+    method: it has the KL in the loss. With ``stage.kl.apply_to=reward``, the penalty is subtracted after the
+    normalization. If it were part of the normalized rewards, a group of equal scores would amplify the noise of its KL
+    to unit size.
 
     Args:
-        rewards: [batch, time] reward of each token.
+        scores: [batch] score of each response.
         response_mask: [batch, time] bool, True on response tokens including EOS.
+        kl_penalty: [batch, time] KL penalty at each token.
         group_size: Number of responses per prompt.
-        scale_by_std: Divide by the standard deviation of the group, computed with n - 1 as in TRL. Without the
-            division, groups of nearly equal rewards are not amplified (Liu et al. 2025, "Dr. GRPO",
-            arXiv:2503.20783).
+        scale_by_std: Divide by the standard deviation of the group, computed with n - 1 as in TRL.
 
     Returns:
         [batch, time] advantages; 0 on masked tokens.
 
     Reference: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300).
     """
-    groups = _total_rewards(rewards, response_mask, group_size)
+    groups = scores.reshape(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     if scale_by_std:
         centered = centered / (groups.std(dim=1, keepdim=True) + 1e-4)
-    return torch.where(response_mask, centered.reshape(-1, 1), 0.0)
+    return _minus_penalty_to_go(centered, response_mask, kl_penalty)
+
+
+def dr_grpo(scores: Tensor, response_mask: Tensor, *, kl_penalty: Tensor, group_size: int) -> Tensor:
+    """Group-relative advantages of Dr. GRPO: the score of each response minus the mean of its group.
+
+        A_it = s_i - mean(s) - sum_{t' >= t} p_it'
+
+    Without the division by the standard deviation, groups of nearly equal scores are not amplified. The published
+    method also replaces the length of each response in the loss by a constant (``stage.loss_reduction=sequence_sum``),
+    and its KL penalty ``p`` is 0.
+
+    Args:
+        scores: [batch] score of each response.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        kl_penalty: [batch, time] KL penalty at each token.
+        group_size: Number of responses per prompt.
+
+    Returns:
+        [batch, time] advantages, in reward units; 0 on masked tokens.
+
+    Reference: Liu et al. 2025, "Dr. GRPO", section 3.2 (arXiv:2503.20783).
+    """
+    return grpo(scores, response_mask, kl_penalty=kl_penalty, group_size=group_size, scale_by_std=False)
 
 
 def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
@@ -87,7 +117,7 @@ def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
 
         A_i = R_i - sum_{j != i} R_j / (n - 1) = (R_i - mean(R)) n / (n - 1)
 
-    All tokens of a response have the same advantage.
+    ``R`` is the score minus the KL penalty of the whole response. All tokens of a response have the same advantage.
 
     Args:
         rewards: [batch, time] reward of each token.
@@ -99,13 +129,13 @@ def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
 
     Reference: Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019.
     """
-    groups = _total_rewards(rewards, response_mask, group_size)
+    groups = masked_sum(rewards, response_mask).reshape(-1, group_size)
     advantages = (groups - groups.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
     return torch.where(response_mask, advantages.reshape(-1, 1), 0.0)
 
 
 def reinforce_pp(rewards: Tensor, response_mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """REINFORCE++: discounted rewards-to-go, whitened over all response tokens of the rollout.
+    """REINFORCE++: discounted rewards-to-go, whitened over all response tokens of the rollout, on all devices.
 
         G_t = r_t + gamma G_{t+1},    A_t = (G_t - mean(G)) / std(G)
 
@@ -122,28 +152,40 @@ def reinforce_pp(rewards: Tensor, response_mask: Tensor, *, gamma: float = 1.0) 
     return masked_whiten(discounted_cumsum(rewards, response_mask, gamma), response_mask)
 
 
-def reinforce_pp_baseline(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
-    """REINFORCE++-Baseline: total rewards minus their group mean, whitened over all response tokens of the rollout.
+def reinforce_pp_baseline(scores: Tensor, response_mask: Tensor, *, kl_penalty: Tensor, group_size: int) -> Tensor:
+    """REINFORCE++-Baseline: scores minus their group mean, whitened over all response tokens of the rollout.
 
-        B_i = R_i - mean(R),    A_i = (B_i - mean(B)) / std(B)
+        B_it = s_i - mean(s) - sum_{t' >= t} p_it',    A_it = (B_it - mean(B)) / std(B)
 
-    ``mean(R)`` is taken over the responses to one prompt, ``mean(B)`` and ``std(B)`` over the tokens of the rollout.
+    ``mean(s)`` is taken over the responses to one prompt, ``mean(B)`` and ``std(B)`` over the tokens of the rollout on
+    all devices. The KL penalty ``p`` is 0 in the published method, which has the KL in the loss.
 
     Args:
-        rewards: [batch, time] reward of each token.
+        scores: [batch] score of each response.
         response_mask: [batch, time] bool, True on response tokens including EOS.
+        kl_penalty: [batch, time] KL penalty at each token.
         group_size: Number of responses per prompt.
 
     Returns:
         [batch, time] advantages, in standard deviations of the rollout; 0 on masked tokens.
 
-    Reference: Hu et al. 2025, "REINFORCE++", the variant for several responses per prompt (arXiv:2501.03262).
+    Reference: Hu et al. 2025, "REINFORCE++", the variant with a baseline (arXiv:2501.03262).
     """
-    groups = _total_rewards(rewards, response_mask, group_size)
+    groups = scores.reshape(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
-    return masked_whiten(torch.where(response_mask, centered.reshape(-1, 1), 0.0), response_mask)
+    return masked_whiten(_minus_penalty_to_go(centered, response_mask, kl_penalty), response_mask)
 
 
-def _total_rewards(rewards: Tensor, response_mask: Tensor, group_size: int) -> Tensor:
-    """Return the total reward of each response: [prompts, group_size]."""
-    return masked_sum(rewards, response_mask).reshape(-1, group_size)
+def _minus_penalty_to_go(values: Tensor, response_mask: Tensor, kl_penalty: Tensor) -> Tensor:
+    """Subtract from the value of a response, at each of its tokens, the KL penalty of this and all later tokens.
+
+    Args:
+        values: [prompts, group_size] value of each response.
+        response_mask: [batch, time] bool, True on response tokens including EOS.
+        kl_penalty: [batch, time] KL penalty at each token.
+
+    Returns:
+        [batch, time]; 0 on masked tokens.
+    """
+    to_go = discounted_cumsum(kl_penalty, response_mask, 1.0)
+    return torch.where(response_mask, values.reshape(-1, 1) - to_go, 0.0)

@@ -1,17 +1,18 @@
 """Collection of experience: sampling, evaluation under the current weights, and scoring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
-from rlhf.models import PolicyOutput
-from rlhf.reward_functions import RewardFunction, ScoringBatch
-from rlhf.rl.experience import Experience, select_rows
+from rlhf.models import PolicyOutput, gathered
+from rlhf.reward_functions import RewardFunction, ScoringBatch, end_as_in_training
+from rlhf.rl.experience import Experience, Lengths, select_rows
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 
@@ -30,6 +31,7 @@ class Collector:
         sampling: Sampling settings.
         tokenizer: Tokenizer of the policy.
         num_generations: Number of responses per prompt.
+        rollout_batch_size: Number of responses to sample at once; None: all.
         precision_context: Enters the Trainer's precision, such as autocast.
     """
 
@@ -43,6 +45,7 @@ class Collector:
         sampling: SamplingParams,
         tokenizer: PreTrainedTokenizerBase,
         num_generations: int,
+        rollout_batch_size: int | None = None,
         precision_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.policies = policies
@@ -52,17 +55,24 @@ class Collector:
         self.sampling = sampling
         self.tokenizer = tokenizer
         self.num_generations = num_generations
+        self.rollout_batch_size = rollout_batch_size
         self.precision_context = precision_context
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """Sample responses from the current policy. The responses to one prompt are adjacent rows."""
         repeated = [input_ids for input_ids in prompts.input_ids for _ in range(self.num_generations)]
         self.sampler.sync(self.policies.policy.lm, self.tokenizer)
-        with self.precision_context():
-            return self.sampler.sample(repeated, self.sampling)
+        size = self.rollout_batch_size or len(repeated)
+        # Ranks may sample different numbers of batches from a sharded policy.
+        with gathered(self.policies.policy), self.precision_context():
+            parts = [
+                self.sampler.sample(repeated[start : start + size], self.sampling)
+                for start in range(0, len(repeated), size)
+            ]
+        return concatenate(parts)
 
     @torch.no_grad()
-    def evaluate_rollout(self, rollout: Rollout, split: Sequence[Tensor]) -> Experience:
+    def evaluate_rollout(self, rollout: Rollout, split: Sequence[Sequence[int]]) -> Experience:
         """Compute log-probs, KL and values of a rollout under the current weights.
 
         Args:
@@ -71,18 +81,24 @@ class Collector:
                 equal rounding, so the first probability ratio is exactly 1.
         """
         tensors: dict[str, Tensor] = {}
+        lengths = Lengths.of(rollout)
         with self.precision_context():
             for rows in split:
-                for name, values in self._evaluate(*select_rows(rollout, rows)).items():
+                index = torch.tensor(rows, device=rollout.input_ids.device)
+                count = sum(lengths.responses[row] for row in rows)
+                for name, values in self._evaluate(*select_rows(rollout, lengths, rows), count).items():
                     if name not in tensors:
                         tensors[name] = torch.zeros_like(rollout.input_ids, dtype=torch.float)
-                    tensors[name][rows.to(values.device), : values.shape[1]] = values
-        return Experience(rollout, **tensors)
+                    tensors[name][index, : values.shape[1]] = values.float()
+        return Experience(rollout, lengths, **tensors)
 
-    def _evaluate(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
+    def _evaluate(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, response_tokens: int
+    ) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""
-        output = self.policies.policy_output(input_ids, attention_mask, response_mask)
-        reference = self.policies.reference_output(input_ids, attention_mask, response_mask)
+        tokens = (input_ids, attention_mask, response_mask)
+        output = self.policies.policy_output(*tokens, response_tokens=response_tokens)
+        reference = self.policies.reference_output(*tokens, response_tokens=response_tokens)
         tensors = {
             "logprobs": output.logprobs,
             "ref_logprobs": reference.logprobs,
@@ -100,11 +116,42 @@ class Collector:
         """
         repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
         batch = ScoringBatch(
-            rollout.input_ids,
-            rollout.attention_mask,
+            *end_as_in_training(rollout, self.tokenizer, self.sampling.stop_ids(self.tokenizer)),
             [prompt.raw_text for prompt in repeated],
             rollout.decode(self.tokenizer),
             [prompt.target for prompt in repeated],
         )
         with self.precision_context():
             return self.reward.score_with_components(batch)
+
+    def sample_rows(
+        self, rollout: Rollout, prompts: PromptBatch, columns: Mapping[str, Tensor], count: int
+    ) -> list[tuple[str | float, ...]]:
+        """Return prompt, response, score and KL of the first response to each of the first prompts.
+
+        Args:
+            rollout: Prompts with sampled responses.
+            prompts: The prompts.
+            columns: ``scores`` and ``kl`` of each response, on the CPU.
+            count: Number of prompts.
+        """
+        shown = prompts.prompts[:count]
+        texts = rollout.decode(self.tokenizer) if shown else []
+        rows = range(0, len(shown) * self.num_generations, self.num_generations)
+        return [
+            (prompt.raw_text, texts[row], float(columns["scores"][row]), float(columns["kl"][row]))
+            for prompt, row in zip(shown, rows, strict=True)
+        ]
+
+
+def concatenate(parts: Sequence[Rollout]) -> Rollout:
+    """Join rollouts of any lengths in order, padded on the right to the longest row."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def join(name: str) -> Tensor:
+        return torch.cat([F.pad(getattr(part, name), (0, width - part.input_ids.shape[1])) for part in parts])
+
+    finished = torch.cat([part.finished for part in parts])
+    return Rollout(join("input_ids"), join("attention_mask"), join("response_mask"), finished)

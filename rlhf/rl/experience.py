@@ -12,6 +12,25 @@ from rlhf.sampling import Rollout
 from rlhf.tensors import masked_sum
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of the rows of a rollout as numbers of the host, so that later steps need not wait for the device.
+
+    Args:
+        sequences: Number of tokens of each prompt and response together.
+        responses: Number of tokens of each response, including EOS.
+    """
+
+    sequences: list[int]
+    responses: list[int]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "Lengths":
+        """Read the lengths of a rollout, in one transfer from its device."""
+        counts = torch.stack([rollout.attention_mask.sum(dim=1), rollout.response_mask.sum(dim=1)])
+        return cls(*counts.tolist())
+
+
 @dataclass
 class Experience:
     """A rollout, evaluated under the weights that sampled it.
@@ -20,6 +39,7 @@ class Experience:
 
     Args:
         rollout: Prompts with sampled responses.
+        lengths: Lengths of its rows.
         logprobs: Log-probs under the policy, in nats.
         ref_logprobs: Log-probs under the reference model, in nats.
         kl: KL to the reference model at each token, in nats.
@@ -27,6 +47,7 @@ class Experience:
     """
 
     rollout: Rollout
+    lengths: Lengths
     logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor
@@ -53,6 +74,7 @@ class Minibatch(Batch):
         advantages: Advantages.
         old_values: Values of the critic at sampling time, in reward units; None without a critic.
         returns: Regression targets of the critic, in reward units; None without a critic.
+        response_tokens: Number of tokens of the responses, counted before the minibatch was formed.
         terms_are_sequences: The loss is a mean over sequences instead of tokens.
         first: This is the first minibatch of its rollout.
         last: This is the last minibatch of the last pass over its rollout.
@@ -70,6 +92,7 @@ class Minibatch(Batch):
     old_values: Tensor | None = None
     returns: Tensor | None = None
     _: KW_ONLY
+    response_tokens: int
     terms_are_sequences: bool = False
     first: bool = False
     last: bool = False
@@ -79,7 +102,7 @@ class Minibatch(Batch):
 
     @property
     def loss_terms(self) -> int:
-        return len(self.input_ids) if self.terms_are_sequences else int(self.response_mask.sum())
+        return len(self.input_ids) if self.terms_are_sequences else self.response_tokens
 
     @property
     def token_count(self) -> int:
@@ -90,26 +113,27 @@ class Minibatch(Batch):
         return self.new_sequences
 
 
-def select_rows(rollout: Rollout, rows: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def select_rows(rollout: Rollout, lengths: Lengths, rows: Sequence[int], *others: Tensor | None) -> tuple[Any, ...]:
     """Select rows of a rollout, trimmed to the longest sequence among them.
 
     Args:
         rollout: Prompts with sampled responses.
-        rows: [rows] indices.
+        lengths: Lengths of its rows.
+        rows: Indices of the rows.
         others: Further [batch, time] tensors, or None.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``response_mask`` and ``others`` of these rows: [rows, shorter time].
     """
-    rows = rows.to(rollout.input_ids.device)
-    width = int(rollout.attention_mask[rows].sum(dim=1).max())
+    width = max(lengths.sequences[row] for row in rows)
+    index = torch.tensor(rows, device=rollout.input_ids.device)
     tensors = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, *others)
-    return tuple(None if tensor is None else tensor[rows, :width] for tensor in tensors)
+    return tuple(None if tensor is None else tensor[index, :width] for tensor in tensors)
 
 
-def shuffled_split(rows: int, size: int) -> list[Tensor]:
+def shuffled_split(rows: int, size: int) -> list[list[int]]:
     """Split row indices into groups of ``size``, in random order."""
-    return list(torch.randperm(rows).split(size))
+    return [group.tolist() for group in torch.randperm(rows, device="cpu").split(size)]
 
 
 def minibatches(
@@ -117,7 +141,7 @@ def minibatches(
     advantages: Tensor,
     returns: Tensor | None,
     *,
-    first_split: Sequence[Tensor],
+    first_split: Sequence[Sequence[int]],
     passes: int,
     size: int,
     terms_are_sequences: bool,
@@ -135,19 +159,20 @@ def minibatches(
         terms_are_sequences: See ``Minibatch``.
         rollout_metrics: See ``Minibatch``.
     """
-    rollout = experience.rollout
-    rows_of_rollout, tokens = len(rollout.input_ids), int(rollout.attention_mask.sum())
+    rollout, lengths = experience.rollout, experience.lengths
+    count = len(lengths.sequences)
     tensors = (experience.logprobs, experience.ref_logprobs, advantages, experience.values, returns)
     for number in range(passes):
-        split = first_split if number == 0 else shuffled_split(rows_of_rollout, size)
+        split = first_split if number == 0 else shuffled_split(count, size)
         for position, rows in enumerate(split):
             first = number == position == 0
             yield Minibatch(
-                *select_rows(rollout, rows, *tensors),
+                *select_rows(rollout, lengths, rows, *tensors),
+                response_tokens=sum(lengths.responses[row] for row in rows),
                 terms_are_sequences=terms_are_sequences,
                 first=first,
                 last=number == passes - 1 and position == len(split) - 1,
-                new_tokens=tokens if first else 0,
-                new_sequences=rows_of_rollout if first else 0,
+                new_tokens=sum(lengths.sequences) if first else 0,
+                new_sequences=count if first else 0,
                 rollout_metrics=rollout_metrics,
             )

@@ -1,7 +1,8 @@
 """The KL penalty that keeps the policy close to the reference model."""
 
-import torch
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 from rlhf.errors import ConfigError
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
@@ -19,7 +20,8 @@ class KLController(nn.Module):
 
         error = clip(KL / target - 1, -0.2, 0.2),    coef <- coef (1 + error n / horizon)
 
-    The coefficient is stored in checkpoints.
+    The coefficient is a number of the host. Checkpoints store it, and a resumed run restores it if it adapts; without a
+    target, the resumed run uses its own ``stage.kl_coef``.
 
     Args:
         apply_to: ``reward`` subtracts the penalty from the reward of each token (Ziegler et al. 2019). ``loss`` adds it
@@ -34,8 +36,6 @@ class KLController(nn.Module):
     Raises:
         ConfigError: A value is out of range, or k1 is used in the loss, where its gradient is zero in expectation.
     """
-
-    coef: Tensor
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class KLController(nn.Module):
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
         self.horizon = DEFAULT_HORIZON if horizon is None else horizon
-        self.register_buffer("coef", torch.zeros((), dtype=torch.float64))
+        self.coef = 0.0
 
     def initialize(self, coef: float) -> None:
         """Set the coefficient before the first iteration.
@@ -71,7 +71,7 @@ class KLController(nn.Module):
                 "updated by multiplication.",
                 "Set stage.kl_coef=0.05.",
             )
-        self.coef.fill_(coef)
+        self.coef = float(coef)
 
     @property
     def in_loss(self) -> bool:
@@ -81,19 +81,28 @@ class KLController(nn.Module):
     @property
     def reward_coef(self) -> float:
         """The coefficient of the penalty in the rewards; 0 if the penalty is in the loss."""
-        return 0.0 if self.in_loss else float(self.coef)
+        return 0.0 if self.in_loss else self.coef
 
-    def update(self, kl_per_sequence: Tensor, responses: int) -> None:
+    def update(self, kl_per_sequence: float, responses: int) -> None:
         """Adapt the coefficient after an iteration. Without a target it stays fixed.
 
         Args:
-            kl_per_sequence: Scalar mean KL, in nats per response.
+            kl_per_sequence: Mean KL over all devices, in nats per response.
             responses: Number of responses of the iteration, over all devices.
         """
         if self.target_per_sequence is None:
             return
-        error = (kl_per_sequence.double() / self.target_per_sequence - 1).clamp(-0.2, 0.2)
-        self.coef.mul_((1 + error * responses / self.horizon).to(self.coef))
+        error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
+        self.coef *= 1 + error * responses / self.horizon
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the coefficient, for checkpoints."""
+        return {"coef": self.coef}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the coefficient of a checkpoint if it adapts."""
+        if self.target_per_sequence is not None:
+            self.coef = float(state["coef"])
 
 
 def _check_estimator(apply_to: str, estimator: str) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of rollouts and of updates. docs/metrics.md explains each of them."""
+"""Metrics of rollouts and of updates, over all ranks. docs/metrics.md explains each of them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from rlhf.distributed import gather_objects
 from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Experience, Minibatch
 from rlhf.rl.kl import KLController
@@ -16,34 +18,70 @@ from rlhf.tensors import masked_mean, masked_sum
 
 
 @torch.no_grad()
-def rollout_metrics(
-    experience: Experience, raw_scores: Tensor, rewards: Tensor, kl: KLController, scores: ScoreShaping
-) -> dict[str, Any]:
-    """Compute the metrics of a rollout before any update.
+def response_columns(experience: Experience, raw_scores: Tensor, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather one number per response and quantity from all ranks, in a single transfer from the device.
 
     Args:
         experience: The evaluated rollout.
         raw_scores: [batch] scores of the responses before shaping.
-        rewards: [batch, time] reward of each token.
+        components: [batch] components of the scores, by name.
+
+    Returns:
+        Columns by name, [responses of all ranks] each, on the CPU. The responses of rank 0 come first.
+    """
+    rollout = experience.rollout
+    ngrams, distinct_ngrams = count_ngrams(rollout.response_ids())
+    columns = {
+        "scores": raw_scores,
+        "kl": experience.kl_per_sequence,
+        "kl_estimate": masked_sum(experience.kl, rollout.response_mask),
+        "logprobs": masked_sum(experience.logprobs, rollout.response_mask),
+        "length": rollout.lengths,
+        "finished": rollout.finished,
+        "ngrams": torch.tensor(ngrams, device=raw_scores.device),
+        "distinct_ngrams": torch.tensor(distinct_ngrams, device=raw_scores.device),
+        **{f"reward/{name}": values for name, values in components.items()},
+    }
+    table = torch.stack([column.to(raw_scores.device).float() for column in columns.values()]).cpu()
+    return dict(zip(columns, torch.cat(gather_objects(table), dim=1), strict=True))
+
+
+def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: ScoreShaping) -> dict[str, Any]:
+    """Compute the metrics of a rollout before any update.
+
+    Args:
+        columns: See ``response_columns``.
         kl: KL penalty with its current coefficient.
         scores: Score shaping with its running moments.
     """
-    rollout = experience.rollout
-    kl_coef = float(kl.coef)
-    kl_estimate = masked_sum(experience.kl, rollout.response_mask).mean()
+    means = {name: float(column.double().mean()) for name, column in columns.items()}
+    non_score_reward = -kl.reward_coef * means["kl_estimate"]
+    shaped = scores(columns["scores"].double(), columns["finished"].bool())
     return {
-        "objective/kl": experience.kl_per_sequence.mean(),
-        "objective/kl_estimate": kl_estimate,
-        "objective/entropy": -masked_sum(experience.logprobs, rollout.response_mask).mean(),
-        "objective/scores": raw_scores.mean(),
-        "objective/scores_std": scores.std.float(),
-        "objective/non_score_reward": -kl_coef * kl_estimate * (not kl.in_loss),
-        "objective/rlhf_reward": rewards.sum(dim=1).mean(),
-        "response/length": rollout.lengths.float().mean(),
-        "response/truncated": 1 - rollout.finished.float().mean(),
-        "response/repetition": repeated_ngram_fraction(rollout.response_ids()),
-        "kl_coef": kl_coef,
+        "objective/kl": means["kl"],
+        "objective/kl_estimate": means["kl_estimate"],
+        "objective/entropy": -means["logprobs"],
+        "objective/scores": means["scores"],
+        "objective/scores_std": scores.std,
+        "objective/non_score_reward": non_score_reward,
+        "objective/rlhf_reward": float(shaped.mean()) + non_score_reward,
+        "response/length": means["length"],
+        "response/truncated": 1 - means["finished"],
+        "response/repetition": 1 - means["distinct_ngrams"] / means["ngrams"] if means["ngrams"] else 0.0,
+        "kl_coef": kl.coef,
+        **{name: mean for name, mean in means.items() if name.startswith("reward/")},
     }
+
+
+def count_ngrams(responses: Sequence[Sequence[int]], size: int = 4) -> tuple[list[int], list[int]]:
+    """Return the number of n-grams and the number of distinct n-grams of each response.
+
+    Args:
+        responses: Token ids of each response.
+        size: Number of tokens in an n-gram.
+    """
+    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
+    return [len(own) for own in ngrams], [len(set(own)) for own in ngrams]
 
 
 def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
@@ -60,8 +98,8 @@ def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -
 
     Reference: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
     """
-    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
-    return 1 - sum(len(set(own)) for own in ngrams) / max(sum(map(len, ngrams)), 1) if any(ngrams) else 0.0
+    ngrams, distinct = (sum(counts) for counts in count_ngrams(responses, size))
+    return 1 - distinct / ngrams if ngrams else 0.0
 
 
 def critic_metrics(experience: Experience, returns: Tensor | None) -> dict[str, Any]:
@@ -82,6 +120,7 @@ def update_metrics(minibatch: Minibatch, output: PolicyOutput, *, low: float, hi
         low: Clip range below a ratio of 1.
         high: Clip range above a ratio of 1.
     """
+    assert output.entropy is not None
     ratio = policy_ratio(output.logprobs, minibatch.old_logprobs, minibatch.response_mask)
     change = output.logprobs - minibatch.old_logprobs
     clipped = (ratio < 1 - low) | (ratio > 1 + high)
@@ -99,19 +138,56 @@ class IterationMetrics:
     Attributes:
         rollout: Metrics of the current rollout.
         updates: Values of each update metric since the last ``summarize``.
+        weights: Weight of each of these values in the mean over updates and ranks.
     """
 
     def __init__(self) -> None:
         self.rollout: Mapping[str, Any] = {}
         self.updates: dict[str, list[Tensor]] = defaultdict(list)
+        self.weights: dict[str, list[float]] = defaultdict(list)
 
-    def add_update(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add metrics of one update."""
+    def add_minibatch(self, minibatch: Minibatch, metrics: Mapping[str, Tensor]) -> None:
+        """Add the metrics of an update: losses as means over their terms, the others as means over tokens."""
+        losses = {name: value for name, value in metrics.items() if name.startswith(("loss/", "train/"))}
+        others = {name: value for name, value in metrics.items() if name not in losses}
+        self.add_update(losses, minibatch.loss_terms)
+        self.add_update(others, minibatch.response_tokens)
+        self.add_update({"policy/skipped": 0.0})
+
+    def add_update(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        """Add metrics of one update.
+
+        Args:
+            metrics: Names and values.
+            weight: Number of terms on this rank that the values are means over.
+        """
         for name, value in metrics.items():
-            self.updates[name].append(torch.as_tensor(value).detach())
+            value = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+            self.updates[name].append(value.detach().float())
+            self.weights[name].append(weight)
 
     def summarize(self) -> dict[str, float]:
-        """Return the metrics of the rollout and the means of the update metrics, and forget the latter."""
-        means = {name: torch.stack(values).float().mean() for name, values in self.updates.items()}
+        """Return the metrics of the rollout and the weighted means of the update metrics, and forget the latter."""
+        sums = gather_objects(self._weighted_sums())
+        means = {name: _ratio([of_rank[name] for of_rank in sums if name in of_rank]) for name in self.updates}
         self.updates.clear()
+        self.weights.clear()
         return {name: float(value) for name, value in {**self.rollout, **means}.items()}
+
+    def _weighted_sums(self) -> dict[str, tuple[float, float]]:
+        """Return the weighted sum of the values of this rank, and the sum of their weights, by name."""
+        values = [value for name in self.updates for value in self.updates[name]]
+        if not values:
+            return {}
+        # Some values are numbers of the host, such as the norm of no gradients at all.
+        device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
+        numbers = iter(torch.stack([value.to(device) for value in values]).tolist())
+        return {
+            name: (sum(weight * next(numbers) for weight in weights), sum(weights))
+            for name, weights in self.weights.items()
+        }
+
+
+def _ratio(sums: Sequence[tuple[float, float]]) -> float:
+    """Divide the total of the first numbers by the total of the second ones."""
+    return sum(total for total, _ in sums) / sum(weight for _, weight in sums)

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
@@ -15,24 +14,27 @@ from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import IterationMetrics, critic_metrics, rollout_metrics
+from rlhf.rl.metrics import IterationMetrics, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.objective import token_rewards
 from rlhf.rl.policies import PolicyWithReference
-from rlhf.rl.policy_update import PolicyUpdate, clear_gradients, zero_loss
+from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.rl.preflight import on_policy_checks
-from rlhf.rl.scores import ScoreShaping
-from rlhf.rl.settings import LOSS_REDUCTIONS, as_sequence, check_sampling, check_update
+from rlhf.rl.scores import ScoreShaping, check_scores
+from rlhf.rl.settings import as_sequence, check_collection, check_sampling, check_update, loss_reduction_function
+from rlhf.rl.skipping import UpdateGuard
 from rlhf.rl.update_limits import UpdateLimits
+from rlhf.rl.updates import UpdateModule
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
-from rlhf.stage import Result, StageModule
-from rlhf.tensors import sequence_mean
+from rlhf.stage import Result
+from rlhf.stage.random_state import separate_random_state
+from rlhf.tensors import masked_mean
 
 
-class OnPolicyModule(StageModule):
+class OnPolicyModule(UpdateModule):
     """Base class of the on-policy stages: the policy improves on its own responses by clipped updates.
 
     A subclass implements ``trainable_modules`` and may override ``token_values``, ``estimate_advantages``,
-    ``compute_loss`` and ``frozen_modules``.
+    ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
 
     Args:
         policy: The model to start from, which is also the reference model. null: the SFT model of the run.
@@ -40,6 +42,10 @@ class OnPolicyModule(StageModule):
         reward: The reward function, selected by ``reward=``.
         advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
         num_generations: Number of responses per prompt.
+        rollout_batch_size: Number of responses to sample at once, which limits the memory of sampling. null: all
+            responses of a rollout.
+        samples: Number of prompts in the table of samples: prompt, response, score and KL. 0 disables it.
+        sample_interval: Number of iterations between two tables of samples.
         sampler: The sampler, selected by ``sampler=``. None: ``LocalSampler``.
         sampling: Sampling settings. The temperature also divides the logits of updates and of the reference model.
             None: the defaults of ``SamplingParams``.
@@ -51,7 +57,9 @@ class OnPolicyModule(StageModule):
         clip_range_high: epsilon for ratios above 1. A larger one lets unlikely tokens gain probability faster: Yu et
             al. 2025 (arXiv:2503.14476) use 0.28 with ``clip_range=0.2``. null: equal to ``clip_range``.
         entropy_coef: Coefficient of the entropy bonus, in loss units per nat (Mnih et al. 2016, arXiv:1602.01783).
-        loss_reduction: ``token_mean`` gives all tokens equal weight, ``sequence_mean`` all responses.
+        loss_reduction: ``token_mean`` is the mean over all tokens, ``sequence_mean`` the mean over responses of the
+            mean over their tokens, and ``sequence_sum`` the mean over responses of the sum over their tokens divided by
+            the constant ``stage.sampling.max_new_tokens`` (Liu et al. 2025, arXiv:2503.20783).
         ppo_epochs: Number of passes over each rollout.
         minibatch_size: Number of responses per minibatch and device.
         learning_rate: Peak learning rate of AdamW.
@@ -64,6 +72,8 @@ class OnPolicyModule(StageModule):
     """
 
     monitor = "val/score"
+    default_kl: Callable[[], KLController] = KLController
+    default_scores: Callable[[], ScoreShaping] = ScoreShaping
 
     def __init__(
         self,
@@ -73,6 +83,9 @@ class OnPolicyModule(StageModule):
         reward: RewardFunction,
         advantage: AdvantageEstimator,
         num_generations: int = 1,
+        rollout_batch_size: int | None = None,
+        samples: int = 4,
+        sample_interval: int = 10,
         sampler: Sampler | None = None,
         sampling: SamplingParams | None = None,
         scores: ScoreShaping | None = None,
@@ -94,31 +107,37 @@ class OnPolicyModule(StageModule):
         self.sampling = sampling or SamplingParams()
         check_sampling(self.sampling)
         check_update(clip_range, clip_range_high, loss_reduction, ppo_epochs, minibatch_size)
+        check_collection(rollout_batch_size, samples, sample_interval)
         check_estimator(advantage, num_generations)
         self.source = policy
         self.reward_sources: Sequence[ModelSource] = as_sequence(reward_model)
         self.reward = reward
         self.advantage = advantage
         self.num_generations = num_generations
+        self.rollout_batch_size = rollout_batch_size
+        self.samples = samples
+        self.sample_interval = sample_interval
         self.sampler = sampler or LocalSampler()
-        self.scores = scores or ScoreShaping()
-        self.kl = kl or KLController()
+        self.scores = scores or self.default_scores()
+        self.kl = kl or self.default_kl()
         self.kl.initialize(kl_coef)
-        self.loss_reduction: Callable[[Tensor, Tensor], Tensor] = LOSS_REDUCTIONS[loss_reduction]
+        self.loss_reduction = loss_reduction_function(loss_reduction, self.sampling.max_new_tokens)
+        limits = limits or UpdateLimits()
         self.policy_update = PolicyUpdate(
             kl=self.kl,
             clip_range=clip_range,
             clip_range_high=clip_range if clip_range_high is None else clip_range_high,
             entropy_coef=entropy_coef,
-            limits=limits or UpdateLimits(),
+            limits=limits,
             loss_reduction=self.loss_reduction,
         )
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
+        self.iterations = 0  # number of iterations started
         self.iteration_metrics = IterationMetrics()
-        self._rollout_stopped = False  # All further minibatches of the current rollout are skipped.
-        self._step_skipped = False  # The next optimizer step must not change anything.
+        self.guard = UpdateGuard(limits)
+        self.sample_rows: list[tuple[str | float, ...]] = []  # the table of samples of this iteration
 
     # Models
 
@@ -145,6 +164,7 @@ class OnPolicyModule(StageModule):
             sampling=self.sampling,
             tokenizer=self.tokenizer,
             num_generations=self.num_generations,
+            rollout_batch_size=self.rollout_batch_size,
             precision_context=lambda: self.trainer.precision_plugin.forward_context(),
         )
 
@@ -162,6 +182,8 @@ class OnPolicyModule(StageModule):
 
     def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
         """Run one iteration on a batch of prompts and yield the minibatches to train on."""
+        self.iterations += 1
+
         # 1. Sample responses from the current policy.
         rollout = self.collector.sample(prompts)
 
@@ -171,19 +193,21 @@ class OnPolicyModule(StageModule):
 
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
         raw_scores, components = self.collector.score(rollout, prompts)
-        self.scores.update(self._gather(raw_scores))
+        columns = response_columns(experience, raw_scores, components)
+        check_scores(columns["scores"], self.reward)
+        self.scores.update(columns["scores"])
         scores = self.scores(raw_scores, rollout.finished)
         rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
-        metrics = rollout_metrics(experience, raw_scores, rewards, self.kl, self.scores)
-        metrics |= {f"reward/{name}": values.mean() for name, values in components.items()}
+        metrics = rollout_metrics(columns, self.kl, self.scores)
+        shows_samples = self.trainer.is_global_zero and (self.iterations - 1) % self.sample_interval == 0
+        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples * shows_samples)
 
         # 4. Estimate advantages and, with a critic, returns.
-        advantages, returns = self.estimate_advantages(rewards, experience)
+        advantages, returns = self.estimate_advantages(rewards, scores, experience)
         metrics |= critic_metrics(experience, returns)
 
         # 5. Adapt the KL coefficient.
-        kl_per_sequence = self._gather(experience.kl_per_sequence)
-        self.kl.update(kl_per_sequence.mean(), kl_per_sequence.numel())
+        self.kl.update(metrics["objective/kl"], len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(
@@ -193,96 +217,50 @@ class OnPolicyModule(StageModule):
             first_split=first_split,
             passes=self.ppo_epochs,
             size=self.minibatch_size,
-            terms_are_sequences=self.loss_reduction is sequence_mean,
+            terms_are_sequences=self.loss_reduction is not masked_mean,
             rollout_metrics=metrics,
         )
 
-    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
+    def estimate_advantages(
+        self, rewards: Tensor, scores: Tensor, experience: Experience
+    ) -> tuple[Tensor, Tensor | None]:
         """Estimate advantages and, with a critic, returns: [batch, time] each.
 
         Args:
             rewards: [batch, time] reward of each token, including the KL penalty if it is applied to the reward.
+            scores: [batch] shaped scores, without the KL penalty.
             experience: The evaluated rollout.
         """
-        mask, group_size = experience.rollout.response_mask, self.num_generations
-        return call_estimator(self.advantage, rewards=rewards, response_mask=mask, group_size=group_size)
+        return call_estimator(self.advantage, **self.estimator_arguments(rewards, scores, experience))
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """Gather [batch] values of all ranks: [ranks * batch]."""
-        gathered = self.all_gather(values)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten()
+    def estimator_arguments(self, rewards: Tensor, scores: Tensor, experience: Experience) -> dict[str, Any]:
+        """Return the arguments that advantage estimators of this stage may declare; see ``rlhf.rl.advantages``."""
+        return {
+            "rewards": rewards,
+            "scores": scores,
+            "kl_penalty": self.kl.reward_coef * experience.kl,
+            "response_mask": experience.rollout.response_mask,
+            "group_size": self.num_generations,
+        }
 
-    # Updates
-
-    def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
-        if minibatch.first:
-            self.iteration_metrics.rollout = minibatch.rollout_metrics
-            self._rollout_stopped = False
-        if self._rollout_stopped:
-            return self._skip()
-        loss, metrics = self.training_loss(minibatch)
-        self._rollout_stopped = self.policy_update.stops_rollout(metrics, self._mean_over_ranks)
-        if self.policy_update.skips_minibatch(metrics, self._mean_over_ranks) or self._rollout_stopped:
-            return self._skip()
-        self.iteration_metrics.add_update({**metrics, "policy/skipped": 0.0})
-        return loss
-
-    def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = self.compute_loss(minibatch)
-        return loss * minibatch.loss_weight, {**metrics, "train/loss": loss}
+    # Updates and validation
 
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the unweighted loss of a minibatch and its metrics, ``update_metrics`` among them."""
         output = self.policy_update.policy_output(self.policies, minibatch)
         return self.policy_update.loss(self.policies, minibatch, output)
 
-    def frozen_modules(self) -> list[nn.Module]:
-        """Return the modules that the next optimizer step must not change."""
-        return self._trained() if self._step_skipped else []
-
-    def _skip(self) -> Tensor:
-        self._step_skipped = True
-        self.iteration_metrics.add_update({"policy/skipped": 1.0})
-        return zero_loss(self._trained())
-
-    def _trained(self) -> list[nn.Module]:
-        return [module for module, _ in self.trainable_modules()]
-
-    def _mean_over_ranks(self, value: Tensor) -> float:
-        return float(self.trainer.strategy.reduce(value.detach(), reduce_op="mean"))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        clear_gradients(self.frozen_modules())
-        self._step_skipped = False
-        self.iteration_metrics.add_update(self.optimizer_metrics(optimizer))
-
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        rollout = self.collector.sample(prompts)
-        experience = self.collector.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
+        # The same draws in every validation, and training draws as if there were no validation.
+        with separate_random_state(batch_idx * self.trainer.world_size + self.global_rank):
+            rollout = self.collector.sample(prompts)
+        experience = self.collector.evaluate_rollout(rollout, [range(len(rollout.input_ids))])
         metrics = {
             "score": self.collector.score(rollout, prompts)[0].mean(),
             "kl": experience.kl_per_sequence.mean(),
             "length": rollout.lengths.float().mean(),
+            "truncated": 1 - rollout.finished.float().mean(),
         }
-        self.log_val(metrics, len(prompts.input_ids))
-
-    # Logging
-
-    def on_train_batch_end(self, outputs: Any, minibatch: Minibatch, batch_idx: int) -> None:
-        if minibatch.last:
-            self._log_iteration()
-
-    def on_train_end(self) -> None:
-        if self.iteration_metrics.updates:  # trainer.max_steps ended training within an iteration.
-            self._log_iteration()
-
-    def _log_iteration(self) -> None:
-        """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
-        metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
-        self.metrics, self.metrics_step = {**metrics}, self.global_step
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
+        self.log_val(metrics, prompts.loss_terms)
 
     # Pre-flight checks and result
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf.tensors import last_true, masked_mean
+from rlhf.tensors import last_true, masked_mean, masked_variance
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def clipped_policy_loss(
         clip_range: eps_low, and eps_high unless ``clip_range_high`` is set.
         clip_range_high: eps_high; None: equal to ``clip_range``.
         dual_clip: c, above 1; None disables the dual clip.
-        loss_reduction: Mean over tokens (``masked_mean``) or over sequences (``sequence_mean``).
+        loss_reduction: Mean over tokens (``masked_mean``) or over sequences (``sequence_mean``, ``sequence_sum``).
 
     Returns:
         Scalar loss.
@@ -158,7 +158,7 @@ def clipped_value_loss(
         returns: [batch, time] regression targets.
         response_mask: [batch, time] bool, True on response tokens including EOS.
         clip_range: eps, in reward units; None disables clipping.
-        loss_reduction: Mean over tokens (``masked_mean``) or over sequences (``sequence_mean``).
+        loss_reduction: Mean over tokens (``masked_mean``) or over sequences (``sequence_mean``, ``sequence_sum``).
 
     Returns:
         Scalar loss, in squared reward units.
@@ -191,7 +191,7 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) 
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
-    """Fraction of the variance of the returns that the critic explains.
+    """Fraction of the variance of the returns that the critic explains, over the response tokens of all ranks.
 
         1 - Var(returns - values) / Var(returns)
 
@@ -203,5 +203,5 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
     Returns:
         Scalar, at most 1. A perfect critic gives 1; a constant one gives 0.
     """
-    residual_variance = (returns - values)[response_mask].var(correction=0)
-    return 1 - residual_variance / returns[response_mask].var(correction=0).clamp(min=1e-8)
+    residual_variance = masked_variance(returns - values, response_mask)
+    return 1 - residual_variance / masked_variance(returns, response_mask).clamp(min=1e-8)

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rlhf.models import Frozen, Policy, PolicyOutput, kl_divergence
+from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, kl_divergence
 from rlhf.rl.kl import ESTIMATORS, FULL
 
 
@@ -14,7 +14,8 @@ from rlhf.rl.kl import ESTIMATORS, FULL
 class PolicyWithReference:
     """A policy and its frozen reference model, both evaluated at the sampling temperature.
 
-    The tensor arguments of all methods have shape [batch, time].
+    The tensor arguments of all methods have shape [batch, time]. ``response_tokens`` is the number of True entries of
+    ``response_mask``, see ``Policy.forward``.
 
     Args:
         policy: The policy that is trained.
@@ -29,17 +30,25 @@ class PolicyWithReference:
     kl_estimator: str
 
     def policy_output(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, entropy_grad: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        *,
+        entropy: EntropyMode = "none",
+        response_tokens: int | None = None,
     ) -> PolicyOutput:
         """Evaluate the response tokens under the current policy."""
-        output: PolicyOutput = self.policy(
-            input_ids, attention_mask, response_mask, self.temperature, entropy_grad=entropy_grad
-        )
+        tokens = (input_ids, attention_mask, response_mask)
+        output: PolicyOutput = self.policy(*tokens, self.temperature, entropy=entropy, response_tokens=response_tokens)
         return output
 
-    def reference_output(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> PolicyOutput:
+    def reference_output(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
+    ) -> PolicyOutput:
         """Evaluate the response tokens under the reference model, without gradients."""
-        output: PolicyOutput = self.reference(input_ids, attention_mask, response_mask, self.temperature)
+        tokens = (input_ids, attention_mask, response_mask)
+        output: PolicyOutput = self.reference(*tokens, self.temperature, response_tokens=response_tokens)
         return output
 
     def kl(
@@ -60,7 +69,7 @@ class PolicyWithReference:
             assert ref_output is not None
             reference = cast(Policy, self.reference.model)
             return kl_divergence(
-                self.policy, output.hidden, reference, ref_output.hidden, response_mask, self.temperature
+                self.policy, output.states, reference, ref_output.states, response_mask, self.temperature
             )
         # Mask before the estimator: it must not see values on padding.
         return ESTIMATORS[self.kl_estimator](

@@ -1,9 +1,8 @@
-"""The policy loss of one update, and the limits that decide whether the update is made."""
+"""The policy loss of one update."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Minibatch
@@ -23,7 +22,7 @@ class PolicyUpdate:
         clip_range_high: Clip range of ratios above 1.
         entropy_coef: Coefficient of the entropy bonus.
         limits: Limits on updates.
-        loss_reduction: Mean over tokens or over sequences.
+        loss_reduction: Reduces [batch, time] terms and their mask to a scalar.
     """
 
     def __init__(
@@ -49,7 +48,8 @@ class PolicyUpdate:
             minibatch.input_ids,
             minibatch.attention_mask,
             minibatch.response_mask,
-            entropy_grad=self.entropy_coef != 0,
+            entropy="grad" if self.entropy_coef else "value",
+            response_tokens=minibatch.response_tokens,
         )
 
     def loss(
@@ -80,10 +80,11 @@ class PolicyUpdate:
         loss = surrogate
         metrics = update_metrics(minibatch, output, low=self.clip_range, high=self.clip_range_high)
         if self.entropy_coef:
+            assert output.entropy is not None
             loss = loss - self.entropy_coef * self.loss_reduction(output.entropy, minibatch.response_mask)
         if self.kl.in_loss:
             kl = self.loss_reduction(self._kl(policies, minibatch, output), minibatch.response_mask)
-            loss = loss + float(self.kl.coef) * kl
+            loss = loss + self.kl.coef * kl
             metrics["loss/kl_avg"] = kl
         return loss, {"loss/policy_avg": surrogate, **metrics}
 
@@ -93,29 +94,9 @@ class PolicyUpdate:
         reference = None
         if policies.needs_ref_output:
             reference = policies.reference_output(
-                minibatch.input_ids, minibatch.attention_mask, minibatch.response_mask
+                minibatch.input_ids,
+                minibatch.attention_mask,
+                minibatch.response_mask,
+                response_tokens=minibatch.response_tokens,
             )
         return policies.kl(output, minibatch.ref_logprobs, minibatch.response_mask, reference)
-
-    def stops_rollout(self, metrics: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], float]) -> bool:
-        """Whether this minibatch and all later ones of its rollout must be skipped; equal on all ranks."""
-        limit = self.limits.stop_kl_per_token
-        return limit is not None and mean_over_ranks(metrics["policy/approxkl_avg"]) > limit
-
-    def skips_minibatch(self, metrics: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], float]) -> bool:
-        """Whether this minibatch must be skipped; equal on all ranks."""
-        limit = self.limits.skip_ratio
-        return limit is not None and mean_over_ranks(metrics["policy/ratio"]) > limit
-
-
-def zero_loss(modules: Iterable[nn.Module]) -> Tensor:
-    """Return a loss of 0 that depends on every trainable parameter, as distributed training requires."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    return torch.stack([(parameter.flatten()[0] * 0.0).float() for parameter in parameters]).sum()
-
-
-def clear_gradients(modules: Iterable[nn.Module]) -> None:
-    """Remove all gradients, so that the optimizer leaves parameters and their moments unchanged."""
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.grad = None

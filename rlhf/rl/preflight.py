@@ -93,7 +93,7 @@ def check_first_ratio(collector: Collector, policy_update: PolicyUpdate, minibat
 
 def check_first_kl(collector: Collector, rollout: Rollout) -> Check:
     """Check that policy and reference model agree to the last bit before the first update."""
-    experience = collector.evaluate_rollout(rollout, [torch.arange(len(rollout.input_ids))])
+    experience = collector.evaluate_rollout(rollout, [range(len(rollout.input_ids))])
     differences = (experience.logprobs - experience.ref_logprobs).abs()
     distance = float(masked_sum(differences, rollout.response_mask).max())
     return Check(
@@ -112,8 +112,8 @@ def check_sampling_matches_scoring(module: StageModule, collector: Collector, pr
     policy = collector.policies.policy
     with torch.no_grad(), full_precision(module):
         rollout = collector.sampler.sample(prompts.input_ids, greedy)
-        is_argmax = policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask).is_argmax
-    fraction = float(is_argmax[rollout.response_mask].float().mean())
+        output = policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask, is_argmax=True)
+    fraction = float(output.is_argmax[rollout.response_mask].float().mean())
     return Check(
         "sampling and scoring use the same model",
         fraction >= 0.98,
@@ -134,4 +134,5 @@ def _rows(minibatch: Minibatch, rows: Tensor) -> Minibatch:
     tensors: dict[str, Any] = {
         field.name: value for field in fields(minibatch) if isinstance(value := getattr(minibatch, field.name), Tensor)
     }
-    return replace(minibatch, **{name: value[rows] for name, value in tensors.items()})
+    selected = {name: value[rows] for name, value in tensors.items()}
+    return replace(minibatch, **selected, response_tokens=int(selected["response_mask"].sum()))

@@ -1,9 +1,12 @@
 """Normalization and clipping of scores before they become rewards."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 
 
 class ScoreShaping(nn.Module):
@@ -13,7 +16,8 @@ class ScoreShaping(nn.Module):
         for a response without a stop token: shaped - penalty, or -penalty
 
     The running moments cover all scores since training started, on all devices, and are stored in checkpoints. They are
-    exact (Chan et al. 1983, parallel algorithm).
+    numbers of the host in double precision, whatever the precision of the models, and exact (Chan et al. 1983, parallel
+    algorithm).
 
     Args:
         subtract_mean: Subtract the running mean of all scores.
@@ -28,10 +32,6 @@ class ScoreShaping(nn.Module):
     Raises:
         ConfigError: A value is out of range.
     """
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
 
     def __init__(
         self,
@@ -57,23 +57,36 @@ class ScoreShaping(nn.Module):
         self.clip = clip
         self.missing_eos_penalty = missing_eos_penalty
         self.missing_eos = missing_eos
-        for name in ("count", "mean", "squares"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+        self.count = 0  # number of scores since training started
+        self.mean = 0.0
+        self.squares = 0.0  # sum of squared distances from the mean
 
     @property
-    def std(self) -> Tensor:
+    def std(self) -> float:
         """Running standard deviation of all scores; 1 until two different scores have been seen."""
-        variance = self.squares / self.count.clamp(min=1)
-        return torch.where(variance > 1e-12, variance, 1.0).sqrt()
+        variance = self.squares / max(self.count, 1)
+        return math.sqrt(variance) if variance > 1e-12 else 1.0
 
     def update(self, scores: Tensor) -> None:
-        """Update the running moments with the scores of a rollout: [batch]."""
-        scores = scores.double()
-        total = self.count + len(scores)
-        delta = scores.mean() - self.mean
-        self.squares += (scores - scores.mean()).square().sum() + delta.square() * self.count * len(scores) / total
-        self.mean += delta * len(scores) / total
-        self.count.copy_(total)
+        """Update the running moments with the scores of a rollout.
+
+        Args:
+            scores: [batch] scores of all ranks, in reward units, preferably on the CPU: they are read by the host.
+        """
+        values = scores.detach().cpu().double()
+        mean, squares = float(values.mean()), float((values - values.mean()).square().sum())
+        total, delta = self.count + len(values), mean - self.mean
+        self.squares += squares + delta**2 * self.count * len(values) / total
+        self.mean += delta * len(values) / total
+        self.count = total
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the running moments, for checkpoints."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the running moments of a checkpoint."""
+        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
 
     def forward(self, scores: Tensor, finished: Tensor) -> Tensor:
         """Shape scores.
@@ -85,10 +98,25 @@ class ScoreShaping(nn.Module):
         Returns:
             [batch] shaped scores.
         """
-        shaped = scores - self.mean.to(scores) if self.subtract_mean else scores
+        shaped = scores - self.mean if self.subtract_mean else scores
         if self.scale_by_std:
-            shaped = shaped / self.std.to(scores)
+            shaped = shaped / self.std
         if self.clip is not None:
             shaped = shaped.clamp(-self.clip, self.clip)
         unfinished = shaped if self.missing_eos == "subtract" else torch.zeros_like(shaped)
         return torch.where(finished, shaped, unfinished - self.missing_eos_penalty)
+
+
+def check_scores(scores: Tensor, reward: nn.Module) -> None:
+    """Refuse scores that are not finite: they would make the policy NaN.
+
+    Args:
+        scores: [batch] scores of all ranks, on the CPU.
+        reward: The reward function that returned them.
+    """
+    faults = int((~scores.isfinite()).sum())
+    if faults:
+        raise DataError(
+            f"The reward function {type(reward).__name__} returned a score that is not finite for {faults} of "
+            f"{len(scores)} responses."
+        )

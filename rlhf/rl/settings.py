@@ -1,14 +1,17 @@
 """Checks of the settings that the on-policy stages share, made before any model is loaded."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
+
+from torch import Tensor
 
 from rlhf.errors import ConfigError
 from rlhf.sampling import SamplingParams
-from rlhf.tensors import masked_mean, sequence_mean
+from rlhf.tensors import masked_mean, sequence_mean, sequence_sum
 
-LOSS_REDUCTIONS = {"token_mean": masked_mean, "sequence_mean": sequence_mean}
+LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -27,6 +30,28 @@ def check_sampling(sampling: SamplingParams) -> None:
             "the full vocabulary: the responses come from a narrower distribution than the one that is updated.",
             sampling.top_k,
             sampling.top_p,
+        )
+
+
+def loss_reduction_function(name: str, max_new_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that reduces [batch, time] terms and their mask to a scalar loss."""
+    if name == "sequence_sum":
+        return partial(sequence_sum, length=max_new_tokens)
+    return sequence_mean if name == "sequence_mean" else masked_mean
+
+
+def check_collection(rollout_batch_size: int | None, samples: int, sample_interval: int) -> None:
+    """Refuse sizes of rollouts and sample tables that are out of range."""
+    if rollout_batch_size is not None and rollout_batch_size < 1:
+        raise ConfigError(
+            f"stage.rollout_batch_size must be at least 1 or null, got {rollout_batch_size}.",
+            "Set stage.rollout_batch_size=64 or remove it.",
+        )
+    if samples < 0:
+        raise ConfigError(f"stage.samples must be >= 0, got {samples}.", "Set stage.samples=4.")
+    if sample_interval < 1:
+        raise ConfigError(
+            f"stage.sample_interval must be at least 1, got {sample_interval}.", "Set stage.sample_interval=10."
         )
 
 

@@ -207,7 +207,7 @@ def outcome(tiny_run: TinyRun, *, stage: dict[str, Any], data: dict[str, Any], t
     small = {"samples": 1, "max_new_tokens": 4, "learning_rate": 1e-4}  # so low that responses do not end at once
     run = tiny_run.build("sft", data=keys, trainer={"max_epochs": 2, **trainer}, **{**small, **stage})
     samples: list[Any] = []
-    run.module.log_samples = samples.append
+    run.module.log_samples = lambda header, rows: samples.append(rows)
     lightning.seed_everything(7, verbose=False)
     try:
         run.trainer.fit(run.module, run.datamodule)
@@ -224,7 +224,8 @@ def test_18_every_key_is_tried(repo: Path) -> None:
     """The test below changes every key of SFT, of its data and of the optimizer that all stages share."""
     sft = OmegaConf.load(repo / "conf" / "stage" / "sft.yaml")
     data = {*OmegaConf.load(repo / "conf" / "data" / "demo.yaml").data, *sft.data}
-    assert set(sft.stage) - {"_target_", "sampler"} == STAGE.keys()
+    without_effect = {"_target_", "sampler", "gradient_checkpointing"}  # These change no result.
+    assert set(sft.stage) - without_effect == STAGE.keys()
     assert data - {"_target_", "test"} - ONLY_HUB == DATA.keys()
     for stage in STAGES:
         assert OPTIMIZER.keys() <= set(compose_config(f"stage={stage}").stage)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -155,12 +155,14 @@ def test_12_ranks_whose_responses_end_at_different_steps_stay_in_step(two_ranks:
     torch.testing.assert_close(one, other, **EXACT)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_12_sharded_models_are_rejected(strategy: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With sharded models every forward pass is a collective operation. Lightning rejects these strategies on a CPU, so
-    the Trainer is a fake.
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_12_strategies_that_do_not_gather_models_for_sampling_are_rejected(
+    strategy: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sharded models every forward pass is a collective operation, except where sampling gathers the model first:
+    trainer=fsdp. Lightning rejects these strategies on a CPU, so the Trainer is a fake.
     """
-    monkeypatch.setattr("rlhf.run.instantiate", lambda *_, **__: SimpleNamespace(strategy=strategy()))
+    monkeypatch.setattr("rlhf.run.instantiate", lambda *_, **__: SimpleNamespace(strategy=strategy.__new__(strategy)))
     trainer = {"strategy": "fsdp", "enable_progress_bar": None, "enable_checkpointing": None}
-    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp.*\n.*trainer=ddp"):
+    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp.*\n.*trainer=fsdp"):
         build_trainer(OmegaConf.create({"callbacks": {}, "logger": {}, "trainer": trainer}), [])

@@ -66,7 +66,7 @@ def test_only_policy_and_critic_are_trained(tiny_run: TinyRun) -> None:
     assert weights_differ(module.critic, tiny_run.reward_model)
     frozen = [*module.reference.model.modules(), *module.reward.model.model.modules()]
     assert not any(submodule.training for submodule in frozen)
-    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores", "kl", "iterations"}
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "scores", "kl", "_extra_state"}
 
 
 def test_a_shared_critic_is_a_head_on_the_policy(tiny_run: TinyRun) -> None:
@@ -171,7 +171,7 @@ def test_an_estimator_without_values_builds_no_critic(tiny_run: TinyRun) -> None
     """RLOO in PPO: the policy is trained, and neither state dict nor metrics contain a critic."""
     run = tiny_run.train("ppo", advantage=rloo, num_generations=4)
     assert weights_differ(run.module.policy.lm, tiny_run.lm)
-    assert {name.split(".")[0] for name in run.module.state_dict()} == {"policy", "scores", "kl", "iterations"}
+    assert {name.split(".")[0] for name in run.module.state_dict()} == {"policy", "scores", "kl", "_extra_state"}
     assert run.batches[0].old_values is None
     assert not {"loss/value_avg", "critic/explained_variance"} & {name for call in run.logger.calls for name in call}
 

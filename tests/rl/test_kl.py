@@ -55,7 +55,7 @@ def test_full_kl_matches_the_softmax_of_the_logits(lm: PreTrainedModel) -> None:
     response_mask[:, :3] = False
     policy, reference = Policy(lm), Policy(other)
     with torch.no_grad():
-        hidden = [model(tokens, mask, response_mask).hidden for model in (policy, reference)]
+        hidden = [model(tokens, mask, response_mask).states for model in (policy, reference)]
         kl = kl_divergence(policy, hidden[0], reference, hidden[1], response_mask, 0.7)
         ours, theirs = ((model(tokens).logits[:, 2:-1] / 0.7).softmax(-1) for model in (lm, other))
     torch.testing.assert_close(kl[:, 3:], (ours * (ours / theirs).log()).sum(-1), rtol=1e-4, atol=1e-6)

@@ -152,7 +152,10 @@ def test_invalid_limits_are_refused(keys: dict[str, float], message: str) -> Non
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"loss_reduction": "sum"}, r"stage\.loss_reduction must be one of token_mean, sequence_mean, got sum"),
+        (
+            {"loss_reduction": "sum"},
+            r"stage\.loss_reduction must be one of token_mean, sequence_mean, sequence_sum, got sum",
+        ),
         ({"clip_range": 0.0}, r"stage\.clip_range must be positive, got 0"),
         ({"clip_range_high": 0.0}, r"stage\.clip_range_high must be positive, got 0"),
         ({"ppo_epochs": 0}, r"stage\.ppo_epochs must be at least 1, got 0"),

@@ -26,8 +26,8 @@ def test_running_moments_match_torch_over_all_scores() -> None:
         scores.update(batch)
         batches.append(batch.double())
         all_scores = torch.cat(batches)
-        torch.testing.assert_close(scores.mean, all_scores.mean())
-        torch.testing.assert_close(scores.std, all_scores.std(correction=0))
+        assert scores.mean == pytest.approx(float(all_scores.mean()), rel=1e-12)
+        assert scores.std == pytest.approx(float(all_scores.std(correction=0)), rel=1e-12)
         assert scores.count == len(all_scores)
 
 
@@ -77,9 +77,9 @@ def test_running_moments_are_stored_in_checkpoints() -> None:
     new.load_state_dict(old.state_dict())
     for scores in (old, new):
         scores.update(torch.tensor([9.0]))  # mean of 1, 5, 9: 5; variance 32/3
-    torch.testing.assert_close(new.mean.item(), 5.0)
-    torch.testing.assert_close(new.std.item(), (32 / 3) ** 0.5)
-    torch.testing.assert_close(dict(new.state_dict()), dict(old.state_dict()), rtol=0.0, atol=0.0)
+    assert new.mean == pytest.approx(5.0)
+    assert new.std == pytest.approx((32 / 3) ** 0.5)
+    assert new.state_dict() == old.state_dict()
 
 
 def test_a_clip_range_of_0_is_refused() -> None:

@@ -1,0 +1,91 @@
+"""Updates on minibatches of experience: limits, metrics and logging."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.rl.experience import Minibatch
+from rlhf.rl.metrics import IterationMetrics
+from rlhf.rl.skipping import UpdateGuard, clear_gradients, zero_loss
+from rlhf.stage import StageModule
+
+
+class UpdateModule(StageModule):
+    """A stage that trains on minibatches of experience and logs once per iteration.
+
+    Attributes:
+        guard: Decides which minibatches are skipped.
+        iteration_metrics: Metrics of the current iteration.
+        iterations: Number of iterations started.
+        sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
+    """
+
+    guard: UpdateGuard
+    iteration_metrics: IterationMetrics
+    iterations: int
+    sample_rows: Sequence[tuple[str | float, ...]]
+
+    def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
+        if minibatch.first:
+            self.iteration_metrics.rollout = minibatch.rollout_metrics
+            self.guard.start_rollout()
+        if not self.guard.rollout_stopped:
+            loss, metrics = self.training_loss(minibatch)
+            if self.guard.accepts(metrics, minibatch.response_tokens):
+                self.iteration_metrics.add_minibatch(minibatch, metrics)
+                return loss
+        self.iteration_metrics.add_update({"policy/skipped": 1.0})
+        return zero_loss(self._trained())
+
+    def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.compute_loss(minibatch)
+        return loss * minibatch.loss_weight, {**metrics, "train/loss": loss}
+
+    @abstractmethod
+    def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the unweighted loss of a minibatch and its metrics, ``update_metrics`` among them."""
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that the next optimizer step must not change."""
+        return self._trained() if self.guard.step_is_empty else []
+
+    def _trained(self) -> list[nn.Module]:
+        return [module for module, _ in self.trainable_modules()]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        clear_gradients(self.frozen_modules())
+        self.guard.start_step()
+        self.iteration_metrics.add_update(self.optimizer_metrics(optimizer))
+
+    # Logging
+
+    def on_train_batch_end(self, outputs: Any, minibatch: Minibatch, batch_idx: int) -> None:
+        if minibatch.last:
+            self._log_iteration()
+
+    def on_train_end(self) -> None:
+        if self.iteration_metrics.updates:  # trainer.max_steps ended training within an iteration.
+            self._log_iteration()
+
+    def _log_iteration(self) -> None:
+        """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
+        metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
+        self.metrics, self.metrics_step = {**metrics}, self.global_step
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        if self.sample_rows:
+            self.log_samples(("prompt", "response", "score", "KL in nats"), self.sample_rows)
+            self.sample_rows = []
+
+    # Checkpoints
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the number of iterations, for checkpoints."""
+        return {"iterations": self.iterations}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the number of iterations of a checkpoint."""
+        self.iterations = int(state["iterations"])
