@@ -139,6 +139,8 @@ def options(cfg: DictConfig, path: str, prefix: str | None = None) -> Iterator[O
         prefix: What is typed in front of a key; None: the path.
     """
     node = OmegaConf.select(cfg, path)
+    if node is None:  # adapter=none
+        return
     target = get_object(node._target_)
     for name in node:
         if name.startswith("_"):
@@ -323,6 +325,7 @@ def sections() -> Iterator[str]:
     yield HEADER.strip()
     yield general_section()
     yield group_section("Models", "model", "model")
+    yield group_section("Adapters", "adapter", "adapter")
     yield data_section()
     yield from stage_sections()
     yield group_section("Losses of stage=dpo", "loss", "stage.loss")

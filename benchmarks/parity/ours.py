@@ -38,7 +38,7 @@ from cases import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data import PreferenceDataModule, SequenceBatch, UnpairedDataModule
+from rlhf.data import PreferenceDataModule, SequenceBatch, UnpairedDataModule, replace_response
 from rlhf.dpo import DPOModule, KTOModule, objective
 from rlhf.models import Pretrained
 from rlhf.ppo import PPOModule
@@ -109,8 +109,8 @@ STAGES = {
 def in_file_order(datamodule: type) -> type:
     """Return a subclass of a datamodule whose training rows are in file order.
 
-    Batches of unpaired preferences are reversed, because our KL baseline of KTO combines a prompt with the response of
-    the next row, and TRL's with that of the previous row.
+    Our KL baseline of KTO combines a prompt with a response to another prompt, and TRL's with that of the previous row
+    of the batch. Unpaired rows get TRL's combinations here.
     """
 
     class InFileOrder(datamodule):
@@ -119,14 +119,21 @@ def in_file_order(datamodule: type) -> type:
         def train_dataloader(self) -> Any:
             return self.loader("train")
 
-        def collate(self, rows: list[Any]) -> Any:
-            return super().collate(rows[::-1] if datamodule is UnpairedDataModule else rows)
+        def encoded(self, split: str) -> list[Any]:
+            rows = super().encoded(split)
+            if datamodule is UnpairedDataModule:
+                for first in range(0, len(rows), BATCH_SIZE):
+                    batch = rows[first : first + BATCH_SIZE]
+                    for row, previous in zip(batch, [batch[-1], *batch], strict=False):
+                        bos = self.tokenizer.bos_token_id
+                        row.mismatched = replace_response(row.text, previous.text, MAX_LENGTH, bos)
+            return rows
 
     return InFileOrder
 
 
 class Recorder(lightning.Callback):
-    """Records the logged metrics of every step and a hash of every batch, with its rows in TRL's order."""
+    """Records the logged metrics of every step and a hash of every batch."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -137,8 +144,7 @@ class Recorder(lightning.Callback):
         sequences = batch if isinstance(batch, SequenceBatch) else batch.sequences
         # TRL's reward trainer does not know which part of a sequence is the response.
         mask = sequences.attention_mask if self.stage == "reward" else sequences.response_mask
-        rows = rows_of(sequences, mask)
-        self.batches.append(fingerprint(rows[::-1] if self.stage == "kto" else rows))
+        self.batches.append(fingerprint(rows_of(sequences, mask)))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})

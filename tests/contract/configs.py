@@ -122,7 +122,9 @@ def combinations() -> list[tuple[str, ...]]:
         for model in choices("model")
         for data in choices("data")
     ]
-    every_stage = [("stage=sft", f"{group}={name}") for group in ("logger", "callbacks") for name in choices(group)]
+    every_stage = [
+        ("stage=sft", f"{group}={name}") for group in ("logger", "callbacks", "adapter") for name in choices(group)
+    ]
     every_stage += [(f"stage={stage}", f"trainer={name}") for stage in ("sft", "ppo") for name in choices("trainer")]
     some_stages = [
         (f"stage={info.name}", f"{group}={name}")

@@ -26,7 +26,7 @@ FROM_RUN = {"callbacks", "logger", "tokenizer"}
 FROM_STAGE = {
     *("chosen", "rejected", "margins", "chosen_lengths", "rejected_lengths", "beta"),
     *("log_ratios", "desirable", "kl"),
-    *("rewards", "response_mask", "values", "group_size", "gamma", "gae_lambda"),
+    *("rewards", "scores", "kl_penalty", "response_mask", "values", "group_size", "gamma", "gae_lambda"),
 }
 
 

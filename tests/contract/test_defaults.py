@@ -23,6 +23,7 @@ def compared_nodes() -> list[tuple[tuple[str, ...], str]]:
     """Return overrides and the path of a node to compare."""
     found = [((f"stage={stage}",), node) for stage in STAGES for node in ("stage", "data", "callbacks", "logger")]
     found += [(("stage=sft", f"model={name}"), "model") for name in choices("model")]
+    found += [(("stage=sft", "adapter=lora"), "adapter")]
     for group, node in GROUP_NODES.items():
         stage = next((info.name for info in stages().values() if group in info.groups), None)
         if stage is not None:
@@ -63,10 +64,17 @@ def test_signature_defaults_equal_the_yaml(overrides: tuple[str, ...], path: str
             value = jsonl[name] if path == "data" and name in jsonl else node[name]
             if is_computed(value):
                 continue
-            if comparable(value) != comparable(parameter.default):
+            if comparable(value) != comparable(stage_default(cfg, path, below).get(name, parameter.default)):
                 key = ".".join(part for part in (path, below, name) if part)
                 differences.append(f"{key}: {value!r} in the yaml, {parameter.default!r} in {node['_target_']}")
     assert differences == []
+
+
+def stage_default(cfg: dict[str, Any], path: str, below: str) -> dict[str, Any]:
+    """Return the keywords of a settings object that its stage sets by default: ``default_kl`` of GRPO, for example."""
+    if path != "stage" or not below:
+        return {}
+    return getattr(getattr(get_object(cfg["stage"]["_target_"]), f"default_{below}", None), "keywords", {})
 
 
 def is_ours(target: Any, name: str) -> bool:

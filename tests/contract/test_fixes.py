@@ -22,10 +22,10 @@ FIELD = "\N{REPLACEMENT CHARACTER}"  # stands for a field of an f-string
 VALUE = r"""(\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|<[^>]*>[^\s,;'")]*|[^\s,;'")]+)"""
 OVERRIDE = re.compile(rf"""(?:^|[\s'"(`])([a-z_{FIELD}][\w.{FIELD}]*)={VALUE}""")
 MENTIONED_KEY = re.compile(
-    rf"\b((?:stage|data|trainer|model|reward|callbacks|pipeline|paths)\.[a-z_{FIELD}][\w.{FIELD}]*)(?!\w*\()"
+    rf"\b((?:stage|data|trainer|model|adapter|reward|callbacks|pipeline|paths)\.[a-z_{FIELD}][\w.{FIELD}]*)(?!\w*\()"
 )
 # Words before an equals sign that are Python arguments, not keys: the error tells what to write in code.
-PYTHON_ARGUMENTS = {"weights_only", "torch_dtype", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
+PYTHON_ARGUMENTS = {"base", "weights_only", "torch_dtype", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
 
 
 def text_of(node: ast.AST) -> str:
@@ -73,7 +73,7 @@ def known_keys() -> dict[str, tuple[str, ...]]:
     cases += [
         (f"stage={info.name}", f"{group}={name}")
         for info in stages().values()
-        for group in (*info.groups, "model", "data")
+        for group in (*info.groups, "model", "data", "adapter")
         for name in choices(group)
         if group != "rl"
     ]

@@ -83,7 +83,8 @@ class Bench:
         flags = {name: value for name, value in OmegaConf.to_container(cfg.trainer).items() if name != "_target_"}
         silent = {"enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
         quick_trainer(**{**flags, **silent, "default_root_dir": str(self.folder)}).fit(module, data)
-        return {name: value.clone() for name, value in module.state_dict().items() if value.is_floating_point()}
+        tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+        return {name: value.clone() for name, value in tensors.items() if value.is_floating_point()}
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +146,9 @@ def test_equal_overrides_give_equal_weights(bench: Bench) -> None:
 def own_keys(*overrides: str) -> set[str]:
     """Return the keys of the stage, its data, its model and its reward function; evaluation trains nothing."""
     cfg = composed_dict(*overrides)
-    nodes = {name: cfg[name] for name in ("stage", "data", "model", "reward") if isinstance(cfg.get(name), dict)}
+    nodes = {
+        name: cfg[name] for name in ("stage", "data", "model", "adapter", "reward") if isinstance(cfg.get(name), dict)
+    }
     keys = leaf_keys(nodes)
     return {key for key in keys if not key.endswith((".reward", "._target_"))}
 
@@ -154,7 +157,7 @@ def own_keys(*overrides: str) -> set[str]:
 def test_every_option_is_in_the_table(stage: str) -> None:
     """Also those of every choice of model, loss, advantage estimator and reward function."""
     keys = own_keys(f"stage={stage}", "data=jsonl")
-    for group in ("model", *stages()[stage].groups):
+    for group in ("model", "adapter", *stages()[stage].groups):
         for name in choices(group) if group != "rl" else ():
             keys |= own_keys(f"stage={stage}", "data=jsonl", f"{group}={name}")
     listed = {effect.key for effect in EFFECTS}
