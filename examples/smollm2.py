@@ -2,7 +2,7 @@
 
 The script prepares the data and runs ``python train.py experiment=smollm2``. SFT, the reward model and DPO learn from
 preferences between the responses of other models. GRPO then learns to respond in at most twelve words, which a function
-verifies, while the reward model scores what the response says.
+verifies, while the reward model scores its responses as well.
 
     python examples/smollm2.py --model <folder> --pairs <file.jsonl> [<file.jsonl> ...]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.data import Batch, EncodedResponse, PromptBatch, RecordDataModule, SequenceBatch
-from rlhf.models import Frozen, Policy, ScalarModel, frozen_in_float32
+from rlhf.models import Frozen, Policy, ScalarModel, frozen_in_float32, is_sharded
 from rlhf.stage import StageModule
 
 B = TypeVar("B", bound=Batch)
@@ -151,7 +151,9 @@ def tolerance(module: StageModule) -> float:
 
 
 def _has_full_precision(module: nn.Module) -> bool:
-    return all(parameter.dtype in FULL_PRECISION for parameter in module.parameters())
+    # Shards of frozen models keep the dtype of autocast: ``frozen_in_float32`` cannot replace them.
+    shards = [part.model for part in module.modules() if isinstance(part, Frozen) and is_sharded(part.model)]
+    return all(parameter.dtype in FULL_PRECISION for model in (module, *shards) for parameter in model.parameters())
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

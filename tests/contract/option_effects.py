@@ -144,6 +144,7 @@ ELSEWHERE = {
     "stage.sample_interval": "only shown: tests/rl",
     "stage.max_new_tokens": "of the samples that are shown",
     "stage.sampler.stop_interval": "speed: tests/sampling/test_sampler.py shows equal responses",
+    "stage.gradient_checkpointing": "memory: tests/models/test_checkpointing.py shows equal gradients",
     "stage.precompute_ref_logprobs": "speed: tests/dpo/test_ref_logprobs.py shows equal weights",
     "stage.ref_logprobs_cache": "speed: tests/dpo/test_ref_logprobs.py shows equal weights",
     "data.train": "an input",

@@ -65,7 +65,21 @@ def train(rank: int, tiny_run: TinyRun, ranks: int) -> dict[str, Any]:
             results["samples"] = sample(run.module, 16 if rank else 2)
         if stage == "ppo":
             results["uneven"] = uneven(run.module, rank)
+    if ranks > 1:
+        results["mixed"] = mixed_precision(tiny_run, ranks)
     return results
+
+
+def mixed_precision(tiny_run: TinyRun, ranks: int) -> dict[str, Any]:
+    """Train one step of DPO under bf16-mixed, and count the bytes of the reference model."""
+    flags = {**strategy(ranks), "max_steps": 1, "precision": "bf16-mixed", "default_root_dir": tiny_run.folder}
+    run = tiny_run.train("dpo", trainer=flags, precompute_ref_logprobs=False)
+    parameters = [local_tensor(parameter) for parameter in run.module.reference.model.parameters()]
+    return {
+        "margin": run.curve("rewards/margins")[0],
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+    }
 
 
 def describe_shards(module: nn.Module) -> dict[str, Any]:
@@ -168,6 +182,14 @@ def test_ranks_sample_different_numbers_of_tokens_from_the_gathered_policy(resul
 
 def test_ranks_sample_and_score_different_numbers_of_batches(results: Any) -> None:
     assert [result["uneven"] for result in results] == [[5], [5], [2]]
+
+
+def test_frozen_matrices_are_sharded_in_the_dtype_of_autocast(results: Any) -> None:
+    """They take 2 bytes instead of 4. Before the first step, log-probs of policy and reference model are equal."""
+    for result in results[1:]:
+        found = result["mixed"]
+        assert 2 * found["parameters"] < found["bytes"] < 3 * found["parameters"]
+        assert found["margin"] == 0
 
 
 # Checkpoints

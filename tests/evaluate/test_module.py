@@ -238,7 +238,10 @@ def test_responses_that_end_with_a_stop_token_are_completed_for_the_reward_model
 def test_models_are_evaluated_in_half_precision(
     evaluation: Evaluation, policy: FakeSource, reward_model: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``trainer.precision=bf16-true`` holds for models that are opened during the test as well."""
+    """``trainer.precision=bf16-true`` holds for models that are opened during the test as well.
+
+    The tolerance is that of bfloat16, which has three significant digits.
+    """
     dtypes: list[torch.dtype] = []
     monkeypatch.setattr(FakeSampler, "sync", recording(FakeSampler.sync, dtypes))
     models = {"sft": policy, "ppo": shifted(policy)}
