@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, Policy, disable_dropout, open_reference
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
 
@@ -187,8 +187,8 @@ class PreferenceModule(StageModule):
         plugin: Any = self.trainer.precision_plugin
         with separate_random_state(0), torch.device("cpu"):
             reference = self._open_reference()
-        if isinstance(plugin, MixedPrecision):
-            reference.cast_matrices(torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        if (dtype := autocast_dtype(plugin)) is not None:
+            reference.cast_matrices(dtype)
         yield plugin.convert_module(reference).to(self.device)
 
     def ref_logprobs(self, sequences: SequenceBatch, precomputed: Tensor | None) -> Tensor | None:

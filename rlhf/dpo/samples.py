@@ -24,9 +24,9 @@ def sample_responses(module: Any, datamodule: RecordDataModule) -> tuple[Sequenc
     """
     prompts = datamodule.sample_prompts(module.samples, module.sampling.max_new_tokens)
     module.sampler.sync(module.policy.lm, module.tokenizer)
-    rollout = module.sampler.sample([input_ids for input_ids, _ in prompts], module.sampling)
-    sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask).to(module.device)
     with module.trainer.precision_plugin.forward_context():
+        rollout = module.sampler.sample([input_ids for input_ids, _ in prompts], module.sampling)
+        sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask).to(module.device)
         columns = _rewards_and_kl(module, sequences)
     texts = zip((prompt.raw_text for _, prompt in prompts), rollout.decode(module.tokenizer), strict=True)
     rows = zip(texts, *(values.tolist() for values in columns.values()), strict=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +29,7 @@ from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
+from rlhf.stage.precision import autocast_dtype
 from rlhf.tensors import masked_sum
 
 log = logging.getLogger(__name__)
@@ -134,8 +134,8 @@ class EvaluateModule(lightning.LightningModule):
     def opened(self, model: Frozen) -> Iterator[Any]:
         """Move a model to the device, in the Trainer's precision, and free its memory at the end of the context."""
         plugin: Any = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision):
-            model.cast_matrices(torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        if (dtype := autocast_dtype(plugin)) is not None:
+            model.cast_matrices(dtype)
         try:
             yield plugin.convert_module(model).to(self.device)
         finally:

@@ -99,7 +99,8 @@ class SFTModule(StageModule):
         """Return the first validation prompts, each with a greedy response."""
         rows = datamodule.sample_prompts(self.samples)
         self.sampler.sync(self.policy.lm, self.tokenizer)
-        rollout = self.sampler.sample([input_ids for input_ids, _ in rows], self.sampling)
+        with self.trainer.precision_plugin.forward_context():
+            rollout = self.sampler.sample([input_ids for input_ids, _ in rows], self.sampling)
         responses = rollout.decode(self.tokenizer)
         return [(prompt.raw_text, response) for (_, prompt), response in zip(rows, responses, strict=True)]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from rlhf.models import (
 )
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
+from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
 from rlhf.stage.step_metrics import Metrics
@@ -164,9 +164,9 @@ class StageModule(ReportingModule):
         self.strict_loading = not base_weights(self)  # Checkpoints leave out the frozen base of adapters.
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(module for module, _ in self.trainable_modules())
-        plugin = None if self._trainer is None else self._trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision):
-            cast_frozen_matrices(self, torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+        dtype = None if self._trainer is None else autocast_dtype(self._trainer.precision_plugin)
+        if dtype is not None:
+            cast_frozen_matrices(self, dtype)
         if self.device_mesh is not None:  # trainer=fsdp
             shard(self, self.device_mesh)
 
@@ -180,7 +180,7 @@ class StageModule(ReportingModule):
     def configure_optimizers(self) -> Any:
         # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
         # gradient scaler. None lets PyTorch choose among its other implementations.
-        fused = None if isinstance(self.trainer.precision_plugin, MixedPrecision) else True
+        fused = True if autocast_dtype(self.trainer.precision_plugin) is None else None
         groups = parameter_groups(self.trainable_modules(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
         scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -414,6 +414,16 @@ def test_every_stage_trains_the_adapter_and_nothing_of_the_base(
         assert run.curve("objective/kl")[0] == 0.0
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_samples_are_drawn_in_the_precision_of_training(
+    stage: str, tiny_run: TinyRun, base: Export, reward_base: Export
+) -> None:
+    """Without autocast, a model whose frozen linear layers are stored in bfloat16 cannot run."""
+    flags = {"precision": "bf16-mixed", "max_steps": 1}
+    run = tiny_run.train(stage, trainer=flags, samples=2, **sources(stage, base, reward_base))
+    assert torch.bfloat16 in {parameter.dtype for parameter in run.module.policy.parameters()}
+
+
 def sources(stage: str, base: Export, reward_base: Export) -> dict[str, Any]:
     """Return inputs of a stage as sources with adapters on one shared base."""
     shared = SharedBase()

@@ -4,7 +4,7 @@ The script prepares the data and runs ``python train.py experiment=smollm2``. SF
 preferences between the responses of other models. GRPO then learns to respond in at most twelve words, which a function
 verifies, while the reward model scores its responses as well.
 
-    python examples/smollm2.py --model <folder> --pairs <file.jsonl> [<file.jsonl> ...]
+    python benchmarks/smollm2.py --model <folder> --pairs <file.jsonl> [<file.jsonl> ...]
 
 The files hold preference pairs, ``{"prompt": ..., "chosen": ..., "rejected": ...}``, such as those of AlpacaEval. Every
 fifth prompt is held out, with all of its pairs.
