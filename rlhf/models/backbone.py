@@ -16,7 +16,7 @@ from rlhf.tensors import scatter, states_before, true_positions
 EntropyMode: TypeAlias = Literal["none", "value", "grad"]
 
 
-def skip_padding_check(trunk: nn.Module) -> None:
+def skip_padding_check(trunk: Any) -> None:
     """Let a model not look for padding tokens when it is called without an attention mask, as GPT-2 does.
 
     The host would wait for the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.

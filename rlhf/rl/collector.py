@@ -85,8 +85,9 @@ class Collector:
         with self.precision_context():
             for rows in split:
                 index = torch.tensor(rows, device=rollout.input_ids.device)
+                input_ids, attention_mask, response_mask = select_rows(rollout, lengths, rows)
                 count = sum(lengths.responses[row] for row in rows)
-                for name, values in self._evaluate(*select_rows(rollout, lengths, rows), count).items():
+                for name, values in self._evaluate(input_ids, attention_mask, response_mask, count).items():
                     if name not in tensors:
                         tensors[name] = torch.zeros_like(rollout.input_ids, dtype=torch.float)
                     tensors[name][index, : values.shape[1]] = values.float()

@@ -62,7 +62,7 @@ def test_the_main_commands_work_on_a_bare_machine() -> None:
         line for _, block in fenced_blocks(README, "bash") for line in block.splitlines() if "pip install" in line
     ]
     assert "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python train.py" in installs
-    assert "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest" in installs
+    assert "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n 2" in installs
 
 
 # -- guides

@@ -419,8 +419,9 @@ def test_samples_are_drawn_in_the_precision_of_training(
     stage: str, tiny_run: TinyRun, base: Export, reward_base: Export
 ) -> None:
     """Without autocast, a model whose frozen linear layers are stored in bfloat16 cannot run."""
-    flags = {"precision": "bf16-mixed", "max_steps": 1}
-    run = tiny_run.train(stage, trainer=flags, samples=2, **sources(stage, base, reward_base))
+    data = {"val_fraction": 0.5}
+    flags = {"precision": "bf16-mixed"}
+    run = tiny_run.train(stage, data=data, trainer=flags, samples=2, **sources(stage, base, reward_base))
     assert torch.bfloat16 in {parameter.dtype for parameter in run.module.policy.parameters()}
 
 
