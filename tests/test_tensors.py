@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nan
 
+from ranks import in_ranks
 from rlhf.tensors import (
     discounted_cumsum,
     last_true,
     masked_mean,
     masked_scale,
     masked_sum,
+    masked_variance,
     masked_whiten,
     pad_right,
     scatter,
     sequence_mean,
+    sequence_sum,
     states_before,
     true_positions,
 )
@@ -137,3 +140,47 @@ def test_discounted_cumsum_by_hand() -> None:
     mask = torch.tensor([[False, True, True, True, False], [False, True, False, False, False]])
     expected = torch.tensor([[0.0, 6.0, 8.0, 8.0, 0.0], [0.0, 3.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(discounted_cumsum(values, mask, 0.5), expected)
+
+
+def test_sequence_sum_by_hand() -> None:
+    """The row sums 4 and 5, divided by 8, have the mean 9 / 16."""
+    values = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    torch.testing.assert_close(sequence_sum(values, mask, length=8), torch.tensor(9 / 16))
+
+
+def test_masked_variance_by_hand() -> None:
+    """Mean 3, differences -2, -1, 1, 2: (4 + 1 + 1 + 4) / 4."""
+    assert float(masked_variance(VALUES, MASK)) == 2.5
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 0.99, 1.0])
+def test_discounted_cumsum_equals_the_recursion(discount: float) -> None:
+    """S_t = x_t + discount S_{t+1} in float64, for responses of every length from 1 to 37."""
+    values = torch.randn(37, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(40) < torch.arange(1, 38)[:, None] + 2
+    mask[:, :2] = False
+    expected = torch.zeros_like(values)
+    later = torch.zeros(37, dtype=torch.float64)
+    for t in range(39, -1, -1):
+        later = torch.where(mask[:, t], values[:, t] + discount * later, 0.0)
+        expected[:, t] = later
+    torch.testing.assert_close(discounted_cumsum(values, mask, discount), expected)
+
+
+def whiten_share(rank: int) -> dict[str, list[list[float]]]:
+    """Whiten a row of each rank: the good responses are on rank 0, the bad ones on rank 1."""
+    values = torch.tensor([[1.01, 0.99, 0.0]]) if rank == 0 else torch.tensor([[-1.0, -1.02, -0.98]])
+    mask = torch.tensor([[True, True, rank == 1]])
+    functions = {"whiten": masked_whiten, "scale": masked_scale}
+    return {name: function(values, mask).tolist() for name, function in functions.items()}
+
+
+def test_ranks_are_whitened_together() -> None:
+    """Two ranks get the rows of one process with both rows; per rank, noise of 1% would be scaled to unit size."""
+    values = torch.tensor([[1.01, 0.99, 0.0], [-1.0, -1.02, -0.98]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    first, second = in_ranks(whiten_share)
+    for name, function in {"whiten": masked_whiten, "scale": masked_scale}.items():
+        together = torch.tensor([*first[name], *second[name]])
+        torch.testing.assert_close(together, function(values, mask))

@@ -123,7 +123,9 @@ class Collector:
             [prompt.target for prompt in repeated],
         )
         with self.precision_context():
-            return self.reward.score_with_components(batch)
+            scores, components = self.reward.score_with_components(batch)
+        # Under trainer.precision=bf16-true, new tensors of a reward function are bfloat16 unless it says otherwise.
+        return scores.float(), components
 
     def sample_rows(
         self, rollout: Rollout, prompts: PromptBatch, columns: Mapping[str, Tensor], count: int

@@ -1,6 +1,7 @@
 """The training data loader of on-policy stages: batches of prompts in, minibatches of experience out."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import cast
 
 from rlhf.data import BatchLoader, PromptBatch
@@ -37,6 +38,7 @@ class ExperienceLoader:
         self.iteration = iteration
         self.minibatches = minibatches
         self.batch_sampler = prompts.batch_sampler  # Lightning sets its epoch.
+        self._last_minibatches = minibatches  # of the last iteration of an epoch; fewer if the Trainer limits them
 
     def __len__(self) -> int:
         return len(self.prompts) * self.minibatches
@@ -44,12 +46,18 @@ class ExperienceLoader:
     def __iter__(self) -> Iterator[Minibatch]:
         world = self.batch_sampler.world
         for batch in self.prompts:
-            weighted = with_loss_weights(self.iteration(cast(PromptBatch, batch)), self.prompts.per_step, world)
+            is_last = self.prompts.state_dict()["position"] == 0
+            minibatches = islice(
+                self.iteration(cast(PromptBatch, batch)), self._last_minibatches if is_last else self.minibatches
+            )
+            weighted = with_loss_weights(minibatches, self.prompts.per_step, world)
             yield from cast(Iterator[Minibatch], weighted)
 
     def limit_epoch(self, batches: int) -> None:
         """Set the number of minibatches after which the Trainer ends an epoch; see ``BatchLoader.limit_epoch``."""
-        self.prompts.limit_epoch(-(-batches // self.minibatches))
+        iterations = -(-batches // self.minibatches)
+        self._last_minibatches = batches - (iterations - 1) * self.minibatches
+        self.prompts.limit_epoch(iterations)
 
     def state_dict(self) -> dict[str, int]:
         return self.prompts.state_dict()

@@ -92,6 +92,26 @@ def test_the_coefficient_is_stored_in_checkpoints() -> None:
     assert float(new.coef) == float(old.coef) != 0.1
 
 
+def test_a_fixed_coefficient_is_that_of_the_resumed_run() -> None:
+    """The checkpoint has 0.1; the resumed run is configured with 0.5."""
+    old, new = KLController(), KLController()
+    old.initialize(0.1)
+    new.initialize(0.5)
+    new.load_state_dict(old.state_dict())
+    assert new.coef == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_coefficient_adapts_in_every_precision(dtype: torch.dtype) -> None:
+    """400 iterations of 64 responses with a KL above the target: 0.1 (1 + 0.2 x 64 / 10000)^400 = 0.1668."""
+    kl = KLController(target_per_sequence=1.0)
+    kl.initialize(0.1)
+    kl.to(dtype)
+    for _ in range(400):
+        kl.update(9.0, 64)
+    assert kl.coef == pytest.approx(0.1 * 1.00128**400, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

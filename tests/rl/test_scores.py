@@ -31,6 +31,19 @@ def test_running_moments_match_torch_over_all_scores() -> None:
         assert scores.count == len(all_scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_are_exact_in_every_precision(dtype: torch.dtype) -> None:
+    """25600 scores in batches of 64, in a module that Lightning has cast; bfloat16 cannot count beyond 256."""
+    batches = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) * 2.5 + 3
+    scores = ScoreShaping().to(dtype)
+    for batch in batches:
+        scores.update(batch)
+    assert scores.count == 25600
+    assert scores.mean == pytest.approx(float(batches.double().mean()), rel=1e-12)
+    assert scores.std == pytest.approx(float(batches.double().std(correction=0)), rel=1e-12)
+    assert dict(scores.named_buffers()) == {}
+
+
 def test_scores_are_unchanged_when_all_settings_are_off() -> None:
     assert shaping()(torch.tensor([1.0, 50.0]), FINISHED).tolist() == [1.0, 50.0]
 

@@ -1,0 +1,146 @@
+"""Collection of experience: rollout batches, scores, samples, validation."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness import DEMONSTRATIONS, EXACT, TinyRun, assert_same_weights, weights_differ
+from rlhf.errors import ConfigError, DataError
+from rlhf.reward_functions import RewardFunction, ScoringBatch
+from rlhf.rl.collector import concatenate
+from rlhf.sampling import LocalSampler, Rollout
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Collection does not depend on the architecture."""
+    return "transformer"
+
+
+class CountingSampler(LocalSampler):
+    """Records the number of prompts of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def sample(self, prompts: Any, params: Any) -> Rollout:
+        self.sizes.append(len(prompts))
+        return super().sample(prompts, params)
+
+
+def test_a_rollout_is_sampled_in_batches(tiny_run: TinyRun) -> None:
+    sampler = CountingSampler()
+    run = tiny_run.train("ppo", sampler=sampler, rollout_batch_size=3, ppo_epochs=1, minibatch_size=8)
+    assert sampler.sizes == [3, 3, 2]
+    assert len(run.batches[0].input_ids) == 8
+    assert run.recorder.updates[0]["policy/ratio"] == 1.0
+    with pytest.raises(ConfigError, match=r"stage\.rollout_batch_size must be at least 1 or null, got 0"):
+        tiny_run.module("ppo", rollout_batch_size=0)
+
+
+def test_rollouts_are_joined_by_padding_on_the_right() -> None:
+    parts = [Rollout.from_responses([[1]], [[5, 2]], [2]), Rollout.from_responses([[1, 3]], [[6, 7]], [2])]
+    whole = concatenate(parts)
+    assert whole.input_ids.tolist() == [[1, 5, 2, 0], [1, 3, 6, 7]]
+    assert whole.attention_mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert whole.response_mask.tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert whole.finished.tolist() == [True, False]
+
+
+class FixedReward(RewardFunction):
+    """Returns given scores."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.given = scores
+
+    def forward(self, batch: ScoringBatch) -> Tensor:
+        return torch.tensor(self.given, dtype=torch.float, device=batch.input_ids.device)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error(tiny_run: TinyRun, score: float) -> None:
+    with pytest.raises(DataError, match="FixedReward returned a score that is not finite for 1 of 8 responses"):
+        tiny_run.train("ppo", reward=FixedReward([score, *[0.0] * 7]), critic_init="sft")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_moments_and_penalty_do_not_depend_on_the_precision(tiny_run: TinyRun, precision: str) -> None:
+    """Scores with 12 significant bits: bfloat16 would keep 8 of them. Moments and coefficient are plain numbers."""
+    scores = [1.0 + number / 2048 for number in range(8)]
+    run = tiny_run.train("grpo", reward=FixedReward(scores), trainer={"precision": precision, "max_steps": 1})
+    mean = sum(scores) / 8
+    assert run.module.scores.mean == pytest.approx(mean, rel=1e-12)
+    assert run.module.scores.std == pytest.approx((sum((score - mean) ** 2 for score in scores) / 8) ** 0.5, rel=1e-12)
+    assert run.module.scores.state_dict()["_extra_state"]["count"] == 8
+    assert run.module.kl.coef == 0.04
+
+
+def test_scores_of_any_precision_are_accepted(tiny_run: TinyRun) -> None:
+    class HalfReward(FixedReward):
+        def forward(self, batch: ScoringBatch) -> Tensor:
+            return super().forward(batch).bfloat16()
+
+    run = tiny_run.train("ppo", reward=HalfReward([0.0, 1.0] * 4), critic_init="sft", trainer={"max_steps": 1})
+    assert run.module.scores.mean == 0.5
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_samples_are_shown_at_intervals(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Two of four iterations, with the first response to each of two prompts."""
+    tables: list[Any] = []
+    monkeypatch.setattr(
+        "rlhf.stage.StageModule.log_samples", lambda self, header, rows: tables.append((header, list(rows)))
+    )
+    run = tiny_run.train(stage, samples=2, sample_interval=2, trainer={"max_epochs": 4})
+    iterations = len(run.recorder.rollouts)
+    assert len(tables) == iterations // 2 >= 2
+    prompts = {row["prompt"] for row in DEMONSTRATIONS}
+    for header, rows in tables:
+        assert header == ("prompt", "response", "score", "KL in nats")
+        assert len(rows) == 2
+        assert {row[0] for row in rows} <= prompts
+    assert [row[3] for row in tables[0][1]] == [0.0, 0.0]
+    assert all(row[3] != 0 for row in tables[1][1])
+
+
+def test_no_samples_are_shown_if_there_are_none(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[Any] = []
+    monkeypatch.setattr("rlhf.stage.StageModule.log_samples", lambda *arguments: tables.append(arguments))
+    tiny_run.train("ppo", samples=0)
+    assert tables == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"samples": -1}, r"stage\.samples must be >= 0, got -1"),
+        ({"sample_interval": 0}, r"stage\.sample_interval must be at least 1, got 0"),
+    ],
+)
+def test_invalid_samples_are_refused(tiny_run: TinyRun, keys: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.module("ppo", **keys)
+
+
+def test_validation_does_not_change_training(tiny_run: TinyRun) -> None:
+    """With and without validation, the weights are the same; every validation logs how many responses were cut."""
+    data = {"val": tiny_run.write("val", DEMONSTRATIONS)}
+    without = tiny_run.train("ppo", trainer={"max_epochs": 2})
+    validated = tiny_run.train("ppo", data=data, trainer={"max_epochs": 2})
+    assert_same_weights(validated.module, without.module, **EXACT)
+    assert weights_differ(validated.module.policy.lm, tiny_run.lm)
+    (truncated, _), kl = validated.curve("val/truncated"), validated.curve("val/kl")
+    assert 0 <= truncated <= 1
+    assert len(kl) == 2
+
+
+def test_every_validation_draws_the_same_numbers(tiny_run: TinyRun) -> None:
+    """A policy that does not change has the same scores in both validations."""
+    data = {"val": tiny_run.write("val", DEMONSTRATIONS)}
+    run = tiny_run.train("ppo", data=data, trainer={"max_epochs": 2}, learning_rate=0.0)
+    first, second = run.curve("val/score")
+    assert first == second
