@@ -223,8 +223,10 @@ class RecordedPPO(PPOModule):
         self.critic.load_state_dict(Pretrained(str(self.work / "critic")).scalar_model(self.tokenizer).state_dict())
         self.critic.head.layers[-1].bias.requires_grad_(False)  # TRL's critic has no bias.
 
-    def estimate_advantages(self, rewards: Tensor, experience: Experience) -> tuple[Tensor, Tensor | None]:
-        whitened, returns = super().estimate_advantages(rewards, experience)
+    def estimate_advantages(
+        self, rewards: Tensor, scores: Tensor, experience: Experience
+    ) -> tuple[Tensor, Tensor | None]:
+        whitened, returns = super().estimate_advantages(rewards, scores, experience)
         rollout = experience.rollout
         rows = zip(rollout.input_ids, rollout.attention_mask, rollout.response_mask, strict=True)
         self.results["rollout"] = [

@@ -96,7 +96,7 @@ def dr_grpo(scores: Tensor, response_mask: Tensor, *, kl_penalty: Tensor, group_
 
     Without the division by the standard deviation, groups of nearly equal scores are not amplified. The published
     method also replaces the length of each response in the loss by a constant (``stage.loss_reduction=sequence_sum``),
-    and its KL penalty ``p`` is 0.
+    and it has no KL penalty at all (``stage.kl_coef=0``), because it is trained on verifiable rewards.
 
     Args:
         scores: [batch] score of each response.

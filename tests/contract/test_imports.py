@@ -102,6 +102,7 @@ def test_only_training_code_imports_lightning() -> None:
     kinds = {name.split(".")[-1] for name in users - {"logs"} - RUN_LAYER}
     files = {
         "module",
+        "precision",
         "base",
         "datamodule",
         "loader",
