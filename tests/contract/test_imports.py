@@ -114,7 +114,7 @@ def test_only_training_code_imports_lightning() -> None:
         "reporting",
     }
     assert kinds <= files
-    assert {"stage.module", "run"} <= users
+    assert {"stage.reporting", "run"} <= users
 
 
 def test_only_the_run_layer_imports_hydra() -> None:
