@@ -22,7 +22,7 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.files import atomic_write
 from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
-from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
+from rlhf.models.adapters import add_adapter, merge_adapter, save_adapter, trunk_of
 from rlhf.models.sources import remember_config
 from rlhf.models.tokenizer import check_vocabulary
 from rlhf.models.weights import REPLACE_FILE, load_weights
@@ -134,12 +134,12 @@ def save_huggingface(source: str, directory: str, *, merged: bool = False) -> No
     model: Any = export.language_model(tokenizer, merge=merged)
     for stale in (path for pattern in WEIGHT_FILES for path in Path(directory).glob(pattern)):
         stale.unlink()  # Otherwise an adapter and a complete model of an earlier run would be mixed.
-    if (adapter := adapter_of(model)) is not None:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path, config.revision = adapter.base.path, adapter.base.revision
     generation_config = model.generation_config
-    model.generation_config = GenerationConfig()  # Saving rejects some of the settings that models are published with.
-    model.save_pretrained(directory)
+    if (adapter := adapter_of(model)) is not None:
+        save_adapter(model, adapter, Path(directory))
+    else:
+        model.generation_config = GenerationConfig()  # Saving rejects some settings that models are published with.
+        model.save_pretrained(directory)
     generation_config.to_json_file(str(Path(directory, "generation_config.json")), use_diff=True)
     tokenizer.save_pretrained(directory)
 

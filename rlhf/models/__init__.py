@@ -5,6 +5,7 @@ from rlhf.models.adapters import Adapter, BaseModel, LoRA, adapter_of, base_weig
 from rlhf.models.backbone import EntropyMode, Policy, PolicyOutput, hidden_states, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
 from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
+from rlhf.models.logits import cache_name
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
@@ -31,6 +32,7 @@ __all__ = [
     "WithAdapter",
     "adapter_of",
     "base_weights",
+    "cache_name",
     "cast_frozen_matrices",
     "chat_template",
     "check_complete",

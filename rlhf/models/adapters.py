@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -168,8 +169,11 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     Raises:
         ConfigError: The model has no such target modules.
     """
+    from peft import inject_adapter_in_model
+
     try:
-        model.add_adapter(adapter.lora.peft_config(model))
+        # PreTrainedModel.add_adapter does the same, but refuses versions of peft that it works with.
+        inject_adapter_in_model(adapter.lora.peft_config(model), model)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -209,9 +213,22 @@ def merge_adapter(model: nn.Module) -> None:
     for part in model.modules():
         for attribute in (_MARK, "peft_config"):
             vars(part).pop(attribute, None)
-        if isinstance(part, PreTrainedModel):
-            part._hf_peft_config_loaded = False
     model.requires_grad_(True)
+
+
+def save_adapter(model: PreTrainedModel, adapter: Adapter, directory: Path) -> None:
+    """Write the adapter of a model as a folder that ``peft.PeftModel.from_pretrained`` opens."""
+    from peft import get_peft_model_state_dict
+
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = adapter.base.path, adapter.base.revision
+    config.save_pretrained(directory)
+    weights = get_peft_model_state_dict(model)
+    save_file(
+        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def trunk_of(model: nn.Module) -> nn.Module:

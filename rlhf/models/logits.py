@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -94,9 +95,18 @@ def _probe(lm: PreTrainedModel) -> LogitTransform:
     raise unsupported_architecture(lm, "It scales or caps its logits in an unknown way")
 
 
+def cache_name(lm: PreTrainedModel) -> str:
+    """Return the name of the argument and of the output of a language model that is its cache.
+
+    Before version 5.24 of transformers, a recurrent state and a cache of keys and values had different names.
+    """
+    arguments = signature(lm.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in arguments), "past_key_values")
+
+
 def _check_cache(lm: PreTrainedModel, output: Any) -> None:
     """Raise an error if the sampler could not remove finished rows from the cache of a model and then decode on."""
-    name = "cache_params" if hasattr(output, "cache_params") else "past_key_values"
+    name = cache_name(lm)
     cache = getattr(output, name, None)
     first_row = torch.zeros(1, dtype=torch.long, device=lm.device)
     try:

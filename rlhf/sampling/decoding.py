@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
+from rlhf.models import cache_name
 from rlhf.sampling.params import SamplingParams
 from rlhf.tensors import pad_right
 
@@ -33,10 +35,7 @@ class DecodingBatch:
         self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.arguments = signature(lm.forward).parameters
-        # Models without attention name their recurrent state `cache_params`. Models with attention, including hybrid
-        # ones, name their cache `past_key_values`.
-        self.recurrent = "cache_params" in self.arguments
-        self.cache_name = "cache_params" if self.recurrent else "past_key_values"
+        self.cache_name = cache_name(lm)
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
@@ -44,7 +43,7 @@ class DecodingBatch:
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": True, self.cache_name: self.cache}
         # Attention needs the mask of all cached tokens at every step. A recurrent state contains no padding after the
         # prompt, and Mamba-1 and Falcon-Mamba would broadcast the longer mask against the single new token.
-        if self.padded and not (self.recurrent and self.cache is not None):
+        if self.padded and (self.cache is None or self._attention_layers()):
             inputs["attention_mask"] = self.attention_mask.long()
         if "position_ids" in self.arguments:
             inputs["position_ids"] = self.position_ids
@@ -64,8 +63,12 @@ class DecodingBatch:
         It does not do so for caches that can be compiled.
         """
         if self.padded:
-            for layer in getattr(self.cache, "layers", ()):
+            for layer in self._attention_layers():
                 layer.is_compileable = True
+
+    def _attention_layers(self) -> list[Any]:
+        """Return the layers of the cache that contain keys and values; hybrid models have recurrent layers as well."""
+        return [layer for layer in self.cache.layers if isinstance(layer, CacheLayerMixin)]
 
     def keep(self, rows: Tensor) -> None:
         """Remove all other rows from the batch and from the cache."""
