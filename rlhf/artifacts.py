@@ -15,7 +15,6 @@ from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED, open_model_source, save_huggingface, save_result
 from rlhf.files import atomic_write, sha256_of_file
-from rlhf.fsdp import restore_replaced
 from rlhf.lineage import model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter
 from rlhf.stage import Result
@@ -120,17 +119,6 @@ def _policy_path(cfg: DictConfig, path: str) -> str:
             f"Run python train.py stage={path} run={cfg.run}",
         )
     return str(output)
-
-
-def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
-    """Return the checkpoint that ``resume=true`` continues from; None without it."""
-    if not cfg.resume:
-        return None
-    last = output / "checkpoints" / "last.ckpt"
-    restore_replaced(last)
-    if not last.exists():
-        raise ConfigError(f"resume=true requires a checkpoint, but there is no {last}.", "Set resume=false.")
-    return str(last)
 
 
 def _base_model(cfg: DictConfig) -> ModelSource:

@@ -1,10 +1,6 @@
-"""Checkpoints that a killed run can be resumed from exactly, and an orderly end after SIGTERM and Ctrl-C."""
+"""Checkpoints that a killed run can be resumed from exactly."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +8,13 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf.errors import ConfigError, Stopped
-from rlhf.files import PART, atomic_write, remove
-from rlhf.logs import metrics_log
+from rlhf.errors import ConfigError
+from rlhf.files import PART, atomic_write, remove, replace_link
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,6 +33,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class RunCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every few minutes, at the end of every epoch, and at the end of training.
+
+    The checkpoint before that is kept as ``previous.ckpt``.
 
     A checkpoint is written only at positions from which a resumed run continues exactly: after the last minibatch of a
     rollout in PPO and GRPO, after an optimizer step in the other stages, and after validation where validation
@@ -142,6 +140,9 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_last(self, trainer: Trainer) -> None:
         if not self.save_last:
             return
+        newest = self.resumable[0] if self.resumable else None
+        if trainer.is_global_zero and newest is not None and newest.name == LAST and newest.is_file():
+            replace_link(newest.with_name(PREVIOUS), newest)
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_written = time.monotonic()
         self.resumable = Path(self.last_model_path), trainer.global_step
@@ -162,64 +163,6 @@ class RunCheckpoint(ModelCheckpoint):
     def _validation_follows(trainer: Trainer) -> bool:
         loop = trainer.fit_loop
         return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-@contextmanager
-def report_signals(trainer: Trainer) -> Iterator[None]:
-    """Raise ``Stopped`` if SIGTERM or Ctrl-C ends a call of the Trainer in this context.
-
-    Lightning handles both: after SIGTERM the process would end with exit code 0 and without a message, and a signal
-    that arrives after the last batch would be ignored.
-    """
-    trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)  # type: ignore[method-assign]
-    try:
-        yield
-    except RuntimeError as error:
-        if trainer.received_sigterm and trainer.world_size > 1:  # Another rank has stopped before this one.
-            raise _stopped(trainer, signal.SIGTERM) from error
-        raise
-    except SystemExit as error:
-        if isinstance(error, SIGTERMException):
-            raise _stopped(trainer, signal.SIGTERM) from error
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise _stopped(trainer, signal.SIGINT) from error
-        raise
-    if trainer.received_sigterm:
-        raise _stopped(trainer, signal.SIGTERM)
-
-
-def _note_sigterm(trainer: Trainer, number: int, _: Any) -> None:
-    """Remember the signal and pass it on to the ranks that Lightning has started.
-
-    Lightning's own handler communicates with the other ranks. They wait forever if the signal arrives while they are in
-    another collective operation.
-    """
-    connector = trainer._signal_connector
-    if not connector.received_sigterm and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy.launcher.kill(signal.Signals(number))
-    connector.received_sigterm = True
-
-
-def _stopped(trainer: Trainer, by: signal.Signals) -> Stopped:
-    """Return the report of what was stopped and how to continue. On ranks other than 0, it is empty."""
-    if not trainer.is_global_zero:
-        return Stopped("", exit_code=128 + by)
-    how = "terminated by SIGTERM" if by is signal.SIGTERM else "interrupted by Ctrl-C (SIGINT)"
-    if trainer.state.fn == TrainerFn.TESTING:
-        stopped = Stopped(f"The evaluation was {how}.", "Repeat the command to evaluate again.", exit_code=128 + by)
-    else:
-        callbacks = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
-        checkpoint = next(callbacks, None)
-        resumable = checkpoint.resumable if checkpoint else None
-        what = f"Training was {how} at step {trainer.global_step}, and no final model was written."
-        if resumable is None:
-            message, hint = f"{what} This run has not written a checkpoint.", "Repeat the command to start over."
-        else:
-            message = f"{what} The checkpoint {resumable[0]} holds step {resumable[1]}."
-            hint = "Repeat the command with resume=true to continue from it."
-        stopped = Stopped(message, hint, exit_code=128 + by)
-    metrics_log.error("%s", stopped)
-    return stopped
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ from rlhf.errors import ConfigError
 
 CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
+RESUME_CHOICES = (False, True, "force")
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -24,7 +25,9 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def check_choices(cfg: DictConfig) -> None:
-    """Reject unknown values of the top-level keys ``check`` and ``save_hf``."""
+    """Reject unknown values of the top-level keys ``check``, ``resume`` and ``save_hf``."""
+    if cfg.resume not in RESUME_CHOICES:
+        raise ConfigError(f"resume must be false, true or force, got {cfg.resume}.", "Set resume=true.")
     if cfg.check not in CHECK_CHOICES:
         raise ConfigError(f"check must be false, true or only, got {cfg.check}.", "Set check=true.")
     if cfg.save_hf not in SAVE_HF_CHOICES:

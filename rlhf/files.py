@@ -1,13 +1,20 @@
-"""Atomic writes and hashes of files."""
+"""Atomic writes, locks and hashes of files."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
+from rlhf.errors import ConfigError
+
+LOCK = ".lock"  # file whose lock the process that writes to a directory holds
 PART = ".part"  # suffix of a file that is still being written
 
 
@@ -40,6 +47,45 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file with ``atomic_write``."""
     data = (json.dumps(content, indent=2) + "\n").encode()
     atomic_write(path, lambda file: file.write(data))
+
+
+def replace_link(path: Path, target: Path) -> None:
+    """Make ``path`` another name of an existing file, in place of the file that has had this name.
+
+    Where the file system has no hard links, the file is renamed.
+    """
+    part = path.with_name(path.name + PART)
+    part.unlink(missing_ok=True)
+    try:
+        os.link(target, part)
+    except OSError:
+        os.replace(target, path)
+    else:
+        os.replace(part, path)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory during the context. A process that has ended holds no lock.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    path = directory / LOCK
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, mode=0o644)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"{directory} is in use by another process ({path.read_text().strip()}).",
+            "Wait until it ends, or set run=<name> for another run.",
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:

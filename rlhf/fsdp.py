@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
+from rlhf.checkpoint import LAST, PREVIOUS
 from rlhf.errors import ConfigError
 from rlhf.files import PART, remove
 from rlhf.models import base_weights, full_state_dict
@@ -148,14 +148,6 @@ def without_sharding(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def restore_replaced(path: Path) -> None:
-    """Bring back a checkpoint directory that a killed run had moved away and had not replaced yet."""
-    old = path.with_name(path.name + OLD)
-    if old.exists() and not path.exists():
-        with suppress(FileNotFoundError):  # Another rank was faster.
-            os.replace(old, path)
-
-
 def check_loadable(checkpoint: str | None, strategy: object) -> None:
     """Refuse to continue from a checkpoint directory without a strategy that can read it.
 
@@ -171,10 +163,10 @@ def check_loadable(checkpoint: str | None, strategy: object) -> None:
 
 
 def replace_directory(path: Path, part: Path) -> None:
-    """Rename a complete directory to ``path``. If the process is killed meanwhile, ``restore_replaced`` undoes it."""
-    old = path.with_name(path.name + OLD)
+    """Rename a complete directory to ``path``, and ``last.ckpt`` that was there to ``previous.ckpt``."""
     if path.exists():
+        old = path.with_name(PREVIOUS if path.name == LAST else path.name + OLD)
         remove(old)
         os.replace(path, old)
     os.replace(part, path)
-    remove(old)
+    remove(path.with_name(path.name + OLD))

@@ -1,13 +1,11 @@
-"""What files of a run were made from: whether a checkpoint can be resumed, and which outputs still belong together."""
+"""What files of a run were made from: whether a run can be resumed, and which outputs still belong together."""
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
@@ -17,6 +15,14 @@ from rlhf.stages import StageInfo, policy_stages, stages
 
 log = logging.getLogger(__name__)
 SHOWN = 12  # digits of a SHA-256 in messages
+# What the weights depend on. Of the Trainer's flags, most do not affect training.
+COMPARED = ("seed", "stage", "data", "model", "adapter")
+LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")  # Changing one extends a run.
+TRAINER_KEYS = (
+    *(key.removeprefix("trainer.") for key in LENGTH),
+    *("precision", "limit_train_batches", "overfit_batches", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "use_distributed_sampler"),
+)
 
 
 def model_digest(path: str | Path) -> str | None:
@@ -32,30 +38,80 @@ def model_digest(path: str | Path) -> str | None:
         return sha256_of_file(path)
 
 
-def check_resumable(checkpoint: str, provenance: Mapping[str, Any]) -> None:
-    """Reject a checkpoint whose run had other inputs or other data than this one.
+def check_resumable(
+    path: str, recorded: Mapping[str, Any], provenance: Mapping[str, Any], *, force: bool = False
+) -> None:
+    """Reject to continue from a checkpoint or a result that was made from other inputs, data or settings.
 
     Args:
-        checkpoint: The checkpoint to resume from.
+        path: The checkpoint or the result.
+        recorded: Its provenance.
         provenance: That of this run, see ``rlhf.artifacts.describe_provenance``.
+        force: Accept other settings, with a warning. Other inputs and data are never accepted.
 
     Raises:
-        ConfigError: The content of an input or of a data file has changed.
+        ConfigError: Something has changed. The message names every key.
     """
-    recorded = _recorded_digests(checkpoint)
-    for key, present in _digests(provenance).items():
-        if key in recorded and recorded[key] != present:
-            before, now = (", ".join(digest[:SHOWN] for digest in digests) for digests in (recorded[key], present))
+    present = _digests(provenance)
+    for key, digests in _digests(recorded).items():
+        if key in present and present[key] != digests:
+            old, new = (", ".join(digest[:SHOWN] for digest in found) for found in (digests, present[key]))
             raise ConfigError(
-                f"resume=true: {key} is not what {checkpoint} was trained with: its SHA-256 was {before} and is {now}.",
-                "Restore the previous file, or start over: resume=false",
+                f"resume: {key} is not what {path} was trained with: its SHA-256 was {old} and is {new}.",
+                "Restore the previous file, or start over: overwrite=true",
             )
+    changed = changed_settings(recorded, provenance)
+    if changed and not force:
+        differences = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
+        restored = " ".join(f"{key}={before}" for key, (before, _) in changed.items())
+        raise ConfigError(
+            f"resume: {path} was trained with other settings: {differences}.",
+            f"Restore them ({restored}), or continue with the new ones: resume=force",
+        )
+    for key, (before, now) in changed.items():
+        log.warning("resume=force: %s was %s and is %s from now on.", key, before, now)
 
 
-def _recorded_digests(checkpoint: str) -> dict[str, list[str]]:
-    path = Path(checkpoint)
-    content = torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True)
-    return _digests(json.loads(content["rlhf"]["provenance"])) if "rlhf" in content else {}
+def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the settings that affect training and that differ: key -> value before and now, as they are typed.
+
+    Inputs and data files are compared by their content instead, and the length of training may change.
+    """
+    by_content = {f"stage.{name}" for name in provenance.get("inputs", {})} | {"data.train", "data.val", "data.test"}
+    before, now = settings(recorded), settings(provenance)
+    return {
+        key: (_typed(before[key]), _typed(now[key]))
+        for key in sorted(before.keys() & now.keys() - by_content)
+        if before[key] != now[key] and key not in LENGTH
+    }
+
+
+def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that affect training by their full keys. Paths are relative to the directory of the run."""
+    config = provenance.get("config", {})
+    nodes = {name: config[name] for name in COMPARED if config.get(name) is not None}
+    nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
+    directory = config.get("paths", {}).get("run", "")
+    flat = {key: value for name, node in nodes.items() for key, value in _flatten(name, node)}
+    return {key: _relative(value, directory) for key, value in flat.items()}
+
+
+def _flatten(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _flatten(f"{key}.{name}", value)
+    else:
+        yield key, node
+
+
+def _relative(value: Any, directory: str) -> Any:
+    is_path = isinstance(value, str) and directory and Path(value).is_relative_to(directory)
+    return str(Path(value).relative_to(directory)) if is_path else value
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _digests(provenance: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
 from rlhf.logs import log_file
+from rlhf.resume import check_start, earlier_files
 from rlhf.run import run_stage
 from rlhf.stages import stages
 
@@ -24,6 +25,7 @@ def run_pipeline(cfg: DictConfig) -> float:
     """Run the steps of ``pipeline.steps`` and return the monitored metric of the last one.
 
     The configuration of every step is composed before the first one starts, so that a mistyped key is reported at once.
+    With ``resume=true``, finished steps are skipped, and a step that was interrupted continues from its checkpoint.
     """
     # 1. Check the steps and compose the configuration of each.
     steps = list(cfg.pipeline.steps)
@@ -31,6 +33,8 @@ def run_pipeline(cfg: DictConfig) -> float:
     directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
     configs = {step: step_config(cfg, step, directory) for step in steps}
     check_ranks(configs)
+    for config in configs.values():
+        check_start(config, Path(config.paths.output))
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
@@ -41,6 +45,8 @@ def run_pipeline(cfg: DictConfig) -> float:
                 hydra_directory = Path(config.paths.output) / ".hydra"
                 hydra_directory.mkdir(parents=True, exist_ok=True)
                 OmegaConf.save(config, hydra_directory / "config.yaml")
+            if not earlier_files(config, Path(config.paths.output)):
+                config.resume = False  # resume=true starts the steps that have not begun.
             started = time.perf_counter()
             monitored = run_stage(config)
             seconds[step] = time.perf_counter() - started

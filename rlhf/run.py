@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ from rlhf.artifacts import (
     output_of,
     policies_to_evaluate,
     resolve_input,
-    resume_checkpoint,
     with_adapter,
 )
 from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
-from rlhf.checkpoint import report_signals
 from rlhf.config import check_values
+from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
+from rlhf.files import locked
 from rlhf.fsdp import check_loadable, without_sharding
 from rlhf.hparams import log_hyperparameters
-from rlhf.lineage import check_resumable, warn_about_parents
+from rlhf.lineage import warn_about_parents
 from rlhf.logs import log_file, quiet_libraries
 from rlhf.models import ModelSource
+from rlhf.resume import check_start, finished_result, remove_earlier, resume_checkpoint
+from rlhf.signals import report_signals
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -41,10 +44,11 @@ def run_stage(cfg: DictConfig) -> float:
     """Run one stage, write its outputs, and return its monitored metric."""
     quiet_libraries()
     output = Path(cfg.paths.output)
-    with log_file(output / f"{cfg.stage_name}.log"):
+    check_values(cfg)
+    check_start(cfg, output)
+    with locked(output) if is_rank_zero() else nullcontext(), log_file(output / f"{cfg.stage_name}.log"):
         started = time.perf_counter()
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-        check_values(cfg)
         monitored = train(cfg, output) if stages()[cfg.stage_name].exports else evaluate(cfg)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         return monitored
@@ -56,19 +60,22 @@ def train(cfg: DictConfig, output: Path) -> float:
     datamodule = instantiate(cfg.data)
     build = instantiate(cfg.stage, _partial_=True)
     inputs = with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
-    checkpoint = resume_checkpoint(cfg, output)
+    provenance = describe_provenance(cfg, inputs)
+    if (finished := finished_result(cfg, output, provenance)) is not None:
+        log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, finished.path)
+        return float(finished.provenance.get("monitored", "nan"))
+    checkpoint = resume_checkpoint(cfg, output, provenance)
 
     # 2. Build the module. A tokenizer is trained on the data where the base model is trained from scratch.
     tokenizer = inputs["policy"].tokenizer(datamodule.training_texts())
     module = build(**inputs, tokenizer=tokenizer)
 
     # 3. Train.
-    provenance = describe_provenance(cfg, inputs)
-    if checkpoint is not None:
-        check_resumable(checkpoint, provenance)
     preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
     trainer = build_trainer(cfg, [ExportHeader(provenance), *preflight])
     check_loadable(checkpoint, trainer.strategy)
+    if cfg.overwrite and is_rank_zero():
+        remove_earlier(cfg, output)
     try:
         with report_signals(trainer):
             trainer.fit(module, datamodule, ckpt_path=checkpoint)
@@ -79,14 +86,15 @@ def train(cfg: DictConfig, output: Path) -> float:
             trainer.validate(module, datamodule, verbose=False)
 
     # 4. Export the result.
+    value = trainer.callback_metrics.get(module.monitor)
+    monitored = float("nan") if value is None else float(value)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.warning("trainer.fast_dev_run=true: the result is not exported.")
     else:
-        export_result(cfg, output, module.result(), provenance)
+        export_result(cfg, output, module.result(), {**provenance, "monitored": monitored, "step": trainer.global_step})
         log_hyperparameters(trainer, cfg, module.metrics)
-    monitored = trainer.callback_metrics.get(module.monitor)
-    log.info("%s = %s", module.monitor, "none" if monitored is None else f"{float(monitored):.4f}")
-    return float("nan") if monitored is None else float(monitored)
+    log.info("%s = %s", module.monitor, "none" if value is None else f"{monitored:.4f}")
+    return monitored
 
 
 def _inputs(cfg: DictConfig, unused: set[str]) -> dict[str, Any]:

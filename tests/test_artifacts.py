@@ -17,7 +17,6 @@ from rlhf.artifacts import (
     policies_of_run,
     policies_to_evaluate,
     resolve_input,
-    resume_checkpoint,
 )
 from rlhf.errors import ConfigError
 from rlhf.export import Export
@@ -111,16 +110,6 @@ def test_a_missing_input_names_the_command_and_the_key(
         f"stage=ppo requires the output of stage={made_by}, but run=rlhf has no {tmp_path}/rlhf/{made_by}/{final}.\n"
         f"  Run python train.py stage={made_by} run=rlhf, or set stage.{key}=<path>"
     )
-
-
-def test_resuming_requires_a_checkpoint(tmp_path: Path) -> None:
-    output = tmp_path / "rlhf" / "sft"
-    assert resume_checkpoint(config(tmp_path, "stage=sft"), output) is None
-    cfg = config(tmp_path, "stage=sft", "resume=true")
-    with pytest.raises(ConfigError, match=r"resume=true requires a checkpoint, but there is no .*last\.ckpt"):
-        resume_checkpoint(cfg, output)
-    touch(tmp_path, "sft/checkpoints/last.ckpt")
-    assert resume_checkpoint(cfg, output) == str(output / "checkpoints" / "last.ckpt")
 
 
 # Policies to evaluate

@@ -19,8 +19,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from contract.configs import compose_config
 from harness import DEMONSTRATIONS, EXACT, TINY_DATA, TINY_MODEL, Run, TinyRun, assert_same_weights, train_command
 from rlhf import checkpoint
-from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint, report_signals
+from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from rlhf.errors import ConfigError, Stopped
+from rlhf.signals import report_signals
 
 # Resumed runs write to another directory, so that the checkpoints of the first run stay as they are.
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -102,14 +103,16 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.fixture
-def _receive_sigint() -> Iterator[None]:
-    """Receive SIGINT during a test, and restore its handler afterwards.
+def _receive_signals() -> Iterator[None]:
+    """Receive SIGINT and SIGUSR1 during a test, and restore their handlers afterwards.
 
-    A shell starts background jobs with the signal ignored, and Lightning ignores it after the first one.
+    A shell starts background jobs with SIGINT ignored, and Lightning ignores it after the first one.
     """
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGUSR1: signal.SIG_DFL}
+    handlers = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def step_of(path: Path) -> int:
@@ -356,11 +359,32 @@ def test_sigterm_outside_of_training_batches_is_reported(runs: CheckpointedRuns,
     assert_same_weights(resumed.module, whole.module, **EXACT)
 
 
-@pytest.mark.usefixtures("_receive_sigint")
-def test_ctrl_c_reports_the_newest_checkpoint(runs: CheckpointedRuns) -> None:
-    """It interrupts a step anywhere, so no checkpoint is written. The exit code is 128 + 2."""
+@pytest.mark.usefixtures("_receive_signals")
+@pytest.mark.parametrize(
+    ("number", "how", "code"),
+    [(signal.SIGINT, "interrupted by Ctrl-C (SIGINT)", 130), (signal.SIGUSR1, "terminated by SIGUSR1", 138)],
+)
+def test_other_signals_stop_as_sigterm_does(
+    runs: CheckpointedRuns, capfd: pytest.CaptureFixture[str], number: signal.Signals, how: str, code: int
+) -> None:
+    """SIGUSR1 announces the end of a job under SLURM. The exit code is 128 plus the number of the signal."""
+    whole = runs.fit("sft")
     with pytest.raises(Stopped) as stopped:
-        runs.fit("ppo", SendSignal(7, signal.SIGINT), runs.callback(every_n_minutes=0))
+        runs.fit("sft", SendSignal(3, number), runs.callback())
+    assert stopped.value.exit_code == code
+    assert f"Training was {how} at step 3" in str(stopped.value)
+    assert f"{runs.last} holds step 3." in str(stopped.value)
+    assert ("Press Ctrl-C again to stop immediately." in capfd.readouterr().err) == (number is signal.SIGINT)
+    resumed = runs.fit("sft", runs.callback("resumed"), resume=runs.last)
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+@pytest.mark.usefixtures("_receive_signals")
+def test_a_second_ctrl_c_stops_immediately(runs: CheckpointedRuns) -> None:
+    """The step is not finished, so no checkpoint is written. The newest one is reported."""
+    interrupts = [SendSignal(7, signal.SIGINT) for _ in range(2)]
+    with pytest.raises(Stopped) as stopped:
+        runs.fit("ppo", *interrupts, runs.callback(every_n_minutes=0))
     assert stopped.value.exit_code == 130
     assert "interrupted by Ctrl-C (SIGINT) at step 6" in str(stopped.value)
     assert f"{runs.last} holds step 4." in str(stopped.value)

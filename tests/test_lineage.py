@@ -1,13 +1,11 @@
 """What files of a run were made from: checkpoints of other inputs, outdated outputs, policies of different parents."""
 
-import json
 import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contract.configs import compose_config
@@ -63,15 +61,13 @@ def outputs(tmp_path: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerF
 
 
 @pytest.fixture
-def checkpoint(outputs: Outputs, tmp_path: Path) -> str:
-    """A checkpoint of DPO that records its SFT model and its training data."""
+def recorded(outputs: Outputs, tmp_path: Path) -> dict[str, Any]:
+    """The provenance in a checkpoint of DPO, with its SFT model and its training data."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    provenance = outputs.provenance("dpo", outputs.export("sft"), train=str(tmp_path / "rows.jsonl"))
-    torch.save({"rlhf": {"provenance": json.dumps(provenance)}}, tmp_path / "last.ckpt")
-    return str(tmp_path / "last.ckpt")
+    return outputs.provenance("dpo", outputs.export("sft"), train=str(tmp_path / "rows.jsonl"))
 
 
-def test_equal_inputs_and_data_can_be_resumed(outputs: Outputs, checkpoint: str, tmp_path: Path) -> None:
+def test_equal_inputs_and_data_can_be_resumed(outputs: Outputs, recorded: dict[str, Any], tmp_path: Path) -> None:
     """The files may have moved, and the model may have been written again, as by a resumed run of SFT."""
     before = sha256_of_file(outputs.path("sft"))
     outputs.export("sft", seed=2)
@@ -79,12 +75,12 @@ def test_equal_inputs_and_data_can_be_resumed(outputs: Outputs, checkpoint: str,
     moved = {"policy": tmp_path / "moved.pt", "train": tmp_path / "moved.jsonl"}
     outputs.path("sft").rename(moved["policy"])
     (tmp_path / "rows.jsonl").rename(moved["train"])
-    check_resumable(checkpoint, outputs.provenance("dpo", moved["policy"], train=str(moved["train"])))
+    check_resumable("last.ckpt", recorded, outputs.provenance("dpo", moved["policy"], train=str(moved["train"])))
 
 
 @pytest.mark.parametrize(("changed", "key"), [("sft", "stage.policy"), ("rows", "data.train")])
 def test_changed_inputs_and_data_cannot_be_resumed(
-    outputs: Outputs, checkpoint: str, tmp_path: Path, changed: str, key: str
+    outputs: Outputs, recorded: dict[str, Any], tmp_path: Path, changed: str, key: str
 ) -> None:
     """A new SFT model under the same path would be another reference model than the one that training started with."""
     if changed == "sft":
@@ -92,10 +88,46 @@ def test_changed_inputs_and_data_cannot_be_resumed(
     else:
         (tmp_path / "rows.jsonl").write_text('{"prompt": "other"}\n')
     provenance = outputs.provenance("dpo", outputs.path("sft"), train=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(
-        ConfigError, match=rf"^resume=true: {key} is not what .*last\.ckpt was trained with: .*\n  Rest"
-    ):
-        check_resumable(checkpoint, provenance)
+    message = rf"^resume: {key} is not what last\.ckpt was trained with: .*\n  Restore the previous file, or start over"
+    with pytest.raises(ConfigError, match=message):
+        check_resumable("last.ckpt", recorded, provenance, force=True)
+
+
+def provenance_of(*overrides: str) -> dict[str, Any]:
+    return describe_provenance(compose_config("stage=dpo", *overrides), {})
+
+
+def test_changed_settings_are_named_key_by_key(caplog: pytest.LogCaptureFixture) -> None:
+    """The message restores them as they are typed, and ``force`` accepts them with a warning."""
+    recorded = provenance_of("stage.beta=0.2")
+    changed = provenance_of("seed=7", "stage.beta=0.3", "trainer.gradient_clip_val=null", "stage.reference_free=true")
+    with pytest.raises(ConfigError) as error:
+        check_resumable("last.ckpt", recorded, changed)
+    assert str(error.value) == (
+        "resume: last.ckpt was trained with other settings: data.seed was 1 and is 7, seed was 1 and is 7, "
+        "stage.beta was 0.2 and is 0.3, stage.reference_free was false and is true, trainer.gradient_clip_val was 1.0 "
+        "and is null.\n  Restore them (data.seed=1 seed=1 stage.beta=0.2 stage.reference_free=false "
+        "trainer.gradient_clip_val=1.0), or continue with the new ones: resume=force"
+    )
+    check_resumable("last.ckpt", recorded, changed, force=True)
+    assert "resume=force: stage.beta was 0.2 and is 0.3 from now on." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.max_epochs=7",
+        "trainer=cpu",
+        "trainer.log_every_n_steps=5",
+        "callbacks.checkpoint.every_n_minutes=1",
+        "save_hf=true",
+        "run=renamed",
+        "paths.root=elsewhere",
+    ],
+)
+def test_settings_that_do_not_affect_training_may_change(override: str) -> None:
+    """The length of training may change as well: it extends the run."""
+    check_resumable("last.ckpt", provenance_of(), provenance_of(override))
 
 
 # Outputs

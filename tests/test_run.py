@@ -113,7 +113,7 @@ def test_a_stage_exports_its_result_and_returns_its_metric(configure: Any, direc
 
 
 def test_the_seed_makes_a_run_reproducible(configure: Any) -> None:
-    first, second, other = (run_stage(configure("sft", *SFT, f"seed={seed}")) for seed in (1, 1, 2))
+    first, second, other = (run_stage(configure("sft", *SFT, f"seed={seed}", "overwrite=true")) for seed in (1, 1, 2))
     assert first == second != other
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
+from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
 from rlhf.models import (
     ModelSource,
@@ -22,7 +23,7 @@ from rlhf.models import (
     shard,
 )
 from rlhf.stage.hyperparameters import plain_arguments
-from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
+from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups, set_hyperparameters
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
@@ -101,6 +102,7 @@ class StageModule(ReportingModule):
         self._tokenizer = tokenizer
         self._schedule = LearningRateSchedule(schedule, warmup_ratio)
         self._models_opened = False
+        self._random_states: list[dict[str, Any]] = []  # of each rank, from the checkpoint that training resumes from
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -183,37 +185,46 @@ class StageModule(ReportingModule):
         fused = True if autocast_dtype(self.trainer.precision_plugin) is None else None
         groups = parameter_groups(self.trainable_modules(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
+        self._configured_groups = [{**group} for group in optimizer.param_groups]
         scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self.restore_random_state()
+        set_hyperparameters(self.trainer.lr_scheduler_configs[0].scheduler, self._configured_groups)
         if (scheduler := self._schedule.restart(self.trainer.optimizers[0])) is not None:
             self.trainer.lr_scheduler_configs[0].scheduler = scheduler
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "limit_epoch"):
             loader.limit_epoch(int(self.trainer.num_training_batches))
-        if self.global_rank:  # Ranks must sample different responses.
-            torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random_state"] = get_random_state()
+        checkpoint["random_states"] = gather_objects(get_random_state())
         checkpoint["schedule"] = self._schedule.state_dict()
         for name in base_weights(self):
             checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random_state = checkpoint.get("random_state")
+        self._random_states = checkpoint.get("random_states", [])
         if "schedule" in checkpoint:
             self._schedule.load_state_dict(checkpoint["schedule"], checkpoint["global_step"])
         if not self.strict_loading:
             check_complete(self, checkpoint["state_dict"], "the checkpoint")
 
     def restore_random_state(self) -> None:
-        """Restore the random state of the checkpoint that training resumes from, if there is one."""
-        state = getattr(self, "_random_state", None)
-        if state is not None:
-            set_random_state(state)
+        """Restore the random state of this rank from the checkpoint that training resumes from, if there is one.
+
+        Otherwise, or if the checkpoint was written by another number of ranks, each rank gets its own seed, because
+        ranks must sample different responses.
+        """
+        states = self._random_states
+        if len(states) == self.trainer.world_size:
+            set_random_state(states[self.global_rank])
+            return
+        if states:
+            set_random_state(states[0])
+        if self.global_rank:
+            torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)

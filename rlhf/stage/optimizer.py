@@ -31,6 +31,21 @@ def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: f
     return groups
 
 
+def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, Any]]) -> None:
+    """Give the optimizer of a resumed run the settings of this run where its checkpoint has other ones.
+
+    Args:
+        scheduler: The scheduler of the optimizer. The state of both is that of the checkpoint.
+        configured: The parameter groups as they were before the checkpoint was loaded.
+    """
+    for index, (group, settings) in enumerate(zip(scheduler.optimizer.param_groups, configured, strict=True)):
+        group.update({key: settings[key] for key in ("weight_decay", "betas", "eps")})
+        peak, restored = settings["lr"], group["initial_lr"]
+        if peak != restored:
+            group["lr"] *= peak / restored
+            group["initial_lr"] = scheduler.base_lrs[index] = peak
+
+
 class LearningRateSchedule:
     """The learning rate over the optimizer steps of a run: linear warmup, then the chosen schedule.
 

@@ -1,30 +1,22 @@
 """FSDP2: two ranks that share the weights train what one process trains, and continue each other's checkpoints."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from contract.configs import compose_config
 from distributed.test_ddp import EPS, LIMIT, FixedResponses, largest_difference, settings
-from harness import TINY_MODEL, TinyRun, make_eos_likely
-from ranks import in_ranks, run_processes
+from harness import TinyRun, make_eos_likely
+from ranks import in_ranks
 from rlhf.checkpoint import RunCheckpoint
 from rlhf.data import PromptBatch
-from rlhf.errors import ConfigError
-from rlhf.export import load_model
-from rlhf.fsdp import FSDP2Strategy, check_loadable, replace_directory, restore_replaced, without_sharding
-from rlhf.models import full_state_dict, local_tensor, shard
+from rlhf.fsdp import FSDP2Strategy, replace_directory
+from rlhf.models import full_state_dict, local_tensor
 from rlhf.reward_functions import ScoringBatch
 from rlhf.rl import KLController
 from rlhf.sampling import LocalSampler, SamplingParams
@@ -285,70 +277,28 @@ def resume_file(rank: int, tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
 
 
 def test_a_killed_run_keeps_a_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is killed after the previous directory has been moved away and before the new one takes its place."""
-    path, part = tmp_path / "last.ckpt", tmp_path / "last.ckpt.part"
-    for directory in (path, part):
+    """The process is killed after the newest directory has been renamed and before the new one takes its place."""
+    last, previous, part = (tmp_path / name for name in ("last.ckpt", "previous.ckpt", "last.ckpt.part"))
+    for directory in (last, previous, part):
         directory.mkdir()
         (directory / "name").write_text(directory.name)
     renames = iter([os.replace])
     monkeypatch.setattr("rlhf.fsdp.os.replace", lambda old, new: next(renames)(old, new))
     with pytest.raises(StopIteration):
-        replace_directory(path, part)
+        replace_directory(last, part)
     monkeypatch.undo()
-    assert not path.exists()
-    restore_replaced(path)
-    assert (path / "name").read_text() == "last.ckpt"
+    assert not last.exists()
+    assert (previous / "name").read_text() == "last.ckpt"
+    replace_directory(last, part)
+    assert (last / "name").read_text() == "last.ckpt.part"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_numbered_checkpoint_directory_is_replaced(tmp_path: Path) -> None:
+    path, part = tmp_path / "step3.ckpt", tmp_path / "step3.ckpt.part"
+    for directory in (path, part):
+        directory.mkdir()
+        (directory / "name").write_text(directory.name)
     replace_directory(path, part)
-    assert (path / "name").read_text() == "last.ckpt.part"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_a_directory_cannot_be_continued_without_sharding(tmp_path: Path) -> None:
-    check_loadable(str(tmp_path), FSDP2Strategy())
-    check_loadable(None, SingleDeviceStrategy())
-    with pytest.raises(ConfigError, match=r"is a directory with the shards .*\n  Set trainer=fsdp"):
-        check_loadable(str(tmp_path), SingleDeviceStrategy())
-
-
-# Configuration
-
-
-def test_evaluation_is_not_sharded() -> None:
-    cfg = compose_config("stage=evaluate", "trainer=fsdp")
-    assert isinstance(instantiate(cfg.trainer.strategy), FSDP2Strategy)
-    assert without_sharding(cfg).trainer.strategy == "ddp"
-    assert OmegaConf.is_dict(cfg.trainer.strategy)
-    other = compose_config("stage=evaluate", "trainer=cpu")
-    assert without_sharding(other) is other
-
-
-def fake_mesh(tensor_parallel: int) -> Any:
-    return {"tensor_parallel": SimpleNamespace(size=lambda: tensor_parallel)}
-
-
-def test_what_cannot_be_sharded_is_refused() -> None:
-    module = nn.Module()
-    shard(module, fake_mesh(1))
-    with pytest.raises(ConfigError, match="a tensor-parallel size of 2"):
-        shard(module, fake_mesh(2))
-    module.loss = nn.Linear(2, 1)
-    with pytest.raises(ConfigError, match=r"loss\.weight is trained as well\.\n  Set trainer=ddp"):
-        shard(module, fake_mesh(1))
-
-
-# Complete runs
-
-
-@pytest.mark.slow
-def test_a_run_checks_itself_resumes_and_exports(tmp_path: Path) -> None:
-    """Two ranks run the pre-flight checks, train and export; one rank continues, and the result opens anywhere."""
-    flags = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", f"paths.root={tmp_path}"]
-    tiny = [*TINY_MODEL["transformer"], "model.vocab_size=300", "data.max_rows=8", "trainer.enable_progress_bar=false"]
-    command = [sys.executable, "train.py", *flags, *tiny, "data.batch_size=4", "stage=sft"]
-    more = ["trainer.devices=1", "data.batch_size=8", "resume=true", "trainer.max_epochs=2"]
-    for overrides in (["trainer.devices=2", "trainer.max_epochs=1", "check=true"], more):
-        ((code, output),) = run_processes([[*command, *overrides]], [{}], 240)
-        assert code == 0, output[-5000:]
-    assert (tmp_path / "rlhf/sft/checkpoints/last.ckpt").is_dir()
-    model, tokenizer, _ = load_model("sft", outputs=str(tmp_path), device="cpu")
-    assert model(**tokenizer("a text", return_tensors="pt")).logits.isfinite().all()
+    assert (path / "name").read_text() == "step3.ckpt.part"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step3.ckpt"]

@@ -520,7 +520,7 @@ def test_commands_train_and_export_adapters(
     merged_folder = AutoModelForCausalLM.from_pretrained(tmp_path / "rlhf" / "dpo" / "hf")
     assert torch.equal(logits(merged_folder), logits(model))
     with pytest.raises(ConfigError, match=r"adapter with adapter\.r=2 .* has adapter\.r=4"):
-        command("dpo", "adapter.r=4")
+        command("dpo", "adapter.r=4", "overwrite=true")
 
 
 def test_a_model_that_is_trained_from_scratch_cannot_have_an_adapter() -> None:

@@ -1,0 +1,252 @@
+"""How a stage starts: anew, from a checkpoint, or not at all because it is finished."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from contract.configs import compose_config, hydra_command
+from harness import EXACT, TINY_DATA, TINY_MODEL
+from rlhf import run
+from rlhf.errors import ConfigError, DataError
+from rlhf.export import Export
+from rlhf.files import locked
+from rlhf.pipeline import run_pipeline
+from rlhf.resume import damage
+from rlhf.run import run_stage
+
+SFT = ["stage=sft", "stage.samples=0", "data.batch_size=8", "data.eval_batch_size=40"]  # 5 steps per epoch
+TINY = [*TINY_MODEL["transformer"], *TINY_DATA, "trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Return a function that composes SFT with a tiny model for one epoch."""
+
+    def compose(*overrides: str) -> DictConfig:
+        return compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "trainer.max_epochs=1", *overrides)
+
+    return compose
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "rlhf" / "sft"
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return dict(content["weights"])
+
+
+class Killed(Exception):
+    """Stands for ``kill -9``: nothing is written after it."""
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function after which the next stage is killed when its training is complete, before its export."""
+
+    def prepare() -> None:
+        def export_result(*_: Any) -> None:
+            monkeypatch.undo()
+            raise Killed
+
+        monkeypatch.setattr(run, "export_result", export_result)
+
+    return prepare
+
+
+# Starting over
+
+
+def test_an_earlier_run_is_not_replaced(sft: Any, output: Path) -> None:
+    """Nothing is written: neither the log nor the files of the run change."""
+    run_stage(sft())
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(ConfigError) as error:
+        run_stage(sft("seed=2"))
+    assert str(error.value) == (
+        f"stage=sft has been run before: {output}/sft_final.pt exists.\n"
+        "  Set resume=true to continue that run, overwrite=true to start over, or run=<name> for another run."
+    )
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("output")
+def test_the_checkpoints_of_a_killed_run_are_not_replaced(sft: Any, kill: Any) -> None:
+    kill()
+    with pytest.raises(Killed):
+        run_stage(sft())
+    with pytest.raises(ConfigError, match=r"last\.ckpt exists\.\n  Set resume=true"):
+        run_stage(sft())
+
+
+def test_overwrite_starts_over(sft: Any, output: Path, kill: Any) -> None:
+    """If the new run is killed, nothing of the earlier one is left that could be mistaken for it."""
+    run_stage(sft())
+    first = weights(output / "sft_final.pt")
+    run_stage(sft("seed=2", "overwrite=true"))
+    second = weights(output / "sft_final.pt")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    kill()
+    with pytest.raises(Killed):
+        run_stage(sft("overwrite=true"))
+    assert not (output / "sft_final.pt").exists()
+    run_stage(sft("resume=true"))
+    torch.testing.assert_close(weights(output / "sft_final.pt"), first, **EXACT)
+
+
+def test_resume_and_overwrite_exclude_each_other(sft: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^resume continues a run, and overwrite=true starts over\."):
+        run_stage(sft("resume=true", "overwrite=true"))
+
+
+@pytest.mark.parametrize("override", ["check=only", "trainer.fast_dev_run=true"])
+def test_commands_without_a_result_need_no_overwrite(sft: Any, output: Path, override: str) -> None:
+    run_stage(sft())
+    before = (output / "sft_final.pt").stat().st_mtime_ns
+    run_stage(sft(override))
+    assert (output / "sft_final.pt").stat().st_mtime_ns == before
+
+
+# Resuming
+
+
+def test_resuming_requires_a_checkpoint(sft: Any) -> None:
+    with pytest.raises(ConfigError, match=r"resume=true requires a checkpoint, but there is no .*last\.ckpt"):
+        run_stage(sft("resume=true"))
+
+
+def test_a_finished_stage_stays_as_it_is(sft: Any, output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The metric that it was finished with is returned, for a sweep."""
+    monitored = run_stage(sft())
+    before = (output / "sft_final.pt").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO, "rlhf"):
+        assert run_stage(sft("resume=true")) == monitored
+    assert math.isfinite(monitored)
+    assert f"stage=sft is finished: {output}/sft_final.pt stays as it is." in caplog.text
+    assert (output / "sft_final.pt").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"stage\.eps was .* and is 0\.1\.\n"):
+        run_stage(sft("resume=true", "stage.eps=0.1"))
+
+
+def test_a_finished_stage_is_extended(sft: Any, output: Path) -> None:
+    run_stage(sft())
+    run_stage(sft("resume=true", "trainer.max_epochs=2"))
+    assert Export(str(output / "sft_final.pt")).provenance["step"] == 10
+
+
+def test_a_changed_setting_takes_effect_with_force(sft: Any, output: Path, kill: Any) -> None:
+    """The optimizer and the schedule take the new learning rate and weight decay instead of those in the checkpoint."""
+    kill()
+    with pytest.raises(Killed):
+        run_stage(sft("stage.schedule=constant"))
+    changed = ["stage.schedule=constant", "stage.learning_rate=0.01", "stage.weight_decay=0.5", "trainer.max_epochs=2"]
+    with pytest.raises(ConfigError, match=r"stage\.learning_rate was .* and is 0\.01, stage\.weight_decay was"):
+        run_stage(sft("resume=true", *changed))
+    run_stage(sft("resume=force", *changed))
+    groups = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.01, 0.5), (0.01, 0.0)]
+
+
+# Corrupt checkpoints
+
+
+def flip_a_bit(path: Path) -> None:
+    """Invert a bit in the middle of the largest record."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [flip_a_bit, truncate], ids=lambda function: str(function.__name__))
+def test_a_corrupt_checkpoint_is_replaced_by_the_one_before(
+    sft: Any, output: Path, kill: Any, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
+) -> None:
+    """The resumed run ends with the weights of the uninterrupted one."""
+    every_step = "callbacks.checkpoint.every_n_minutes=0"
+    run_stage(sft(every_step))
+    expected = weights(output / "sft_final.pt")
+    kill()
+    with pytest.raises(Killed):
+        run_stage(sft(every_step, "overwrite=true"))
+    last, previous = (output / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in (previous, last)]
+    assert steps == [4, 5]
+    spoil(last)
+    run_stage(sft("resume=true"))
+    assert f"{last} is corrupt: " in caplog.text
+    torch.testing.assert_close(weights(output / "sft_final.pt"), expected, **EXACT)
+    assert damage(last) is None
+
+
+def test_a_run_without_an_intact_checkpoint_is_an_error(sft: Any, output: Path, kill: Any) -> None:
+    kill()
+    with pytest.raises(Killed):
+        run_stage(sft())
+    for path in (output / "checkpoints").iterdir():
+        truncate(path)
+    with pytest.raises(DataError, match=r"last\.ckpt .*cannot be read: .*\.\n  Start over: overwrite=true"):
+        run_stage(sft("resume=true"))
+
+
+# The lock
+
+
+def test_a_second_process_is_refused(sft: Any, output: Path) -> None:
+    """The lock is that of the running process, whatever an earlier process has left in the file."""
+    output.mkdir(parents=True)
+    (output / ".lock").write_text("process 1 on nowhere\n")
+    with locked(output), pytest.raises(ConfigError, match=r"sft is in use by another process \(process \d+ on .+\)\."):
+        run_stage(sft())
+    run_stage(sft())
+
+
+# The pipeline
+
+
+def test_a_pipeline_continues_where_it_was_interrupted(tmp_path: Path, kill: Any) -> None:
+    """Finished steps are skipped, the interrupted one is resumed, and the others start."""
+    steps = ["pipeline.steps=[sft,reward,dpo]", "trainer.max_epochs=1", "data.batch_size=8"]
+    command = [*TINY, *steps, "pipeline.overrides.sft=['stage.samples=0']"]
+    directories = [tmp_path / "whole" / "rlhf", tmp_path / "killed" / "rlhf"]
+    with hydra_command(*command, f"paths.root={tmp_path}/whole") as cfg:
+        run_pipeline(cfg)
+    with hydra_command(*command, f"paths.root={tmp_path}/killed", "pipeline.steps=[sft]") as cfg:
+        run_pipeline(cfg)
+    finished = (directories[1] / "sft" / "sft_final.pt").stat().st_mtime_ns
+    kill()
+    with hydra_command(*command, f"paths.root={tmp_path}/killed", "resume=true") as cfg, pytest.raises(Killed):
+        run_pipeline(cfg)
+    with hydra_command(*command, f"paths.root={tmp_path}/killed", "resume=true") as cfg:
+        run_pipeline(cfg)
+    assert (directories[1] / "sft" / "sft_final.pt").stat().st_mtime_ns == finished
+    for name in ("sft/sft_final.pt", "reward/reward_model_final.pt", "dpo/dpo_final.pt"):
+        torch.testing.assert_close(*(weights(directory / name) for directory in directories), **EXACT)
+
+
+def test_a_pipeline_that_would_replace_a_result_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result of the last step is found before the first step starts."""
+    monkeypatch.setattr("rlhf.pipeline.run_stage", lambda cfg: pytest.fail("a step has started"))
+    final = tmp_path / "rlhf" / "dpo" / "dpo_final.pt"
+    final.parent.mkdir(parents=True)
+    final.touch()
+    with hydra_command(f"paths.root={tmp_path}") as cfg, pytest.raises(ConfigError, match=r"^stage=dpo has been run"):
+        run_pipeline(cfg)
