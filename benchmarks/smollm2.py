@@ -12,6 +12,7 @@ fifth prompt is held out, with all of its pairs.
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ def main() -> None:
     prepare(options.pairs, options.data)
     command = ["train.py", "experiment=smollm2", f"model.path={options.model}", f"smollm2={options.data}", *overrides]
     subprocess.run([sys.executable, *command], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    sys.stdout.write(f"Peak memory of the whole run: {peak:.1f} GiB\n")
 
 
 def prepare(files: list[Path], directory: Path, longest_prompt: int = 250, longest_response: int = 500) -> None:
