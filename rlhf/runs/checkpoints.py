@@ -27,7 +27,7 @@ def checkpoint_step(checkpoint: Path) -> int:
         for _, value in values:
             if value == "global_step":
                 kind, step = next(values)
-                if kind.startswith("BININT"):
+                if kind.startswith("BININT") and step is not None:
                     return int(step)
     except (zipfile.BadZipFile, StopIteration, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} is not a complete checkpoint.") from error
