@@ -40,7 +40,7 @@ def list_runs(cfg: DictConfig, *, sweeps: bool = False) -> int:
     else:
         console.print(Text(f"There are no runs in {printable(str(root))}."))
     if hidden := 0 if sweeps else sum(len(sweep_jobs(run)) for run in subdirectories(root)):
-        console.print(f"Not shown: {hidden} jobs of sweeps. To list them: command.sweeps=true")
+        console.print(f"Jobs of sweeps that are not shown: {hidden}. To list them: command.sweeps=true")
     return 0
 
 
