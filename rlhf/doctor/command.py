@@ -62,7 +62,7 @@ def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_toke
     """
     quiet_libraries()
     for name in ("datasets", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # Their messages are in the report.
     check_values(cfg, ("data", "model"))
     datamodule: RecordDataModule = instantiate(cfg.data, train=None, val=None, test=None)
     for key, value in {"examples": examples, "places": places, "max_new_tokens": max_new_tokens}.items():
@@ -143,7 +143,7 @@ def find_in_rows(split: Split, parser: RecordParser) -> list[Finding]:
     """Return everything that can be found in one file without a tokenizer."""
     findings = invalid_rows(split)
     if (reason := reason_to_reject(split)) is not None:
-        findings.append(Finding(ERROR, "the file cannot be read as a table", "", [reason]))
+        findings.append(Finding(ERROR, "the reader of training rejects the file", "", [reason]))
     for check in (empty_texts, contradictions, duplicates, odd_characters):
         findings += check(split)
     return [*findings, *mixed_forms(split, parser)]

@@ -137,7 +137,7 @@ def form_of(parser: RecordParser, row: Row) -> type[Record]:
 def reason_to_reject(split: Split) -> str | None:
     """Return why training would reject a JSONL file whose rows are all valid; None if it would not.
 
-    The stages read a file as a table, so that a field must have one type in all rows.
+    The library that reads the file is stricter than JSON: it accepts no key twice in a row, for example.
     """
     if split.invalid or not is_line_per_row(split.path):
         return None
@@ -159,16 +159,16 @@ def _rows(name: str, path: str, reader: RecordReader) -> Iterator[tuple[int, Any
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, _parse_line(line)
+                    yield number, _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
         return
     rows = read_rows(path, split=reader.splits.get(name, name), subset=reader.subset)
     for index in range(len(rows)):
         yield index + 1, rows[index]
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes, encoding: str) -> Any:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(encoding))
     except UnicodeDecodeError as error:
         return f"the line is not UTF-8 ({error.reason} at byte {error.start})"
     except json.JSONDecodeError as error:
