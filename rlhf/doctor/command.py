@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -61,8 +62,8 @@ def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_toke
         UserError: There are no data, or a key is invalid.
     """
     quiet_libraries()
-    for name in ("datasets", "transformers"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # Their messages are in the report.
+    datasets.logging.set_verbosity(logging.CRITICAL)  # Why a file cannot be read is in the report.
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # It warns of sequences that it does not truncate.
     check_values(cfg, ("data", "model"))
     datamodule: RecordDataModule = instantiate(cfg.data, train=None, val=None, test=None)
     for key, value in {"examples": examples, "places": places, "max_new_tokens": max_new_tokens}.items():
