@@ -11,13 +11,15 @@ from rich.text import Text
 
 from rlhf.data import EncodedResponse, RecordDataModule
 from rlhf.data.records import Prompt
+from rlhf.doctor.examination import Examination
 from rlhf.doctor.findings import ERROR, WARNING, Finding, responses_of
 from rlhf.doctor.forms import FORMS, Split
 from rlhf.doctor.tokens import encode, encode_record, percentiles
 from rlhf.errors import UserError
 from rlhf.printable import printable
 
-SHOWN = 1200  # characters of an example, or of a place
+EXAMPLE_CHARACTERS = 1200  # of a prompt or a response
+PLACE_CHARACTERS = 300
 LOSS_STYLE = "green"
 LEVEL_STYLES = {ERROR: "bold red", WARNING: "yellow"}
 
@@ -25,7 +27,7 @@ LEVEL_STYLES = {ERROR: "bold red", WARNING: "yellow"}
 def show(
     console: Console,
     title: str,
-    examinations: Sequence[Any],
+    examinations: Sequence[Examination],
     tokenizer: str,
     datamodule: RecordDataModule,
     *,
@@ -37,7 +39,7 @@ def show(
     Args:
         console: The terminal.
         title: Name of the data set.
-        examinations: The result for each file, see ``rlhf.doctor.command.Examination``.
+        examinations: The result for each file.
         tokenizer: Where the tokenizer is from.
         datamodule: The data module, which has the tokenizer.
         examples: Number of rows of each form to show.
@@ -66,7 +68,7 @@ def show_verdict(console: Console, findings: Sequence[Finding]) -> None:
     console.print(Text(verdict, style=LEVEL_STYLES[ERROR] if errors else LOSS_STYLE))
 
 
-def rows_table(examinations: Sequence[Any]) -> Table:
+def rows_table(examinations: Sequence[Examination]) -> Table:
     """Build the table of the forms of each file and of the stages that read them."""
     prompts = FORMS[Prompt][1]
     table = _table("Rows", caption=Text(f"{prompts} read the prompts of rows of every form."))
@@ -81,7 +83,7 @@ def rows_table(examinations: Sequence[Any]) -> Table:
     return table
 
 
-def lengths_table(examinations: Sequence[Any], tokenizer: str) -> Table:
+def lengths_table(examinations: Sequence[Examination], tokenizer: str) -> Table:
     """Build the table of the lengths of prompts, responses and whole rows."""
     table = _table("Tokens", caption=Text(f"Tokenizer: {printable(tokenizer)}"))
     for column in ("split", "form", "part", "p50", "p90", "p99", "max"):
@@ -101,7 +103,10 @@ def findings_table(findings: Sequence[Finding], places: int) -> Table:
     for column in ("level", "rows", "finding"):
         table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
     for finding in sorted(findings, key=lambda finding: finding.level != ERROR):
-        lines = [printable(finding.text), *(f"  {printable(place, SHOWN)}" for place in finding.places[:places])]
+        lines = [
+            printable(finding.text),
+            *(f"  {printable(place, PLACE_CHARACTERS)}" for place in finding.places[:places]),
+        ]
         if hidden := len(finding.places[places:]):
             lines.append(f"  ... and {hidden} more" if places else f"  {hidden} rows")
         text = Text("\n".join(lines))
@@ -138,7 +143,7 @@ def example_lines(split: Split, datamodule: RecordDataModule, count: int, *, col
 def example(sequence: EncodedResponse, tokenizer: Any, *, colored: bool) -> Text:
     """Return one sequence as text, with its response marked."""
     prompt, response = (
-        printable(tokenizer.decode(ids), SHOWN)
+        printable(tokenizer.decode(ids), EXAMPLE_CHARACTERS)
         for ids in (sequence.input_ids[: sequence.start], sequence.input_ids[sequence.start :])
     )
     if response and not colored:

@@ -5,7 +5,7 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,10 @@ class StageDirectory:
         return self.path / (self.info.final or "metrics.json")
 
     @property
-    def checkpoint(self) -> Path:
-        """The newest checkpoint: a file, or a directory with ``trainer=fsdp``."""
-        return self.path / "checkpoints" / "last.ckpt"
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that exist, the newest one first: files, or directories with ``trainer=fsdp``."""
+        paths = (self.path / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+        return [path for path in paths if path.exists()]
 
     def summary(self) -> StageSummary:
         """Describe the stage. A file that cannot be read makes one entry ``unreadable``."""
@@ -76,10 +77,12 @@ class StageDirectory:
         if is_locked(self.path / LOCK):
             steps = re.findall(r" step=(\d+) ", self._log)
             return f"running, step {steps[-1]}" if steps else "running"
-        if self.result.is_file() and not (self.checkpoint.exists() and _time(self.checkpoint) > _time(self.result)):
+        if self.result.is_file() and all(_time(path) <= _time(self.result) for path in self.checkpoints):
             is_complete = self.result.suffix != ".pt" or zipfile.is_zipfile(self.result)
             return "finished" if is_complete else UNREADABLE
-        return f"killed at step {checkpoint_step(self.checkpoint)}" if self.checkpoint.exists() else "no checkpoint"
+        steps = [_readable(partial(checkpoint_step, path)) for path in self.checkpoints]
+        readable = [f"killed at step {step}" for step in steps if step != UNREADABLE]
+        return next(iter(readable), UNREADABLE if steps else "no checkpoint")
 
     def _metric(self) -> str:
         """Return the accuracy or the win rates in metrics.json, or else the last monitored metric in the log."""

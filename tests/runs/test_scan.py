@@ -102,6 +102,15 @@ def test_a_checkpoint_without_a_newer_result_was_killed(tmp_path: Path) -> None:
     assert only(tmp_path).state == "killed at step 120"
 
 
+def test_the_checkpoint_before_counts_where_the_newest_one_is_damaged(tmp_path: Path) -> None:
+    directory = start(tmp_path / "ppo", "ppo")
+    save_checkpoint(directory / "checkpoints" / "previous.ckpt", 80)
+    (directory / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert only(tmp_path).state == "killed at step 80"
+    (directory / "checkpoints" / "previous.ckpt").unlink()
+    assert only(tmp_path).state == "unreadable"
+
+
 def test_a_sharded_checkpoint_is_as_old_as_its_content(tmp_path: Path) -> None:
     """With ``trainer=fsdp``, ``last.ckpt`` is a directory; a change in it later does not make it newer."""
     directory = start(tmp_path / "sft", "sft")

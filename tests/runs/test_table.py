@@ -34,7 +34,7 @@ def test_a_directory_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_command_loads_no_heavy_library_and_writes_nothing(repo: Path, tmp_path: Path) -> None:
-    """It answers within about a second, since neither torch nor transformers is imported."""
+    """It takes about a second, since neither torch nor transformers is imported."""
     (tmp_path / "mine" / "sft" / ".hydra").mkdir(parents=True)
     (tmp_path / "mine" / "sft" / ".hydra" / "config.yaml").write_text("stage_name: sft\n")
     before = sorted(tmp_path.rglob("*"))
