@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.rl import OnPolicyModule
 from rlhf.stage import StageModule
-from rlhf.stages import stages
+from rlhf.stages import commands, stages
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -249,6 +249,14 @@ def stage_sections() -> Iterator[str]:
         yield f"## stage={name}\n\n{table([*own, *differing, *own_data])}"
 
 
+def command_sections() -> Iterator[str]:
+    """One section per command."""
+    for name in commands():
+        rows = list(options(composed(f"stage={name}", "data=jsonl"), "command"))
+        _, text = header(CONF / "stage" / f"{name}.yaml")
+        yield f"## stage={name}\n\nA command: it {text}.\n\n{table(rows)}"
+
+
 def differs(row: Option, others: list[Option]) -> bool:
     """Return True if a shared option has another default elsewhere."""
     return any(row.key == other.key and row.default != other.default and row.owner == other.owner for other in others)
@@ -328,6 +336,7 @@ def sections() -> Iterator[str]:
     yield group_section("Adapters", "adapter", "adapter")
     yield data_section()
     yield from stage_sections()
+    yield from command_sections()
     yield group_section("Losses of stage=dpo", "loss", "stage.loss")
     yield group_section("Advantage estimators of PPO and GRPO", "advantage", "stage.advantage")
     yield group_section("Reward functions of PPO and GRPO", "reward", "reward")

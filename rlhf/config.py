@@ -1,5 +1,6 @@
 """Checks of configured values that need no model and no data."""
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, get_args
 
@@ -13,13 +14,13 @@ SAVE_HF_CHOICES = (False, True, "merged")
 RESUME_CHOICES = (False, True, "force")
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Reject values of a wrong type in the stage, data and model nodes before any weight is loaded.
+def check_values(cfg: DictConfig, nodes: Sequence[str] = ("stage", "data", "model", "adapter")) -> None:
+    """Reject values of a wrong type in some nodes of the configuration before any weight is loaded.
 
     Raises:
         ConfigError: A class or function expects a number, and the configuration contains text.
     """
-    for name in ("stage", "data", "model", "adapter"):
+    for name in nodes:
         if cfg.get(name) is not None:
             _check_numbers(OmegaConf.to_container(cfg[name], resolve=False), name)
 

@@ -107,6 +107,20 @@ def sha256_of_file(path: str | Path) -> str | None:
     return digest.hexdigest()
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a running process holds the lock on a file. A process that has ended, in any way, holds none."""
+    try:
+        import fcntl
+
+        with open(path, "rb") as file:  # Closing the file gives the lock back at once.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # Windows has no such locks; or there is no such file
+        return False
+    return False
+
+
 def _sync_directory(directory: Path) -> None:
     """Flush a renamed directory entry to disk, so that it survives a loss of power, where the system supports it."""
     if os.name == "nt":

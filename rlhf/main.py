@@ -1,26 +1,45 @@
-"""What ``train.py`` runs: one stage, or the pipeline."""
+"""What ``train.py`` runs: one stage, the pipeline, or a command that trains nothing."""
+
+import sys
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rlhf.config import check_choices
-from rlhf.distributed import barrier
-from rlhf.pipeline import run_pipeline
-from rlhf.run import run_stage
+from rlhf.config import check_choices, check_values
 
 
 def run(cfg: DictConfig) -> float:
-    """Run one stage, or the pipeline, and return the metric that a sweep optimizes.
+    """Run one stage, the pipeline or a command, and return the metric that a sweep optimizes.
 
     Args:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
     check_choices(cfg)
+    if "command" in cfg:
+        return run_command(cfg)
+    # Imported here because they load torch, which a command may not need.
+    from rlhf.distributed import barrier
+    from rlhf.pipeline import run_pipeline
+    from rlhf.run import run_stage
+
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg = cfg.copy()
         cfg.paths.output = HydraConfig.get().runtime.output_dir
     monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
     barrier()  # Rank 0 serves the connections of all ranks, so it must not end first.
     return monitored
+
+
+def run_command(cfg: DictConfig) -> float:
+    """Call the function that ``command`` configures with the whole configuration, and exit with its result unless 0.
+
+    A command writes no log and no results. It has no metric, so the result of this function is NaN.
+    """
+    check_values(cfg, ("command",))
+    exit_code = instantiate(cfg.command, _partial_=True)(cfg)
+    if exit_code:
+        sys.exit(exit_code)
+    return float("nan")

@@ -47,6 +47,12 @@ def stages() -> dict[str, StageInfo]:
     return {info.name: info for info in sorted(found, key=lambda info: info.position)}
 
 
+@cache
+def commands() -> list[str]:
+    """Return the names of the commands: choices of ``stage`` that neither train nor evaluate, such as ``doctor``."""
+    return [path.stem for path in sorted((CONF / "stage").glob("*.yaml")) if "command" in OmegaConf.load(path)]
+
+
 def policy_stages() -> list[StageInfo]:
     """Return the stages that export a policy, in order."""
     return [info for info in stages().values() if info.exports == "policy"]
@@ -58,7 +64,7 @@ def stages_with_group(group: str) -> list[str]:
 
 
 def _read(path: Path) -> StageInfo | None:
-    """Read the declaration of one stage; None for a yaml that declares none, such as the pipeline's."""
+    """Read the declaration of one stage; None for a yaml without one: the pipeline's or a command's."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     if "stage_info" not in config:

@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
 from rlhf import files
-from rlhf.files import atomic_write, sha256_of_file
+from rlhf.files import atomic_write, is_locked, sha256_of_file
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
@@ -87,3 +89,23 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
     assert sha256_of_file(tmp_path) is None
     assert sha256_of_file(str(tmp_path / "nothing")) is None
     assert sha256_of_file("") is None
+
+
+HOLD_LOCK = (
+    "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+)
+
+
+def test_a_lock_is_held_by_a_living_process_only(tmp_path: Path) -> None:
+    """A process that is killed leaves its file, but not its lock."""
+    path = tmp_path / ".lock"
+    assert not is_locked(path), "there is no file"
+    command = [sys.executable, "-c", HOLD_LOCK, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert is_locked(path)
+        assert is_locked(path), "looking does not take the lock"
+        holder.kill()
+    assert path.is_file()
+    assert not is_locked(path)

@@ -1,5 +1,6 @@
-"""``rlhf.main.run``: stage or pipeline, and the output directory of a job of a multirun."""
+"""``rlhf.main.run``: stage, pipeline or command, and the output directory of a job of a multirun."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, DictConfig]]:
 
         return run
 
-    monkeypatch.setattr(main, "run_stage", record("run_stage"))
-    monkeypatch.setattr(main, "run_pipeline", record("run_pipeline"))
+    monkeypatch.setattr("rlhf.run.run_stage", record("run_stage"))
+    monkeypatch.setattr("rlhf.pipeline.run_pipeline", record("run_pipeline"))
     return found
 
 
@@ -64,3 +65,29 @@ def test_check_must_be_a_known_choice(calls: list[tuple[str, DictConfig]]) -> No
     ):
         main.run(cfg)
     assert calls == []
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_command_is_called_with_the_configuration(
+    calls: list[tuple[str, DictConfig]], monkeypatch: pytest.MonkeyPatch, exit_code: int
+) -> None:
+    """Its own keys are keywords. A result other than 0 is the exit code of the process."""
+    received: list[Any] = []
+    monkeypatch.setattr("rlhf.runs.list_runs", lambda cfg, *, sweeps: received.append((cfg, sweeps)) or exit_code)
+    with hydra_command("stage=runs", "command.sweeps=true") as cfg:
+        if exit_code:
+            with pytest.raises(SystemExit) as stopped:
+                main.run(cfg)
+            assert stopped.value.code == exit_code
+        else:
+            assert math.isnan(main.run(cfg))
+        assert received == [(cfg, True)]
+    assert calls == []
+
+
+def test_keys_of_a_command_are_checked() -> None:
+    with (
+        hydra_command("stage=doctor", "command.examples=many") as cfg,
+        pytest.raises(ConfigError, match=r"^command.examples must be a number, got 'many'"),
+    ):
+        main.run(cfg)

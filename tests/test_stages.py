@@ -10,7 +10,7 @@ import pytest
 
 from contract.configs import hydra_command
 from rlhf import stages as stages_module
-from rlhf.stages import BASE_MODEL, CONF, policy_stages, stages, stages_with_group
+from rlhf.stages import BASE_MODEL, CONF, commands, policy_stages, stages, stages_with_group
 
 NEW_STAGE = """
 # @package _global_
@@ -80,6 +80,11 @@ def test_groups_include_those_of_shared_bases() -> None:
 def test_the_pipeline_is_not_a_stage() -> None:
     assert (CONF / "stage" / "pipeline.yaml").is_file()
     assert "pipeline" not in stages()
+
+
+def test_commands_are_choices_of_stage_but_not_stages() -> None:
+    assert commands() == ["doctor", "runs"]
+    assert not stages().keys() & commands()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import inspect
 
 import lightning
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, get_object
 from omegaconf import OmegaConf
 
@@ -15,13 +16,15 @@ from contract.configs import (
     combinations,
     compose_config,
     composed_dict,
+    hydra_command,
     keywords,
     required_keywords,
     targets,
 )
+from rlhf.stages import commands
 
-# Keywords that run.py fills in; no yaml may contain them.
-FROM_RUN = {"callbacks", "logger", "tokenizer"}
+# Keywords that run.py and main.py fill in; no yaml may contain them.
+FROM_RUN = {"callbacks", "logger", "tokenizer", "cfg"}
 # Arguments of losses and advantage estimators that the stage fills in.
 FROM_STAGE = {
     *("chosen", "rejected", "margins", "chosen_lengths", "rejected_lengths", "beta"),
@@ -36,7 +39,7 @@ def test_every_choice_composes_into_keywords_of_its_classes(overrides: tuple[str
     cfg = composed_dict(*overrides)
     found = dict(targets(cfg))
     assert {"model", "trainer"} <= found.keys()
-    assert {"stage", "data"} <= found.keys() or cfg["stage_name"] == "pipeline"
+    assert {"stage", "data"} <= found.keys() or "command" in found or cfg["stage_name"] == "pipeline"
     for path, node in found.items():
         target, given = node["_target_"], node.keys() - HYDRA_KEYS
         unknown = given - keywords(get_object(target)).keys()
@@ -61,6 +64,15 @@ def test_a_stage_lists_every_keyword_of_its_classes(stage: str) -> None:
     for part in ("stage", "data", "model"):
         missing = keywords(get_class(cfg[part]["_target_"])).keys() - cfg[part].keys() - FROM_RUN
         assert not missing, f"{part}: {sorted(missing)} are missing from the yaml"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_lists_every_keyword_and_writes_nothing(command: str) -> None:
+    """Hydra would create an output directory and store the configuration in it."""
+    with hydra_command(f"stage={command}") as cfg:
+        assert keywords(get_object(cfg.command._target_)).keys() == {"cfg"} | cfg.command.keys() - HYDRA_KEYS
+        assert HydraConfig.get().output_subdir is None
+        assert HydraConfig.get().run.dir == "."
 
 
 def test_trainer_auto_lists_every_argument_of_the_trainer() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hydra.utils import get_object
 
 from contract.configs import STAGES, choices, composed_dict, keywords, targets
-from rlhf.stages import stages
+from rlhf.stages import commands, stages
 
 # Every stage with its default choices, and every choice of the groups that configure a class or function.
 # For the latter only the node of the choice is compared: a choice may also change keys of the stage.
@@ -24,6 +24,7 @@ def compared_nodes() -> list[tuple[tuple[str, ...], str]]:
     found = [((f"stage={stage}",), node) for stage in STAGES for node in ("stage", "data", "callbacks", "logger")]
     found += [(("stage=sft", f"model={name}"), "model") for name in choices("model")]
     found += [(("stage=sft", "adapter=lora"), "adapter")]
+    found += [((f"stage={command}",), "command") for command in commands()]
     for group, node in GROUP_NODES.items():
         stage = next((info.name for info in stages().values() if group in info.groups), None)
         if stage is not None:

@@ -15,14 +15,14 @@ import pytest
 
 from contract.configs import CONF, HYDRA_KEYS, ROOT, STAGES, choices, compose_config, composed_dict, leaf_keys
 from contract.imports import FILES
-from rlhf.stages import stages
+from rlhf.stages import commands, stages
 
 ERRORS = {"UserError", "ConfigError", "DataError", "RecordError"}
 FIELD = "\N{REPLACEMENT CHARACTER}"  # stands for a field of an f-string
 VALUE = r"""(\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|<[^>]*>[^\s,;'")]*|[^\s,;'")]+)"""
 OVERRIDE = re.compile(rf"""(?:^|[\s'"(`])([a-z_{FIELD}][\w.{FIELD}]*)={VALUE}""")
 MENTIONED_KEY = re.compile(
-    rf"\b((?:stage|data|trainer|model|adapter|reward|callbacks|pipeline|paths)\.[a-z_{FIELD}][\w.{FIELD}]*)(?!\w*\()"
+    rf"\b((?:stage|data|trainer|model|adapter|reward|callbacks|pipeline|paths|command)\.[a-z_{FIELD}][\w.{FIELD}]*)(?!\w*\()"
 )
 # Words before an equals sign that are Python arguments, not keys: the error tells what to write in code.
 PYTHON_ARGUMENTS = {"base", "weights_only", "torch_dtype", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
@@ -69,7 +69,7 @@ def groups() -> set[str]:
 @cache
 def known_keys() -> dict[str, tuple[str, ...]]:
     """Return every key of every stage and choice, with overrides under which it exists."""
-    cases = [(f"stage={stage}",) for stage in (*STAGES, "pipeline")]
+    cases = [(f"stage={stage}",) for stage in (*STAGES, "pipeline", *commands())]
     cases += [
         (f"stage={info.name}", f"{group}={name}")
         for info in stages().values()

@@ -16,6 +16,7 @@ from contract.imports import (
     imports,
     module_name,
     package_graph,
+    package_of,
 )
 from rlhf.stages import stages
 
@@ -23,7 +24,7 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 # Layers from the bottom up. A package imports from its own layer and from the layers below it, without cycles. Stage
 # packages do not import each other, except that ppo and grpo build on rl.
 LAYERS: list[set[str]] = [
-    {"launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages"},
+    {"launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"},
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs"},
     STAGE_PACKAGES,
     {
@@ -33,12 +34,16 @@ LAYERS: list[set[str]] = [
         "checkpoint",
         "fsdp",
         "config",
+        "doctor",
         "export",
         "hparams",
         "lineage",
         "main",
         "pipeline",
+        "resume",
         "run",
+        "runs",
+        "signals",
     },
 ]
 MAY_BUILD_ON = {"ppo": {"rl"}, "grpo": {"rl"}}
@@ -120,7 +125,7 @@ def test_only_training_code_imports_lightning() -> None:
 def test_only_the_run_layer_imports_hydra() -> None:
     """errors.py imports it inside a function, to recognize Hydra's exceptions."""
     users = {name for name, file in MODULES.items() if any(n.split(".")[0] == "hydra" for n in imports(file))}
-    assert users <= {f"rlhf.{name}" for name in RUN_LAYER} | {"rlhf.errors"}
+    assert {package_of(name) for name in users} <= RUN_LAYER | {"errors"}
     tree = ast.parse(MODULES["rlhf.errors"].read_text(encoding="utf-8"))
     at_import = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     at_import |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}

@@ -1,0 +1,184 @@
+"""Which form each row of a file has, and which rows are invalid. A broken row never hides the others."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.files import LINE_PER_ROW, read_rows
+from rlhf.data.parser import RecordError, RecordParser
+from rlhf.data.reading import RecordReader
+from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Record, Row, UnpairedPreference
+from rlhf.errors import DataError
+
+# For each form: its name, and the commands that read it.
+FORMS: dict[type[Record], tuple[str, str]] = {
+    Preference: ("preferences", "stage=reward, stage=dpo"),
+    UnpairedPreference: ("unpaired preferences", "stage=dpo loss=kto"),
+    Rating: ("ratings", "stage=reward"),
+    Demonstration: ("demonstrations", "stage=sft"),
+    Prompt: ("prompts", "stage=ppo, stage=grpo, stage=evaluate"),
+}
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A row that no stage can read.
+
+    Args:
+        number: Number of its line, or of its row in a file that has no lines, from 1.
+        reason: What is wrong, as a clause.
+        missing: The missing field, if that is the reason.
+    """
+
+    number: int
+    reason: str
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A valid row.
+
+    Args:
+        number: Number of its line, or of its row in a file that has no lines, from 1.
+        record: The record that the row contains, of the form that its fields belong to.
+        row: The fields of the row.
+    """
+
+    number: int
+    record: Record
+    row: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one file or Hub dataset.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        path: The file or the ID of the dataset.
+        entries: The valid rows.
+        invalid: The other rows.
+    """
+
+    name: str
+    path: str
+    entries: list[Entry]
+    invalid: list[Invalid] = field(default_factory=list)
+
+    def place(self, number: int) -> str:
+        """Return the location of a row: ``file:line``, or ``file, row n`` in a file that has no lines."""
+        return f"{self.path}:{number}" if is_line_per_row(self.path) else f"{self.path}, row {number}"
+
+    def short_place(self, number: int) -> str:
+        """Return the location of a row within the file."""
+        return f"{'line' if is_line_per_row(self.path) else 'row'} {number}"
+
+    def by_form(self) -> dict[type[Record], list[Entry]]:
+        """Return the valid rows of each form that the file contains, the most frequent form first."""
+        found: dict[type[Record], list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(type(entry.record), []).append(entry)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def read_split(name: str, path: str, reader: RecordReader) -> Split:
+    """Read all rows of a file or a Hub dataset.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        path: A file, or the ID of a Hub dataset.
+        reader: The parser, the split names and the maximum number of rows.
+
+    Raises:
+        DataError: There is no such file, or a file that is not JSONL cannot be read.
+    """
+    entries: list[Entry] = []
+    invalid: list[Invalid] = []
+    for number, row in islice(_rows(name, path, reader), reader.max_rows):
+        try:
+            if isinstance(row, str):
+                raise RecordError(row)
+            entries.append(Entry(number, parse_row(reader.parser, row), row))
+        except RecordError as error:
+            invalid.append(Invalid(number, str(error), error.missing))
+        except Exception as error:  # A value that the parser does not expect must not hide the other rows.
+            invalid.append(Invalid(number, f"the row cannot be parsed ({type(error).__name__}: {error})"))
+    return Split(name, path, entries, invalid)
+
+
+def parse_row(parser: RecordParser, row: Row) -> Record:
+    """Parse a row as a record of the form that its fields belong to.
+
+    Raises:
+        RecordError: The row is invalid, or it has no field of any form.
+    """
+    record: Record = parser.parse(row, form_of(parser, row))
+    return record
+
+
+def form_of(parser: RecordParser, row: Row) -> type[Record]:
+    """Return the form that the fields of a row belong to, whether or not their values are valid."""
+    present = {name for name in FIELDS if parser.has(row, name)}
+    if present & {"chosen", "rejected"}:
+        return Preference
+    if "label" in present:
+        return UnpairedPreference
+    if present & {"reward", "response"}:
+        return Rating
+    if present & {"target", "completion"} or ("messages" in present and _ends_with_response(parser, row)):
+        return Demonstration
+    return Prompt
+
+
+def reason_to_reject(split: Split) -> str | None:
+    """Return why training would reject a JSONL file whose rows are all valid; None if it would not.
+
+    The library that reads the file is stricter than JSON: it accepts no key twice in a row, for example.
+    """
+    if split.invalid or not is_line_per_row(split.path):
+        return None
+    try:
+        read_rows(split.path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def is_line_per_row(path: str) -> bool:
+    """Return whether each line of a file is a row."""
+    return Path(path).suffix.lower() in LINE_PER_ROW
+
+
+def _rows(name: str, path: str, reader: RecordReader) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the fields of each row; instead of the fields, text that says why a line has none."""
+    if is_line_per_row(path) and Path(path).is_file() and Path(path).stat().st_size:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
+        return
+    rows = read_rows(path, split=reader.splits.get(name, name), subset=reader.subset)
+    for index in range(len(rows)):
+        yield index + 1, rows[index]
+
+
+def _parse_line(line: bytes, encoding: str) -> Any:
+    try:
+        row = json.loads(line.decode(encoding))
+    except UnicodeDecodeError as error:
+        return f"the line is not UTF-8 ({error.reason} at byte {error.start})"
+    except json.JSONDecodeError as error:
+        return f"the line is not JSON ({error.msg} at column {error.colno})"
+    except (ValueError, RecursionError) as error:
+        return f"the line is not JSON that can be read ({type(error).__name__})"
+    return row if isinstance(row, dict) else f"the line must be a JSON object, got {type(row).__name__}"
+
+
+def _ends_with_response(parser: RecordParser, row: Row) -> bool:
+    messages = row[parser.column("messages")]
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return not (isinstance(last, dict) and last.get("role") in ("user", "system", "tool"))

@@ -1,0 +1,96 @@
+"""Token counts, what does not fit into ``data.max_length``, and special tokens in texts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf.data import Demonstration, Preference, Prompt
+from rlhf.doctor import tokens
+from rlhf.doctor.findings import ERROR, WARNING
+from rlhf.doctor.forms import Split
+from rlhf.doctor.tokens import encode, measure, percentiles, special_tokens
+
+
+def lines(findings: list[Any]) -> dict[str, list[str]]:
+    """Return the lines of each finding by the first word of its text."""
+    return {finding.text.split()[0]: [place.rpartition(":")[2] for place in finding.places] for finding in findings}
+
+
+def test_percentiles_by_hand() -> None:
+    """Of 200 values 1 to 200: 100, 180 and 198 values do not exceed the 50th, 90th and 99th percentile."""
+    assert percentiles(list(range(200, 0, -1))) == [100, 180, 198, 200]
+    assert percentiles([7]) == [7, 7, 7, 7]
+
+
+def test_lengths_are_those_of_training(split: Callable[..., Split], tokenizer: Any) -> None:
+    """BOS belongs to the prompt, EOS to the response. A row is as long as its longer sequence."""
+    pair = {"prompt": "It rains.", "chosen": "Yes, it rains a lot.", "rejected": "No."}
+    lengths, findings = measure(split(pair, {"prompt": "It"}), tokenizer, 100, 10)
+    assert findings == []
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompt = count("<bos>It rains.\nSummary:")
+    responses = [count(" Yes, it rains a lot.<eos>"), count(" No.<eos>")]
+    found = lengths[Preference]
+    assert (found.prompts, found.responses, found.rows) == ([prompt], responses, [prompt + responses[0]])
+    assert lengths[Prompt].prompts == [count("<bos>It\nSummary:")]
+    assert lengths[Prompt].responses == []
+
+
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_truncated_and_dropped_rows(
+    split: Callable[..., Split], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """With 40 tokens. Every x is one token, and the template of a prompt has about 10.
+
+    1: fits   2: prompt too long   3: response too long by itself   4: pair that differs in its end only
+    5: prompt that fits, but not together with 20 reserved tokens
+    """
+    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    rows = (
+        {"prompt": "x", "completion": "x" * 20},
+        {"prompt": "x" * 40, "completion": "x" * 20},
+        {"prompt": "x", "completion": "x" * 60},
+        {"prompt": "x", "chosen": "x" * 60, "rejected": "x" * 61},
+        {"prompt": "x" * 20},
+    )
+    lengths, findings = measure(split(*rows), tokenizer, 40, 20)
+    assert lines(findings) == {"responses": ["3", "4"], "prompts": ["2", "3", "4", "5"], "pairs": ["4"]}
+    assert {finding.level for finding in findings} == {WARNING}
+    assert lengths[Demonstration].rows[1] > 60, "lengths are those before truncation"
+    assert lines(measure(split(rows[4]), tokenizer, 40, 0)[1]) == {}
+
+
+def test_a_conversation_that_the_template_rejects_does_not_hide_the_others(
+    split: Callable[..., Split], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    system = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    rows = {"prompt": "a", "completion": "b"}, {"prompt": system, "completion": "b"}, {"prompt": "c", "completion": "d"}
+    lengths, findings = measure(split(*rows), tokenizer, 40, 0)
+    assert len(lengths[Demonstration].rows) == 2
+    assert [finding.level for finding in findings] == [ERROR]
+    assert "train.jsonl:2: " in findings[0].places[0]
+    assert "no system" in findings[0].places[0]
+
+
+def test_texts_that_cannot_be_encoded_are_left_out(split: Callable[..., Split], tokenizer: Any) -> None:
+    rows = {"prompt": "a", "completion": "\ud800"}, {"prompt": "a", "completion": "b"}
+    assert [entry.number for entry, _ in encode(split(*rows), tokenizer)] == [2]
+
+
+def test_special_tokens_within_texts(split: Callable[..., Split], tokenizer: Any) -> None:
+    rows = (
+        {"prompt": "a", "completion": "b <eos> c"},
+        {"prompt": "<pad>", "completion": "b"},
+        {"prompt": "eos", "completion": "<b>"},
+    )
+    (found,) = special_tokens(split(*rows), tokenizer)
+    assert [place.rpartition(":")[2] for place in found.places] == ["1 (<eos>)", "2 (<pad>)"]
+    assert special_tokens(split(rows[2]), tokenizer) == []
