@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from rlhf.config import check_choices
 from rlhf.distributed import barrier
 from rlhf.pipeline import run_pipeline
+from rlhf.replay import replay
 from rlhf.run import run_stage
 
 
@@ -21,6 +22,8 @@ def run(cfg: DictConfig) -> float:
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg = cfg.copy()
         cfg.paths.output = HydraConfig.get().runtime.output_dir
+    if cfg.replay is not None:
+        return replay(cfg)
     monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
     barrier()  # Rank 0 serves the connections of all ranks, so it must not end first.
     return monitored

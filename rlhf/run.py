@@ -25,7 +25,9 @@ from rlhf.artifacts import (
 )
 from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
 from rlhf.checkpoint import report_signals
+from rlhf.command import command_line
 from rlhf.config import check_values
+from rlhf.data import RecordDataModule
 from rlhf.errors import ConfigError
 from rlhf.fsdp import check_loadable, without_sharding
 from rlhf.hparams import log_hyperparameters
@@ -53,17 +55,15 @@ def run_stage(cfg: DictConfig) -> float:
 def train(cfg: DictConfig, output: Path) -> float:
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
-    datamodule = instantiate(cfg.data)
-    build = instantiate(cfg.stage, _partial_=True)
-    inputs = with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
     checkpoint = resume_checkpoint(cfg, output)
+    datamodule = instantiate(cfg.data)
 
-    # 2. Build the module. A tokenizer is trained on the data where the base model is trained from scratch.
-    tokenizer = inputs["policy"].tokenizer(datamodule.training_texts())
-    module = build(**inputs, tokenizer=tokenizer)
+    # 2. Build the module.
+    module, inputs = build_module(cfg, datamodule)
 
     # 3. Train.
     provenance = describe_provenance(cfg, inputs)
+    module.nonfinite.run = {"stage": cfg.stage_name, "command": command_line(cfg), "config": provenance["config"]}
     if checkpoint is not None:
         check_resumable(checkpoint, provenance)
     preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
@@ -87,6 +87,17 @@ def train(cfg: DictConfig, output: Path) -> float:
     monitored = trainer.callback_metrics.get(module.monitor)
     log.info("%s = %s", module.monitor, "none" if monitored is None else f"{float(monitored):.4f}")
     return float("nan") if monitored is None else float(monitored)
+
+
+def build_module(cfg: DictConfig, datamodule: RecordDataModule) -> tuple[Any, dict[str, Any]]:
+    """Build the module of a stage that trains, and return it with its inputs.
+
+    A tokenizer is trained on the data where the base model is trained from scratch.
+    """
+    build = instantiate(cfg.stage, _partial_=True)
+    inputs = with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
+    tokenizer = inputs["policy"].tokenizer(datamodule.training_texts())
+    return build(**inputs, tokenizer=tokenizer), inputs
 
 
 def _inputs(cfg: DictConfig, unused: set[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf.check import Check
@@ -14,12 +15,12 @@ from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import IterationMetrics, critic_metrics, response_columns, rollout_metrics
+from rlhf.rl.metrics import IterationMetrics, checked_columns, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.objective import token_rewards
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.rl.preflight import on_policy_checks
-from rlhf.rl.scores import ScoreShaping, check_scores
+from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.settings import as_sequence, check_collection, check_sampling, check_update, loss_reduction_function
 from rlhf.rl.skipping import UpdateGuard
 from rlhf.rl.update_limits import UpdateLimits
@@ -135,6 +136,7 @@ class OnPolicyModule(UpdateModule):
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
         self.iterations = 0  # number of iterations started
+        self.rollout_is_nonfinite = False
         self.iteration_metrics = IterationMetrics()
         self.guard = UpdateGuard(limits)
         self.sample_rows: list[tuple[str | float, ...]] = []  # the table of samples of this iteration
@@ -194,8 +196,12 @@ class OnPolicyModule(UpdateModule):
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
         raw_scores, components = self.collector.score(rollout, prompts)
         columns = response_columns(experience, raw_scores, components)
-        check_scores(columns["scores"], self.reward)
-        self.scores.update(columns["scores"])
+        dump = {"batch": prompts, "rollout": rollout, "first_split": first_split}
+        self.rollout_is_nonfinite = self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump)
+        if self.rollout_is_nonfinite:  # The iteration keeps its length, and none of its minibatches is trained on.
+            raw_scores, experience = torch.zeros_like(raw_scores), experience.finite()
+        else:
+            self.scores.update(columns["scores"])
         scores = self.scores(raw_scores, rollout.finished)
         rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
         metrics = rollout_metrics(columns, self.kl, self.scores)
@@ -207,7 +213,8 @@ class OnPolicyModule(UpdateModule):
         metrics |= critic_metrics(experience, returns)
 
         # 5. Adapt the KL coefficient.
-        self.kl.update(metrics["objective/kl"], len(columns["kl"]))
+        if not self.rollout_is_nonfinite:
+            self.kl.update(metrics["objective/kl"], len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(
@@ -219,6 +226,7 @@ class OnPolicyModule(UpdateModule):
             size=self.minibatch_size,
             terms_are_sequences=self.loss_reduction is not masked_mean,
             rollout_metrics=metrics,
+            row_numbers=[number for number in prompts.rows for _ in range(self.num_generations)],
         )
 
     def estimate_advantages(

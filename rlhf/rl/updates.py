@@ -20,23 +20,26 @@ class UpdateModule(StageModule):
         guard: Decides which minibatches are skipped.
         iteration_metrics: Metrics of the current iteration.
         iterations: Number of iterations started.
+        rollout_is_nonfinite: A value of the current rollout is not finite, so its updates are skipped.
         sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
     """
 
     guard: UpdateGuard
     iteration_metrics: IterationMetrics
     iterations: int
+    rollout_is_nonfinite: bool
     sample_rows: Sequence[tuple[str | float, ...]]
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
         if minibatch.first:
             self.iteration_metrics.rollout = minibatch.rollout_metrics
-            self.guard.start_rollout()
+            self.guard.start_rollout(stopped=self.rollout_is_nonfinite)
         if not self.guard.rollout_stopped:
+            self.nonfinite.start_batch(minibatch)
             loss, metrics = self.training_loss(minibatch)
             if self.guard.accepts(metrics, minibatch.response_tokens):
                 self.iteration_metrics.add_minibatch(minibatch, metrics)
-                return loss
+                return self.nonfinite.watch(loss)
         self.iteration_metrics.add_update({"policy/skipped": 1.0})
         return zero_loss(self._trained())
 
@@ -58,7 +61,14 @@ class UpdateModule(StageModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         clear_gradients(self.frozen_modules())
         self.guard.start_step()
-        self.iteration_metrics.add_update(self.optimizer_metrics(optimizer))
+        metrics = self.optimizer_metrics(optimizer)
+        if self.rollout_is_nonfinite:
+            self.nonfinite.skip_step()
+        elif self.nonfinite.must_skip(self, float(metrics["grad_norm"])):
+            optimizer.zero_grad(set_to_none=True)
+            self.iteration_metrics.skip_step()
+            return
+        self.iteration_metrics.finish_step(metrics)
 
     # Logging
 
@@ -73,6 +83,8 @@ class UpdateModule(StageModule):
     def _log_iteration(self) -> None:
         """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
         metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
+        if self.nonfinite.skips:
+            metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
         self.metrics, self.metrics_step = {**metrics}, self.global_step
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.global_step)

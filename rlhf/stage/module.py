@@ -22,6 +22,7 @@ from rlhf.models import (
     shard,
 )
 from rlhf.stage.hyperparameters import plain_arguments
+from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
@@ -57,6 +58,10 @@ class StageModule(ReportingModule):
         warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
         gradient_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
             This takes less memory and about one more forward pass per step.
+        on_nonfinite: What to do if a loss, a gradient or, in PPO and GRPO, a value of a rollout is NaN or infinite:
+            ``stop`` before the weights change, or ``skip`` the optimizer step and count it in
+            ``train/nonfinite_steps``.
+        max_nonfinite_steps: Number of consecutive optimizer steps that ``on_nonfinite=skip`` may skip.
 
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
@@ -77,6 +82,8 @@ class StageModule(ReportingModule):
         schedule: str = "cosine",
         warmup_ratio: float = 0.0,
         gradient_checkpointing: bool = False,
+        on_nonfinite: str = "stop",
+        max_nonfinite_steps: int = 10,
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -101,6 +108,7 @@ class StageModule(ReportingModule):
         self._tokenizer = tokenizer
         self._schedule = LearningRateSchedule(schedule, warmup_ratio)
         self._models_opened = False
+        self.nonfinite = NonfiniteGuard(on_nonfinite, max_nonfinite_steps)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -173,9 +181,20 @@ class StageModule(ReportingModule):
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.nonfinite.start_batch(batch)
         loss, metrics = self.training_loss(batch)
         self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
-        return loss
+        return self.nonfinite.watch(loss)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        # Where the metrics are logged, the host has read the norm already.
+        norm = self.metrics["grad_norm"] if self.is_log_step else self.optimizer_metrics(optimizer)["grad_norm"]
+        if self.nonfinite.must_skip(self, float(norm)):
+            optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
+        if self.nonfinite.skips and self.is_log_step:
+            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
+            self.log("train/nonfinite_steps", self.metrics["train/nonfinite_steps"], batch_size=1)
 
     def configure_optimizers(self) -> Any:
         # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
@@ -202,6 +221,7 @@ class StageModule(ReportingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = get_random_state()
         checkpoint["schedule"] = self._schedule.state_dict()
+        checkpoint["nonfinite"] = self.nonfinite.state_dict()
         for name in base_weights(self):
             checkpoint["state_dict"].pop(name, None)
 
@@ -209,6 +229,8 @@ class StageModule(ReportingModule):
         self._random_state = checkpoint.get("random_state")
         if "schedule" in checkpoint:
             self._schedule.load_state_dict(checkpoint["schedule"], checkpoint["global_step"])
+        if "nonfinite" in checkpoint:
+            self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         if not self.strict_loading:
             check_complete(self, checkpoint["state_dict"], "the checkpoint")
 
