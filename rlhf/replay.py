@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rlhf.stages import stages
 BATCH_TYPES = (SequenceBatch, PairBatch, RatingBatch, UnpairedBatch, PromptBatch, Minibatch, Rollout, Prompt)
 COMPARED = ("stage", "model", "adapter", "reward", "seed")  # parts of the configuration that a replay depends on
 SHOWN = 5  # names of parameters
+SHOWN_CHARACTERS = 60  # of a response
 
 
 def replay(cfg: DictConfig) -> float:
@@ -53,9 +54,14 @@ def replay(cfg: DictConfig) -> float:
     silent.callbacks, silent.logger, silent.trainer.enable_checkpointing = {}, {}, False
     trainer = build_trainer(silent, [callback])
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
-    with suppress(Replayed):
+    try:
         trainer.fit(module, datamodule, ckpt_path=str(directory / STATE), weights_only=True)
-    return float("nan")
+    except Replayed:
+        return float("nan")
+    raise ConfigError(
+        f"replay={directory}: the dumped step comes after the end of training with this configuration.",
+        "Repeat the command of the run, and add only replay=<directory>.",
+    )
 
 
 def check_same_config(config: Any, dumped: Mapping[str, Any], directory: Path) -> None:
@@ -155,7 +161,7 @@ def _replay_rollout(module: Any, item: dict[str, Any]) -> list[str | Table]:
         columns["value"] = experience.values.sum(dim=1)
     texts = rollout.decode(module.tokenizer)
     rows = [
-        {**{name: float(values[row]) for name, values in columns.items()}, "response": texts[row]}
+        {**{name: float(values[row]) for name, values in columns.items()}, "response": texts[row][:SHOWN_CHARACTERS]}
         for row in range(len(texts))
     ]
     per_prompt = max(len(texts) // max(len(item["locations"]), 1), 1)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data import RecordDataModule
+from rlhf.data import Batch, RecordDataModule
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.files import atomic_write, write_json
+from rlhf.files import atomic_write, remove, write_json
 
 STATE, REPORT = "state.ckpt", "report.json"
 
@@ -25,7 +25,7 @@ def batches_file(rank: int) -> str:
 def row_locations(module: Any, batch: Any) -> list[str]:
     """Return where the rows of a training batch are in the data; nothing if the data module does not know it."""
     data = getattr(module.trainer, "datamodule", None)
-    return data.locations(batch) if isinstance(data, RecordDataModule) else []
+    return data.locations(batch) if isinstance(data, RecordDataModule) and isinstance(batch, Batch) else []
 
 
 def write_dump(module: Any, directory: Path, items: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
@@ -38,6 +38,9 @@ def write_dump(module: Any, directory: Path, items: Sequence[Mapping[str, Any]],
         report: Step and fault, and stage, command and configuration of the run.
     """
     locations = [row_locations(module, item["batch"]) for item in items]
+    if is_rank_zero():
+        remove(directory)  # It may hold a dump of an earlier run.
+    barrier()
     content = [{**_packed(item), "locations": rows} for item, rows in zip(items, locations, strict=True)]
     atomic_write(directory / batches_file(module.global_rank), lambda file: torch.save(content, file))
     module.trainer.save_checkpoint(directory / STATE)

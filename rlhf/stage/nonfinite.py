@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.data import Batch
 from rlhf.distributed import gather_objects, world_size
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.logs import metrics_log
@@ -98,7 +99,6 @@ class NonfiniteGuard:
         if self._is_finite(module, norm, step):
             self._consecutive = 0
             return False
-        self.skip_step()
         faulty = [micro for micro in step if micro.loss is not None and not bool(micro.loss.isfinite())]
         loss = float(faulty[0].loss) if faulty and faulty[0].loss is not None else None
         ranks = gather_objects((loss, _nonfinite(_gradients(module)), _nonfinite(module.named_parameters())))
@@ -107,7 +107,9 @@ class NonfiniteGuard:
             _describe_step(*zip(*ranks, strict=True)),
             [_faulty_rows(module, micro) for micro in faulty] or [micro.batch for micro in step],
             [{"batch": micro.batch, "random_state": micro.random_state} for micro in step],
+            "The step is",
         )
+        self.skip_step()
         return True
 
     @staticmethod
@@ -148,7 +150,8 @@ class NonfiniteGuard:
         prompts = sorted({row // per_prompt for row in mine if row // per_prompt < batch.row_count})
         weights = gather_objects(_nonfinite(module.named_parameters()))[0]
         text = f"{_listed(parts)} {'is' if len(parts) == 1 else 'are'} not finite" + _weights_text(weights)
-        self._handle(module, text, [batch.select(prompts)] if prompts else [], [dict(dump)])
+        faulty = [batch.select(prompts)] if prompts else []
+        self._handle(module, text, faulty, [dict(dump)], "The updates on this rollout are")
         return True
 
     def skip_step(self) -> None:
@@ -158,31 +161,30 @@ class NonfiniteGuard:
 
     # What happens then
 
-    def _handle(self, module: Any, fault: str, faulty: Sequence[Any], dump: list[dict[str, Any]]) -> None:
+    def _handle(self, module: Any, fault: str, faulty: Sequence[Any], dump: list[dict[str, Any]], what: str) -> None:
         """Write the dump, and stop training or log that the step is skipped."""
         step = module.global_step + 1
-        stops = not self.skips or self._consecutive > self.max_steps
+        stops = not self.skips or self._consecutive >= self.max_steps
         own = [row for batch in faulty for row in row_locations(module, batch)]
         rows = _listed(chain(*gather_objects(own)))
         message = f"stage={self.run['stage']}, optimizer step {step}: {fault}."
-        details = [f"Rows: {rows}."] if rows else []
-        replay = ""
+        details = [f"Rows: {rows}"] if rows else []
         # A run that skips steps writes only the first of them, and the one at which it stops.
         if (stops or not self._has_dump) and (directory := _directory(module.trainer, step)) is not None:
             write_dump(module, directory, dump, {"step": step, "fault": message, **self.run})
             self._has_dump = True
-            details.append(f"The batch and the state before the step are in {directory}.")
-            replay = f"Find the cause: {self.run['command']} replay={directory}"
+            details.append(f"The batch and the state before the step are in {directory}")
+            details.append(f"Find the cause: {self.run['command']} replay={directory}")
         if not stops:
-            log.warning(
-                "%s %s", message, " ".join([*details, f"The step is skipped, {self._consecutive} in a row.", replay])
-            )
+            log.warning("%s", "\n  ".join([f"{message} {what} skipped.", *details]))
             return
-        details.insert(0, "The weights have not been changed.")
         if self.skips:
-            details.append(f"This is more than stage.max_nonfinite_steps={self.max_steps} steps in a row.")
-        fix = "" if self.skips else "Skip such steps instead: stage.on_nonfinite=skip"
-        error = TrainingError(f"{message} {' '.join(details)}", "\n  ".join(filter(None, [replay, fix])))
+            message += (
+                f" stage.max_nonfinite_steps={self.max_steps}, and {self._consecutive} steps in a row were skipped."
+            )
+        else:
+            details.append("Skip such steps instead: stage.on_nonfinite=skip")
+        error = TrainingError(f"{message} The weights have not been changed.", "\n  ".join(details))
         metrics_log.error("%s", error)
         raise error
 
@@ -198,7 +200,8 @@ class NonfiniteGuard:
 @torch.no_grad()
 def _faulty_rows(module: Any, micro: MicroBatch) -> Any:
     """Return the rows of a batch whose own loss is not finite; all rows if that cannot be told."""
-    if world_size() > 1:  # A loss may contain collective operations, and only some ranks have a faulty batch.
+    # A loss may contain collective operations, and only some ranks may have a faulty batch.
+    if world_size() > 1 or not isinstance(micro.batch, Batch):
         return micro.batch
     state = get_random_state()
     with module.trainer.precision_plugin.forward_context():
