@@ -34,6 +34,7 @@ from rlhf.hparams import log_hyperparameters
 from rlhf.lineage import check_resumable, warn_about_parents
 from rlhf.logs import log_file, quiet_libraries
 from rlhf.models import ModelSource
+from rlhf.stage.memory import report_out_of_memory
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def train(cfg: DictConfig, output: Path) -> float:
     trainer = build_trainer(cfg, [ExportHeader(provenance), *preflight])
     check_loadable(checkpoint, trainer.strategy)
     try:
-        with report_signals(trainer):
+        with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
             trainer.fit(module, datamodule, ckpt_path=checkpoint)
     except PreflightOnly:
         return float("nan")
@@ -124,7 +125,7 @@ def evaluate(cfg: DictConfig) -> float:
     _check_vocabularies(policies, module.baseline, module.tokenizer)
     warn_about_parents(policies)
     trainer = build_trainer(without_sharding(cfg), [])
-    with report_signals(trainer):
+    with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
         Console().print(module.table())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import ConfigError
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.metrics import IterationMetrics
 from rlhf.rl.skipping import UpdateGuard, clear_gradients, zero_loss
@@ -36,9 +37,12 @@ class UpdateModule(StageModule):
             self.guard.start_rollout(stopped=self.rollout_is_nonfinite)
         if not self.guard.rollout_stopped:
             self.nonfinite.start_batch(minibatch)
+            if self.splitter is not None:
+                self.guard.step_is_empty = False
+                return self.splitter.postpone(self)
             loss, metrics = self.training_loss(minibatch)
             if self.guard.accepts(metrics, minibatch.response_tokens):
-                self.iteration_metrics.add_minibatch(minibatch, metrics)
+                self.add_metrics(minibatch, metrics)
                 return self.nonfinite.watch(loss)
         self.iteration_metrics.add_update({"policy/skipped": 1.0})
         return zero_loss(self._trained())
@@ -46,6 +50,19 @@ class UpdateModule(StageModule):
     def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.compute_loss(minibatch)
         return loss * minibatch.loss_weight, {**metrics, "train/loss": loss}
+
+    def add_metrics(self, batch: Minibatch, metrics: Any) -> None:
+        self.iteration_metrics.add_minibatch(batch, metrics)
+
+    def check_splitting(self) -> None:
+        super().check_splitting()
+        limits = self.guard.limits
+        if limits.stop_kl_per_token is not None or limits.skip_ratio is not None:
+            raise ConfigError(
+                "stage.on_out_of_memory=halve cannot be combined with stage.limits.stop_kl_per_token or "
+                "stage.limits.skip_ratio, which are means over a whole minibatch.",
+                "Set stage.on_out_of_memory=stop.",
+            )
 
     @abstractmethod
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from rlhf.models import (
     shard,
 )
 from rlhf.stage.hyperparameters import plain_arguments
+from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
 from rlhf.stage.precision import autocast_dtype
@@ -62,6 +63,8 @@ class StageModule(ReportingModule):
             ``stop`` before the weights change, or ``skip`` the optimizer step and count it in
             ``train/nonfinite_steps``.
         max_nonfinite_steps: Number of consecutive optimizer steps that ``on_nonfinite=skip`` may skip.
+        on_out_of_memory: What to do if memory runs out in a training step: ``stop``, or ``halve`` the batches, now and
+            for the rest of the run, and accumulate their gradients. Single process only.
 
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
@@ -84,6 +87,7 @@ class StageModule(ReportingModule):
         gradient_checkpointing: bool = False,
         on_nonfinite: str = "stop",
         max_nonfinite_steps: int = 10,
+        on_out_of_memory: str = "stop",
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -109,6 +113,7 @@ class StageModule(ReportingModule):
         self._schedule = LearningRateSchedule(schedule, warmup_ratio)
         self._models_opened = False
         self.nonfinite = NonfiniteGuard(on_nonfinite, max_nonfinite_steps)
+        self.splitter = BatchSplitter.of(on_out_of_memory)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,6 +169,8 @@ class StageModule(ReportingModule):
     def configure_model(self) -> None:
         if self._models_opened:
             return
+        if self.splitter is not None:
+            self.check_splitting()
         # Lightning calls this hook under the device context of the strategy. There, transformers would place weights
         # itself, which requires accelerate.
         with torch.device("cpu"):
@@ -182,9 +189,28 @@ class StageModule(ReportingModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.nonfinite.start_batch(batch)
+        if self.splitter is not None:
+            return self.splitter.postpone(self)
         loss, metrics = self.training_loss(batch)
-        self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
+        self.add_metrics(batch, metrics)
         return self.nonfinite.watch(loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.splitter is None or not self.splitter.backward(self):
+            super().backward(loss, *args, **kwargs)
+
+    def add_metrics(self, batch: Any, metrics: Metrics) -> None:
+        """Add the metrics of a training batch, or of a piece of it, to those that are logged."""
+        self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
+
+    def check_splitting(self) -> None:
+        """Raise a ``ConfigError`` if batches cannot be computed in pieces with the same result."""
+        if self._trainer is not None and self._trainer.world_size > 1:
+            raise ConfigError(
+                f"stage.on_out_of_memory=halve requires a single process, got {self._trainer.world_size}: other ranks "
+                "would wait for the one that computes a step again.",
+                "Set stage.on_out_of_memory=stop.",
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)

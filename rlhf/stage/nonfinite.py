@@ -51,6 +51,7 @@ class NonfiniteGuard:
 
     Attributes:
         count: Number of optimizer steps that have been skipped.
+        step: The batches of the current optimizer step.
         run: ``stage``, ``command`` and ``config`` of this run, for messages and for the dump.
     """
 
@@ -67,22 +68,26 @@ class NonfiniteGuard:
         self.run: dict[str, Any] = {"stage": "<stage>", "command": "python train.py stage=<stage>", "config": {}}
         self._consecutive = 0
         self._has_dump = False
-        self._step: list[MicroBatch] = []
+        self.step: list[MicroBatch] = []
 
     # A training batch
 
     def start_batch(self, batch: Any) -> None:
         """Remember a batch and the random state before its forward pass until the optimizer step is complete."""
-        self._step.append(MicroBatch(batch, get_random_state()))
+        self.step.append(MicroBatch(batch, get_random_state()))
 
     def watch(self, loss: Tensor) -> Tensor:
-        """Return the loss of the batch that was started last; if it is not finite, every gradient of it is NaN."""
-        self._step[-1].loss = loss.detach()
+        """Return the loss of the batch that was started last; if it is not finite, every gradient of it is NaN.
+
+        If a batch is computed in pieces, this is called for each of them.
+        """
+        earlier = self.step[-1].loss
+        self.step[-1].loss = loss.detach() if earlier is None else earlier + loss.detach()
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def forget_step(self) -> list[MicroBatch]:
         """Forget the batches of the optimizer step, and return them."""
-        step, self._step = self._step, []
+        step, self.step = self.step, []
         return step
 
     def must_skip(self, module: Any, norm: float) -> bool:
