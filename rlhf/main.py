@@ -12,7 +12,7 @@ from rlhf.run import run_stage
 
 
 def run(cfg: DictConfig) -> float:
-    """Run one stage, or the pipeline, and return the metric that a sweep optimizes.
+    """Run one stage, or the pipeline, and return the metric that a sweep optimizes; or replay a training step.
 
     Args:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
@@ -23,7 +23,8 @@ def run(cfg: DictConfig) -> float:
         cfg = cfg.copy()
         cfg.paths.output = HydraConfig.get().runtime.output_dir
     if cfg.replay is not None:
-        return replay(cfg)
-    monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
+        monitored = replay(cfg)
+    else:
+        monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
     barrier()  # Rank 0 serves the connections of all ranks, so it must not end first.
     return monitored

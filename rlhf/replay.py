@@ -16,20 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rlhf.data import PairBatch, PromptBatch, RatingBatch, SequenceBatch, UnpairedBatch
-from rlhf.data.records import Prompt
+from rlhf.data import Batch, Prompt
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.logs import quiet_libraries
 from rlhf.models import Frozen
-from rlhf.rl import Minibatch
 from rlhf.run import build_module, build_trainer
 from rlhf.sampling import Rollout
-from rlhf.stage.dumps import STATE, read_dump
+from rlhf.stage.dumps import STATE, read_batches, read_report
 from rlhf.stage.random_state import set_random_state
 from rlhf.stages import stages
 
-BATCH_TYPES = (SequenceBatch, PairBatch, RatingBatch, UnpairedBatch, PromptBatch, Minibatch, Rollout, Prompt)
 COMPARED = ("stage", "model", "adapter", "reward", "seed")  # parts of the configuration that a replay depends on
 SHOWN = 5  # names of parameters
 SHOWN_CHARACTERS = 60  # of a response
@@ -104,14 +101,16 @@ class Replay(Callback):
     """
 
     def __init__(self, directory: Path) -> None:
-        self.summary, self.items = read_dump(directory, {kind.__name__: kind for kind in BATCH_TYPES})
+        self.directory = directory
+        self.summary = read_report(directory)
         self.report: list[str | Table] = []
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.report.append(f"Dumped: {self.summary['fault']}")
         plugin: Any = trainer.precision_plugin
-        for number, item in enumerate(self.items, 1):
-            self.report.append(f"Batch {number} of {len(self.items)}")
+        items = read_batches(self.directory, {kind.__name__: kind for kind in (*_subclasses(Batch), Rollout, Prompt)})
+        for number, item in enumerate(items, 1):
+            self.report.append(f"Batch {number} of {len(items)}")
             replay = _replay_rollout if "rollout" in item else _replay_step
             with plugin.forward_context(), first_nonfinite_output(module) as found:
                 lines = replay(module, item)
@@ -124,6 +123,12 @@ class Replay(Callback):
 
 class Replayed(Exception):
     """The dump has been replayed, and there is nothing to train."""
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _replay_step(module: Any, item: dict[str, Any]) -> list[str | Table]:

@@ -49,24 +49,29 @@ def write_dump(module: Any, directory: Path, items: Sequence[Mapping[str, Any]],
     barrier()
 
 
-def read_dump(directory: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the report and the batches of all ranks from a dump.
-
-    Args:
-        directory: Directory of the dump.
-        types: The dataclasses that a dump may contain, by name.
+def read_report(directory: Path) -> dict[str, Any]:
+    """Return the report of a dump.
 
     Raises:
         ConfigError: The directory contains no dump.
     """
-    paths = sorted(directory.glob(batches_file(0).replace("0", "*")))
-    if not paths or not (directory / STATE).exists() or not (directory / REPORT).exists():
+    if not all((directory / name).exists() for name in (REPORT, STATE, batches_file(0))):
         raise ConfigError(
             f"replay={directory}: the directory contains no dump of a training step.",
             "Set replay=outputs/<run>/<stage>/nonfinite/step<n>",
         )
-    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
-    return report, [_unpacked(item, types) for path in paths for item in torch.load(path, weights_only=True)]
+    return dict(json.loads((directory / REPORT).read_text(encoding="utf-8")))
+
+
+def read_batches(directory: Path, types: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Return the batches of all ranks in a dump.
+
+    Args:
+        directory: Directory of the dump.
+        types: The dataclasses that a dump may contain, by name.
+    """
+    paths = sorted(directory.glob(batches_file(0).replace("0", "*")))
+    return [_unpacked(item, types) for path in paths for item in torch.load(path, weights_only=True)]
 
 
 def _packed(value: Any) -> Any:

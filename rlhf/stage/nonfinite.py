@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -179,7 +180,7 @@ class NonfiniteGuard:
             write_dump(module, directory, dump, {"step": step, "fault": message, **self.run})
             self._has_dump = True
             details.append(f"The batch and the state before the step are in {directory}")
-            details.append(f"Find the cause: {self.run['command']} replay={directory}")
+            details.append(f"Find the cause: {self.run['command']} {_replay(directory)}")
         if not stops:
             log.warning("%s", "\n  ".join([f"{message} {what} skipped.", *details]))
             return
@@ -245,6 +246,12 @@ def _weights_text(names: Sequence[str]) -> str:
 def _directory(trainer: Any, step: int) -> Path | None:
     """Return the directory of the dump of a step; None if the Trainer writes no files."""
     return None if trainer.fast_dev_run else Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
+
+
+def _replay(directory: Path) -> str:
+    """Return the override that replays a dump, quoted for Hydra and for the shell where that is necessary."""
+    value = f"'{directory}'" if set(str(directory)) & set(",=(){}[]") else str(directory)
+    return shlex.quote(f"replay={value}")
 
 
 def _listed(names: Iterable[str]) -> str:
