@@ -125,7 +125,7 @@ class Replayed(Exception):
     """The dump has been replayed, and there is nothing to train."""
 
 
-def _subclasses(kind: type) -> Iterator[type]:
+def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     for subclass in kind.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

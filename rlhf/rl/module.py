@@ -15,7 +15,7 @@ from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import IterationMetrics, checked_columns, critic_metrics, response_columns, rollout_metrics
+from rlhf.rl.metrics import IterationMetrics, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.objective import token_rewards
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
@@ -182,6 +182,12 @@ class OnPolicyModule(UpdateModule):
         """Return the number of minibatches of an iteration over this many prompts, over all passes."""
         return self.ppo_epochs * -(-prompts * self.num_generations // self.minibatch_size)
 
+    @property
+    def samples_to_show(self) -> int:
+        """Number of samples in the table of this iteration; 0 on ranks other than 0."""
+        is_due = self.trainer.is_global_zero and (self.iterations - 1) % self.sample_interval == 0
+        return self.samples if is_due else 0
+
     def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
         """Run one iteration on a batch of prompts and yield the minibatches to train on."""
         self.iterations += 1
@@ -196,25 +202,21 @@ class OnPolicyModule(UpdateModule):
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
         raw_scores, components = self.collector.score(rollout, prompts)
         columns = response_columns(experience, raw_scores, components)
-        dump = {"batch": prompts, "rollout": rollout, "first_split": first_split}
-        self.rollout_is_nonfinite = self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump)
-        if self.rollout_is_nonfinite:  # The iteration keeps its length, and none of its minibatches is trained on.
+        if self.must_skip_rollout(columns, {"batch": prompts, "rollout": rollout, "first_split": first_split}):
             raw_scores, experience = torch.zeros_like(raw_scores), experience.finite()
         else:
             self.scores.update(columns["scores"])
         scores = self.scores(raw_scores, rollout.finished)
         rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
         metrics = rollout_metrics(columns, self.kl, self.scores)
-        shows_samples = self.trainer.is_global_zero and (self.iterations - 1) % self.sample_interval == 0
-        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples * shows_samples)
+        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples_to_show)
 
         # 4. Estimate advantages and, with a critic, returns.
         advantages, returns = self.estimate_advantages(rewards, scores, experience)
         metrics |= critic_metrics(experience, returns)
 
         # 5. Adapt the KL coefficient.
-        if not self.rollout_is_nonfinite:
-            self.kl.update(metrics["objective/kl"], len(columns["kl"]))
+        self.kl.update(metrics["objective/kl"], len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(

@@ -1,7 +1,7 @@
 """Updates on minibatches of experience: limits, metrics and logging."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.rl.experience import Minibatch
-from rlhf.rl.metrics import IterationMetrics
+from rlhf.rl.metrics import IterationMetrics, checked_columns
 from rlhf.rl.skipping import UpdateGuard, clear_gradients, zero_loss
 from rlhf.stage import StageModule
 
@@ -30,6 +30,16 @@ class UpdateModule(StageModule):
     iterations: int
     rollout_is_nonfinite: bool
     sample_rows: Sequence[tuple[str | float, ...]]
+
+    def must_skip_rollout(self, columns: Mapping[str, Tensor], dump: Mapping[str, Any]) -> bool:
+        """Return whether a rollout is not finite. Its iteration then keeps its length, but nothing is trained on it.
+
+        Args:
+            columns: See ``response_columns``.
+            dump: What a replay needs.
+        """
+        self.rollout_is_nonfinite = self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump)
+        return self.rollout_is_nonfinite
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
         if minibatch.first:

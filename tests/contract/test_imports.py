@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
         "artifacts",
         "callbacks",
         "checkpoint",
+        "command",
         "fsdp",
         "config",
         "export",
@@ -38,6 +39,7 @@ LAYERS: list[set[str]] = [
         "lineage",
         "main",
         "pipeline",
+        "replay",
         "run",
     },
 ]
