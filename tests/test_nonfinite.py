@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from harness import ON_POLICY, PAIRS, STAGES, Run, TinyRun
+from rlhf.callbacks import PreflightChecks
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.replay import Replay, Replayed
 from rlhf.reward_functions import RewardFunction, ScoringBatch
@@ -222,6 +223,14 @@ def test_updates_on_a_rollout_that_is_not_finite_are_skipped(tiny_run: TinyRun) 
     assert all(bool(weight.isfinite().all()) for weight in run.module.parameters())
 
 
+def test_preflight_checks_report_a_rollout_without_a_dump(tiny_run: TinyRun) -> None:
+    """There is no state of training to dump yet."""
+    checks = PreflightChecks(tiny_run.folder, {}, only=True)
+    with pytest.raises(TrainingError, match="optimizer step 1: the score of 1 of"):
+        tiny_run.train("ppo", reward=FaultyReward({*range(1, 50)}), critic_init="sft", callbacks=[checks])
+    assert not (tiny_run.folder / "nonfinite").exists()
+
+
 # Settings and checkpoints
 
 
@@ -251,3 +260,15 @@ def test_a_resumed_run_continues_the_count(tiny_run: TinyRun, monkeypatch: pytes
     first.trainer.save_checkpoint(tiny_run.folder / "first.ckpt")
     resumed = tiny_run.train("sft", resume=tiny_run.folder / "first.ckpt", trainer={"max_epochs": 2}, **keys)
     assert resumed.curve("train/nonfinite_steps") == [1.0, 1.0]
+
+
+def test_a_dump_that_cannot_be_written_does_not_hide_the_fault(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    plant_losses(monkeypatch, {1})
+    monkeypatch.setattr("rlhf.stage.nonfinite.write_dump", full)
+    with pytest.raises(TrainingError, match=r"the loss is nan(?s:.*)could not be written to .*: .*No space left"):
+        tiny_run.train("sft")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batches import Batch
 from rlhf.data.encode import Encoder
-from rlhf.data.files import location
+from rlhf.data.files import locations
 from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
@@ -258,7 +258,7 @@ class RecordDataModule(lightning.LightningDataModule):
     def locations(self, batch: Batch) -> list[str]:
         """Return where the rows of a training batch are in the data: ``file:line``, or ``file, row n``."""
         path = self.paths["train"]
-        return [location(path, row) for row in batch.rows if row is not None] if path is not None else []
+        return locations(path, [row for row in batch.rows if row is not None]) if path is not None else []
 
     def train_dataloader(self) -> Any:
         return self.loader("train", training=True)

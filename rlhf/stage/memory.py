@@ -155,9 +155,10 @@ def _fix(phase: str, module: Any, datamodule: Any) -> str:
     length = f"data.max_length={max(datamodule.max_length // 2, 2)}"
     on_policy = hasattr(module, "minibatch_size")
     if phase == SAMPLING:
-        size = getattr(module, "rollout_batch_size", None) or datamodule.batch_size
-        rollout = f"Set stage.rollout_batch_size={max(size // 2, 1)}. " if on_policy else ""
-        return f"{rollout}Otherwise set {length}, or lower the maximum length of responses."
+        size = (getattr(module, "rollout_batch_size", None) or datamodule.batch_size) if on_policy else None
+        key = "data.eval_batch_size" if size is None else "stage.rollout_batch_size"
+        half = max((datamodule.eval_batch_size if size is None else size) // 2, 1)
+        return f"Set {key}={half}. Otherwise set {length}, or lower the maximum length of responses."
     if phase == EVALUATION:
         return f"Set data.eval_batch_size={max(datamodule.eval_batch_size // 2, 1)}. Otherwise set {length}."
     key, size = ("stage.minibatch_size", module.minibatch_size) if on_policy else ("data.batch_size", None)

@@ -148,12 +148,10 @@ class NonfiniteGuard:
             f"the {name} of {len(rows)} of {count} responses ({float(columns[name][rows[0]])})"
             for name, rows in faults.items()
         ]
-        own = count // world_size()
-        start = own * module.global_rank
-        mine = sorted({row - start for row in chain(*faults.values()) if start <= row < start + own})
-        batch = dump["batch"]
+        batch, own = dump["batch"], len(dump["rollout"].input_ids)
+        start = sum(gather_objects(own)[: module.global_rank])
         per_prompt = own // batch.row_count
-        prompts = sorted({row // per_prompt for row in mine if row // per_prompt < batch.row_count})
+        prompts = sorted({(row - start) // per_prompt for row in chain(*faults.values()) if 0 <= row - start < own})
         weights = gather_objects(_nonfinite(module.named_parameters()))[0]
         text = f"{_listed(parts)} {'is' if len(parts) == 1 else 'are'} not finite" + _weights_text(weights)
         faulty = [batch.select(prompts)] if prompts else []
@@ -177,10 +175,7 @@ class NonfiniteGuard:
         details = [f"Rows: {rows}"] if rows else []
         # A run that skips steps writes only the first of them, and the one at which it stops.
         if (stops or not self._has_dump) and (directory := _directory(module.trainer, step)) is not None:
-            write_dump(module, directory, dump, {"step": step, "fault": message, **self.run})
-            self._has_dump = True
-            details.append(f"The batch and the state before the step are in {directory}")
-            details.append(f"Find the cause: {self.run['command']} {_replay(directory)}")
+            details += self._dump(module, directory, dump, {"step": step, "fault": message, **self.run})
         if not stops:
             log.warning("%s", "\n  ".join([f"{message} {what} skipped.", *details]))
             return
@@ -193,6 +188,18 @@ class NonfiniteGuard:
         error = TrainingError(f"{message} The weights have not been changed.", "\n  ".join(details))
         metrics_log.error("%s", error)
         raise error
+
+    def _dump(self, module: Any, directory: Path, dump: list[dict[str, Any]], report: Mapping[str, Any]) -> list[str]:
+        """Write a dump, and return what a message says about it."""
+        self._has_dump = True
+        try:
+            write_dump(module, directory, dump, report)
+        except (OSError, RuntimeError) as error:  # PyTorch raises the latter if the disk is full.
+            return [f"The batch and the state could not be written to {directory}: {error}"]
+        return [
+            f"The batch and the state before the step are in {directory}",
+            f"Find the cause: {self.run['command']} {_replay(directory)}",
+        ]
 
     # Checkpoints
 
@@ -244,8 +251,12 @@ def _weights_text(names: Sequence[str]) -> str:
 
 
 def _directory(trainer: Any, step: int) -> Path | None:
-    """Return the directory of the dump of a step; None if the Trainer writes no files."""
-    return None if trainer.fast_dev_run else Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
+    """Return the directory of the dump of a step; None in pre-flight checks and if the Trainer writes no files."""
+    return (
+        None
+        if trainer.fast_dev_run or not trainer.optimizers
+        else Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
+    )
 
 
 def _replay(directory: Path) -> str:
