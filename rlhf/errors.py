@@ -36,6 +36,12 @@ class DataError(UserError):
     """Data or a file that cannot be used."""
 
 
+class TrainingError(UserError):
+    """Training cannot go on, although no setting is invalid: a loss is not finite, or memory has run out."""
+
+    exit_code = 1
+
+
 class Stopped(Exception):
     """A signal has ended the run. It is shown as plain text, without a traceback.
 

@@ -11,7 +11,7 @@ from rlhf.config import check_choices, check_values
 
 
 def run(cfg: DictConfig) -> float:
-    """Run one stage, the pipeline or a command, and return the metric that a sweep optimizes.
+    """Run a stage, the pipeline or a command, or replay a training step; return the metric that a sweep optimizes.
 
     Args:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
@@ -23,12 +23,16 @@ def run(cfg: DictConfig) -> float:
     # Imported here because they load torch, which a command may not need.
     from rlhf.distributed import barrier
     from rlhf.pipeline import run_pipeline
+    from rlhf.replay import replay
     from rlhf.run import run_stage
 
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg = cfg.copy()
         cfg.paths.output = HydraConfig.get().runtime.output_dir
-    monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
+    if cfg.replay is not None:
+        monitored = replay(cfg)
+    else:
+        monitored = run_pipeline(cfg) if cfg.stage_name == "pipeline" else run_stage(cfg)
     barrier()  # Rank 0 serves the connections of all ranks, so it must not end first.
     return monitored
 

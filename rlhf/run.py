@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rlhf.artifacts import (
     with_adapter,
 )
 from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
+from rlhf.command import command_line
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
@@ -35,6 +37,7 @@ from rlhf.logs import log_file, quiet_libraries
 from rlhf.models import ModelSource
 from rlhf.resume import check_start, finished_result, remove_earlier, resume_checkpoint
 from rlhf.signals import report_signals
+from rlhf.stage.memory import report_out_of_memory
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -58,8 +61,7 @@ def train(cfg: DictConfig, output: Path) -> float:
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
-    build = instantiate(cfg.stage, _partial_=True)
-    inputs = with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
+    build, inputs = open_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
         log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, finished.path)
@@ -67,17 +69,17 @@ def train(cfg: DictConfig, output: Path) -> float:
     checkpoint = resume_checkpoint(cfg, output, provenance)
 
     # 2. Build the module. A tokenizer is trained on the data where the base model is trained from scratch.
-    tokenizer = inputs["policy"].tokenizer(datamodule.training_texts())
-    module = build(**inputs, tokenizer=tokenizer)
+    module = build(**inputs, tokenizer=inputs["policy"].tokenizer(datamodule.training_texts()))
 
     # 3. Train.
+    module.nonfinite.run = {"stage": cfg.stage_name, "command": command_line(cfg), "config": provenance["config"]}
     preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
     trainer = build_trainer(cfg, [ExportHeader(provenance), *preflight])
     check_loadable(checkpoint, trainer.strategy)
     if cfg.overwrite and is_rank_zero():
         remove_earlier(cfg, output)
     try:
-        with report_signals(trainer):
+        with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
             trainer.fit(module, datamodule, ckpt_path=checkpoint)
     except PreflightOnly:
         return float("nan")
@@ -95,6 +97,12 @@ def train(cfg: DictConfig, output: Path) -> float:
         log_hyperparameters(trainer, cfg, module.metrics)
     log.info("%s = %s", module.monitor, "none" if value is None else f"{monitored:.4f}")
     return monitored
+
+
+def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return what builds the module of a stage from its inputs and a tokenizer, and the inputs."""
+    build = instantiate(cfg.stage, _partial_=True)
+    return build, with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
 
 
 def _inputs(cfg: DictConfig, unused: set[str]) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def evaluate(cfg: DictConfig) -> float:
     _check_vocabularies(policies, module.baseline, module.tokenizer)
     warn_about_parents(policies)
     trainer = build_trainer(without_sharding(cfg), [])
-    with report_signals(trainer):
+    with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
         Console().print(module.table())

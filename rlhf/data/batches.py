@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,11 +26,15 @@ class Batch:
         sft_loss_weight: Factor of an SFT loss that a stage adds to its own; its terms are ``sft_terms``.
         is_filler: Whether the batch repeats rows of another batch only so that its rank does not miss a step. Such a
             batch has no terms, so neither the loss nor any metric depends on it.
+        rows: Where each row is in the data, from 0; empty if that is not known.
     """
+
+    counts: ClassVar[tuple[str, ...]] = ()  # Fields that are counted from the others where they are None.
 
     loss_weight: float = 1.0
     sft_loss_weight: float = 1.0
     is_filler: bool = False
+    rows: list[int | None] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy of the batch with its tensors on a device."""
@@ -49,6 +53,42 @@ class Batch:
             if isinstance(value := getattr(self, item.name), Batch)
         }
         return replace(self, loss_weight=0.0, sft_loss_weight=0.0, is_filler=True, **inner)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return a batch of some rows, with weights in proportion to its terms.
+
+        If batches share out all rows of this one, the sum of their weighted losses is the weighted loss of this one.
+
+        Args:
+            rows: Indices of the rows.
+        """
+        changed: dict[str, Any] = dict(self.recount(rows))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor | Batch | list):
+                length = value.row_count if isinstance(value, Batch) else len(value)
+                # The chosen responses of pairs come first, then the rejected ones.
+                index = [start + row for start in range(0, length, self.row_count) for row in rows]
+                changed[item.name] = (
+                    value.select(index)
+                    if isinstance(value, Batch)
+                    else value[index]
+                    if isinstance(value, Tensor)
+                    else [value[i] for i in index]
+                )
+        selected = replace(self, **changed)
+        selected.loss_weight *= selected.loss_terms / max(self.loss_terms, 1)
+        selected.sft_loss_weight *= selected.sft_terms / max(self.sft_terms, 1)
+        return selected
+
+    def recount(self, rows: Sequence[int]) -> dict[str, int | None]:
+        """Return the counts of some rows by field; None: counted when the batch of these rows is made."""
+        return dict.fromkeys(self.counts)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows: of records, or of sampled responses."""
+        return self.sequence_count
 
     @property
     def loss_terms(self) -> int:
@@ -82,6 +122,8 @@ class SequenceBatch(Batch):
         terms: Number of True entries of ``response_mask``; None to count them now.
         tokens: Number of True entries of ``attention_mask``; None to count them now.
     """
+
+    counts = ("terms", "tokens")
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -149,6 +191,8 @@ class PairBatch(LabeledBatch):
         chosen_tokens: Number of tokens of the chosen responses; None to count them now.
     """
 
+    counts = ("chosen_tokens",)
+
     margin: Tensor
     ref_logprobs: Tensor | None = None
     chosen_tokens: int | None = None
@@ -156,6 +200,10 @@ class PairBatch(LabeledBatch):
     def __post_init__(self) -> None:
         if self.chosen_tokens is None:
             self.chosen_tokens = int(self.halves(self.sequences.response_mask)[0].sum())
+
+    @property
+    def row_count(self) -> int:
+        return len(self.margin)
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Split [2 * pairs, ...] values into those of the chosen and those of the rejected responses."""
@@ -185,6 +233,8 @@ class UnpairedBatch(LabeledBatch):
         desirable_rows: Number of desirable responses; None to count them now.
         desirable_tokens: Number of tokens of the desirable responses; None to count them now.
     """
+
+    counts = ("desirable_rows", "desirable_tokens")
 
     desirable: Tensor
     mismatched: SequenceBatch

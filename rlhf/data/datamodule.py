@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batches import Batch
 from rlhf.data.encode import Encoder
+from rlhf.data.files import locations
 from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
-from rlhf.data.records import Message, Prompt, Record
+from rlhf.data.records import Message, Prompt, Record, prompt_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.tokenizer import chat_template
 
@@ -90,6 +91,7 @@ class RecordDataModule(lightning.LightningDataModule):
         self.tokenizer = tokenizer
         self._records: dict[str, list[Any]] = {}
         self._rows: dict[str, list[Any]] = {}
+        self._row_numbers: dict[str, list[int | None]] = {}  # where each of these rows is in the data, from 0
         self._loader_state: dict[str, int] | None = None  # of the checkpoint that training resumes from
 
     @staticmethod
@@ -182,13 +184,15 @@ class RecordDataModule(lightning.LightningDataModule):
         if split not in self._rows:
             encoder, records = self.encoder(), self.records(split)
             quiet = len(records) < PROGRESS_BAR_RECORDS
-            rows = []
+            rows: list[Any] = []
             starts = range(0, len(records), ENCODED_RECORDS)
             for start in track(starts, f"encoding {split}", transient=True, disable=quiet):
                 chunk = records[start : start + ENCODED_RECORDS]
                 encoder.prepare([pair for record in chunk for pair in _conversations(record)])
                 rows += [self.encode(encoder, record) for record in chunk]
             self._rows[split] = [row for row in rows if row is not None]
+            used = (record for record, row in zip(records, rows, strict=True) if row is not None)
+            self._row_numbers[split] = [prompt_of(record).row for record in used]
             if records:
                 self._report_encoded(split, len(rows), encoder)
         return self._rows[split]
@@ -223,7 +227,7 @@ class RecordDataModule(lightning.LightningDataModule):
         for record in records:
             if len(unique) == count:
                 break
-            prompt = record if isinstance(record, Prompt) else record.prompt
+            prompt = prompt_of(record)
             unique.setdefault(prompt.raw_text, prompt)
         prompts = unique.values()
         return [(encoder.encode_prompt(prompt.messages, reserve=reserve), prompt) for prompt in prompts]
@@ -245,11 +249,16 @@ class RecordDataModule(lightning.LightningDataModule):
             world=trainer.world_size if trainer else 1,
         )
         per_step = trainer.accumulate_grad_batches if trainer and training else 1
-        loader = BatchLoader(rows, self.collate, batches, per_step)
+        loader = BatchLoader(rows, self.collate, batches, per_step, self._row_numbers[split])
         if training and self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
         return loader
+
+    def locations(self, batch: Batch) -> list[str]:
+        """Return where the rows of a training batch are in the data: ``file:line``, or ``file, row n``."""
+        path = self.paths["train"]
+        return locations(path, [row for row in batch.rows if row is not None]) if path is not None else []
 
     def train_dataloader(self) -> Any:
         return self.loader("train", training=True)
@@ -273,6 +282,6 @@ class RecordDataModule(lightning.LightningDataModule):
 
 def _conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
     """Return the messages of a record's prompt with each of its responses, as ``Encoder.prepare`` takes them."""
-    prompt = record if isinstance(record, Prompt) else record.prompt
+    prompt = prompt_of(record)
     responses = [getattr(record, name) for name in ("response", "chosen", "rejected") if hasattr(record, name)]
     return [(prompt.messages, response) for response in responses or [None]]

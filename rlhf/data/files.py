@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ def location(path: str, row: int) -> str:
         path: A file or a Hub dataset ID.
         row: Index of the row, from 0. The returned line and row numbers start from 1.
     """
+    return locations(path, [row])[0]
+
+
+def locations(path: str, rows: Sequence[int]) -> list[str]:
+    """Return the location of each of several rows, see ``location``. The file is read once."""
     if Path(path).suffix.lower() not in LINE_PER_ROW:
-        return f"{path}, row {row + 1}"
-    for index, (number, _) in enumerate(_lines(path)):
-        if index == row:
-            return f"{path}:{number}"
-    return path
+        return [f"{path}, row {row + 1}" for row in rows]
+    last = max(rows, default=-1)
+    numbers = dict(enumerate(number for number, _ in islice(_lines(path), last + 1)))
+    return [f"{path}:{numbers[row]}" if row in numbers else path for row in rows]
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:

@@ -92,6 +92,7 @@ class BatchLoader:
         collate: Makes a batch of a list of rows.
         batches: Yields the row indices of each batch.
         per_step: Batches per optimizer step and rank (``trainer.accumulate_grad_batches``).
+        row_numbers: Where each row is in the data, from 0, for messages.
     """
 
     def __init__(
@@ -100,11 +101,13 @@ class BatchLoader:
         collate: Callable[[list[Any]], Batch],
         batches: BucketBatchSampler,
         per_step: int = 1,
+        row_numbers: Sequence[int | None] = (),
     ) -> None:
         self.rows = rows
         self.collate = collate
         self.batch_sampler = batches
         self.per_step = per_step
+        self.row_numbers = row_numbers
         self._epoch_length = len(batches)  # batches of an epoch; fewer if the Trainer limits them
         self._position = 0  # batches of the current epoch that have been yielded
         self._resume_at = 0  # batches to skip in the first epoch after resuming
@@ -121,7 +124,9 @@ class BatchLoader:
 
     def _batch(self, indices: list[int]) -> Batch:
         if indices:
-            return self.collate([self.rows[i] for i in indices])
+            batch = self.collate([self.rows[i] for i in indices])
+            batch.rows = [self.row_numbers[i] for i in indices] if self.row_numbers else []
+            return batch
         # The other ranks have a batch here, and wait for this rank in collective operations.
         shortest = int(self.batch_sampler.lengths.argmin())
         return self.collate([self.rows[shortest]]).as_filler()

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.data.files import location, read_rows
 from rlhf.data.parser import RecordError, RecordParser
-from rlhf.data.records import EXPECTED, Record, Row
+from rlhf.data.records import EXPECTED, Record, Row, prompt_of
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class RecordReader:
         for index in range(count):
             try:
                 records.append(self.parser.parse(rows[index], record_type))
+                prompt_of(records[-1]).row = index
             except RecordError as error:
                 errors.append((index, error))
         if errors:

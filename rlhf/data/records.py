@@ -1,7 +1,7 @@
 """Records: demonstrations, preferences, ratings and prompts, as the data contain them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
@@ -16,11 +16,13 @@ class Prompt:
         messages: The messages of the conversation. The last one is not by the assistant.
         raw_text: The prompt as it is in the data, without a chat template; reward functions receive this text.
         target: The reference response of the data, if there is one.
+        row: Index of the row that the record was read from, from 0; None if it was not read from data.
     """
 
     messages: Sequence[Message]
     raw_text: str
     target: str | None = None
+    row: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class UnpairedPreference:
 
 
 Record: TypeAlias = Demonstration | Preference | Rating | UnpairedPreference | Prompt
+
+
+def prompt_of(record: Record) -> Prompt:
+    """Return the prompt of a record, which may be the record itself."""
+    return record if isinstance(record, Prompt) else record.prompt
+
 
 # Examples for error messages.
 EXPECTED: dict[type[Record], str] = {

@@ -12,6 +12,7 @@ from rlhf.distributed import sum_over_ranks
 from rlhf.dpo.base import PreferenceModule
 from rlhf.dpo.metrics import MetricGroup, unpaired_metrics
 from rlhf.dpo.objective import kto_loss, response_lengths, response_nll
+from rlhf.errors import ConfigError
 
 
 class KTOModule(PreferenceModule):
@@ -31,6 +32,14 @@ class KTOModule(PreferenceModule):
 
     def __init__(self, *, loss: Callable[..., Tensor] = kto_loss, **keys: Any) -> None:
         super().__init__(loss=loss, **keys)
+
+    def check_splitting(self) -> None:
+        super().check_splitting()
+        raise ConfigError(
+            "stage.on_out_of_memory=halve cannot be combined with unpaired preferences: the KL baseline of KTO is a "
+            "mean over a whole batch.",
+            "Set stage.on_out_of_memory=stop.",
+        )
 
     def loss_and_metrics(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         logprobs, entropy = self.response_logprobs(batch.sequences)

@@ -37,19 +37,21 @@ class PythonReward(RewardFunction):
                 "reward=python requires reward.path, the function that scores responses.",
                 "Set reward.path=<file.py>:<function>.",
             )
-        self.function = load_scorer(self.path, key="reward.path")
+        # Training checks the scores of all reward functions itself: stage.on_nonfinite decides what happens.
+        self.function = load_scorer(self.path, key="reward.path", finite=False)
 
     def forward(self, batch: ScoringBatch) -> Tensor:
         scores = self.function(batch.prompts, batch.responses, batch.targets)
         return torch.tensor(scores, dtype=torch.float, device=batch.input_ids.device)
 
 
-def load_scorer(name: str, *, key: str) -> Scorer:
+def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
     """Load a scoring function, wrapped so that its scores are checked.
 
     Args:
         name: The function, as ``file.py:function``; its arguments are described in ``PythonReward``.
         key: Configuration key that contains ``name``, for error messages.
+        finite: Reject scores that are not finite.
 
     Returns:
         A function of prompts, responses and targets.
@@ -66,7 +68,7 @@ def load_scorer(name: str, *, key: str) -> Scorer:
         if len(scores) != len(responses):
             raise DataError(f"{key}={name} returned {len(scores)} scores for {len(responses)} responses.")
         for score, response in zip(scores, responses, strict=True):
-            if not math.isfinite(score):
+            if finite and not math.isfinite(score):
                 raise DataError(f"{key}={name} returned the non-finite score {score} for the response {response!r}.")
         return scores
 

@@ -1,7 +1,7 @@
 """Experience: a rollout with everything that updates need, and its division into minibatches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ class Experience:
     kl: Tensor
     values: Tensor | None = None
 
+    def finite(self) -> "Experience":
+        """Return a copy with 0 in place of values that are not finite."""
+        changed: dict[str, Any] = {
+            item.name: torch.where(value.isfinite(), value, 0.0)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **changed)
+
     @property
     def kl_per_sequence(self) -> Tensor:
         """[batch] log-ratio of policy and reference model, summed over each response. Its mean estimates the KL."""
@@ -100,6 +109,13 @@ class Minibatch(Batch):
     new_sequences: int = 0
     rollout_metrics: Mapping[str, Any] = field(default_factory=dict)
 
+    def recount(self, rows: Sequence[int]) -> dict[str, int | None]:
+        return {"response_tokens": int(self.response_mask[list(rows)].sum())}
+
+    @property
+    def row_count(self) -> int:
+        return len(self.input_ids)
+
     @property
     def loss_terms(self) -> int:
         return len(self.input_ids) if self.terms_are_sequences else self.response_tokens
@@ -146,6 +162,7 @@ def minibatches(
     size: int,
     terms_are_sequences: bool,
     rollout_metrics: Mapping[str, Any],
+    row_numbers: Sequence[int | None] = (),
 ) -> Iterator[Minibatch]:
     """Yield the minibatches of several passes over a rollout, in a new random order in each pass.
 
@@ -158,6 +175,7 @@ def minibatches(
         size: Rows of a minibatch.
         terms_are_sequences: See ``Minibatch``.
         rollout_metrics: See ``Minibatch``.
+        row_numbers: Where the prompt of each response is in the data, from 0; empty if that is not known.
     """
     rollout, lengths = experience.rollout, experience.lengths
     count = len(lengths.sequences)
@@ -175,4 +193,5 @@ def minibatches(
                 new_tokens=sum(lengths.sequences) if first else 0,
                 new_sequences=count if first else 0,
                 rollout_metrics=rollout_metrics,
+                rows=[row_numbers[row] for row in rows] if row_numbers else [],
             )

@@ -1,5 +1,6 @@
 """The KL penalty that keeps the policy close to the reference model."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -84,13 +85,13 @@ class KLController(nn.Module):
         return 0.0 if self.in_loss else self.coef
 
     def update(self, kl_per_sequence: float, responses: int) -> None:
-        """Adapt the coefficient after an iteration. Without a target it stays fixed.
+        """Adapt the coefficient after an iteration. Without a target, or if the KL is not finite, it stays fixed.
 
         Args:
             kl_per_sequence: Mean KL over all devices, in nats per response.
             responses: Number of responses of the iteration, over all devices.
         """
-        if self.target_per_sequence is None:
+        if self.target_per_sequence is None or not math.isfinite(kl_per_sequence):
             return
         error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
         self.coef *= 1 + error * responses / self.horizon

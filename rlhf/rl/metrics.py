@@ -42,8 +42,16 @@ def response_columns(experience: Experience, raw_scores: Tensor, components: Map
         "distinct_ngrams": torch.tensor(distinct_ngrams, device=raw_scores.device),
         **{f"reward/{name}": values for name, values in components.items()},
     }
+    if experience.values is not None:
+        columns["values"] = masked_sum(experience.values, rollout.response_mask)
     table = torch.stack([column.to(raw_scores.device).float() for column in columns.values()]).cpu()
     return dict(zip(columns, torch.cat(gather_objects(table), dim=1), strict=True))
+
+
+def checked_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns that must be finite, by the name of their quantity; see ``response_columns``."""
+    names = {"scores": "score", "logprobs": "log-prob", "kl": "log-ratio", "kl_estimate": "KL", "values": "value"}
+    return {name: columns[column] for column, name in names.items() if column in columns}
 
 
 def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: ScoreShaping) -> dict[str, Any]:
@@ -145,6 +153,24 @@ class IterationMetrics:
         self.rollout: Mapping[str, Any] = {}
         self.updates: dict[str, list[Tensor]] = defaultdict(list)
         self.weights: dict[str, list[float]] = defaultdict(list)
+        self._lengths: dict[str, int] = {}  # Number of values of each metric when the last optimizer step ended.
+
+    def finish_step(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """End an optimizer step and add its metrics."""
+        self.add_update(metrics)
+        self._lengths = {name: len(values) for name, values in self.updates.items()}
+
+    def skip_step(self) -> None:
+        """End an optimizer step that is skipped: its minibatches count in ``policy/skipped`` only."""
+        minibatches = len(self.updates["policy/skipped"]) - self._lengths.get("policy/skipped", 0)
+        for name in list(self.updates):
+            del self.updates[name][self._lengths.get(name, 0) :]
+            del self.weights[name][self._lengths.get(name, 0) :]
+            if not self.updates[name]:
+                del self.updates[name], self.weights[name]
+        for _ in range(minibatches):
+            self.add_update({"policy/skipped": 1.0})
+        self._lengths = {name: len(values) for name, values in self.updates.items()}
 
     def add_minibatch(self, minibatch: Minibatch, metrics: Mapping[str, Tensor]) -> None:
         """Add the metrics of an update: losses as means over their terms, the others as means over tokens."""
@@ -172,6 +198,7 @@ class IterationMetrics:
         means = {name: _ratio([of_rank[name] for of_rank in sums if name in of_rank]) for name in self.updates}
         self.updates.clear()
         self.weights.clear()
+        self._lengths = {}
         return {name: float(value) for name, value in {**self.rollout, **means}.items()}
 
     def _weighted_sums(self) -> dict[str, tuple[float, float]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf.check import Check
@@ -19,7 +20,7 @@ from rlhf.rl.objective import token_rewards
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.rl.preflight import on_policy_checks
-from rlhf.rl.scores import ScoreShaping, check_scores
+from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.settings import as_sequence, check_collection, check_sampling, check_update, loss_reduction_function
 from rlhf.rl.skipping import UpdateGuard
 from rlhf.rl.update_limits import UpdateLimits
@@ -135,6 +136,7 @@ class OnPolicyModule(UpdateModule):
         self.minibatch_size = minibatch_size
         self.policy: Policy | None = None
         self.iterations = 0  # number of iterations started
+        self.rollout_is_nonfinite = False
         self.iteration_metrics = IterationMetrics()
         self.guard = UpdateGuard(limits)
         self.sample_rows: list[tuple[str | float, ...]] = []  # the table of samples of this iteration
@@ -180,6 +182,12 @@ class OnPolicyModule(UpdateModule):
         """Return the number of minibatches of an iteration over this many prompts, over all passes."""
         return self.ppo_epochs * -(-prompts * self.num_generations // self.minibatch_size)
 
+    @property
+    def samples_to_show(self) -> int:
+        """Number of samples in the table of this iteration; 0 on ranks other than 0."""
+        is_due = self.trainer.is_global_zero and (self.iterations - 1) % self.sample_interval == 0
+        return self.samples if is_due else 0
+
     def iteration(self, prompts: PromptBatch) -> Iterator[Minibatch]:
         """Run one iteration on a batch of prompts and yield the minibatches to train on."""
         self.iterations += 1
@@ -194,13 +202,14 @@ class OnPolicyModule(UpdateModule):
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
         raw_scores, components = self.collector.score(rollout, prompts)
         columns = response_columns(experience, raw_scores, components)
-        check_scores(columns["scores"], self.reward)
-        self.scores.update(columns["scores"])
+        if self.must_skip_rollout(columns, {"batch": prompts, "rollout": rollout, "first_split": first_split}):
+            raw_scores, experience = torch.zeros_like(raw_scores), experience.finite()
+        else:
+            self.scores.update(columns["scores"])
         scores = self.scores(raw_scores, rollout.finished)
         rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
         metrics = rollout_metrics(columns, self.kl, self.scores)
-        shows_samples = self.trainer.is_global_zero and (self.iterations - 1) % self.sample_interval == 0
-        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples * shows_samples)
+        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples_to_show)
 
         # 4. Estimate advantages and, with a critic, returns.
         advantages, returns = self.estimate_advantages(rewards, scores, experience)
@@ -219,6 +228,7 @@ class OnPolicyModule(UpdateModule):
             size=self.minibatch_size,
             terms_are_sequences=self.loss_reduction is not masked_mean,
             rollout_metrics=metrics,
+            row_numbers=[number for number in prompts.rows for _ in range(self.num_generations)],
         )
 
     def estimate_advantages(

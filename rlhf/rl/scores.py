@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError
 
 
 class ScoreShaping(nn.Module):
@@ -105,18 +105,3 @@ class ScoreShaping(nn.Module):
             shaped = shaped.clamp(-self.clip, self.clip)
         unfinished = shaped if self.missing_eos == "subtract" else torch.zeros_like(shaped)
         return torch.where(finished, shaped, unfinished - self.missing_eos_penalty)
-
-
-def check_scores(scores: Tensor, reward: nn.Module) -> None:
-    """Refuse scores that are not finite: they would make the policy NaN.
-
-    Args:
-        scores: [batch] scores of all ranks, on the CPU.
-        reward: The reward function that returned them.
-    """
-    faults = int((~scores.isfinite()).sum())
-    if faults:
-        raise DataError(
-            f"The reward function {type(reward).__name__} returned a score that is not finite for {faults} of "
-            f"{len(scores)} responses."
-        )

@@ -26,16 +26,18 @@ class UpdateGuard:
         self.rollout_stopped = False
         self.step_is_empty = True
 
-    def start_rollout(self) -> None:
-        """Train on minibatches again: the next one belongs to a new rollout."""
-        self.rollout_stopped = False
+    def start_rollout(self, *, stopped: bool = False) -> None:
+        """Start a new rollout, and train on its minibatches unless it is ``stopped`` from the beginning."""
+        self.rollout_stopped = stopped
 
     def start_step(self) -> None:
         """Forget the minibatches of the previous optimizer step."""
         self.step_is_empty = True
 
     def accepts(self, metrics: Mapping[str, Tensor], response_tokens: int) -> bool:
-        """Return whether the limits allow an update. A metric that is not a number exceeds every limit.
+        """Return whether the limits allow an update.
+
+        A metric that is not a number exceeds no limit: ``NonfiniteGuard`` then finds the loss.
 
         Args:
             metrics: Update metrics of the minibatch, means over its response tokens.
@@ -53,8 +55,8 @@ class UpdateGuard:
         measured = torch.stack([metrics["policy/approxkl_avg"], metrics["policy/ratio"]]).detach().float()
         weighted = torch.cat([measured, torch.ones_like(measured[:1])]) * response_tokens
         kl_sum, ratio_sum, tokens = sum_over_ranks(weighted).tolist()
-        self.rollout_stopped = stop_kl is not None and not kl_sum / tokens <= stop_kl
-        return not self.rollout_stopped and (skip_ratio is None or ratio_sum / tokens <= skip_ratio)
+        self.rollout_stopped = stop_kl is not None and kl_sum / tokens > stop_kl
+        return not self.rollout_stopped and not (skip_ratio is not None and ratio_sum / tokens > skip_ratio)
 
 
 def zero_loss(modules: Iterable[nn.Module]) -> Tensor:

@@ -1,14 +1,15 @@
 """Updates on minibatches of experience: limits, metrics and logging."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import ConfigError
 from rlhf.rl.experience import Minibatch
-from rlhf.rl.metrics import IterationMetrics
+from rlhf.rl.metrics import IterationMetrics, checked_columns
 from rlhf.rl.skipping import UpdateGuard, clear_gradients, zero_loss
 from rlhf.stage import StageModule
 
@@ -20,29 +21,58 @@ class UpdateModule(StageModule):
         guard: Decides which minibatches are skipped.
         iteration_metrics: Metrics of the current iteration.
         iterations: Number of iterations started.
+        rollout_is_nonfinite: A value of the current rollout is not finite, so its updates are skipped.
         sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
     """
 
     guard: UpdateGuard
     iteration_metrics: IterationMetrics
     iterations: int
+    rollout_is_nonfinite: bool
     sample_rows: Sequence[tuple[str | float, ...]]
+
+    def must_skip_rollout(self, columns: Mapping[str, Tensor], dump: Mapping[str, Any]) -> bool:
+        """Return whether a rollout is not finite. Its iteration then keeps its length, but nothing is trained on it.
+
+        Args:
+            columns: See ``response_columns``.
+            dump: What a replay needs.
+        """
+        self.rollout_is_nonfinite = self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump)
+        return self.rollout_is_nonfinite
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
         if minibatch.first:
             self.iteration_metrics.rollout = minibatch.rollout_metrics
-            self.guard.start_rollout()
+            self.guard.start_rollout(stopped=self.rollout_is_nonfinite)
         if not self.guard.rollout_stopped:
+            self.nonfinite.start_batch(minibatch)
+            if self.splitter is not None:
+                self.guard.step_is_empty = False
+                return self.splitter.postpone(self)
             loss, metrics = self.training_loss(minibatch)
             if self.guard.accepts(metrics, minibatch.response_tokens):
-                self.iteration_metrics.add_minibatch(minibatch, metrics)
-                return loss
+                self.add_metrics(minibatch, metrics)
+                return self.nonfinite.watch(loss)
         self.iteration_metrics.add_update({"policy/skipped": 1.0})
         return zero_loss(self._trained())
 
     def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.compute_loss(minibatch)
         return loss * minibatch.loss_weight, {**metrics, "train/loss": loss}
+
+    def add_metrics(self, batch: Minibatch, metrics: Any) -> None:
+        self.iteration_metrics.add_minibatch(batch, metrics)
+
+    def check_splitting(self) -> None:
+        super().check_splitting()
+        limits = self.guard.limits
+        if limits.stop_kl_per_token is not None or limits.skip_ratio is not None:
+            raise ConfigError(
+                "stage.on_out_of_memory=halve cannot be combined with stage.limits.stop_kl_per_token or "
+                "stage.limits.skip_ratio, which are means over a whole minibatch.",
+                "Set stage.on_out_of_memory=stop.",
+            )
 
     @abstractmethod
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,7 +88,14 @@ class UpdateModule(StageModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         clear_gradients(self.frozen_modules())
         self.guard.start_step()
-        self.iteration_metrics.add_update(self.optimizer_metrics(optimizer))
+        metrics = self.optimizer_metrics(optimizer)
+        if self.rollout_is_nonfinite:
+            self.nonfinite.skip_step()
+        elif self.nonfinite.must_skip(self, float(metrics["grad_norm"])):
+            optimizer.zero_grad(set_to_none=True)
+            self.iteration_metrics.skip_step()
+            return
+        self.iteration_metrics.finish_step(metrics)
 
     # Logging
 
@@ -73,6 +110,8 @@ class UpdateModule(StageModule):
     def _log_iteration(self) -> None:
         """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
         metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
+        if self.nonfinite.skips:
+            metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
         self.metrics, self.metrics_step = {**metrics}, self.global_step
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.global_step)

@@ -23,6 +23,8 @@ from rlhf.models import (
     shard,
 )
 from rlhf.stage.hyperparameters import plain_arguments
+from rlhf.stage.memory import BatchSplitter
+from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups, set_hyperparameters
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
@@ -58,6 +60,12 @@ class StageModule(ReportingModule):
         warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
         gradient_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
             This takes less memory and about one more forward pass per step.
+        on_nonfinite: What to do if a loss, a gradient or, in PPO and GRPO, a value of a rollout is NaN or infinite:
+            ``stop`` before the weights change, or ``skip`` the optimizer step and count it in
+            ``train/nonfinite_steps``.
+        max_nonfinite_steps: Number of consecutive optimizer steps that ``on_nonfinite=skip`` may skip.
+        on_out_of_memory: What to do if memory runs out in a training step: ``stop``, or ``halve`` the batches, now and
+            for the rest of the run, and accumulate their gradients. Single process only.
 
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
@@ -78,6 +86,9 @@ class StageModule(ReportingModule):
         schedule: str = "cosine",
         warmup_ratio: float = 0.0,
         gradient_checkpointing: bool = False,
+        on_nonfinite: str = "stop",
+        max_nonfinite_steps: int = 10,
+        on_out_of_memory: str = "stop",
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -103,6 +114,8 @@ class StageModule(ReportingModule):
         self._schedule = LearningRateSchedule(schedule, warmup_ratio)
         self._models_opened = False
         self._random_states: list[dict[str, Any]] = []  # of each rank, from the checkpoint that training resumes from
+        self.nonfinite = NonfiniteGuard(on_nonfinite, max_nonfinite_steps)
+        self.splitter = BatchSplitter.of(on_out_of_memory)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -158,6 +171,8 @@ class StageModule(ReportingModule):
     def configure_model(self) -> None:
         if self._models_opened:
             return
+        if self.splitter is not None:
+            self.check_splitting()
         # Lightning calls this hook under the device context of the strategy. There, transformers would place weights
         # itself, which requires accelerate.
         with torch.device("cpu"):
@@ -175,9 +190,39 @@ class StageModule(ReportingModule):
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.nonfinite.start_batch(batch)
+        if self.splitter is not None:
+            return self.splitter.postpone(self)
         loss, metrics = self.training_loss(batch)
+        self.add_metrics(batch, metrics)
+        return self.nonfinite.watch(loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.splitter is None or not self.splitter.backward(self):
+            super().backward(loss, *args, **kwargs)
+
+    def add_metrics(self, batch: Any, metrics: Metrics) -> None:
+        """Add the metrics of a training batch, or of a piece of it, to those that are logged."""
         self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
-        return loss
+
+    def check_splitting(self) -> None:
+        """Raise a ``ConfigError`` if batches cannot be computed in pieces with the same result."""
+        if self._trainer is not None and self._trainer.world_size > 1:
+            raise ConfigError(
+                f"stage.on_out_of_memory=halve requires a single process, got {self._trainer.world_size}: other ranks "
+                "would wait for the one that computes a step again.",
+                "Set stage.on_out_of_memory=stop.",
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        # Where the metrics are logged, the host has read the norm already.
+        norm = self.metrics["grad_norm"] if self.is_log_step else self.optimizer_metrics(optimizer)["grad_norm"]
+        if self.nonfinite.must_skip(self, float(norm)):
+            optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
+        if self.nonfinite.skips and self.is_log_step:
+            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
+            self.log("train/nonfinite_steps", self.metrics["train/nonfinite_steps"], batch_size=1)
 
     def configure_optimizers(self) -> Any:
         # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
@@ -204,6 +249,7 @@ class StageModule(ReportingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = gather_objects(get_random_state())
         checkpoint["schedule"] = self._schedule.state_dict()
+        checkpoint["nonfinite"] = self.nonfinite.state_dict()
         for name in base_weights(self):
             checkpoint["state_dict"].pop(name, None)
 
@@ -211,6 +257,8 @@ class StageModule(ReportingModule):
         self._random_states = checkpoint.get("random_states", [])
         if "schedule" in checkpoint:
             self._schedule.load_state_dict(checkpoint["schedule"], checkpoint["global_step"])
+        if "nonfinite" in checkpoint:
+            self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         if not self.strict_loading:
             check_complete(self, checkpoint["state_dict"], "the checkpoint")
 

@@ -9,10 +9,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from accelerator.device import DEVICE
+from accelerator.reads import summarize
 from accelerator.runs import KINDS, DeviceRuns, logged
+from accelerator.test_reads import StepReads
 from harness import DEMONSTRATIONS, EXACT, PAIRS, Run, assert_same_weights
 from rlhf.callbacks import PreflightChecks, PreflightOnly
 from rlhf.checkpoint import RunCheckpoint
+from rlhf.errors import TrainingError
 from rlhf.export import Export, save_result
 from rlhf.ppo import PPOModule
 from rlhf.rl import KLController, UpdateLimits
@@ -82,6 +85,29 @@ def test_clipping_and_accumulation(runs: DeviceRuns, kind: str, keys: dict[str, 
     on_device, on_cpu = runs.both(kind, trainer=flags, **keys)
     assert_same_run(on_device, on_cpu)
     assert on_device.recorder.grad_norms == pytest.approx([0.01] * len(on_device.recorder.grad_norms), rel=1e-3)
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite_is_caught_between_two_logged_steps(runs: DeviceRuns, kind: str) -> None:
+    """The step costs no more reads than a step that logs: those of the forward passes and one of the norm."""
+
+    class Planted(StepReads):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                with torch.no_grad():
+                    next(weight for name, weight in module.named_parameters() if "gate_proj" in name).mul_(torch.nan)
+            super().on_train_batch_start(trainer, module, batch, batch_idx)
+
+    reads = Planted()
+    run = runs.run(kind, callbacks=[reads], trainer={"log_every_n_steps": 50})
+    run.trainer.callbacks.remove(run.recorder)
+    with pytest.raises(TrainingError, match="optimizer step 2: the loss is nan"):
+        run.fit()
+    assert len(reads.steps[0]) <= 3, summarize(reads.steps[0])
+    reads.recording.__exit__(None, None, None)
 
 
 # Validation

@@ -86,3 +86,34 @@ def test_to_moves_all_tensors(ref_logprobs: torch.Tensor | None) -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.loss_weight, moved.sequences.terms) == (0.25, 5)
     assert batch.sequences.input_ids.device.type == "cpu"
+
+
+def test_selected_rows_have_weights_in_proportion_to_their_terms() -> None:
+    """Responses of 2 and 3 tokens in a batch of weight 2: the weights are 2 * 2/5 and 2 * 3/5."""
+    batch = SequenceBatch.collate(ROWS)
+    batch.loss_weight, batch.rows = 2.0, [7, 9]
+    one, other = batch.select([0]), batch.select([1])
+    assert (one.loss_weight, other.loss_weight) == pytest.approx((0.8, 1.2))
+    assert (one.terms, one.tokens, one.rows, other.rows) == (2, 4, [7], [9])
+    assert torch.equal(other.input_ids, batch.input_ids[1:])
+
+
+def test_selected_pairs_keep_both_responses() -> None:
+    """Pairs 1 and 2 of three: sequences 1 and 2 are chosen, 4 and 5 rejected. Their chosen responses have 3 tokens."""
+    sequences = [EncodedResponse([1, 10 + number, *[3] * (number % 2), 2], 2) for number in range(6)]
+    log_probs = torch.arange(6.0)
+    batch = PairBatch(SequenceBatch.collate(sequences), torch.tensor([0.0, 1.0, 2.0]), log_probs, sft_loss_weight=1.0)
+    pairs = batch.select([1, 2])
+    assert pairs.sequences.input_ids[:, 1].tolist() == [11, 12, 14, 15]
+    assert pairs.ref_logprobs is not None
+    assert pairs.ref_logprobs.tolist() == [1, 2, 4, 5]
+    assert pairs.margin.tolist() == [1, 2]
+    assert (pairs.loss_weight, pairs.chosen_tokens) == (pytest.approx(2 / 3), 3)
+    assert pairs.sft_loss_weight == pytest.approx(3 / 4)
+
+
+def test_selected_unpaired_rows_count_desirable_ones_again() -> None:
+    batch = UnpairedBatch(SequenceBatch.collate(ROWS), torch.tensor([True, False]), SequenceBatch.collate(ROWS))
+    selected = batch.select([1])
+    assert (selected.desirable_rows, selected.desirable_tokens, selected.loss_terms) == (0, 0, 1)
+    assert selected.mismatched.terms == 3

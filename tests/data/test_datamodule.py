@@ -1,14 +1,16 @@
 """Data modules: splits, settings, encoded rows, templates and prompts."""
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import PreferenceDataModule, PromptDataModule, RecordDataModule
+from rlhf.data import PreferenceDataModule, PromptDataModule, RecordDataModule, UnpairedDataModule
 from rlhf.data.datamodule import DEFAULT_TEMPLATE
 from rlhf.errors import ConfigError, DataError
 from rlhf.sft import SFTDataModule
@@ -211,3 +213,22 @@ def test_has_margins_reports_whether_the_data_specify_margins(write: Write) -> N
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
     for rows, expected in (([row], False), ([row, {**row, "margin": 2.0}], True)):
         assert PreferenceDataModule(train=write(*rows), val_fraction=0).has_margins is expected
+
+
+def test_batches_know_the_lines_of_their_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Line 2 is blank and line 4 no record, so the three rows are on lines 1, 3 and 5, in any order."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "Q" * size, "completion": "A"}) for size in (9, 5, 1)]
+    path.write_text("\n".join([lines[0], "", lines[1], json.dumps({"completion": "A"}), lines[2]]) + "\n")
+    data = SFTDataModule(train=str(path), val_fraction=0, batch_size=1, on_error="skip", tokenizer=tokenizer)
+    found = {batch.token_count: data.locations(batch) for batch in data.loader("train", training=True)}
+    assert [found[tokens] for tokens in sorted(found)] == [[f"{path}:5"], [f"{path}:3"], [f"{path}:1"]]
+
+
+def test_both_rows_of_a_pair_have_its_line(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
+    """KTO counts a pair as two rows. The held-out pairs are left out."""
+    pairs = [{"prompt": f"Q{n}", "chosen": "A", "rejected": "B"} for n in range(4)]
+    data = UnpairedDataModule(train=write(*pairs), val_fraction=0.5, batch_size=4, tokenizer=tokenizer)
+    (batch,) = data.loader("train", training=True)
+    held_out = {record.prompt.row for record in data.records("val")}
+    assert sorted(batch.rows) == sorted([row for row in range(4) if row not in held_out] * 2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness import DEMONSTRATIONS, EXACT, TinyRun, assert_same_weights, weights_differ
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.reward_functions import RewardFunction, ScoringBatch
 from rlhf.rl.collector import concatenate
 from rlhf.sampling import LocalSampler, Rollout
@@ -63,7 +63,7 @@ class FixedReward(RewardFunction):
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_an_error(tiny_run: TinyRun, score: float) -> None:
-    with pytest.raises(DataError, match="FixedReward returned a score that is not finite for 1 of 8 responses"):
+    with pytest.raises(TrainingError, match=rf"the score of 1 of 8 responses \({score}\) is not finite"):
         tiny_run.train("ppo", reward=FixedReward([score, *[0.0] * 7]), critic_init="sft")
 
 

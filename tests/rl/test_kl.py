@@ -76,6 +76,14 @@ def test_the_coefficient_follows_the_target() -> None:
         assert float(kl.coef) == pytest.approx(expected, rel=1e-6)  # the KL is float32
 
 
+@pytest.mark.parametrize("measured", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_leaves_the_coefficient_unchanged(measured: float) -> None:
+    kl = KLController(target_per_sequence=6.0, horizon=100)
+    kl.initialize(0.1)
+    kl.update(measured, 10)
+    assert kl.coef == 0.1
+
+
 def test_the_coefficient_is_fixed_without_a_target() -> None:
     kl = KLController()
     kl.initialize(0.1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness import EXACT, TinyRun, assert_same_weights, weights_differ
+from rlhf.errors import TrainingError
 from rlhf.ppo import PPOModule
 from rlhf.rl import Minibatch, UpdateLimits
 from rlhf.rl.metrics import IterationMetrics
@@ -65,11 +66,14 @@ def test_a_step_whose_micro_batches_are_all_skipped_changes_nothing(
 
 
 @pytest.mark.parametrize("limits", [{"skip_ratio": 5.0}, {"stop_kl_per_token": 1.0}])
-def test_a_ratio_that_is_not_a_number_exceeds_every_limit(
+def test_a_ratio_that_is_not_a_number_is_skipped_as_a_loss_that_is_not_finite(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float]
 ) -> None:
     shift_old_logprobs(monkeypatch, {1: NAN})
-    run = tiny_run.train("ppo", limits=UpdateLimits(**limits), minibatch_size=4, ppo_epochs=1)
+    keys = {"limits": UpdateLimits(**limits), "minibatch_size": 4, "ppo_epochs": 1}
+    with pytest.raises(TrainingError, match="optimizer step 2: the loss is nan"):
+        tiny_run.train("ppo", **keys)
+    run = tiny_run.train("ppo", on_nonfinite="skip", **keys)
     assert run.curve("policy/skipped") == [0.5]
     assert all(parameter.isfinite().all() for parameter in run.module.parameters())
 

@@ -1,0 +1,173 @@
+"""Out of memory: which keys to change, and training batches that are computed in pieces."""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import ConfigError, TrainingError
+
+log = logging.getLogger(__name__)
+ACTIONS = ("stop", "halve")
+MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device or of the host has run out."""
+    is_raised_by_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_raised_by_torch
+
+
+class BatchSplitter:
+    """Computes training batches in pieces, of which there are twice as many whenever memory runs out.
+
+    The weighted losses of the pieces add up to the loss of the batch, so the optimizer step is the same up to rounding.
+    ``backward`` runs the forward passes as well, so that it can start an optimizer step again: a backward pass that has
+    run out of memory leaves a part of its gradient behind.
+
+    Attributes:
+        pieces: Number of pieces of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.pieces = 1
+        self._is_waiting = False
+
+    @staticmethod
+    def of(action: str) -> "BatchSplitter | None":
+        """Return a splitter for ``halve``, and None for ``stop``."""
+        if action not in ACTIONS:
+            raise ConfigError(
+                f"stage.on_out_of_memory must be stop or halve, got {action}.", "Set stage.on_out_of_memory=stop."
+            )
+        return BatchSplitter() if action == "halve" else None
+
+    def postpone(self, module: Any) -> Tensor:
+        """Return a placeholder for the loss of the batch that has started last, which ``backward`` computes."""
+        self._is_waiting = True
+        return torch.zeros((), device=module.device, requires_grad=True)
+
+    def backward(self, module: Any) -> bool:
+        """Add the gradient of the batch that ``postpone`` has left to it; return False if there is none."""
+        if not self._is_waiting:
+            return False
+        self._is_waiting = False
+        step = [micro.batch for micro in module.nonfinite.step]
+        todo = step[-1:]
+        while (metrics := self._compute(module, todo)) is None:
+            # The error has been forgotten here, and with it the activations that its traceback has held.
+            gc.collect()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            self.pieces *= 2
+            module.zero_grad()
+            todo = step
+            log.warning(
+                "Out of memory in a training step. From now on, batches are computed in %d pieces, with the same "
+                "result.",
+                self.pieces,
+            )
+        for piece, values in metrics:
+            module.add_metrics(piece, values)
+        return True
+
+    def _compute(self, module: Any, batches: Sequence[Any]) -> list[tuple[Any, Any]] | None:
+        """Run forward and backward passes. Return the metrics of the last batch; None if memory has run out."""
+        metrics: list[tuple[Any, Any]] = []
+        plugin = module.trainer.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        try:
+            for batch in batches:
+                metrics = []
+                for piece in self._split(batch):
+                    with plugin.train_step_context():
+                        loss, values = module.training_loss(piece)
+                    loss = module.nonfinite.watch(loss) / module.trainer.accumulate_grad_batches
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+                    metrics.append((piece, values))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self.pieces >= max(batch.row_count for batch in batches):
+                raise
+            return None
+        return metrics
+
+    def _split(self, batch: Any) -> Iterator[Any]:
+        if self.pieces == 1 or batch.is_filler:
+            yield batch
+            return
+        size = -(-batch.row_count // self.pieces)
+        for start in range(0, batch.row_count, size):
+            yield batch.select(range(start, min(start + size, batch.row_count)))
+
+
+# Messages
+
+
+@contextmanager
+def report_out_of_memory(stage: str, module: Any, datamodule: Any) -> Iterator[None]:
+    """Turn an error of memory in this context into one that names what was running and which keys to change.
+
+    Args:
+        stage: Name of the stage.
+        module: Its module.
+        datamodule: Its data.
+
+    Raises:
+        TrainingError: Memory has run out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        phase = _phase(error)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"stage={stage} has run out of memory while {phase} ({reason}).", _fix(phase, module, datamodule)
+        ) from error
+
+
+SAMPLING = "sampling responses"
+ROLLOUT = "evaluating a rollout"
+EVALUATION = "computing validation or test metrics"
+TRAINING = "computing a training step"
+
+
+def _phase(error: BaseException) -> str:
+    """Return what was running when an error was raised, by the functions on its traceback."""
+    running = {(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
+    if any(name.startswith("rlhf.sampling") for name, _ in running):
+        return SAMPLING
+    if running & {("rlhf.rl.collector", "evaluate_rollout"), ("rlhf.rl.collector", "score")}:
+        return ROLLOUT
+    if any(function in ("validation_step", "test_step") for _, function in running):
+        return EVALUATION
+    return TRAINING
+
+
+def _fix(phase: str, module: Any, datamodule: Any) -> str:
+    """Return the keys to change, with values where one half of the present value is enough."""
+    length = f"data.max_length={max(datamodule.max_length // 2, 2)}"
+    on_policy = hasattr(module, "minibatch_size")
+    if phase == SAMPLING:
+        size = (getattr(module, "rollout_batch_size", None) or datamodule.batch_size) if on_policy else None
+        key = "data.eval_batch_size" if size is None else "stage.rollout_batch_size"
+        half = max((datamodule.eval_batch_size if size is None else size) // 2, 1)
+        return f"Set {key}={half}. Otherwise set {length}, or lower the maximum length of responses."
+    if phase == EVALUATION:
+        return f"Set data.eval_batch_size={max(datamodule.eval_batch_size // 2, 1)}. Otherwise set {length}."
+    key, size = ("stage.minibatch_size", module.minibatch_size) if on_policy else ("data.batch_size", None)
+    size = datamodule.batch_size if size is None else size
+    if phase == ROLLOUT:
+        return f"Set {key}={max(size // 2, 1)}, reward.batch_size=<smaller>, or {length}."
+    accumulate = 2 * module.trainer.accumulate_grad_batches
+    return (
+        f"Set {key}={max(size // 2, 1)} trainer.accumulate_grad_batches={accumulate}, which gives the same updates, or "
+        f"stage.on_out_of_memory=halve, which does so when it is necessary.\n  Otherwise set "
+        f"stage.gradient_checkpointing=true or {length}."
+    )
