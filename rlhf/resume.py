@@ -1,4 +1,4 @@
-"""How a stage starts: anew, from a checkpoint of an earlier run, or not at all because it is finished."""
+"""How a stage starts: from the beginning, from a checkpoint of an earlier run, or not at all because it is finished."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""How a stage starts: anew, from a checkpoint, or not at all because it is finished."""
+"""How a stage starts: from the beginning, from a checkpoint, or not at all because it is finished."""
 
 import logging
 import math

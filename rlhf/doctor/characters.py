@@ -1,4 +1,4 @@
-"""Checks of the characters of a text: what damaged encodings and control characters leave behind."""
+"""Checks of the characters of a text: traces of damaged encodings, and control characters."""
 
 import re
 
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def odd_characters(split: Split) -> list[Finding]:
-    """Find texts with characters that a damaged encoding leaves behind, one place per row and kind."""
+    """Find texts with traces of a damaged encoding, one place per row and kind."""
     found = Collector(KINDS)
     for entry in split.entries:
         for kind, (name, shown) in kinds_in(texts_of(entry.record)).items():

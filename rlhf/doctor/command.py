@@ -37,7 +37,7 @@ def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_toke
             prompt, as in ``stage.sampling.max_new_tokens``. At most half of ``data.max_length`` is reserved here.
 
     Returns:
-        The exit code: 1 if there is an error that must be mended, otherwise 0.
+        The exit code: 1 if there is an error that must be fixed, otherwise 0.
 
     Raises:
         UserError: There are no data, or a key is invalid.
@@ -61,7 +61,7 @@ def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_toke
         examinations = examine_splits(splits, datamodule, max_new_tokens)
         report.show(console, title, examinations, origin, datamodule, examples=examples, places=places)
         findings += [finding for examination in examinations for finding in examination.findings]
-    report.show_verdict(console, findings)
+    report.show_conclusion(console, findings)
     return int(any(finding.level == ERROR for finding in findings))
 
 

@@ -12,7 +12,7 @@ class Finding:
     """A problem of some rows of a file.
 
     Args:
-        level: ``error`` if the data must be mended before training, otherwise ``warning``.
+        level: ``error`` if the data must be fixed before training, otherwise ``warning``.
         text: What is wrong with the rows, as a phrase that can follow their number.
         fix: What to do about it.
         places: Location of each affected row, with what is particular to it.

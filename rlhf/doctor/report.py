@@ -58,14 +58,14 @@ def show(
         console.print(findings_table(findings, places))
 
 
-def show_verdict(console: Console, findings: Sequence[Finding]) -> None:
+def show_conclusion(console: Console, findings: Sequence[Finding]) -> None:
     """Print how many problems were found in all files."""
     errors, warnings = (sum(finding.level == level for finding in findings) for level in (ERROR, WARNING))
     if errors:
-        verdict = f"{_count(errors, 'error')} must be mended before training, {_count(warnings, 'warning')}."
+        conclusion = f"{_count(errors, 'error')} must be fixed before training, {_count(warnings, 'warning')}."
     else:
-        verdict = f"No error, {_count(warnings, 'warning')}."
-    console.print(Text(verdict, style=LEVEL_STYLES[ERROR] if errors else LOSS_STYLE))
+        conclusion = f"No error, {_count(warnings, 'warning')}."
+    console.print(Text(conclusion, style=LEVEL_STYLES[ERROR] if errors else LOSS_STYLE))
 
 
 def rows_table(examinations: Sequence[Examination]) -> Table:

@@ -118,12 +118,12 @@ def overlap(train: Split, held_out: Split) -> list[Finding]:
 
 
 def _content(record: Record) -> tuple[Hashable, ...]:
-    """Return what identifies the texts of a record, whatever it says about them."""
+    """Return what identifies the texts of a record, whatever their preference, label or reward."""
     return type(record).__name__, prompt_of(record).raw_text, frozenset(responses_of(record).values())
 
 
 def _claim(record: Record) -> Hashable:
-    """Return what a record says about its texts; None if it says nothing that another one could contradict."""
+    """Return the preference, label or reward of a record; None if there is none that another record could contradict."""
     if isinstance(record, Preference):
         return record.chosen
     if isinstance(record, Rating):

@@ -236,6 +236,7 @@ class StageModule(ReportingModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.nonfinite.writes_dumps = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         self.restore_random_state()
         set_hyperparameters(self.trainer.lr_scheduler_configs[0].scheduler, self._configured_groups)
         if (scheduler := self._schedule.restart(self.trainer.optimizers[0])) is not None:

@@ -54,6 +54,7 @@ class NonfiniteGuard:
         count: Number of optimizer steps that have been skipped.
         step: The batches of the current optimizer step.
         run: ``stage``, ``command`` and ``config`` of this run, for messages and for the dump.
+        writes_dumps: Whether there is a state of training to dump, which is not so during pre-flight checks.
     """
 
     def __init__(self, action: str, max_steps: int) -> None:
@@ -67,6 +68,7 @@ class NonfiniteGuard:
         self.max_steps = max_steps
         self.count = 0
         self.run: dict[str, Any] = {"stage": "<stage>", "command": "python train.py stage=<stage>", "config": {}}
+        self.writes_dumps = False
         self._consecutive = 0
         self._has_dump = False
         self.step: list[MicroBatch] = []
@@ -174,7 +176,8 @@ class NonfiniteGuard:
         message = f"stage={self.run['stage']}, optimizer step {step}: {fault}."
         details = [f"Rows: {rows}"] if rows else []
         # A run that skips steps writes only the first of them, and the one at which it stops.
-        if (stops or not self._has_dump) and (directory := _directory(module.trainer, step)) is not None:
+        if self.writes_dumps and (stops or not self._has_dump):
+            directory = _directory(module.trainer, step)
             details += self._dump(module, directory, dump, {"step": step, "fault": message, **self.run})
         if not stops:
             log.warning("%s", "\n  ".join([f"{message} {what} skipped.", *details]))
@@ -190,7 +193,7 @@ class NonfiniteGuard:
         raise error
 
     def _dump(self, module: Any, directory: Path, dump: list[dict[str, Any]], report: Mapping[str, Any]) -> list[str]:
-        """Write a dump, and return what a message says about it."""
+        """Write a dump, and return the lines of the message about it."""
         self._has_dump = True
         try:
             write_dump(module, directory, dump, report)
@@ -250,13 +253,9 @@ def _weights_text(names: Sequence[str]) -> str:
     return f". Weights that were not finite before the step: {_listed(names)}" if names else ""
 
 
-def _directory(trainer: Any, step: int) -> Path | None:
-    """Return the directory of the dump of a step; None in pre-flight checks and if the Trainer writes no files."""
-    return (
-        None
-        if trainer.fast_dev_run or not trainer.optimizers
-        else Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
-    )
+def _directory(trainer: Any, step: int) -> Path:
+    """Return the directory of the dump of a step."""
+    return Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
 
 
 def _replay(directory: Path) -> str:

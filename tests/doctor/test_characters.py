@@ -1,4 +1,4 @@
-"""Characters that damaged encodings leave behind."""
+"""Traces of damaged encodings in texts."""
 
 import json
 from collections.abc import Callable
