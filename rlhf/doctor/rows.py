@@ -123,7 +123,7 @@ def _content(record: Record) -> tuple[Hashable, ...]:
 
 
 def _claim(record: Record) -> Hashable:
-    """Return the preference, label or reward of a record; None if there is none that another record could contradict."""
+    """Return the preference, label or reward of a record; None if no other record could contradict it."""
     if isinstance(record, Preference):
         return record.chosen
     if isinstance(record, Rating):

@@ -57,7 +57,7 @@ def test_errors_have_exit_code_1_and_their_lines(tmp_path: Path, capsys: pytest.
     words = " ".join(shown.split())
     for part in ("'chosen' and 'rejected' swapped", "also in the training data", "an empty response", "... and 3 more"):
         assert part in words
-    assert "3 errors must be mended before training" in shown
+    assert "3 errors must be fixed before training" in shown
     assert "\x1b" not in shown
     assert "\\x1b[2J" in shown
     assert "[[" not in shown

@@ -194,7 +194,7 @@ def test_a_result_of_a_replaced_input_is_stale(tmp_path: Path, lm: Any, tokenize
 
 
 def test_runs_are_listed_by_their_last_change(tmp_path: Path) -> None:
-    """Jobs of a sweep are listed as separate runs, if they are asked for. A job of one stage is itself its directory."""
+    """Jobs of a sweep are listed if they are asked for. A job of one stage is itself its directory."""
     start(tmp_path / "old" / "sft", "sft")
     start(tmp_path / "old" / "sweeps" / "dpo" / "beta=1", "dpo")
     start(tmp_path / "old" / "sweeps" / "pipeline" / "seed=1" / "ppo", "ppo")
