@@ -71,7 +71,7 @@ def train(cfg: DictConfig, output: Path) -> float:
     check_loadable(checkpoint, trainer.strategy)
     try:
         with report_signals(trainer):
-            trainer.fit(module, datamodule, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except PreflightOnly:
         return float("nan")
     if module.monitor not in trainer.callback_metrics and datamodule.records("val"):
