@@ -8,6 +8,7 @@ from rlhf.config import check_choices
 from rlhf.distributed import barrier
 from rlhf.pipeline import run_pipeline
 from rlhf.run import run_stage
+from rlhf.run_names import check_run_name
 
 
 def run(cfg: DictConfig) -> float:
@@ -17,6 +18,7 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
+    check_run_name(cfg.run)
     check_choices(cfg)
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg = cfg.copy()

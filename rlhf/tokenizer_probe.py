@@ -7,6 +7,8 @@ within a process.
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -64,6 +66,23 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Turn a failure within the Rust code of a tokenizer, which is no ``Exception``, into a ``DataError``.
+
+    Its regular expressions give up after some million steps, and the code panics.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"The tokenizer cannot encode a text of the data ({_reason(error)}).",
+            "Look for a regular expression in its tokenizer.json, or use the tokenizer of another model.",
+        ) from error
+
+
 @cache
 def _try(**request: str) -> str | None:
     """Return what is wrong with a tokenizer or a chat template, or None."""
@@ -85,6 +104,10 @@ def _try(**request: str) -> str | None:
         raise RuntimeError(f"The process that tries out tokenizers has failed:\n{done.stderr}")
     problem: str | None = json.loads(done.stdout)
     return problem
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _special_tokens(tokenizer: Any) -> str:
@@ -116,7 +139,7 @@ def _encode(serialized: str) -> str | None:
         try:
             tokenizer.encode(text)
         except BaseException as error:  # A panic in Rust is no Exception.
-            return f"fails ({str(error).splitlines()[0]})"
+            return f"fails ({_reason(error)})"
     return None
 
 

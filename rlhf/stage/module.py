@@ -23,6 +23,7 @@ from rlhf.models import (
 )
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
+from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
@@ -160,6 +161,8 @@ class StageModule(ReportingModule):
         # itself, which requires accelerate.
         with torch.device("cpu"):
             self.open_models()
+        if self._trainer is not None:
+            check_positions(self, getattr(self._trainer, "datamodule", None))
         self._models_opened = True
         self.strict_loading = not base_weights(self)  # Checkpoints leave out the frozen base of adapters.
         if self.gradient_checkpointing:
