@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -38,8 +39,16 @@ _ALLOWED = {
 
 
 def load_shards(state: dict[str, Any], directory: Path) -> None:
-    """Load a checkpoint directory into a state dictionary in place. All ranks call this function."""
-    load(state, storage_reader=ShardReader(directory), planner=_Planner())
+    """Load a checkpoint directory into a state dictionary in place. All ranks call this function.
+
+    Raises:
+        DataError: The directory is not a valid checkpoint, or it contains anything but plain data.
+    """
+    ShardReader(directory).read_metadata()  # PyTorch would report an error in it as an AssertionError.
+    try:
+        load(state, storage_reader=ShardReader(directory), planner=_Planner())
+    except CheckpointException as error:  # It contains what each rank has raised.
+        raise next((cause for cause, _ in error.failures.values() if isinstance(cause, DataError)), error) from error
 
 
 class ShardReader(FileSystemReader):
@@ -92,4 +101,4 @@ class _Planner(DefaultLoadPlanner):
 def _is_plain(info: Any) -> bool:
     """Return whether the index entry names a file of the directory itself."""
     name = info.relative_path
-    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+    return isinstance(name, str) and Path(name).name == name and name != ".." and "\\" not in name

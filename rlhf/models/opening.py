@@ -32,6 +32,8 @@ def read_archive(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # An incomplete file raises one of many types.
         if "Weights only load failed" in str(error):
             reason = "it contains Python objects, which could run code. Nothing in it was run"
+        elif "mmap can only be used" in str(error):
+            reason = "it has the legacy format of torch.save, which is not read"
         else:
             reason = f"it is corrupt or incomplete: {_first_line(error)}"
         raise DataError(f"{path}: not a valid rlhf export ({reason}).", REPLACE_FILE) from error
