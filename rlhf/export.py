@@ -237,7 +237,7 @@ class Export:
         The first copy is on the meta device: sizes in the file that do not fit its weights take no memory.
         """
         if self.adapter is None:
-            with torch.device("meta"):
+            with torch.device("meta"), build_limit(self.path):
                 check_fit(build(), content["weights"], self.path)
         model = build()
         load_weights(model, content["weights"], self.path)
@@ -249,7 +249,7 @@ class Export:
         if self.adapter is None:
             keywords = {} if self.attention is None else {"attn_implementation": self.attention}
             config = parse_config(content, self.path)
-            with build_limit(self.path), opening(self.path, "model", REPLACE_FILE):
+            with opening(self.path, "model", REPLACE_FILE):
                 model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False, **keywords)
             return remember_config(model)
         base = self.adapter.base

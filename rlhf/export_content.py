@@ -14,7 +14,7 @@ from rlhf.models.opening import REPLACE_FILE, check_config, check_tensors, openi
 from rlhf.time_limit import time_limit
 
 FORMAT = 1
-BUILD_SECONDS = 300  # A model of 70 billion parameters takes about one minute.
+BUILD_SECONDS = 300  # of processor time; without memory for the weights, large models take a few seconds
 KINDS = {"language_model": "policy.lm.", "scalar_model": "model."}  # and the prefix of their weights in checkpoints
 _REQUIRED: dict[str, type] = {"kind": str, "config": str, "tokenizer": Mapping, "weights": Mapping, "provenance": str}
 

@@ -5,6 +5,7 @@ within a process.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 
 from rlhf.errors import DataError
 
-SECONDS = 20  # Starting the process takes less than one second.
+SECONDS = 20  # of processor time, of which starting the process takes less than one
+_OUT_OF_TIME = {getattr(signal, name, None) for name in ("SIGKILL", "SIGXCPU")}  # Windows has neither.
+WAIT = 600  # seconds: the limit on a machine that has other work to do, and on Windows
 MEMORY = 8 << 30  # bytes of address space
 MAX_CHARACTERS = 100_000  # that a template may write for one of the conversations below
 
@@ -90,13 +93,15 @@ def _try(**request: str) -> str | None:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
-            input=json.dumps(request),
+            input=json.dumps({**request, "seconds": SECONDS}),
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=SECONDS,
+            timeout=WAIT,
         )
     except subprocess.TimeoutExpired:
+        return f"takes more than {WAIT} seconds"
+    if -done.returncode in _OUT_OF_TIME:
         return f"takes more than {SECONDS} seconds"
     if done.returncode < 0:
         return f"ends the process with signal {-done.returncode}"
@@ -119,8 +124,8 @@ def _special_tokens(tokenizer: Any) -> str:
 
 def answer() -> None:
     """Answer one request on standard input with JSON on standard output."""
-    _limit_memory()
     request = json.load(sys.stdin)
+    _limit_resources(request["seconds"])
     try:
         if "tokenizer" in request:
             result: Any = _encode(request["tokenizer"])
@@ -193,9 +198,10 @@ def _environment() -> Any:
     return environment
 
 
-def _limit_memory() -> None:
+def _limit_resources(seconds: int) -> None:
     try:
         import resource
     except ImportError:  # Windows
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

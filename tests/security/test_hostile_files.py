@@ -307,10 +307,10 @@ def test_a_chat_template_cannot_hang_a_run(work: Workshop, case: str, source: st
 
 def test_a_template_that_waits_for_its_time_is_interrupted(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It behaves while it is tried out, and loops at a word of the data."""
-    monkeypatch.setattr("rlhf.data.encode.RENDER_SECONDS", 0.5)
+    monkeypatch.setattr("rlhf.data.encode.RENDER_SECONDS", 1)
     patient = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if 'Nadia' in messages[0]['content'] %}"
     path = work.hf({"chat_template.jinja": f"{patient}{LOOPS}{{% endif %}}"})
-    check(as_template, path, r"chat template takes more than 0\.5 seconds for one conversation")
+    check(as_template, path, r"chat template takes more than 1 seconds for one conversation")
 
 
 def with_pattern(work: Workshop, pattern: str) -> Path:
