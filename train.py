@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from rlhf.errors import plain_errors
 from rlhf.launch import hydra_arguments
+from rlhf.run_names import check_arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -21,4 +22,5 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     sys.argv = hydra_arguments(sys.argv)
     with plain_errors():
+        check_arguments(sys.argv[1:])
         main()

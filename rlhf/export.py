@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -20,16 +19,20 @@ from transformers import (
 
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
+from rlhf.export_content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
 from rlhf.files import atomic_write
 from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
 from rlhf.models.adapters import add_adapter, merge_adapter, save_adapter, trunk_of
+from rlhf.models.opening import REPLACE_FILE, check_finite, opening
 from rlhf.models.sources import remember_config
 from rlhf.models.tokenizer import check_vocabulary
-from rlhf.models.weights import REPLACE_FILE, load_weights
+from rlhf.models.weights import check_fit, load_weights
 from rlhf.stage import Result
 from rlhf.tokenizer_files import pack_tokenizer, unpack_tokenizer
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+M = TypeVar("M", PreTrainedModel, ScalarModel)
+
 RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
 FINAL_PATTERN = "*_final.pt"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
@@ -166,7 +169,7 @@ class Export:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the file was made: stage, inputs, configuration, data and versions."""
-        return dict(json.loads(self._content()["provenance"]))
+        return parse_json(self._content()["provenance"], self.path, "provenance")
 
     def digest(self) -> str:
         """Return the SHA-256 of the weights, whatever else the file contains."""
@@ -180,7 +183,7 @@ class Export:
         """Open the tokenizer of the file; ``texts`` are not used.
 
         Raises:
-            DataError: The file contains tokenizer files under unsafe names.
+            DataError: The file contains tokenizer files under unsafe names, or no tokenizer that can be used.
         """
         return unpack_tokenizer(self._content()["tokenizer"], self.path)
 
@@ -190,7 +193,7 @@ class Export:
         content = self._content().get("adapter")
         try:
             return None if content is None else Adapter.from_dict(content)
-        except (TypeError, KeyError, ConfigError) as error:
+        except Exception as error:  # The settings may have any type.
             raise DataError(f"{self.path}: the adapter has invalid settings ({error}).", REPLACE_FILE) from error
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> PreTrainedModel:
@@ -201,10 +204,9 @@ class Export:
             merge: Add the update of an adapter to the weights. Otherwise the adapter is trainable, the rest frozen.
         """
         content = self._content("language_model")
-        model = self._without_weights(content, AutoModelForCausalLM, tokenizer)
-        load_weights(model, content["weights"], self.path)
-        if settings := content.get("generation_config"):
-            model.generation_config = GenerationConfig.from_dict(json.loads(settings))
+        model = self._with_weights(content, lambda: self._without_weights(content, AutoModelForCausalLM, tokenizer))
+        if (generation_config := parse_generation_config(content, self.path)) is not None:
+            model.generation_config = generation_config
         if merge and adapter_of(model):
             merge_adapter(model)
         return model
@@ -217,22 +219,46 @@ class Export:
         """
         content = self._content("scalar_model")
         check_vocabulary(self.tokenizer(), tokenizer, self.path)
-        trunk = self._without_weights(content, AutoModel, tokenizer).base_model
-        model = ScalarModel(trunk, ScalarHead(**content["head"]))
-        load_weights(model, content["weights"], self.path)
+        head = dict(content.get("head") or {})
+
+        def build() -> ScalarModel:
+            trunk = self._without_weights(content, AutoModel, tokenizer).base_model
+            with opening(self.path, "reward head", REPLACE_FILE):
+                return ScalarModel(trunk, ScalarHead(**head))
+
+        model = self._with_weights(content, build)
         if merge and adapter_of(model):
             merge_adapter(model)
+        return model
+
+    def _with_weights(self, content: Mapping[str, Any], build: Callable[[], M]) -> M:
+        """Build a model and load the weights of the file.
+
+        The first copy is on the meta device: sizes in the file that do not fit its weights take no memory.
+        """
+        if self.adapter is None:
+            with torch.device("meta"), build_limit(self.path):
+                check_fit(build(), content["weights"], self.path)
+        model = build()
+        load_weights(model, content["weights"], self.path)
+        check_finite(content["weights"], self.path)
         return model
 
     def _without_weights(self, content: Any, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a model to load the file's weights into: random, or the base model with a new adapter."""
         if self.adapter is None:
             keywords = {} if self.attention is None else {"attn_implementation": self.attention}
-            config = _config(content["config"])
-            return remember_config(auto_class.from_config(config, dtype=torch.float32, **keywords))
+            config = parse_config(content, self.path)
+            with opening(self.path, "model", REPLACE_FILE):
+                model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False, **keywords)
+            return remember_config(model)
         base = self.adapter.base
+        path = self.base or base.path
+        log.info("%s contains an adapter. Its base model is read from %s.", self.path, path)
         try:
-            source = open_model_source(self.base or base.path, revision=base.revision, attention=self.attention)
+            source = open_model_source(path, revision=base.revision, attention=self.attention)
+            if isinstance(source, Export) and source.adapter is not None:
+                raise DataError(f"{path} contains an adapter itself.")
             model = source.language_model(tokenizer)
         except UserError as error:
             raise DataError(
@@ -240,11 +266,12 @@ class Export:
                 f"Restore the base model at {base.path}, or open the file with load_model(<path>, base=<path>).",
             ) from error
         base.check(model, self.path)
-        add_adapter(model, self.adapter)
+        with build_limit(self.path):
+            add_adapter(model, self.adapter)
         return model
 
     def _content(self, kind: str | None = None) -> dict[str, Any]:
-        content = _read(self.path)
+        content = read_export(self.path)
         if kind is not None and content["kind"] != kind:
             raise DataError(
                 f"{self.path} contains a {content['kind'].replace('_', ' ')}, but a {kind.replace('_', ' ')} is needed."
@@ -264,30 +291,9 @@ def open_model_source(
         base: See ``Export``.
     """
     if path.endswith((".pt", ".ckpt")):
+        if Path(path).is_dir():
+            raise ConfigError(f"{path} is a directory, but a {Path(path).suffix} file is needed.", "Name a file in it.")
         if not Path(path).is_file():
             raise ConfigError(f"{path}: there is no such file.", "Make it first: python train.py stage=<stage>")
         return Export(path, attention, base)
     return Pretrained(path, revision, attention)
-
-
-def _read(path: str) -> dict[str, Any]:
-    """Read an export, or a checkpoint in the form of an export; weights stay on disk until they are used."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # An incomplete file raises one of many types.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not a valid rlhf export; it is corrupt or incomplete ({reason}).") from error
-    if "state_dict" in content and "rlhf" in content:
-        prefix = "model." if content["rlhf"]["kind"] == "scalar_model" else "policy.lm."
-        weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-        content = {**content["rlhf"], "weights": weights}
-    if content.get("format") != FORMAT:
-        raise DataError(f"{path}: not a valid rlhf export of format {FORMAT}.")
-    return dict(content)
-
-
-def _config(text: str) -> Any:
-    """Parse a model configuration as ``transformers`` does, infinities included."""
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(text, encoding="utf-8")
-        return AutoConfig.from_pretrained(directory)

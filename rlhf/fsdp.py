@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -16,13 +15,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
 from rlhf.checkpoint import LAST, PREVIOUS
 from rlhf.errors import ConfigError
 from rlhf.files import PART, remove
 from rlhf.models import base_weights, full_state_dict
+from rlhf.shards import ShardReader, load_shards
 
 METADATA = "meta.pt"  # The file of a checkpoint directory with everything except weights and moments, as in Lightning.
 OLD = ".old"  # suffix of a directory that is being replaced
@@ -75,15 +74,15 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        return self._load_directory(path, weights_only) if path.is_dir() else self._load_file(path, weights_only)
+        return self._load_directory(path) if path.is_dir() else self._load_file(path)
 
-    def _load_directory(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _load_directory(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         left_out = base_weights(self.model)
         state = {name: value for name, value in get_model_state_dict(self.model).items() if name not in left_out}
-        load({"state_dict": state}, checkpoint_id=path)
+        load_shards({"state_dict": state}, path)
         set_model_state_dict(self.model, state, options=StateDictOptions(strict=not left_out))
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = ShardReader(path).read_metadata().state_dict_metadata
         for index, optimizer in enumerate(self.optimizers):
             key = f"optimizer_{index}"
             state_of_optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
@@ -91,14 +90,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             for name in list(moments):
                 if not any(f"{key}.state.{name}.{kind}" in stored for kind in moments[name]):
                     del moments[name]
-            load({key: state_of_optimizer}, checkpoint_id=path)
+            load_shards({key: state_of_optimizer}, path)
             self._set_moments(optimizer, state_of_optimizer, full=False)
-        metadata = torch.load(path / METADATA, map_location="cpu", weights_only=weights_only)
+        metadata = torch.load(path / METADATA, map_location="cpu", weights_only=True)
         return {**metadata, "state_dict": state}
 
-    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True, strict=not base_weights(self.model))
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rlhf.config import check_choices, check_values
+from rlhf.run_names import check_run_name
 
 
 def run(cfg: DictConfig) -> float:
@@ -17,6 +18,7 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
+    check_run_name(cfg.run)
     check_choices(cfg)
     if "command" in cfg:
         return run_command(cfg)

@@ -80,7 +80,7 @@ def train(cfg: DictConfig, output: Path) -> float:
         remove_earlier(cfg, output)
     try:
         with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
-            trainer.fit(module, datamodule, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except PreflightOnly:
         return float("nan")
     if module.monitor not in trainer.callback_metrics and datamodule.records("val"):

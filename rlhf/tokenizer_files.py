@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError
+from rlhf.tokenizer_probe import check_tokenizer
 
 # The files that tokenizers of transformers write: the common ones first, then the vocabularies of single models.
 TOKENIZER_FILES = frozenset(
@@ -49,23 +50,49 @@ def unpack_tokenizer(files: Mapping[Any, Any], origin: str) -> PreTrainedTokeniz
         origin: The file that contains them, for messages.
 
     Raises:
-        DataError: A file has any other name. Nothing is written in this case.
+        DataError: A file has any other name, or is neither text nor bytes. Nothing is written in this case. Or the
+            files are no tokenizer that can be used.
     """
-    for name in files:
-        _check_name(name, origin)
+    if not isinstance(files, Mapping):
+        raise DataError(f"{origin}: tokenizer must be files by name, got {type(files).__name__}.", _REPLACE)
+    data = {_checked_name(name, origin): _bytes(name, content, origin) for name, content in files.items()}
     with tempfile.TemporaryDirectory() as directory:
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-            Path(directory, name).write_bytes(data)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        return tokenizer
+        for name, content in data.items():
+            Path(directory, name).write_bytes(content)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is no Exception.
+            reason = str(error).splitlines()[:1] or [type(error).__name__]
+            raise DataError(f"{origin}: its tokenizer cannot be opened ({reason[0]}).", _REPLACE) from error
+    check_tokenizer(tokenizer, origin)
+    return tokenizer
 
 
-def _check_name(name: object, origin: str) -> None:
-    if isinstance(name, str) and (name in TOKENIZER_FILES or _TOKENIZER_MODEL.fullmatch(name)):
-        return
+_REPLACE = "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>"
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether tokenizers of ``transformers`` write files of this name."""
+    return name in TOKENIZER_FILES or _TOKENIZER_MODEL.fullmatch(name) is not None
+
+
+def _checked_name(name: object, origin: str) -> str:
+    if isinstance(name, str) and is_tokenizer_file(name):
+        return name
     raise DataError(
         f"{origin}: the tokenizer contains a file named {name!r}. Only plain names of tokenizer files are allowed, "
         "such as 'tokenizer.json' or 'tokenizer.model', without a directory part. Nothing was written.",
-        "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>",
+        _REPLACE,
     )
+
+
+def _bytes(name: object, content: object, origin: str) -> bytes:
+    if isinstance(content, str):
+        return content.encode()
+    if isinstance(content, torch.Tensor) and content.dtype is torch.uint8 and content.device.type == "cpu":
+        return content.contiguous().numpy().tobytes()
+    raise DataError(f"{origin}: the tokenizer file {name!r} must be text or bytes. Nothing was written.", _REPLACE)

@@ -17,6 +17,7 @@ from rlhf.data.reading import RecordReader, hold_out
 from rlhf.data.records import Message, Prompt, Record, prompt_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.tokenizer import chat_template
+from rlhf.tokenizer_probe import check_template
 
 log = logging.getLogger(__name__)
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
@@ -177,6 +178,7 @@ class RecordDataModule(lightning.LightningDataModule):
             )
         if self.template is not None or not self.tokenizer.chat_template:
             self.tokenizer.chat_template = chat_template(self.template or DEFAULT_TEMPLATE)
+        check_template(self.tokenizer)
         return Encoder(self.tokenizer, self.max_length)
 
     def encoded(self, split: str) -> list[Any]:

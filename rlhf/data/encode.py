@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Message
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, UserError
+from rlhf.time_limit import time_limit
+from rlhf.tokenizer_probe import encoding
+
+RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a millisecond
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Encoder:
         if not self.tokenizer.is_fast or not conversations:
             return
         texts = [self._render(messages, response) for messages, response in conversations]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        with encoding():
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         columns = zip(conversations, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         for (messages, response), text, input_ids, offsets in columns:
             self._prepared[id(messages), response] = text, input_ids, [end for _, end in offsets]
@@ -120,9 +125,14 @@ class Encoder:
     def _render(self, messages: Sequence[Message], response: str | None) -> str:
         conversation = list(messages) if response is None else [*messages, {"role": "assistant", "content": response}]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=response is None)
-            )
+            with time_limit(RENDER_SECONDS, _slow_template()):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        conversation, tokenize=False, add_generation_prompt=response is None
+                    )
+                )
+        except UserError:  # of a time limit
+            raise
         except Exception as error:  # templates raise whatever their authors chose
             roles = [message["role"] for message in conversation]
             raise ConfigError(
@@ -133,7 +143,8 @@ class Encoder:
     def _encode(self, text: str, special: bool = False) -> tuple[list[int], list[int]]:
         """Return the token ids of a text, and for each token the index in the text where it ends."""
         if self.tokenizer.is_fast:
-            encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+            with encoding():
+                encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
             return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
         input_ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         return input_ids, [len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
@@ -174,3 +185,10 @@ def _keep_end(prompt: list[int], limit: int, bos: int | None) -> list[int]:
 
 def _common_prefix_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _slow_template() -> ConfigError:
+    return ConfigError(
+        f"The tokenizer's chat template takes more than {RENDER_SECONDS} seconds for one conversation.",
+        'Use another template: data.template="{prompt}\n"',
+    )

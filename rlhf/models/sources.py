@@ -1,12 +1,14 @@
 """Model sources: random weights, a Hugging Face directory or a model ID. ``conf/model/`` configures these classes."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,10 +19,17 @@ from transformers import (
 )
 
 from rlhf.errors import ConfigError, DataError
+from rlhf.models.opening import (
+    MODEL_FOLDER,
+    check_config,
+    check_finite,
+    check_folder,
+    count_weights,
+    opening,
+)
 from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.models.tokenizer import check_embedding, check_vocabulary, train_tokenizer
-
-T = TypeVar("T")
+from rlhf.tokenizer_probe import check_tokenizer
 
 
 class ModelSource(Protocol):
@@ -104,7 +113,7 @@ class Transformer(_RandomWeights):
             tie_word_embeddings=True,
             **_special_tokens(tokenizer),
         )
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model
 
 
@@ -159,7 +168,7 @@ class Mamba(_RandomWeights):
             time_step_max=1.0,
             **_special_tokens(tokenizer),
         )
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         # Decay rates per step of 0.01 to 0.2: with step size 1, the heads remember 100 to 5 tokens.
         rates = torch.logspace(-2, -0.7, config.num_heads)
         backbone: Any = model.backbone
@@ -183,7 +192,7 @@ class Pretrained:
     attention: str | None = None
 
     def tokenizer(self, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = self._open("tokenizer", AutoTokenizer.from_pretrained)
+        tokenizer = self._tokenizer()
         if tokenizer.eos_token_id is None:
             raise DataError(
                 f"{self.path}: the tokenizer has no EOS token, so responses could not end.",
@@ -200,8 +209,7 @@ class Pretrained:
         Raises:
             DataError: It has another vocabulary than ``tokenizer``, or it is not such a model.
         """
-        own: PreTrainedTokenizerBase = self._open("tokenizer", AutoTokenizer.from_pretrained)
-        check_vocabulary(own, tokenizer, self.path)
+        check_vocabulary(self._tokenizer(), tokenizer, self.path)
         model = self._open_model("reward model", AutoModelForSequenceClassification, tokenizer)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
@@ -213,24 +221,53 @@ class Pretrained:
         head.load_state_dict({"layers.0.weight": score.weight, "layers.0.bias": bias})
         return ScalarModel(model.base_model, head)
 
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        check_folder(self.path, "tokenizer")
+        with opening(self.path, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=False
+            )
+        check_tokenizer(tokenizer, self.path)
+        return tokenizer
+
     def _open_model(self, kind: str, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Open a model in float32. Missing weights are an error; transformers would initialize them at random."""
-        keywords = {"dtype": torch.float32, "attn_implementation": self.attention, "output_loading_info": True}
-        model, info = self._open(kind, auto_class.from_pretrained, **keywords)
-        if missing := sorted(info["missing_keys"]):
-            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
-            fix = _REWARD_MODEL if kind == "reward model" else _LANGUAGE_MODEL
-            raise DataError(f"{self.path}: weights of the {kind} are missing: {names}.", fix)
+        check_folder(self.path, kind)
+        origin: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
+        with opening(self.path, kind):
+            config = AutoConfig.from_pretrained(self.path, **origin)
+            check_config(config, self.path, count_weights(self.path))
+            if self.attention is not None:
+                origin["attn_implementation"] = self.attention
+            model, info = auto_class.from_pretrained(
+                self.path,
+                config=config,
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
+                **origin,
+            )
+        self._check_weights(kind, model, info)
         check_embedding(tokenizer, model, self.path)
         return remember_config(model)
 
-    def _open(self, kind: str, from_pretrained: Callable[..., T], **keywords: Any) -> T:
-        try:
-            return from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **keywords)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            message = f"{self.path}: could not load a {kind} from this path ({reason})."
-            raise DataError(message, _LANGUAGE_MODEL) from error
+    def _check_weights(self, kind: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+        if missing := sorted(info["missing_keys"]):
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+            fix = _REWARD_MODEL if kind == "reward model" else MODEL_FOLDER
+            raise DataError(f"{self.path}: weights of the {kind} are missing: {names}.", fix)
+        known = {_without_layer(name) for name in model.state_dict()}
+        further = sorted(name for name in info["unexpected_keys"] if _without_layer(name) in known)
+        if further:
+            raise DataError(
+                f"{self.path}: the weights have more layers than config.json says, such as {further[0]}.",
+                "Restore the config.json that belongs to the weights.",
+            )
+        check_finite(model.state_dict(), self.path)
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def remember_config(model: PreTrainedModel) -> PreTrainedModel:
@@ -240,7 +277,6 @@ def remember_config(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-_LANGUAGE_MODEL = "Use a directory with model and tokenizer, written by save_pretrained, or a model ID on the Hub."
 _REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."
 
 

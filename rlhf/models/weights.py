@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import DataError
 from rlhf.models.adapters import base_weights
-
-REPLACE_FILE = "Use a file that a stage of this project wrote, or run the stage again."
+from rlhf.models.opening import REPLACE_FILE
 
 
 def stored_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -26,6 +25,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> 
         weights: The weights of a file, by name.
         path: The path of the file, for messages.
     """
+    check_fit(model, weights, path)
+    model.load_state_dict(weights, strict=False)
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    """Raise a ``DataError`` if the weights are not exactly those of the model, which may be on the meta device."""
     check_complete(model, weights, path)
     expected = stored_weights(model)
     misfits = [name for name in weights if name not in expected or weights[name].shape != expected[name].shape]
@@ -33,7 +38,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> 
         raise DataError(
             f"{path}: these weights do not fit the model configuration: {_shortened(misfits)}.", REPLACE_FILE
         )
-    model.load_state_dict(weights, strict=False)
 
 
 def check_complete(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:

@@ -28,7 +28,7 @@ def open_critic(
         return disable_dropout(reward_model.scalar_model(tokenizer))
     lm = policy.language_model(tokenizer)
     if init == "random":
-        lm = AutoModelForCausalLM.from_config(lm.config)
+        lm = AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
     return disable_dropout(ScalarModel(lm.base_model, ScalarHead(lm.config.get_text_config().hidden_size)))
 
 

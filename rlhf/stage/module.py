@@ -26,6 +26,7 @@ from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups, set_hyperparameters
+from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
@@ -177,6 +178,8 @@ class StageModule(ReportingModule):
         # itself, which requires accelerate.
         with torch.device("cpu"):
             self.open_models()
+        if self._trainer is not None:
+            check_positions(self, getattr(self._trainer, "datamodule", None))
         self._models_opened = True
         self.strict_loading = not base_weights(self)  # Checkpoints leave out the frozen base of adapters.
         if self.gradient_checkpointing:

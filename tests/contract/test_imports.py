@@ -24,7 +24,10 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 # Layers from the bottom up. A package imports from its own layer and from the layers below it, without cycles. Stage
 # packages do not import each other, except that ppo and grpo build on rl.
 LAYERS: list[set[str]] = [
-    {"launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"},
+    {
+        *("launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
+        *("run_names", "time_limit", "tokenizer_probe"),
+    },
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs"},
     STAGE_PACKAGES,
     {
@@ -37,6 +40,7 @@ LAYERS: list[set[str]] = [
         "config",
         "doctor",
         "export",
+        "export_content",
         "hparams",
         "lineage",
         "main",
@@ -45,6 +49,7 @@ LAYERS: list[set[str]] = [
         "resume",
         "run",
         "runs",
+        "shards",
         "signals",
     },
 ]
