@@ -1,21 +1,21 @@
 """How a stage starts: from the beginning, from a checkpoint of an earlier run, or not at all because it is finished."""
 
-import json
 import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from rlhf.checkpoint import LAST, PREVIOUS
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
+from rlhf.export_content import parse_json
 from rlhf.files import remove
 from rlhf.fsdp import METADATA
 from rlhf.lineage import LENGTH, check_resumable, settings
+from rlhf.models.opening import read_archive
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -115,5 +115,5 @@ def damage(path: Path) -> str | None:
 def _provenance(path: Path) -> dict[str, Any]:
     """Return the provenance in a checkpoint; empty if it has none."""
     file = path / METADATA if path.is_dir() else path
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return dict(json.loads(content["rlhf"]["provenance"])) if "rlhf" in content else {}
+    header = read_archive(file).get("rlhf")
+    return parse_json(header["provenance"], str(path), "provenance") if isinstance(header, dict) else {}
