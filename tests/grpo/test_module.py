@@ -110,7 +110,7 @@ def test_a_method_is_configured_as_published(name: str, stage: str) -> None:
 
 
 def test_the_coefficients_of_grpo_and_dr_grpo_are_published_and_overrides_win() -> None:
-    assert compose_config("stage=grpo").stage.kl_coef == 0.04
+    assert compose_config("stage=grpo").stage.kl_coef == 0.2
     assert compose_config("stage=grpo", "advantage=dr_grpo").stage.kl_coef == 0.0
     overrides = (
         "stage.kl_coef=0.2",
