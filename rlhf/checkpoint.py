@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf.errors import ConfigError, Stopped
 from rlhf.files import PART, atomic_write, remove
 from rlhf.logs import metrics_log
+from rlhf.schema import NonNegativeFloat
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,7 +54,7 @@ class RunCheckpoint(ModelCheckpoint):
         ConfigError: ``every_n_minutes`` is negative.
     """
 
-    def __init__(self, every_n_minutes: float | None = 5.0, **keys: Any) -> None:
+    def __init__(self, every_n_minutes: NonNegativeFloat | None = 5.0, **keys: Any) -> None:
         if every_n_minutes is not None and not every_n_minutes >= 0:
             raise ConfigError(
                 f"callbacks.checkpoint.every_n_minutes must be >= 0 or null, got {every_n_minutes}.",

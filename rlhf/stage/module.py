@@ -21,8 +21,9 @@ from rlhf.models import (
     enable_gradient_checkpointing,
     shard,
 )
+from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat
 from rlhf.stage.hyperparameters import plain_arguments
-from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups
+from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, parameter_groups
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
@@ -70,12 +71,12 @@ class StageModule(ReportingModule):
         self,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        learning_rate: float,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        schedule: str = "cosine",
-        warmup_ratio: float = 0.0,
+        learning_rate: PositiveFloat,
+        weight_decay: NonNegativeFloat = 0.0,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-8,
+        schedule: Schedule = "cosine",
+        warmup_ratio: FractionBelowOne = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 # Layers from the bottom up. A package imports from its own layer and from the layers below it, without cycles. Stage
 # packages do not import each other, except that ppo and grpo build on rl.
 LAYERS: list[set[str]] = [
-    {"launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages"},
+    {"launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "schema"},
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs"},
     STAGE_PACKAGES,
     {
