@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
@@ -31,6 +32,8 @@ def run_pipeline(cfg: DictConfig) -> float:
     directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
     configs = {step: step_config(cfg, step, directory) for step in steps}
     check_ranks(configs)
+    for config in configs.values():
+        check_values(config)
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
@@ -58,6 +61,8 @@ def check_steps(cfg: DictConfig, steps: list[str]) -> None:
         ConfigError: The pipeline is configured inconsistently.
     """
     known = (*stages(), *cfg.pipeline.variants)
+    if not steps:
+        raise ConfigError("pipeline.steps must name at least one step, got [].", "Set pipeline.steps=[sft,reward,ppo].")
     if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in known]:
         raise ConfigError(
             f"pipeline.steps and pipeline.overrides must name known steps, got {', '.join(unknown)}.",

@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 def run_stage(cfg: DictConfig) -> float:
     """Run one stage, write its outputs, and return its monitored metric."""
     quiet_libraries()
+    check_values(cfg)  # before the log is opened: a refused command writes nothing
     output = Path(cfg.paths.output)
     with log_file(output / f"{cfg.stage_name}.log"):
         started = time.perf_counter()
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-        check_values(cfg)
         monitored = train(cfg, output) if stages()[cfg.stage_name].exports else evaluate(cfg)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         return monitored
