@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rlhf.logs import TextLogger
+from rlhf.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import StageModule
 
 log = logging.getLogger(__name__)
@@ -82,14 +83,14 @@ class Alerts(Callback):
     def __init__(
         self,
         *,
-        max_kl_per_sequence: float | None = 10.0,
-        max_length_growth: float | None = 1.5,
-        max_repetition_share: float | None = 0.2,
-        max_truncated_share: float | None = 0.2,
-        min_entropy_per_token: float | None = 0.005,
+        max_kl_per_sequence: PositiveFloat | None = 10.0,
+        max_length_growth: PositiveFloat | None = 1.5,
+        max_repetition_share: Fraction | None = 0.2,
+        max_truncated_share: Fraction | None = 0.2,
+        min_entropy_per_token: NonNegativeFloat | None = 0.005,
         min_explained_variance: float | None = 0.0,
-        max_gradient_norm_ratio: float | None = 10.0,
-        window: int = 5,
+        max_gradient_norm_ratio: PositiveFloat | None = 10.0,
+        window: PositiveInt = 5,
     ) -> None:
         self.max_kl_per_sequence = max_kl_per_sequence
         self.max_length_growth = max_length_growth

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf.errors import ConfigError
 from rlhf.files import PART, atomic_write, remove, replace_link
+from rlhf.schema import NonNegativeFloat
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
 
@@ -51,7 +52,7 @@ class RunCheckpoint(ModelCheckpoint):
         ConfigError: ``every_n_minutes`` is negative.
     """
 
-    def __init__(self, every_n_minutes: float | None = 5.0, **keys: Any) -> None:
+    def __init__(self, every_n_minutes: NonNegativeFloat | None = 5.0, **keys: Any) -> None:
         if every_n_minutes is not None and not every_n_minutes >= 0:
             raise ConfigError(
                 f"callbacks.checkpoint.every_n_minutes must be >= 0 or null, got {every_n_minutes}.",

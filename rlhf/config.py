@@ -1,28 +1,74 @@
 """Checks of configured values that need no model and no data."""
 
-from collections.abc import Sequence
-from inspect import signature
-from typing import Any, get_args
+import difflib
+from collections.abc import Iterator, Sequence
+from inspect import Parameter
+from pydoc import ErrorDuringImport, locate
+from typing import Annotated, Any, Literal
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError
+from rlhf.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    accepts,
+    declared_keywords,
+    out_of_range,
+)
 
 CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
 RESUME_CHOICES = (False, True, "force")
+NODES = ("stage", "data", "model", "adapter", "reward", "callbacks")
+# Keys of conf/config.yaml, and flags of the Trainer that Lightning does not check, with examples of valid values.
+GENERAL = {
+    "seed": (Seed, 1),
+}
+LIMIT = PositiveInt | Annotated[float, "> 0", "<= 1"] | None
+TRAINER = {
+    "max_epochs": (PositiveInt | Literal[-1] | None, 1),
+    "min_epochs": (NonNegativeInt | None, 1),
+    "max_steps": (PositiveInt | Literal[-1], -1),
+    "min_steps": (NonNegativeInt | None, 100),
+    "limit_train_batches": (LIMIT, 100),
+    "limit_val_batches": (NonNegativeInt | Annotated[float, ">= 0", "<= 1"] | None, 1.0),
+    "limit_test_batches": (LIMIT, 1.0),
+    "val_check_interval": (LIMIT | Annotated[str, "a time as DD:HH:MM:SS"], 1.0),
+    "check_val_every_n_epoch": (PositiveInt | None, 1),
+    "num_sanity_val_steps": (NonNegativeInt | Literal[-1] | None, 0),
+    "log_every_n_steps": (PositiveInt | None, 1),
+    "accumulate_grad_batches": (PositiveInt, 1),
+    "gradient_clip_val": (NonNegativeFloat | None, 1.0),
+    "gradient_clip_algorithm": (Literal["norm", "value"] | None, "norm"),
+    "num_nodes": (PositiveInt, 1),
+    "reload_dataloaders_every_n_epochs": (NonNegativeInt, 0),
+}
+SIMILAR = 0.6  # smallest similarity of a key that is suggested instead of an unknown one
 
 
-def check_values(cfg: DictConfig, nodes: Sequence[str] = ("stage", "data", "model", "adapter")) -> None:
-    """Reject values of a wrong type in some nodes of the configuration before any weight is loaded.
+def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
+    """Reject unknown keys, and values outside of the range that the signature of the configured class declares.
+
+    No weight is loaded and nothing is written before this check. Interpolations are checked at the key they refer to.
 
     Raises:
-        ConfigError: A class or function expects a number, and the configuration contains text.
+        ConfigError: A class or function has no such keyword, or does not accept the value.
     """
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    for key, (annotation, example) in GENERAL.items():
+        _check_value(key, content.get(key, example), annotation, example)
+    trainer = content.get("trainer") or {}
+    for key, (annotation, example) in TRAINER.items():
+        _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)
     for name in nodes:
-        if cfg.get(name) is not None:
-            _check_numbers(OmegaConf.to_container(cfg[name], resolve=False), name)
+        _check_node(content.get(name), name)
+    for name in ("trainer", "logger"):
+        for path, node in _targets(content.get(name), name):
+            _check_keys(path, node, *declared_keywords(_target(path, node)))
 
 
 def check_choices(cfg: DictConfig) -> None:
@@ -37,26 +83,60 @@ def check_choices(cfg: DictConfig) -> None:
         raise ConfigError("save_hf=merged has no effect with adapter=none.", "Set save_hf=true.")
 
 
-def _check_numbers(node: Any, path: str) -> None:
-    """Check one node of the unresolved configuration and the nodes below it."""
+def _check_node(node: Any, path: str) -> None:
+    """Check every node with a ``_target_``, this one and those below it, in the unresolved configuration."""
+    for inner, settings in _targets(node, path):
+        keywords, is_open = declared_keywords(_target(inner, settings))
+        _check_keys(inner, settings, keywords, is_open)
+        for key, value in settings.items():
+            if key in keywords:
+                parameter = keywords[key]
+                example = None if parameter.default is Parameter.empty else parameter.default
+                _check_value(f"{inner}.{key}", value, parameter.annotation, example)
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and content of every node with a ``_target_``."""
     if not isinstance(node, dict):
         return
-    expected = _expected_types(node["_target_"]) if "_target_" in node else {}
+    if "_target_" in node:
+        yield path, node
     for key, value in node.items():
-        types = expected.get(key, ())
-        is_number = (int in types or float in types) and str not in types
-        if is_number and isinstance(value, str) and value != "???" and not value.startswith("${"):
-            raise ConfigError(f"{path}.{key} must be a number, got '{value}'.", f"Set {path}.{key}=<number>")
-        _check_numbers(value, f"{path}.{key}")
+        yield from _targets(value, f"{path}.{key}")
 
 
-def _expected_types(target: str) -> dict[str, tuple[Any, ...]]:
-    """Return the annotated types of each keyword of a class, including its base classes, or of a function."""
-    found = get_object(target)
-    classes = reversed(found.__mro__) if isinstance(found, type) else ()  # A subclass overrides what its base declares.
-    functions = [vars(base)["__init__"] for base in classes if "__init__" in vars(base)] or [found]
-    return {
-        parameter.name: get_args(parameter.annotation) or (parameter.annotation,)
-        for function in functions
-        for parameter in signature(function).parameters.values()
-    }
+def _target(path: str, node: dict[str, Any]) -> Any:
+    """Return the class or function that a node configures."""
+    try:
+        found = locate(str(node["_target_"]))
+        reason = "it cannot be imported"
+    except ErrorDuringImport as error:
+        found, reason = None, str(error.value)
+    if not callable(found):
+        raise ConfigError(
+            f"{path}._target_ must be the import path of a class or function, got {node['_target_']}: {reason}.",
+            f"Set {path}._target_=<module>.<name>",
+        )
+    return found
+
+
+def _check_keys(path: str, node: dict[str, Any], keywords: dict[str, Parameter], is_open: bool) -> None:
+    """Reject a key that the configured class or function does not have."""
+    for key in node:
+        if key in keywords or is_open or key.startswith("_"):
+            continue
+        similar = difflib.get_close_matches(key, keywords, n=1, cutoff=SIMILAR)
+        raise ConfigError(
+            f"{path}.{key}: there is no such key, because {node['_target_']} has no keyword {key}.",
+            f"Did you mean {path}.{similar[0]}?" if similar else f"Remove {path}.{key}.",
+        )
+
+
+def _check_value(key: str, value: Any, annotation: Any, example: Any) -> None:
+    """Reject a value that an annotation does not allow. Interpolations and missing values are not checked here."""
+    if value == "???" or (isinstance(value, str) and value.startswith("${")):
+        return
+    items = value if isinstance(value, list) else []
+    if any(isinstance(item, str) and item.startswith("${") for item in items) or accepts(annotation, value):
+        return
+    raise out_of_range(key, value, annotation, example)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
@@ -34,6 +35,7 @@ def run_pipeline(cfg: DictConfig) -> float:
     configs = {step: step_config(cfg, step, directory) for step in steps}
     check_ranks(configs)
     for config in configs.values():
+        check_values(config)
         check_start(config, Path(config.paths.output))
 
     # 2. Run them in order.
@@ -64,6 +66,8 @@ def check_steps(cfg: DictConfig, steps: list[str]) -> None:
         ConfigError: The pipeline is configured inconsistently.
     """
     known = (*stages(), *cfg.pipeline.variants)
+    if not steps:
+        raise ConfigError("pipeline.steps must name at least one step, got [].", "Set pipeline.steps=[sft,reward,ppo].")
     if unknown := [step for step in (*steps, *cfg.pipeline.overrides) if step not in known]:
         raise ConfigError(
             f"pipeline.steps and pipeline.overrides must name known steps, got {', '.join(unknown)}.",

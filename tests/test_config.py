@@ -53,11 +53,19 @@ def test_the_defaults_pass(stage: str) -> None:
     check_values(compose_config(f"stage={stage}"))
 
 
-@pytest.mark.parametrize("key", ["count", "ratio", "limit", "pair"])
-def test_text_for_a_number_is_rejected(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "constraint", "valid"),
+    [
+        ("count", "an integer", "1"),
+        ("ratio", "a number", "0.5"),
+        ("limit", "a number or null", "<number>"),
+        ("pair", "a list of 2 numbers", "[0.0,1.0]"),
+    ],
+)
+def test_text_for_a_number_is_rejected(key: str, constraint: str, valid: str) -> None:
     with pytest.raises(ConfigError) as error:
         check(stage=node("Inner", **{key: "fast"}))
-    assert str(error.value) == f"stage.{key} must be a number, got 'fast'.\n  Set stage.{key}=<number>"
+    assert str(error.value) == f"stage.{key} must be {constraint}, got 'fast'.\n  Set stage.{key}={valid}."
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,6 @@ def test_text_for_a_number_is_rejected(key: str) -> None:
         {"count": 2, "ratio": 1, "limit": None, "pair": [0.1, 0.2]},
         {"name": "text", "either": "text", "anything": "text"},
         {"ratio": "${oc.env:HOME}", "count": "???"},  # An interpolation, and a value that is still missing.
-        {"unknown": "text"},  # Unknown keys are reported by the class itself.
     ],
 )
 def test_other_values_pass(settings: dict[str, Any]) -> None:
@@ -79,8 +86,26 @@ def test_nodes_below_are_checked(part: str) -> None:
         check(**{part: {"sampling": {"inner": node("Inner", ratio="wide")}}})
 
 
+def test_an_unknown_key_is_rejected() -> None:
+    """A plus sign adds a key that no class has. A similar key is suggested."""
+    for key, fix in {"ration": "Did you mean stage.ratio?", "unknown": "Remove stage.unknown."}.items():
+        with pytest.raises(ConfigError) as error:
+            check(stage=node("Inner", **{key: 1}))
+        reason = f"because {__name__}.Inner has no keyword {key}"
+        assert str(error.value) == f"stage.{key}: there is no such key, {reason}.\n  {fix}"
+
+
+def test_a_target_that_cannot_be_imported_is_rejected() -> None:
+    with pytest.raises(ConfigError) as error:
+        check(stage={"_target_": "rlhf.nothing.Here"})
+    assert str(error.value) == (
+        "stage._target_ must be the import path of a class or function, got rlhf.nothing.Here: it cannot be imported."
+        "\n  Set stage._target_=<module>.<name>"
+    )
+
+
 def test_other_parts_of_the_configuration_are_not_checked() -> None:
-    """Lightning and the loggers check their own keywords."""
+    """Lightning and the loggers check the types of their own keywords."""
     assert check(trainer=node("Inner", ratio="wide")) is None
 
 
@@ -90,13 +115,13 @@ def test_keywords_of_a_function_are_checked() -> None:
 
 
 def test_inherited_keywords_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"stage\.rate must be a number"):
+    with pytest.raises(ConfigError, match=r"stage\.rate must be a number, got 'fast'"):
         check(stage=node("Derived", rate="fast"))
 
 
 def test_a_class_overrides_the_types_of_its_base() -> None:
     check(stage=node("Derived", mode="slow"))
-    with pytest.raises(ConfigError, match=r"stage\.mode must be a number"):
+    with pytest.raises(ConfigError, match=r"stage\.mode must be an integer, got 'slow'"):
         check(stage=node("Base", mode="slow"))
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning
 from rich.progress import track
@@ -17,6 +17,7 @@ from rlhf.data.reading import RecordReader, hold_out
 from rlhf.data.records import Message, Prompt, Record, prompt_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.tokenizer import chat_template
+from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed
 from rlhf.tokenizer_probe import check_template
 
 log = logging.getLogger(__name__)
@@ -59,20 +60,20 @@ class RecordDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         *,
-        train: str | None = None,
-        val: str | None = None,
-        test: str | None = None,
-        val_fraction: float = 0.05,
+        train: DataPath | None = None,
+        val: DataPath | None = None,
+        test: DataPath | None = None,
+        val_fraction: FractionBelowOne = 0.05,
         splits: Mapping[str, str] | None = None,
         subset: str | None = None,
         columns: Mapping[str, str | None] | None = None,
         template: str | None = None,
-        max_length: int = 512,
-        max_rows: int | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int = 64,
-        on_error: str = "stop",
-        seed: int = 0,
+        max_length: Annotated[int, ">= 2"] = 512,
+        max_rows: PositiveInt | None = None,
+        batch_size: PositiveInt = 16,
+        eval_batch_size: PositiveInt = 64,
+        on_error: Literal["stop", "skip"] = "stop",
+        seed: Seed = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()

@@ -43,6 +43,8 @@ def _read_file(path: str) -> Sequence[dict[str, Any]]:
     from datasets.exceptions import DatasetGenerationError
 
     extension = Path(path).suffix.lower()
+    if Path(path).is_dir():
+        raise DataError(f"{path}: this is a folder, not a file.", f"Name one of its files: data.train={path}/<file>")
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file.", "Relative paths are resolved against the current directory.")
     if extension not in BUILDERS:

@@ -11,6 +11,7 @@ from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.records import Preference, UnpairedPreference
 from rlhf.errors import DataError
+from rlhf.schema import PositiveInt
 
 
 @dataclass
@@ -53,7 +54,7 @@ class UnpairedDataModule(RecordDataModule):
     record_types = (UnpairedPreference, Preference)
     drop_last = True
 
-    def __init__(self, *, batch_size: int = 32, **keys: Any) -> None:
+    def __init__(self, *, batch_size: PositiveInt = 32, **keys: Any) -> None:
         super().__init__(batch_size=batch_size, **keys)
 
     @property

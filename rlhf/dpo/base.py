@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule, SequenceBatch
 from rlhf.declared import declared_arguments
 from rlhf.dpo.metrics import MetricGroup
-from rlhf.dpo.objective import RANGES, response_lengths
+from rlhf.dpo.objective import response_lengths
 from rlhf.dpo.preflight import checks
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.dpo.samples import sample_responses
 from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, Policy, disable_dropout, open_reference
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
+from rlhf.schema import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    accepts,
+    out_of_range,
+)
 from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage.optimizer import Schedule
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
@@ -67,18 +78,18 @@ class PreferenceModule(StageModule):
         *,
         policy: ModelSource,
         loss: Callable[..., Tensor],
-        beta: float = 0.3,
+        beta: PositiveFloat = 0.3,
         reference_free: bool = False,
         length_normalized: bool = False,
-        sft_coef: float = 0.0,
+        sft_coef: NonNegativeFloat = 0.0,
         precompute_ref_logprobs: bool = True,
         ref_logprobs_cache: str | None = None,
-        samples: int = 4,
-        max_new_tokens: int = 64,
+        samples: NonNegativeInt = 4,
+        max_new_tokens: PositiveInt = 64,
         sampler: Sampler | None = None,
-        learning_rate: float = 1e-4,
-        schedule: str = "linear",
-        warmup_ratio: float = 0.05,
+        learning_rate: PositiveFloat = 1e-4,
+        schedule: Schedule = "linear",
+        warmup_ratio: FractionBelowOne = 0.05,
         **optimizer: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio, **optimizer)
@@ -104,14 +115,10 @@ class PreferenceModule(StageModule):
         if self.sft_coef < 0:
             raise ConfigError(f"stage.sft_coef must be at least 0, got {self.sft_coef}.", "Set stage.sft_coef=0.")
         settings = self.loss.keywords if isinstance(self.loss, partial) else {}
-        for name in RANGES.keys() & settings.keys():
-            (low, high), value = RANGES[name], settings[name]
-            if not low <= value < high:
-                constraint = f"at least {low:g}" + (f" and below {high:g}" if high < torch.inf else "")
-                valid = 0.1 if high < 1 else 1.0
-                raise ConfigError(
-                    f"stage.loss.{name} must be {constraint}, got {value}.", f"Set stage.loss.{name}={valid}."
-                )
+        keywords = signature(self.loss.func).parameters if isinstance(self.loss, partial) else {}
+        for name, value in settings.items():
+            if name in keywords and not accepts(keywords[name].annotation, value):
+                raise out_of_range(f"stage.loss.{name}", value, keywords[name].annotation, keywords[name].default)
 
     def _check_loss(self) -> None:
         """Reject settings that the loss is not defined for."""

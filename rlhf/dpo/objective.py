@@ -17,9 +17,8 @@ in buffers, which are saved in checkpoints and restored at resume. It should upd
 True, so that validation does not change them.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,6 @@ from torch import Tensor
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
-# Valid range [low, high) of the settings of losses, by name.
-RANGES = {
-    "label_smoothing": (0.0, 0.5),
-    "target_margin": (0.0, math.inf),
-    "desirable_weight": (0.0, math.inf),
-    "undesirable_weight": (0.0, math.inf),
-}
 MAX_LOGPROB = -1e-6  # upper bound of log p in log-odds, because the odds of p = 1 are infinite
 
 
@@ -108,7 +100,9 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return F.relu(1 - beta * (chosen - rejected)).mean()
 
 
-def conservative_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
+def conservative_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.1
+) -> Tensor:
     """cDPO loss: the cross-entropy to labels that are correct with probability ``1 - label_smoothing``.
 
         L = -mean_i [(1 - eps) log sigmoid(m_i) + eps log sigmoid(-m_i)]
@@ -131,7 +125,9 @@ def conservative_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_sm
     return -((1 - label_smoothing) * F.logsigmoid(margins) + label_smoothing * F.logsigmoid(-margins)).mean()
 
 
-def robust_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
+def robust_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.1
+) -> Tensor:
     """rDPO loss: an unbiased estimate of the DPO loss under the true labels, if a known fraction is flipped.
 
         L = -mean_i [(1 - eps) log sigmoid(m_i) - eps log sigmoid(-m_i)] / (1 - 2 eps)
@@ -154,7 +150,9 @@ def robust_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothin
 
 
 @needs(reference_free=True, length_normalized=True)
-def simpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float, target_margin: float = 1.0) -> Tensor:
+def simpo_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: float, target_margin: Annotated[float, ">= 0"] = 1.0
+) -> Tensor:
     """SimPO loss: DPO with the mean log-prob per token as the reward, a target margin and no reference model.
 
         L = -mean_i log sigmoid(beta (chosen_i - rejected_i) - gamma)
@@ -206,8 +204,8 @@ def kto_loss(
     kl: Tensor,
     *,
     beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    desirable_weight: Annotated[float, ">= 0"] = 1.0,
+    undesirable_weight: Annotated[float, ">= 0"] = 1.0,
 ) -> Tensor:
     """KTO loss: unpaired preferences, where each log-ratio is compared with the KL divergence from the reference model.
 

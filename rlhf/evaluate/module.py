@@ -29,6 +29,7 @@ from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
+from rlhf.schema import PositiveInt, ScorerPath
 from rlhf.stage.precision import autocast_dtype
 from rlhf.tensors import masked_sum
 
@@ -59,11 +60,11 @@ class EvaluateModule(lightning.LightningModule):
         models: Mapping[str, ModelSource],
         baseline: str = "sft",
         reward_model: ModelSource | Sequence[ModelSource] | None = None,
-        gold: str | None = None,
+        gold: ScorerPath | None = None,
         sampling: SamplingParams | None = None,
         sampler: Sampler | None = None,
         output: str,
-        bootstrap: int = 2000,
+        bootstrap: PositiveInt = 2000,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from rlhf.errors import ConfigError
 from rlhf.rl import AdvantageEstimator, KLController, OnPolicyModule, ScoreShaping
 from rlhf.rl.advantages import grpo
 from rlhf.rl.estimators import estimator_name, needs_critic
+from rlhf.rl.settings import LossReduction
+from rlhf.schema import NonNegativeFloat, PositiveInt
 
 
 class GRPOModule(OnPolicyModule):
@@ -37,9 +39,9 @@ class GRPOModule(OnPolicyModule):
         self,
         *,
         advantage: AdvantageEstimator = grpo,
-        num_generations: int = 4,
-        kl_coef: float = 0.04,
-        loss_reduction: str = "sequence_mean",
+        num_generations: PositiveInt = 4,
+        kl_coef: NonNegativeFloat = 0.04,
+        loss_reduction: LossReduction = "sequence_mean",
         **keys: Any,
     ) -> None:
         if needs_critic(advantage):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.scalar import ScalarModel
+from rlhf.schema import FractionBelowOne, PositiveInt
 
 ALL_LINEAR = "all-linear"
 # The kernels of these architectures read the weight of out_proj directly, so peft refuses to adapt it.
@@ -37,9 +38,9 @@ class LoRA:
     Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685).
     """
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: FractionBelowOne = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from rlhf.models.opening import (
 )
 from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.models.tokenizer import check_embedding, check_vocabulary, train_tokenizer
+from rlhf.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.tokenizer_probe import check_tokenizer
 
 
@@ -82,14 +83,14 @@ class Transformer(_RandomWeights):
             model learns faster to copy within short sequences.
     """
 
-    hidden_size: int = 256
-    num_layers: int = 2
-    num_heads: int = 4
-    intermediate_size: int = 256
-    max_length: int = 1024
-    vocab_size: int = 2048
-    initializer_range: float = 0.04
-    rope_theta: float = 300.0
+    hidden_size: PositiveInt = 256
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 256
+    max_length: Annotated[int, ">= 2"] = 1024
+    vocab_size: PositiveInt = 2048
+    initializer_range: NonNegativeFloat = 0.04
+    rope_theta: PositiveFloat = 300.0
 
     def _vocab_size(self) -> int:
         return self.vocab_size
@@ -136,13 +137,13 @@ class Mamba(_RandomWeights):
         initializer_range: Standard deviation of the initial weights.
     """
 
-    hidden_size: int = 192
-    num_layers: int = 2
-    head_dim: int = 64
-    state_size: int = 128
-    chunk_size: int = 32
-    vocab_size: int = 2048
-    initializer_range: float = 0.05
+    hidden_size: PositiveInt = 192
+    num_layers: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    state_size: PositiveInt = 128
+    chunk_size: PositiveInt = 32
+    vocab_size: PositiveInt = 2048
+    initializer_range: NonNegativeFloat = 0.05
 
     def _vocab_size(self) -> int:
         return self.vocab_size

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
 from rlhf.rl.advantages import gae
 from rlhf.rl.estimators import estimator_name, needs_critic
 from rlhf.rl.objective import clipped_value_loss
+from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf.tensors import masked_scale, masked_whiten
 
 # Settings without effect if the advantage estimator does not declare the argument.
@@ -61,18 +62,18 @@ class PPOModule(OnPolicyModule):
         self,
         *,
         advantage: AdvantageEstimator = gae,
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
+        gamma: Fraction = 0.99,
+        gae_lambda: Fraction = 0.95,
         whiten_rewards: bool = False,
         whiten_advantages: bool = True,
-        value_clip_range: float | None = 0.2,
-        value_coef: float = 0.1,
-        critic: str = "separate",
-        critic_init: str | None = None,
-        critic_warmup: int = 0,
-        critic_learning_rate: float | None = None,
-        obs_dim: int | None = None,
-        action_dim: int | None = None,
+        value_clip_range: PositiveFloat | None = 0.2,
+        value_coef: NonNegativeFloat = 0.1,
+        critic: Literal["separate", "shared"] = "separate",
+        critic_init: Literal["reward_model", "sft", "random"] | None = None,
+        critic_warmup: NonNegativeInt = 0,
+        critic_learning_rate: PositiveFloat | None = None,
+        obs_dim: PositiveInt | None = None,
+        action_dim: PositiveInt | None = None,
         **keys: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ADVANTAGE_KEYS.keys() | CRITIC_KEYS}

@@ -20,6 +20,7 @@ from rlhf.data import (
 )
 from rlhf.data.files import read_rows
 from rlhf.data.loader import BucketBatchSampler
+from rlhf.schema import DataPath, PositiveInt
 
 
 @dataclass
@@ -43,7 +44,9 @@ class RewardDataModule(PreferenceDataModule):
 
     record_types = (Preference, Rating)
 
-    def __init__(self, *, demonstrations: str | None = None, demonstration_rows: int = 512, **keys: Any) -> None:
+    def __init__(
+        self, *, demonstrations: DataPath | None = None, demonstration_rows: PositiveInt = 512, **keys: Any
+    ) -> None:
         super().__init__(**keys)
         self.demonstrations = demonstrations
         self.demonstration_rows = demonstration_rows

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +21,9 @@ from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensembl
 from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.report_output import plot, scalars, summary
+from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import Metrics, Result, StageModule
+from rlhf.stage.optimizer import Schedule
 
 log = logging.getLogger(__name__)
 MIN_PROGRESS_BATCHES = 20  # The report shows a progress bar from this many batches on.
@@ -52,17 +54,17 @@ class RewardModule(StageModule):
         self,
         *,
         policy: ModelSource,
-        input_dim: int | None = None,
-        hidden_dim: int = 128,
-        num_layers: int = 1,
-        num_heads: int = 1,
-        label_smoothing: float = 0.0,
-        centering_coef: float = 0.0,
+        input_dim: PositiveInt | None = None,
+        hidden_dim: PositiveInt = 128,
+        num_layers: PositiveInt = 1,
+        num_heads: PositiveInt = 1,
+        label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0,
+        centering_coef: NonNegativeFloat = 0.0,
         output: str | None = None,
-        learning_rate: float = 5e-4,
-        weight_decay: float = 0.01,
-        schedule: str = "linear",
-        warmup_ratio: float = 0.05,
+        learning_rate: PositiveFloat = 5e-4,
+        weight_decay: NonNegativeFloat = 0.01,
+        schedule: Schedule = "linear",
+        warmup_ratio: FractionBelowOne = 0.05,
         **optimizer: Any,
     ) -> None:
         super().__init__(

@@ -11,6 +11,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, RewardModelEnsemble, common_count, disable_dropout, starting_point
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.reward_functions.objective import pessimistic_score
+from rlhf.schema import NonNegativeFloat, PositiveInt
 
 
 class ModelReward(RewardFunction):
@@ -25,7 +26,7 @@ class ModelReward(RewardFunction):
     needs_model = True
     model: Frozen
 
-    def __init__(self, *, uncertainty_penalty: float = 0.0, batch_size: int = 64) -> None:
+    def __init__(self, *, uncertainty_penalty: NonNegativeFloat = 0.0, batch_size: PositiveInt = 64) -> None:
         super().__init__()
         if uncertainty_penalty < 0:
             raise ConfigError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.schema import ScorerPath
 
 Scorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
@@ -27,7 +28,7 @@ class PythonReward(RewardFunction):
             receives the reference responses of the data (None where there is none).
     """
 
-    def __init__(self, *, path: str | None = None) -> None:
+    def __init__(self, *, path: ScorerPath | None = None) -> None:
         super().__init__()
         self.path = path
 

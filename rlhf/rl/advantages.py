@@ -18,7 +18,7 @@ keywords are settings, ``stage.advantage.<keyword>``. A file in ``conf/advantage
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,7 @@ def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
     return torch.where(response_mask, advantages.reshape(-1, 1), 0.0)
 
 
-def reinforce_pp(rewards: Tensor, response_mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+def reinforce_pp(rewards: Tensor, response_mask: Tensor, *, gamma: Annotated[float, ">= 0", "<= 1"] = 1.0) -> Tensor:
     """REINFORCE++: discounted rewards-to-go, whitened over all response tokens of the rollout, on all devices.
 
         G_t = r_t + gamma G_{t+1},    A_t = (G_t - mean(G)) / std(G)

@@ -1,12 +1,13 @@
 """The KL penalty that keeps the policy close to the reference model."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from rlhf.errors import ConfigError
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
+from rlhf.schema import PositiveFloat, PositiveInt
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 FULL = "full"  # the exact sum over the vocabulary instead of an estimate
@@ -41,10 +42,10 @@ class KLController(nn.Module):
     def __init__(
         self,
         *,
-        apply_to: str = "reward",
-        estimator: str = "k1",
-        target_per_sequence: float | None = None,
-        horizon: int | None = None,
+        apply_to: Literal["reward", "loss"] = "reward",
+        estimator: Literal["k1", "k2", "k3", "full"] = "k1",
+        target_per_sequence: PositiveFloat | None = None,
+        horizon: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         _check_estimator(apply_to, estimator)

@@ -21,12 +21,21 @@ from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rl.settings import as_sequence, check_collection, check_sampling, check_update, loss_reduction_function
+from rlhf.rl.settings import (
+    LossReduction,
+    as_sequence,
+    check_collection,
+    check_sampling,
+    check_update,
+    loss_reduction_function,
+)
 from rlhf.rl.skipping import UpdateGuard
 from rlhf.rl.update_limits import UpdateLimits
 from rlhf.rl.updates import UpdateModule
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
+from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf.stage import Result
+from rlhf.stage.optimizer import Schedule
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
 
@@ -83,25 +92,25 @@ class OnPolicyModule(UpdateModule):
         reward_model: ModelSource | Sequence[ModelSource] | None = None,
         reward: RewardFunction,
         advantage: AdvantageEstimator,
-        num_generations: int = 1,
-        rollout_batch_size: int | None = None,
-        samples: int = 4,
-        sample_interval: int = 10,
+        num_generations: PositiveInt = 1,
+        rollout_batch_size: PositiveInt | None = None,
+        samples: NonNegativeInt = 4,
+        sample_interval: PositiveInt = 10,
         sampler: Sampler | None = None,
         sampling: SamplingParams | None = None,
         scores: ScoreShaping | None = None,
         kl: KLController | None = None,
         limits: UpdateLimits | None = None,
-        kl_coef: float = 0.1,
-        clip_range: float = 0.2,
-        clip_range_high: float | None = None,
-        entropy_coef: float = 0.0,
-        loss_reduction: str = "token_mean",
-        ppo_epochs: int = 4,
-        minibatch_size: int = 64,
-        learning_rate: float = 3e-4,
-        eps: float = 1e-5,
-        schedule: str = "linear",
+        kl_coef: NonNegativeFloat = 0.1,
+        clip_range: PositiveFloat = 0.2,
+        clip_range_high: PositiveFloat | None = None,
+        entropy_coef: NonNegativeFloat = 0.0,
+        loss_reduction: LossReduction = "token_mean",
+        ppo_epochs: PositiveInt = 4,
+        minibatch_size: PositiveInt = 64,
+        learning_rate: PositiveFloat = 3e-4,
+        eps: PositiveFloat = 1e-5,
+        schedule: Schedule = "linear",
         **optimizer: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, eps=eps, schedule=schedule, **optimizer)

@@ -1,12 +1,13 @@
 """Normalization and clipping of scores before they become rewards."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
+from rlhf.schema import NonNegativeFloat, PositiveFloat
 
 
 class ScoreShaping(nn.Module):
@@ -38,9 +39,9 @@ class ScoreShaping(nn.Module):
         *,
         subtract_mean: bool = True,
         scale_by_std: bool = True,
-        clip: float | None = 5.0,
-        missing_eos_penalty: float = 1.0,
-        missing_eos: str = "subtract",
+        clip: PositiveFloat | None = 5.0,
+        missing_eos_penalty: NonNegativeFloat = 1.0,
+        missing_eos: Literal["subtract", "replace"] = "subtract",
     ) -> None:
         super().__init__()
         if missing_eos not in ("subtract", "replace"):

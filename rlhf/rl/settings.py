@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ from rlhf.errors import ConfigError
 from rlhf.sampling import SamplingParams
 from rlhf.tensors import masked_mean, sequence_mean, sequence_sum
 
-LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
+LossReduction: TypeAlias = Literal["token_mean", "sequence_mean", "sequence_sum"]
+LOSS_REDUCTIONS = get_args(LossReduction)
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 

@@ -1,8 +1,10 @@
 """Limits on policy updates, in addition to the clip range of PPO."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from rlhf.errors import ConfigError
+from rlhf.schema import PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class UpdateLimits:
         ConfigError: A value is out of range.
     """
 
-    dual_clip: float | None = None
-    stop_kl_per_token: float | None = None
-    skip_ratio: float | None = None
+    dual_clip: Annotated[float, "> 1"] | None = None
+    stop_kl_per_token: PositiveFloat | None = None
+    skip_ratio: Annotated[float, "> 1"] | None = None
 
     def __post_init__(self) -> None:
         if self.dual_clip is not None and self.dual_clip <= 1:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError
+from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,10 @@ class SamplingParams:
         stop_tokens: Tokens that end a response, such as ``["<|im_end|>"]``. null: the EOS token of the tokenizer.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
+    max_new_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.7
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
     stop_tokens: Sequence[str] | None = None
 
     def __post_init__(self) -> None:

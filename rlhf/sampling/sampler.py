@@ -12,6 +12,7 @@ from rlhf.models import gathered
 from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.rollout import Rollout
+from rlhf.schema import PositiveInt
 
 
 class Sampler(Protocol):
@@ -49,7 +50,7 @@ class LocalSampler(Sampler):
             waits for the device. null: 1 on the CPU, 8 elsewhere. Responses end at their stop token in any case.
     """
 
-    def __init__(self, *, stop_interval: int | None = None) -> None:
+    def __init__(self, *, stop_interval: PositiveInt | None = None) -> None:
         if stop_interval is not None and stop_interval < 1:
             raise ConfigError(
                 f"stage.sampler.stop_interval must be at least 1 or null, got {stop_interval}.",

@@ -1,6 +1,6 @@
 """Data of supervised fine-tuning."""
 
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.data import Demonstration, EncodedResponse, Encoder, RecordDataModule, SequenceBatch
 
@@ -14,7 +14,7 @@ class SFTDataModule(RecordDataModule):
 
     record_types = (Demonstration,)
 
-    def __init__(self, *, loss_on: str = "response", **keys: Any) -> None:
+    def __init__(self, *, loss_on: Literal["response", "all"] = "response", **keys: Any) -> None:
         super().__init__(**keys)
         self.check_choice("loss_on", loss_on, ("response", "all"))
         self.loss_on = loss_on

@@ -10,6 +10,7 @@ from rlhf.check import Check
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.models import ModelSource, Policy
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
+from rlhf.schema import FractionBelowOne, NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
 from rlhf.stage import Metrics, Result, StageModule
@@ -41,12 +42,12 @@ class SFTModule(StageModule):
         *,
         policy: ModelSource,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        samples: int = 4,
-        max_new_tokens: int = 64,
+        samples: NonNegativeInt = 4,
+        max_new_tokens: PositiveInt = 64,
         sampler: Sampler | None = None,
-        learning_rate: float = 5e-4,
-        betas: tuple[float, float] = (0.9, 0.98),
-        warmup_ratio: float = 0.05,
+        learning_rate: PositiveFloat = 5e-4,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.98),
+        warmup_ratio: FractionBelowOne = 0.05,
         **keys: Any,
     ) -> None:
         super().__init__(

@@ -4,7 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from rlhf.models import (
     enable_gradient_checkpointing,
     shard,
 )
+from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
-from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, parameter_groups, set_hyperparameters
+from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, parameter_groups, set_hyperparameters
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
@@ -80,16 +81,16 @@ class StageModule(ReportingModule):
         self,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        learning_rate: float,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        schedule: str = "cosine",
-        warmup_ratio: float = 0.0,
+        learning_rate: PositiveFloat,
+        weight_decay: NonNegativeFloat = 0.0,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-8,
+        schedule: Schedule = "cosine",
+        warmup_ratio: FractionBelowOne = 0.0,
         gradient_checkpointing: bool = False,
-        on_nonfinite: str = "stop",
-        max_nonfinite_steps: int = 10,
-        on_out_of_memory: str = "stop",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_nonfinite_steps: PositiveInt = 10,
+        on_out_of_memory: Literal["stop", "halve"] = "stop",
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:

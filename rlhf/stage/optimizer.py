@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 log = logging.getLogger(__name__)
-SCHEDULES = ("cosine", "linear", "constant")
+Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
+SCHEDULES = get_args(Schedule)
 
 
 def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:

@@ -88,6 +88,15 @@ def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str
         read_rows(str(tmp_path / name))
 
 
+def test_a_folder_is_not_called_a_missing_file(tmp_path: Path) -> None:
+    folder = tmp_path / "rows.jsonl"
+    folder.mkdir()
+    with pytest.raises(DataError) as error:
+        read_rows(str(folder))
+    fix = f"Name one of its files: data.train={folder}/<file>"
+    assert str(error.value) == f"{folder}: this is a folder, not a file.\n  {fix}"
+
+
 def test_an_unknown_hub_dataset_is_a_data_error() -> None:
     """Tests run offline. The message has the name and the overrides for a file and for a dataset."""
     with pytest.raises(DataError, match=r"nobody/nothing: neither a local file nor a Hub dataset.*\n.*data\.train="):
