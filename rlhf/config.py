@@ -23,10 +23,8 @@ CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
 RESUME_CHOICES = (False, True, "force")
 NODES = ("stage", "data", "model", "adapter", "reward", "callbacks")
-# Keys of conf/config.yaml, and flags of the Trainer that Lightning does not check, with examples of valid values.
-GENERAL = {
-    "seed": (Seed, 1),
-}
+SEED = 1  # an example of a valid value
+# Flags of the Trainer that Lightning does not check, with examples of valid values.
 LIMIT = PositiveInt | Annotated[float, "> 0", "<= 1"] | None
 TRAINER = {
     "max_epochs": (PositiveInt | Literal[-1] | None, 1),
@@ -59,8 +57,7 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     """
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
-    for key, (annotation, example) in GENERAL.items():
-        _check_value(key, content.get(key, example), annotation, example)
+    _check_value("seed", content.get("seed", SEED), Seed, SEED)
     trainer = content.get("trainer") or {}
     for key, (annotation, example) in TRAINER.items():
         _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)

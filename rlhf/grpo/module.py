@@ -40,7 +40,7 @@ class GRPOModule(OnPolicyModule):
         *,
         advantage: AdvantageEstimator = grpo,
         num_generations: PositiveInt = 4,
-        kl_coef: NonNegativeFloat = 0.04,
+        kl_coef: NonNegativeFloat = 0.2,
         loss_reduction: LossReduction = "sequence_mean",
         **keys: Any,
     ) -> None:

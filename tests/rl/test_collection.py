@@ -76,7 +76,7 @@ def test_moments_and_penalty_do_not_depend_on_the_precision(tiny_run: TinyRun, p
     assert run.module.scores.mean == pytest.approx(mean, rel=1e-12)
     assert run.module.scores.std == pytest.approx((sum((score - mean) ** 2 for score in scores) / 8) ** 0.5, rel=1e-12)
     assert run.module.scores.state_dict()["_extra_state"]["count"] == 8
-    assert run.module.kl.coef == 0.04
+    assert run.module.kl.coef == 0.2
 
 
 def test_scores_of_any_precision_are_accepted(tiny_run: TinyRun) -> None:
