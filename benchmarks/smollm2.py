@@ -2,9 +2,9 @@
 
 The script prepares the data and runs ``python train.py experiment=smollm2``. SFT, the reward model and DPO learn from
 preferences between the responses of other models. GRPO then learns to respond in at most twelve words, which a function
-verifies, while the reward model scores its responses as well.
+verifies. The reward model, which GRPO does not see, scores its responses in the evaluation.
 
-    python benchmarks/smollm2.py --model <folder> --pairs <file.jsonl> [<file.jsonl> ...]
+    python benchmarks/smollm2.py --model <folder> --pairs <file.jsonl> [--pairs <file.jsonl>] [<override> ...]
 
 The files hold preference pairs, ``{"prompt": ..., "chosen": ..., "rejected": ...}``, such as those of AlpacaEval. Every
 fifth prompt is held out, with all of its pairs.
@@ -31,11 +31,12 @@ def follows_limit(prompts: list[str], responses: list[str]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct, or its hub id")
-    parser.add_argument("--pairs", required=True, type=Path, nargs="+", help="preference pairs")
+    parser.add_argument("--pairs", required=True, type=Path, action="append", help="preference pairs")
     parser.add_argument("--data", default=Path("outputs/smollm2-data"), type=Path, help="directory of prepared data")
-    options, overrides = parser.parse_known_args()
+    parser.add_argument("overrides", nargs="*", help="overrides of train.py, such as resume=true")
+    options = parser.parse_args()
     prepare(options.pairs, options.data)
-    command = ["train.py", "experiment=smollm2", f"model.path={options.model}", f"smollm2={options.data}", *overrides]
+    command = ["train.py", "experiment=smollm2", f"model.path={options.model}", f"smollm2={options.data}", *options.overrides]
     subprocess.run([sys.executable, *command], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     sys.stdout.write(f"Peak memory of the whole run: {peak:.1f} GiB\n")
