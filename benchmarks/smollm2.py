@@ -36,7 +36,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, such as resume=true")
     options = parser.parse_args()
     prepare(options.pairs, options.data)
-    command = ["train.py", "experiment=smollm2", f"model.path={options.model}", f"smollm2={options.data}", *options.overrides]
+    command = [
+        "train.py",
+        "experiment=smollm2",
+        f"model.path={options.model}",
+        f"smollm2={options.data}",
+        *options.overrides,
+    ]
     subprocess.run([sys.executable, *command], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     sys.stdout.write(f"Peak memory of the whole run: {peak:.1f} GiB\n")
