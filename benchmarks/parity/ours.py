@@ -76,6 +76,7 @@ def trainer(steps: int, **keys: Any) -> lightning.Trainer:
         max_steps=steps,
         max_epochs=1,
         logger=False,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
