@@ -22,7 +22,8 @@ from rlhf.schema import (
 CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
 RESUME_CHOICES = (False, True, "force")
-NODES = ("stage", "data", "model", "adapter", "reward", "callbacks")
+NODES = ("stage", "data", "model", "adapter", "reward", "callbacks", "trainer", "logger")
+KEYS_ONLY = ("trainer", "logger")  # Lightning checks the types of their values.
 SEED = 1  # an example of a valid value
 # Flags of the Trainer that Lightning does not check, with examples of valid values.
 LIMIT = PositiveInt | Annotated[float, "> 0", "<= 1"] | None
@@ -58,14 +59,11 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
     _check_value("seed", content.get("seed", SEED), Seed, SEED)
-    trainer = content.get("trainer") or {}
+    trainer = (content.get("trainer") or {}) if "trainer" in nodes else {}
     for key, (annotation, example) in TRAINER.items():
         _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)
     for name in nodes:
-        _check_node(content.get(name), name)
-    for name in ("trainer", "logger"):
-        for path, node in _targets(content.get(name), name):
-            _check_keys(path, node, *declared_keywords(_target(path, node)))
+        _check_node(content.get(name), name, keys_only=name in KEYS_ONLY)
 
 
 def check_choices(cfg: DictConfig) -> None:
@@ -80,13 +78,13 @@ def check_choices(cfg: DictConfig) -> None:
         raise ConfigError("save_hf=merged has no effect with adapter=none.", "Set save_hf=true.")
 
 
-def _check_node(node: Any, path: str) -> None:
+def _check_node(node: Any, path: str, *, keys_only: bool) -> None:
     """Check every node with a ``_target_``, this one and those below it, in the unresolved configuration."""
     for inner, settings in _targets(node, path):
         keywords, is_open = declared_keywords(_target(inner, settings))
         _check_keys(inner, settings, keywords, is_open)
         for key, value in settings.items():
-            if key in keywords:
+            if key in keywords and not keys_only:
                 parameter = keywords[key]
                 example = None if parameter.default is Parameter.empty else parameter.default
                 _check_value(f"{inner}.{key}", value, parameter.annotation, example)
@@ -112,7 +110,7 @@ def _target(path: str, node: dict[str, Any]) -> Any:
     if not callable(found):
         raise ConfigError(
             f"{path}._target_ must be the import path of a class or function, got {node['_target_']}: {reason}.",
-            f"Set {path}._target_=<module>.<name>",
+            "Name a class or function that can be imported.",
         )
     return found
 

@@ -177,7 +177,7 @@ def _is_in_bounds(option: Any, value: float) -> bool:
 
 
 def _describe_option(option: Any, *, plural: bool = False) -> list[str]:
-    """Return one member of a union in words; each value of a ``Literal`` is a word of its own."""
+    """Return one member of a union in words; each value of a ``Literal`` is a separate word."""
     arguments, bounds = get_args(option), _bounds(option)
     if get_origin(option) is Literal:
         return [to_text(argument) for argument in arguments]

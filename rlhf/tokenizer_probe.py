@@ -89,7 +89,7 @@ def encoding() -> Iterator[None]:
 @cache
 def _try(**request: str) -> str | None:
     """Return what is wrong with a tokenizer or a chat template, or None."""
-    code = f"import sys; sys.path = {sys.path!r}; import {__name__} as probe; probe.answer()"
+    code = f"import sys; sys.path = {sys.path!r}; import {__name__} as probe; probe.respond()"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -122,8 +122,8 @@ def _special_tokens(tokenizer: Any) -> str:
 # In the separate process
 
 
-def answer() -> None:
-    """Answer one request on standard input with JSON on standard output."""
+def respond() -> None:
+    """Read one request from standard input and write the result as JSON to standard output."""
     request = json.load(sys.stdin)
     _limit_resources(request["seconds"])
     try:

@@ -105,7 +105,7 @@ def test_a_target_that_cannot_be_imported_is_rejected() -> None:
 
 
 def test_other_parts_of_the_configuration_are_not_checked() -> None:
-    """Lightning and the loggers check the types of their own keywords."""
+    """Lightning and the loggers check the types of their keywords."""
     assert check(trainer=node("Inner", ratio="wide")) is None
 
 

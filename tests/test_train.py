@@ -180,7 +180,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "an unknown schedule": (
         ["stage=sft", "stage.schedule=stairs"],
-        ["stage.schedule", "stairs", "cosine, linear, constant", "stage.schedule=cosine"],
+        ["stage.schedule", "stairs", "cosine, linear, or constant", "stage.schedule=cosine"],
     ),
     "a loss in a stage without a choice of losses": (["stage=sft", "loss=ipo"], ["loss", "stage=dpo"]),
     "a reward function in a stage that does not sample": (["stage=dpo", "reward=python"], ["reward", "stage=grpo"]),
@@ -207,7 +207,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "text for a number of a loss": (
         ["stage=dpo", "stage.policy={tmp}/sft.pt", "loss=simpo", "stage.loss.target_margin=wide"],
-        ["stage.loss.target_margin must be a number, got 'wide'"],
+        ["stage.loss.target_margin must be a number of at least 0, got 'wide'"],
     ),
     "greedy PPO": (
         [

@@ -98,9 +98,6 @@ class RecordParser:
             chosen, rejected = (self._response(row, name, "preference") for name in ("chosen", "rejected"))
         else:
             prompt, chosen, rejected = self._transcripts(row)
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            if not text.strip():
-                raise RecordError(f"the field '{self.column(name)}' is empty")
         if chosen == rejected:
             raise RecordError("'chosen' and 'rejected' are identical")
         return Preference(prompt, chosen, rejected, margin)

@@ -1,6 +1,6 @@
 """Values that a configuration rejects, each with its stage and the whole message.
 
-A row is: stage, key, value, what the message says after ``must be``, and the value that the fix sets.
+A row is: stage, key, value, the text of the message after ``must be``, and the value that the fix sets.
 """
 
 import math

@@ -183,8 +183,6 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         ({"document": "", "target": "A"}, Demonstration, "the field 'document' is empty", None),
         ({"prompt": "Q", "target": "  "}, Demonstration, "the response is empty", None),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, Demonstration, "the response is empty", None),
-        ({"prompt": "Q", "chosen": "", "rejected": "A"}, Preference, "the field 'chosen' is empty", None),
-        ({"prompt": "Q", "chosen": "A", "rejected": " "}, Preference, "the field 'rejected' is empty", None),
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, Preference, "are identical", None),
         ({"prompt": 7, "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got 7", None),
         ({"prompt": [], "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got []", None),

@@ -213,17 +213,17 @@ def test_reference_free_opens_no_reference_model(tiny_run: TinyRun, reference_fr
         (
             "dpo",
             {"loss": partial(conservative_loss, label_smoothing=0.5)},
-            "stage.loss.label_smoothing must be at least 0 and below 0.5, got 0.5.",
+            "stage.loss.label_smoothing must be a number of at least 0 and below 0.5, got 0.5.",
         ),
         (
             "dpo",
             {"loss": partial(robust_loss, label_smoothing=-0.1)},
-            "stage.loss.label_smoothing must be at least 0 and below 0.5, got -0.1.",
+            "stage.loss.label_smoothing must be a number of at least 0 and below 0.5, got -0.1.",
         ),
         (
             "dpo",
             {**LOSSES["simpo"], "loss": partial(simpo_loss, target_margin=-1.0)},
-            "stage.loss.target_margin must be at least 0, got -1.0.",
+            "stage.loss.target_margin must be a number of at least 0, got -1.0.",
         ),
         (
             "dpo",

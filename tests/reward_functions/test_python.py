@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import ConfigError, DataError
-from rlhf.reward_functions import PythonReward
+from rlhf.reward_functions import PythonReward, load_scorer
 
 
 def write_function(folder: Path, code: str) -> str:
@@ -40,13 +40,19 @@ def test_function_with_three_arguments_receives_targets(
         ("def score(prompts, responses): return [1.0, float('nan')]", "non-finite score nan for the response 'b'"),
     ],
 )
-def test_invalid_scores_are_errors_that_name_the_function(
-    tmp_path: Path, make_batch: Any, load: Callable[..., Any], code: str, message: str
-) -> None:
+def test_invalid_scores_are_errors_that_name_the_function(tmp_path: Path, code: str, message: str) -> None:
     path = write_function(tmp_path, code)
     with pytest.raises(DataError, match=message) as raised:
-        load(PythonReward(path=path))(make_batch("a", "b"))
-    assert str(raised.value).startswith(f"reward.path={path}")
+        load_scorer(path, key="stage.gold")(["p", "q"], ["a", "b"], [None, None])
+    assert str(raised.value).startswith(f"stage.gold={path}")
+
+
+def test_training_decides_what_happens_with_scores_that_are_not_finite(
+    tmp_path: Path, make_batch: Any, load: Callable[..., Any]
+) -> None:
+    """``stage.on_nonfinite`` applies to the scores of every reward function."""
+    path = write_function(tmp_path, "def score(prompts, responses): return [1.0, float('nan')]")
+    assert load(PythonReward(path=path))(make_batch("a", "b")).isnan().tolist() == [False, True]
 
 
 def test_missing_file_or_function_is_an_error(tmp_path: Path, load: Callable[..., Any]) -> None:

@@ -165,6 +165,7 @@ def test_a_row_cannot_name_code(work: Workshop, tmp_path: Path, stage: Any) -> N
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({**row, **evil}) for row in DEMONSTRATIONS * 4))
     run_stage(stage("sft", f"data.train={file}", f"data.val={file}", "trainer.max_steps=1", "stage.samples=0"))
+    assert not list(work.canary.iterdir())
 
 
 def test_a_cache_of_reference_logprobs_runs_no_pickle(

@@ -34,7 +34,7 @@ def work(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Worksho
 
 
 @pytest.fixture(autouse=True)
-def _nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_question_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, transformers would ask whether to run the code of a model."""
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -76,7 +76,7 @@ def with_variable(way: Callable[[Path], None]) -> Callable[[Path], None]:
     return enter
 
 
-def check(way: Callable[[Path], None], path: Path, message: str | None) -> None:
+def check_outcome(way: Callable[[Path], None], path: Path, message: str | None) -> None:
     """Open a hostile file. ``message``: of the error; None: the hostile part has no effect."""
     before = {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")}
     if message is None:
@@ -109,13 +109,15 @@ PICKLES: dict[str, tuple[Callable[[Path], None], Callable[[Workshop], Path]]] = 
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_pickle_is_refused(work: Workshop, case: str) -> None:
     way, build = PICKLES[case]
-    check(way, build(work), r"legacy format of torch\.save" if "legacy" in case or case == "plain pickle" else NOT_RUN)
+    check_outcome(
+        way, build(work), r"legacy format of torch\.save" if "legacy" in case or case == "plain pickle" else NOT_RUN
+    )
 
 
 @pytest.mark.parametrize("way", [as_policy, as_reward_model, with_variable(as_policy)])
 def test_weights_in_a_pickle_are_refused(work: Workshop, way: Callable[[Path], None]) -> None:
     """``pytorch_model.bin`` is opened, but only tensors in it."""
-    check(way, work.binary(), r"hostile: could not load a (language|reward) model")
+    check_outcome(way, work.binary(), r"hostile: could not load a (language|reward) model")
 
 
 # Data in a file is never more than data
@@ -205,7 +207,7 @@ DATA: dict[str, tuple[Callable[[Path], None], Callable[[Workshop], Path], str | 
 @pytest.mark.parametrize("case", DATA)
 def test_code_that_a_file_names_is_not_run(work: Workshop, case: str) -> None:
     way, build, message = DATA[case]
-    check(way, build(work), message)
+    check_outcome(way, build(work), message)
 
 
 # Paths
@@ -222,7 +224,7 @@ def test_no_file_is_written_elsewhere(work: Workshop, way: Callable[[Path], None
         "drive": "C:\\tokenizer.json",
         "null": "tokenizer.json\0.py",
     }
-    check(way, work.tokenizer_file(names[kind]), r"Only plain names of tokenizer files are allowed")
+    check_outcome(way, work.tokenizer_file(names[kind]), r"Only plain names of tokenizer files are allowed")
 
 
 def test_a_symbolic_link_is_not_followed_to_write(work: Workshop) -> None:
@@ -231,7 +233,7 @@ def test_a_symbolic_link_is_not_followed_to_write(work: Workshop) -> None:
     target = work.folder.parent / "elsewhere.json"
     (folder / "tokenizer.json").rename(target)
     (folder / "tokenizer.json").symlink_to(target)
-    check(as_policy, folder, None)
+    check_outcome(as_policy, folder, None)
 
 
 # Sizes
@@ -277,7 +279,7 @@ SIZES: dict[str, tuple[Callable[[Path], None], Callable[[Workshop], Path], str]]
 def test_a_file_cannot_take_all_memory(work: Workshop, case: str) -> None:
     """Sizes are compared with the weights before memory is allocated."""
     way, build, message = SIZES[case]
-    check(way, build(work), message)
+    check_outcome(way, build(work), message)
 
 
 # Templates and regular expressions
@@ -302,7 +304,7 @@ def test_a_chat_template_cannot_hang_a_run(work: Workshop, case: str, source: st
         if source == "folder"
         else work.tokenizer_file("chat_template.jinja", template)
     )
-    check(as_template, path, message + r"[^$]*data\.template=")
+    check_outcome(as_template, path, message + r"[^$]*data\.template=")
 
 
 def test_a_template_that_waits_for_its_time_is_interrupted(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +312,7 @@ def test_a_template_that_waits_for_its_time_is_interrupted(work: Workshop, monke
     monkeypatch.setattr("rlhf.data.encode.RENDER_SECONDS", 1)
     patient = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if 'Nadia' in messages[0]['content'] %}"
     path = work.hf({"chat_template.jinja": f"{patient}{LOOPS}{{% endif %}}"})
-    check(as_template, path, r"chat template takes more than 1 seconds for one conversation")
+    check_outcome(as_template, path, r"chat template takes more than 1 seconds for one conversation")
 
 
 def with_pattern(work: Workshop, pattern: str) -> Path:
@@ -323,7 +325,7 @@ def with_pattern(work: Workshop, pattern: str) -> Path:
 )
 def test_a_regular_expression_cannot_hang_a_run(work: Workshop, pattern: str, problem: str) -> None:
     """The expression takes exponential time, so it either gives up or does not end."""
-    check(as_policy, with_pattern(work, pattern), rf"the tokenizer cannot be used: encoding .* {problem}")
+    check_outcome(as_policy, with_pattern(work, pattern), rf"the tokenizer cannot be used: encoding .* {problem}")
 
 
 def test_a_tokenizer_that_fails_on_the_data_is_reported(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,4 +333,4 @@ def test_a_tokenizer_that_fails_on_the_data_is_reported(work: Workshop, monkeypa
     monkeypatch.setattr("rlhf.models.sources.check_tokenizer", lambda *_: None)
     rows = [{"prompt": "a" * 100 + "!", "completion": "a"}]
     monkeypatch.setattr(sys.modules[__name__], "DEMONSTRATIONS", rows)
-    check(as_template, with_pattern(work, r"(a+)+$"), r"cannot encode a text of the data \(.*retry-limit")
+    check_outcome(as_template, with_pattern(work, r"(a+)+$"), r"cannot encode a text of the data \(.*retry-limit")
