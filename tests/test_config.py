@@ -100,7 +100,7 @@ def test_a_target_that_cannot_be_imported_is_rejected() -> None:
         check(stage={"_target_": "rlhf.nothing.Here"})
     assert str(error.value) == (
         "stage._target_ must be the import path of a class or function, got rlhf.nothing.Here: it cannot be imported."
-        "\n  Set stage._target_=<module>.<name>"
+        "\n  Name a class or function that can be imported."
     )
 
 
