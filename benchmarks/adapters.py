@@ -61,7 +61,7 @@ def train(overrides: list[str]) -> None:
 def measure(stage: str, adapter: str, model: str, root: Path) -> dict[str, float]:
     """Run one stage in a new process, and return seconds per step, peak memory in GiB and file size in MB."""
     run = [f"run={adapter}", f"paths.root={root}", f"adapter={adapter}", "model=pretrained", f"model.path={model}"]
-    flags = ["trainer=cpu", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
+    flags = ["overwrite=true", "trainer=cpu", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
     overrides = [f"stage={stage}", *run, *DATA, *STAGES[stage], *flags, f"trainer.max_steps={STEPS[stage]}"]
     command = [sys.executable, __file__, "--train", *overrides]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
