@@ -12,10 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf.errors import ConfigError
-from rlhf.files import PART, atomic_write, remove, replace_link
+from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat
-
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rlhf.errors import ConfigError
 
 LOCK = ".lock"  # file whose lock the process that writes to a directory holds
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
 PART = ".part"  # suffix of a file that is still being written
 
 

@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from rlhf.checkpoint import LAST, PREVIOUS
 from rlhf.errors import ConfigError
-from rlhf.files import PART, remove
+from rlhf.files import LAST, PART, PREVIOUS, remove
 from rlhf.models import base_weights, full_state_dict
 from rlhf.shards import ShardReader, load_shards
 

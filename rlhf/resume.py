@@ -8,11 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf.checkpoint import LAST, PREVIOUS
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.export_content import parse_json
-from rlhf.files import remove
+from rlhf.files import LAST, PREVIOUS, remove
 from rlhf.fsdp import METADATA
 from rlhf.lineage import LENGTH, check_resumable, settings
 from rlhf.models.opening import read_archive

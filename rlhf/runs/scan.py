@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.files import LOCK, is_locked
+from rlhf.files import LAST, LOCK, PREVIOUS, is_locked
 from rlhf.runs.checkpoints import checkpoint_step
 from rlhf.stages import StageInfo, policy_stages, stages
 
@@ -59,7 +59,7 @@ class StageDirectory:
     @property
     def checkpoints(self) -> list[Path]:
         """The checkpoints that exist, the newest one first: files, or directories with ``trainer=fsdp``."""
-        paths = (self.path / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+        paths = (self.path / "checkpoints" / name for name in (LAST, PREVIOUS))
         return [path for path in paths if path.exists()]
 
     def summary(self) -> StageSummary:
