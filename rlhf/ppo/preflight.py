@@ -1,14 +1,14 @@
 """Pre-flight checks of PPO's critic (``check=true``)."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
-from rlhf.data import RecordDataModule, SequenceBatch
+from rlhf.data import RecordDataModule
 from rlhf.ppo.critic import Critic, critic_values
-from rlhf.preflight import Check, check_no_dropout, check_padding_invariance, sample_rows
+from rlhf.preflight import Check, check_no_dropout, check_padding_invariance, shortest_and_longest
 from rlhf.rl.collector import Collector
+from rlhf.rl.preflight import sampled_responses
 from rlhf.stage import StageModule
 
 
@@ -24,13 +24,12 @@ def critic_checks(
         critic: Its critic.
     """
     policy = collector.policies.policy
-    prompts: Any = datamodule.collate(sample_rows(datamodule))
-    rollout = collector.sample(prompts)
-    sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
 
     def measure_values(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
         output = policy(input_ids, attention_mask, response_mask)
         return critic_values(critic, output, input_ids, attention_mask, response_mask)
 
-    yield check_no_dropout(module, "critic", critic, measure_values, sequences)
-    yield from check_padding_invariance(module, "values", measure_values, sequences, policy.lm)
+    with sampled_responses(datamodule, collector) as (_, _, sequences):
+        yield check_no_dropout(module, "critic", critic, measure_values, sequences)
+        extremes = shortest_and_longest(sequences)
+        yield from check_padding_invariance(module, "values", measure_values, extremes, policy.lm)

@@ -23,6 +23,7 @@ from rlhf.preflight.measurements import (
     micro_batches,
     sample_rows,
     score_measure,
+    shortest_and_longest,
     unpadded_rows,
 )
 from rlhf.preflight.runner import PreflightFailed, run_preflight
@@ -49,5 +50,6 @@ __all__ = [
     "run_preflight",
     "sample_rows",
     "score_measure",
+    "shortest_and_longest",
     "unpadded_rows",
 ]

@@ -17,7 +17,7 @@ B = TypeVar("B", bound=Batch)
 # (input_ids, attention_mask, response_mask) -> values, [batch] or [batch, time]
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 SAMPLE_ROWS, CANDIDATE_ROWS = 8, 300  # Rows that checks use, chosen from this many at the beginning of the data.
-SAMPLE_TOKENS = 128  # Checks prefer rows of at most this length, in tokens: they take much time with large models.
+SAMPLE_TOKENS = 96  # Checks prefer rows of at most this length, in tokens: they take much time with large models.
 FULL_PRECISION = (torch.float32, torch.float64)
 # Largest relative differences that are attributed to rounding. Half precision has two or three significant digits.
 FULL_PRECISION_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 5e-2
@@ -44,7 +44,11 @@ def sample_rows(datamodule: RecordDataModule, count: int = SAMPLE_ROWS) -> list[
 def extreme_sequences(datamodule: RecordDataModule) -> SequenceBatch:
     """Return the shortest and the longest sequence of the first encoded training rows."""
     rows = _first_rows(datamodule)
-    sequences = as_sequences([rows[0], rows[-1]], datamodule)
+    return shortest_and_longest(as_sequences([rows[0], rows[-1]], datamodule))
+
+
+def shortest_and_longest(sequences: SequenceBatch) -> SequenceBatch:
+    """Return the shortest and the longest sequence of a batch."""
     lengths = sequences.attention_mask.sum(dim=1)
     chosen = torch.stack([lengths.argmin(), lengths.argmax()])
     input_ids, attention_mask, response_mask = (tensor[chosen] for tensor in _tensors(sequences))

@@ -1,6 +1,7 @@
 """Pre-flight checks of the on-policy stages (``check=true``)."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from rlhf.preflight import (
     check_padding_is_ignored,
     check_single_bos,
     full_precision,
+    full_precision_gradient,
     logprob_measure,
     sample_rows,
     score_measure,
+    shortest_and_longest,
 )
 from rlhf.rl.collector import Collector
 from rlhf.rl.experience import Minibatch
@@ -29,6 +32,30 @@ from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.sampling import Rollout
 from rlhf.stage import StageModule
 from rlhf.tensors import masked_sum
+
+# Responses that the checks sample, and their length in tokens: large models take much time to sample and evaluate.
+SAMPLE_RESPONSES, SAMPLE_RESPONSE_TOKENS = 4, 16
+
+
+@contextmanager
+def sampled_responses(
+    datamodule: RecordDataModule, collector: Collector
+) -> Iterator[tuple[PromptBatch, Rollout, SequenceBatch]]:
+    """Sample short responses to a few prompts of different lengths. Inside, the collector samples short responses.
+
+    Args:
+        datamodule: The prompts.
+        collector: The collector of the stage.
+    """
+    sampling = collector.sampling
+    collector.sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, SAMPLE_RESPONSE_TOKENS))
+    try:
+        count = 2 * max(SAMPLE_RESPONSES // collector.num_generations // 2, 1)
+        prompts: Any = datamodule.collate(sample_rows(datamodule, count))
+        rollout = collector.sample(prompts)
+        yield prompts, rollout, SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+    finally:
+        collector.sampling = sampling
 
 
 def on_policy_checks(
@@ -48,28 +75,28 @@ def on_policy_checks(
         iteration: Its iteration: a batch of prompts in, minibatches out.
     """
     policy, reference = collector.policies.policy, collector.policies.reference
-    prompts: Any = datamodule.collate(sample_rows(datamodule))
-    rollout = collector.sample(prompts)
-    sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
     reward_models = [part for part in collector.reward.modules() if isinstance(part, Frozen)]
-    yield check_single_bos(module.tokenizer, prompts.input_ids)
-    yield check_frozen_models(module)
-    yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
-    yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
-    for model in reward_models:
-        yield check_no_dropout(module, "reward model", model.model, score_measure(model), sequences)
-    if module.trainer.ckpt_path is None:  # A resumed policy differs from the reference model.
-        yield check_first_kl(collector, rollout)
-    yield check_sampling_matches_scoring(module, collector, prompts)
-    yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), sequences, policy.lm)
-    for model in reward_models:
-        yield from check_padding_invariance(module, "scores", score_measure(model), sequences, policy.lm)
-    module.train()  # As in training: dropout would show.
-    minibatch = next(iter(iteration(prompts)))
-    yield check_first_ratio(collector, policy_update, minibatch)
-    module.eval()
-    yield check_padding_is_ignored(module, minibatch)
-    yield check_accumulation_equivalence(module, minibatch, _chunks(minibatch))
+    with sampled_responses(datamodule, collector) as (prompts, rollout, sequences):
+        yield check_single_bos(module.tokenizer, prompts.input_ids)
+        yield check_frozen_models(module)
+        yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
+        yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
+        for model in reward_models:
+            yield check_no_dropout(module, "reward model", model.model, score_measure(model), sequences)
+        if module.trainer.ckpt_path is None:  # A resumed policy differs from the reference model.
+            yield check_first_kl(collector, rollout)
+        yield check_sampling_matches_scoring(module, collector, prompts)
+        extremes = shortest_and_longest(sequences)
+        yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), extremes, policy.lm)
+        for model in reward_models:
+            yield from check_padding_invariance(module, "scores", score_measure(model), extremes, policy.lm)
+        module.train()  # As in training: dropout would show.
+        minibatch = next(iter(iteration(prompts)))
+        yield check_first_ratio(collector, policy_update, minibatch)
+        module.eval()
+        gradient = full_precision_gradient(module, [minibatch])
+        yield check_padding_is_ignored(module, minibatch, gradient)
+        yield check_accumulation_equivalence(module, minibatch, _chunks(minibatch), gradient)
 
 
 @torch.no_grad()
