@@ -63,6 +63,7 @@ def replace_link(path: Path, target: Path) -> None:
         os.replace(target, path)
     else:
         os.replace(part, path)
+        part.unlink(missing_ok=True)  # Renaming has no effect if both names already belong to the same file.
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import IO, Any
 import pytest
 
 from rlhf import files
-from rlhf.files import atomic_write, is_locked, sha256_of_file
+from rlhf.files import atomic_write, is_locked, replace_link, sha256_of_file
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
@@ -79,6 +79,19 @@ def test_the_content_is_flushed_to_disk_before_the_file_is_renamed(
         monkeypatch.setattr(files.os, name, record(name))
     atomic_write(tmp_path / "file", lambda file: file.write(b"content"))
     assert calls == ["fsync", "replace", "fsync"]  # The second fsync is that of the directory.
+
+
+@pytest.mark.parametrize("previous", ["absent", "other", "same"])
+def test_a_link_is_replaced_and_leaves_no_other_file(tmp_path: Path, previous: str) -> None:
+    target, path = tmp_path / "target", tmp_path / "path"
+    target.write_bytes(b"content")
+    if previous == "same":  # As after a run that was killed between the two steps of a checkpoint.
+        os.link(target, path)
+    elif previous == "other":
+        path.write_bytes(b"older")
+    replace_link(path, target)
+    assert path.samefile(target)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["path", "target"]
 
 
 def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""Kills runs with ``kill -9`` at random moments, resumes them, and compares the weights with uninterrupted runs.
+
+    python benchmarks/kill_and_resume.py                every stage, transformer and Mamba, and the pipeline
+    python benchmarks/kill_and_resume.py --only ppo     the cases whose name contains this text
+
+Every case is killed ten times: three times while it writes a checkpoint, and seven times at a moment that is drawn
+uniformly from its training time. The runs use the default settings with less data, and write a checkpoint about every
+second so that runs of a few seconds have many. One run of the whole pipeline is killed ten times in a row.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPO = Path(__file__).parents[1]
+INTERVAL = 1.2  # seconds between checkpoints
+COMMON = [
+    f"callbacks.checkpoint.every_n_minutes={INTERVAL / 60}",
+    "trainer=cpu",
+    "trainer.enable_progress_bar=false",
+    "data.eval_batch_size=16",
+    "data.batch_size=8",
+]
+STAGES = {
+    "sft": ["data.max_rows=400", "trainer.max_epochs=2"],
+    "reward": ["data.max_rows=250"],
+    "dpo": ["data.max_rows=250"],
+    "ppo": ["data.max_rows=64", "stage.minibatch_size=4"],
+    "grpo": ["data.max_rows=32", "stage.minibatch_size=8"],
+}
+MODELS = ("transformer", "mamba")
+WHILE_WRITING = 3  # kills of each case that wait for a checkpoint to be written
+
+
+@dataclass
+class Outcome:
+    """What happened to the killed runs of one case.
+
+    Attributes:
+        name: The case.
+        kills: Number of kills.
+        while_writing: Number of kills during which a checkpoint was being written.
+        before_checkpoint: Number of kills before the first checkpoint; these runs start again.
+        identical: Number of runs that ended with the weights of the uninterrupted run, bit for bit.
+        lost: Seconds of work that each kill lost: the age of the newest checkpoint.
+        leftovers: Files that an uninterrupted run does not leave.
+    """
+
+    name: str
+    kills: int = 0
+    while_writing: int = 0
+    before_checkpoint: int = 0
+    identical: int = 0
+    lost: list[float] = field(default_factory=list)
+    leftovers: set[str] = field(default_factory=set)
+
+    def row(self) -> str:
+        """Return the outcome as a row of the table."""
+        cells = (
+            self.name,
+            self.kills,
+            self.while_writing,
+            self.before_checkpoint,
+            self.identical,
+            f"{max(self.lost, default=0.0):.1f}",
+            ", ".join(sorted(self.leftovers)) or "none",
+        )
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this text")
+    parser.add_argument("--kills", type=int, default=10, help="kills of each case")
+    parser.add_argument("--jobs", type=int, default=2, help="cases to run at the same time, on one thread each")
+    parser.add_argument("--root", default=Path("outputs/kill"), type=Path, help="directory of the runs")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the moments")
+    options = parser.parse_args()
+    root = options.root.resolve()
+    names = [f"{stage}, {model}" for model in MODELS for stage in STAGES] + ["pipeline, transformer"]
+    names = [name for name in names if options.only in name]
+    for model in sorted({name.split(", ")[1] for name in names}):
+        prepare(root, model)
+    title = "killed | while writing | before the first checkpoint | identical | most work lost, s | leftover files"
+    emit(f"| case | {title} |")
+    emit("|---|---|---|---|---|---|---|")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [pool.submit(torture, root, name, options.kills, random.Random(options.seed)) for name in names]
+        outcomes = []
+        for job in jobs:
+            outcomes.append(job.result())
+            emit(outcomes[-1].row())
+    runs = sum(outcome.kills for outcome in outcomes if not outcome.name.startswith("pipeline"))
+    identical = sum(outcome.identical for outcome in outcomes if not outcome.name.startswith("pipeline"))
+    emit(f"{identical} of {runs} killed runs of one stage ended with the weights of the uninterrupted run.")
+
+
+def prepare(root: Path, model: str) -> None:
+    """Train the SFT model and the reward model that the stages start from."""
+    for stage in ("sft", "reward"):
+        if not list((root / f"inputs-{model}" / stage).glob("*_final.pt")):
+            finish(command(root, f"inputs-{model}", model, [f"stage={stage}", *STAGES[stage]]))
+
+
+def command(root: Path, run: str, model: str, overrides: list[str]) -> list[str]:
+    return [sys.executable, "train.py", f"paths.root={root}", f"run={run}", f"model={model}", *COMMON, *overrides]
+
+
+def torture(root: Path, name: str, kills: int, generator: random.Random) -> Outcome:
+    """Kill and resume the runs of one case."""
+    stage, model = name.split(", ")
+    if stage == "pipeline":
+        return torture_pipeline(root, model, kills, generator)
+    inputs = root / f"inputs-{model}"
+    overrides = [f"stage={stage}", *STAGES[stage]]
+    if stage != "sft":
+        overrides.append(f"stage.policy={inputs / 'sft' / 'sft_final.pt'}")
+    if stage in {"ppo", "grpo"}:
+        overrides.append(f"stage.reward_model={inputs / 'reward' / 'reward_model_final.pt'}")
+    outcome = Outcome(name)
+    expected = root / f"whole-{stage}-{model}" / stage
+    seconds, until_training = finish(
+        command(root, expected.parent.name, model, [*overrides, "overwrite=true"]), expected
+    )
+    while outcome.kills < kills:
+        run = f"killed-{stage}-{model}-{outcome.kills}"
+        output = root / run / stage
+        arguments = command(root, run, model, overrides)
+        while_writing = outcome.kills < WHILE_WRITING
+        if not start_and_kill(
+            [*arguments, "overwrite=true"], output, generator.uniform(until_training, seconds), while_writing, outcome
+        ):
+            continue  # The run ended before its moment.
+        finish([*arguments, "resume=true"] if checkpoints(output) else arguments)
+        outcome.identical += equal(output, expected)
+        outcome.leftovers |= files(output) - files(expected) - {"checkpoints/previous.ckpt"}
+    return outcome
+
+
+def torture_pipeline(root: Path, model: str, kills: int, generator: random.Random) -> Outcome:
+    """Kill one run of the pipeline repeatedly, and continue it each time."""
+    steps = [
+        "pipeline.steps=[sft,reward,dpo,ppo,grpo,evaluate]",
+        *(f"pipeline.overrides.{stage}={json.dumps(overrides)}" for stage, overrides in STAGES.items()),
+        'pipeline.overrides.evaluate=["data.max_rows=16"]',
+    ]
+    outcome = Outcome(f"pipeline, {model}")
+    seconds, _ = finish(command(root, "whole-pipeline", model, [*steps, "overwrite=true"]))
+    arguments = command(root, "killed-pipeline", model, steps)
+    output = root / "killed-pipeline"
+    mode = "overwrite=true"
+    while outcome.kills < kills:
+        moment = generator.uniform(5, 5 + 2 * seconds / kills)
+        if not start_and_kill([*arguments, mode], output, moment, outcome.kills % 3 == 0, outcome):
+            break
+        mode = "resume=true"
+    finish([*arguments, "resume=true"])
+    outcome.identical = sum(equal(output / stage, root / "whole-pipeline" / stage) for stage in STAGES)
+    outcome.leftovers = {name for name in files(output) if name.endswith(".part")}
+    return outcome
+
+
+def start_and_kill(arguments: list[str], output: Path, moment: float, while_writing: bool, outcome: Outcome) -> bool:
+    """Start a command and kill it after ``moment`` seconds, or at the next write of a checkpoint after them.
+
+    Returns:
+        Whether the command was still running then.
+    """
+    started, start = time.time(), time.monotonic()
+    process = subprocess.Popen(
+        arguments, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while time.monotonic() - start < moment and process.poll() is None:
+        time.sleep(0.005)
+    while while_writing and process.poll() is None and not list(output.rglob("*.ckpt.part")):
+        time.sleep(0.0005)
+    killed = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not killed:
+        return False
+    end = time.time()
+    outcome.kills += 1
+    outcome.while_writing += bool(list(output.rglob("*.ckpt.part")))
+    outcome.before_checkpoint += not checkpoints(output)
+    saved = [path.stat().st_mtime for path in (*checkpoints(output), *output.rglob("*_final.pt"))]
+    outcome.lost.append(end - max(training_start(output, started), *saved, started))
+    return True
+
+
+def finish(arguments: list[str], output: Path | None = None) -> tuple[float, float]:
+    """Run a command to its end. Returns the seconds that it took, and those until training started."""
+    started, start = time.time(), time.monotonic()
+    result = subprocess.run(arguments, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - start
+    if result.returncode:
+        sys.exit(f"{' '.join(arguments)} ended with exit code {result.returncode}:\n{result.stdout}{result.stderr}")
+    return seconds, training_start(output, started) - started if output else 0.0
+
+
+def training_start(output: Path, otherwise: float) -> float:
+    """Return the time at which the newest event file of a run was opened, just before training starts."""
+    opened = [float(path.name.split(".")[3]) for path in output.rglob("events.out.tfevents*")]
+    return max(opened, default=otherwise)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return list(output.rglob("last.ckpt"))
+
+
+def equal(output: Path, expected: Path) -> bool:
+    """Return whether the results of two runs of a stage have the same weights, bit for bit."""
+    actual, whole = (weights(next(directory.glob("*_final.pt"))) for directory in (output, expected))
+    return actual.keys() == whole.keys() and all(torch.equal(actual[name], whole[name]) for name in whole)
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, weights_only=True)["weights"])
+
+
+def files(directory: Path) -> set[str]:
+    """Return the relative paths of all files except those of TensorBoard, which has a new directory for each start."""
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    return {str(path) for path in paths if "tensorboard" not in path.parts}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def emit(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
