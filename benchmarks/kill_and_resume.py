@@ -138,9 +138,11 @@ def torture(root: Path, name: str, kills: int, generator: random.Random) -> Outc
         output = root / run / stage
         arguments = command(root, run, model, overrides)
         while_writing = outcome.kills < WHILE_WRITING
-        if not start_and_kill(
-            [*arguments, "overwrite=true"], output, generator.uniform(until_training, seconds), while_writing, outcome
-        ):
+        latest = (
+            (until_training + seconds) / 2 if while_writing else seconds
+        )  # Later writes may be those of the result.
+        moment = generator.uniform(until_training, latest)
+        if not start_and_kill([*arguments, "overwrite=true"], output, moment, while_writing, outcome):
             continue  # The run ended before its moment.
         finish([*arguments, "resume=true"] if checkpoints(output) else arguments)
         outcome.identical += equal(output, expected)
