@@ -6,7 +6,6 @@ import hydra
 from omegaconf import DictConfig
 
 from rlhf.errors import plain_errors
-from rlhf.launch import hydra_arguments
 from rlhf.run_names import check_arguments
 
 
@@ -20,7 +19,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv = hydra_arguments(sys.argv)
     with plain_errors():
         check_arguments(sys.argv[1:])
         main()

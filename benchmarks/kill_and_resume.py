@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 REPO = Path(__file__).parents[1]
-INTERVAL = 1.2  # seconds between checkpoints
+INTERVAL = 0.6  # seconds between checkpoints
 COMMON = [
     f"callbacks.checkpoint.every_n_minutes={INTERVAL / 60}",
     "trainer=cpu",
@@ -34,7 +33,7 @@ COMMON = [
 ]
 STAGES = {
     "sft": ["data.max_rows=400", "trainer.max_epochs=2"],
-    "reward": ["data.max_rows=250"],
+    "reward": ["data.max_rows=500"],
     "dpo": ["data.max_rows=250"],
     "ppo": ["data.max_rows=64", "stage.minibatch_size=4"],
     "grpo": ["data.max_rows=32", "stage.minibatch_size=8"],
@@ -130,20 +129,15 @@ def torture(root: Path, name: str, kills: int, generator: random.Random) -> Outc
         overrides.append(f"stage.reward_model={inputs / 'reward' / 'reward_model_final.pt'}")
     outcome = Outcome(name)
     expected = root / f"whole-{stage}-{model}" / stage
-    seconds, until_training = finish(
-        command(root, expected.parent.name, model, [*overrides, "overwrite=true"]), expected
-    )
+    seconds = finish(command(root, expected.parent.name, model, [*overrides, "overwrite=true"]), expected)
     while outcome.kills < kills:
-        run = f"killed-{stage}-{model}-{outcome.kills}"
-        output = root / run / stage
-        arguments = command(root, run, model, overrides)
+        output = root / f"killed-{stage}-{model}-{outcome.kills}" / stage
+        arguments = command(root, output.parent.name, model, overrides)
         while_writing = outcome.kills < WHILE_WRITING
-        latest = (
-            (until_training + seconds) / 2 if while_writing else seconds
-        )  # Later writes may be those of the result.
-        moment = generator.uniform(until_training, latest)
+        moment = generator.uniform(0, seconds / 2 if while_writing else seconds)
         if not start_and_kill([*arguments, "overwrite=true"], output, moment, while_writing, outcome):
-            continue  # The run ended before its moment.
+            seconds *= 0.8  # The run ended before its moment: this machine has become faster.
+            continue
         finish([*arguments, "resume=true"] if checkpoints(output) else arguments)
         outcome.identical += equal(output, expected)
         outcome.leftovers |= files(output) - files(expected) - {"checkpoints/previous.ckpt"}
@@ -158,12 +152,14 @@ def torture_pipeline(root: Path, model: str, kills: int, generator: random.Rando
         'pipeline.overrides.evaluate=["data.max_rows=16"]',
     ]
     outcome = Outcome(f"pipeline, {model}")
-    seconds, _ = finish(command(root, "whole-pipeline", model, [*steps, "overwrite=true"]))
+    start = time.monotonic()
+    finish(command(root, "whole-pipeline", model, [*steps, "overwrite=true"]))
+    seconds = time.monotonic() - start
     arguments = command(root, "killed-pipeline", model, steps)
     output = root / "killed-pipeline"
     mode = "overwrite=true"
     while outcome.kills < kills:
-        moment = generator.uniform(5, 5 + 2 * seconds / kills)
+        moment = generator.uniform(0, 2 * seconds / kills)
         if not start_and_kill([*arguments, mode], output, moment, outcome.kills % 3 == 0, outcome):
             break
         mode = "resume=true"
@@ -174,21 +170,31 @@ def torture_pipeline(root: Path, model: str, kills: int, generator: random.Rando
 
 
 def start_and_kill(arguments: list[str], output: Path, moment: float, while_writing: bool, outcome: Outcome) -> bool:
-    """Start a command and kill it after ``moment`` seconds, or at the next write of a checkpoint after them.
+    """Start a command and kill it ``moment`` seconds after training has started.
+
+    Args:
+        arguments: The command.
+        output: Directory of the run.
+        moment: Seconds of training.
+        while_writing: Wait for the next write of a checkpoint after that.
+        outcome: Where to count the kill.
 
     Returns:
         Whether the command was still running then.
     """
-    started, start = time.time(), time.monotonic()
+    started = time.time()
     process = subprocess.Popen(
         arguments, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while time.monotonic() - start < moment and process.poll() is None:
+    while process.poll() is None and training_start(output) < started:
+        time.sleep(0.02)
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < moment:
         time.sleep(0.005)
-    while while_writing and process.poll() is None and not list(output.rglob("*.ckpt.part")):
+    while process.poll() is None and while_writing and not list(output.rglob("*.ckpt.part")):
         time.sleep(0.0005)
     killed = process.poll() is None
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     if not killed:
         return False
@@ -197,24 +203,21 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
     outcome.while_writing += bool(list(output.rglob("*.ckpt.part")))
     outcome.before_checkpoint += not checkpoints(output)
     saved = [path.stat().st_mtime for path in (*checkpoints(output), *output.rglob("*_final.pt"))]
-    outcome.lost.append(end - max(training_start(output, started), *saved, started))
+    outcome.lost.append(end - max(training_start(output), *saved, started))
     return True
 
 
-def finish(arguments: list[str], output: Path | None = None) -> tuple[float, float]:
-    """Run a command to its end. Returns the seconds that it took, and those until training started."""
-    started, start = time.time(), time.monotonic()
+def finish(arguments: list[str], output: Path | None = None) -> float:
+    """Run a command to its end. Returns the seconds since training started."""
     result = subprocess.run(arguments, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start
     if result.returncode:
         sys.exit(f"{' '.join(arguments)} ended with exit code {result.returncode}:\n{result.stdout}{result.stderr}")
-    return seconds, training_start(output, started) - started if output else 0.0
+    return time.time() - training_start(output) if output else 0.0
 
 
-def training_start(output: Path, otherwise: float) -> float:
-    """Return the time at which the newest event file of a run was opened, just before training starts."""
-    opened = [float(path.name.split(".")[3]) for path in output.rglob("events.out.tfevents*")]
-    return max(opened, default=otherwise)
+def training_start(output: Path) -> float:
+    """Return the time in the name of the newest event file of a run, just before training starts; 0 without one."""
+    return max((float(path.name.split(".")[3]) for path in output.rglob("events.out.tfevents*")), default=0.0)
 
 
 def checkpoints(output: Path) -> list[Path]:

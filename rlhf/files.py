@@ -98,6 +98,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_if_empty(directory: Path, top: Path) -> None:
+    """Delete a directory if it is empty, and then those above it that are, up to ``top``."""
+    for path in (directory, *directory.parents):
+        if not path.is_relative_to(top) or not path.is_dir() or any(path.iterdir()):
+            break
+        path.rmdir()
+
+
 def sha256_of_file(path: str | Path) -> str | None:
     """Return the SHA-256 of a file as a hexadecimal string, or None if there is no such file."""
     if not Path(path).is_file():

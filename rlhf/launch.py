@@ -1,7 +1,6 @@
 """The rank of this process before the ranks are connected. Can be read without importing torch."""
 
 import os
-from collections.abc import Sequence
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM and Lightning
 
@@ -14,8 +13,3 @@ def rank_in_environment() -> int:
 def is_launched() -> bool:
     """Return whether a launcher has started this process as a rank of a run."""
     return any(name in os.environ for name in RANK_VARIABLES)
-
-
-def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line for this rank: only rank 0 writes Hydra's ``config.yaml``, ``overrides.yaml``, ..."""
-    return [*arguments, *(["hydra.output_subdir=null"] if rank_in_environment() else [])]

@@ -1,9 +1,11 @@
 """The plain-text log of a stage: messages and metrics in one file."""
 
 import logging
+import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +43,46 @@ class TextLogger(Logger):
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
+def log_file(path: Path, *, hold: bool = False) -> Iterator[Callable[[], None]]:
     """Append the log messages of this package to a file while the context is active.
 
     Only rank 0 writes a file. The other ranks print warnings and errors.
+
+    Args:
+        path: The file. Its directory is created unless messages are held back.
+        hold: Hold the messages back until the returned function is called. If it is not, there is no file.
+
+    Returns:
+        A function that writes the messages that have been held back, and all later ones as they come.
     """
     ours = logging.getLogger("rlhf")
     metrics_log.propagate = False
     if not is_rank_zero():
         ours.setLevel(logging.WARNING)
-        yield
+        yield lambda: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if not hold:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8", delay=hold)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize, target=file, flushOnClose=False)
+
+    def release() -> None:
+        handler.capacity = 1
+        handler.flush()
+
+    if not hold:
+        release()
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     metrics_log.addHandler(handler)
     try:
-        yield
+        yield release
     finally:
         ours.removeHandler(handler)
         metrics_log.removeHandler(handler)
         handler.close()
+        file.close()
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,7 @@
 """What ``train.py`` runs: one stage, the pipeline, or a command that trains nothing."""
 
 import sys
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -8,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rlhf.config import check_choices, check_values
+from rlhf.files import remove_if_empty
 from rlhf.run_names import check_run_name
 
 
@@ -18,19 +20,29 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
-    check_run_name(cfg.run)
-    check_choices(cfg)
     if "command" in cfg:
+        check_run_name(cfg.run)
+        check_choices(cfg)
         return run_command(cfg)
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        cfg = cfg.copy()
+        cfg.paths.output = HydraConfig.get().runtime.output_dir
+    try:
+        check_run_name(cfg.run)
+        check_choices(cfg)
+        return run_stages(cfg)
+    finally:
+        remove_if_empty(Path(cfg.paths.output), Path(cfg.paths.run))  # Hydra creates it even for a rejected command.
+
+
+def run_stages(cfg: DictConfig) -> float:
+    """Run a stage or the pipeline, or replay a training step; return the metric that a sweep optimizes."""
     # Imported here because they load torch, which a command may not need.
     from rlhf.distributed import barrier
     from rlhf.pipeline import run_pipeline
     from rlhf.replay import replay
     from rlhf.run import run_stage
 
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        cfg = cfg.copy()
-        cfg.paths.output = HydraConfig.get().runtime.output_dir
     if cfg.replay is not None:
         monitored = replay(cfg)
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +14,7 @@ from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
-from rlhf.logs import log_file
+from rlhf.output_directory import OutputDirectory
 from rlhf.resume import check_start, earlier_files
 from rlhf.run import run_stage
 from rlhf.stages import stages
@@ -40,17 +40,14 @@ def run_pipeline(cfg: DictConfig) -> float:
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
-    with log_file(directory / "pipeline" / "pipeline.log"):
+    own = OutputDirectory(cfg, directory / "pipeline", "pipeline.log", lock=False)
+    with own.opened():
         for number, (step, config) in enumerate(configs.items(), 1):
             log.info("step %d of %d: %s", number, len(steps), step)
-            if is_rank_zero():
-                hydra_directory = Path(config.paths.output) / ".hydra"
-                hydra_directory.mkdir(parents=True, exist_ok=True)
-                OmegaConf.save(config, hydra_directory / "config.yaml")
             if not earlier_files(config, Path(config.paths.output)):
                 config.resume = False  # resume=true starts the steps that have not begun.
             started = time.perf_counter()
-            monitored = run_stage(config)
+            monitored = run_stage(config, own.start)
             seconds[step] = time.perf_counter() - started
 
     # 3. Print where the outputs are.

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from rlhf.command import command_line
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.files import locked
 from rlhf.fsdp import check_loadable, without_sharding
 from rlhf.hparams import log_hyperparameters
 from rlhf.lineage import warn_about_parents
-from rlhf.logs import log_file, quiet_libraries
+from rlhf.logs import quiet_libraries
 from rlhf.models import ModelSource
+from rlhf.output_directory import OutputDirectory, StartOutput
 from rlhf.resume import check_start, finished_result, remove_earlier, resume_checkpoint
 from rlhf.signals import report_signals
 from rlhf.stage.memory import report_out_of_memory
@@ -43,21 +43,28 @@ from rlhf.stages import stages
 log = logging.getLogger(__name__)
 
 
-def run_stage(cfg: DictConfig) -> float:
-    """Run one stage, write its outputs, and return its monitored metric."""
+def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> float:
+    """Run one stage, write its outputs, and return its monitored metric.
+
+    Args:
+        cfg: The configuration of the stage.
+        on_start: Called when configuration, data and models have been accepted.
+    """
     quiet_libraries()
     output = Path(cfg.paths.output)
     check_values(cfg)
     check_start(cfg, output)
-    with locked(output) if is_rank_zero() else nullcontext(), log_file(output / f"{cfg.stage_name}.log"):
+    directory = OutputDirectory(cfg, output, f"{cfg.stage_name}.log")
+    with directory.opened():
         started = time.perf_counter()
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-        monitored = train(cfg, output) if stages()[cfg.stage_name].exports else evaluate(cfg)
+        start = StartOutput(directory.start, *([on_start] if on_start else []))
+        monitored = train(cfg, output, start) if stages()[cfg.stage_name].exports else evaluate(cfg, start)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         return monitored
 
 
-def train(cfg: DictConfig, output: Path) -> float:
+def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
@@ -73,11 +80,11 @@ def train(cfg: DictConfig, output: Path) -> float:
 
     # 3. Train.
     module.nonfinite.run = {"stage": cfg.stage_name, "command": command_line(cfg), "config": provenance["config"]}
-    preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
-    trainer = build_trainer(cfg, [ExportHeader(provenance), *preflight])
-    check_loadable(checkpoint, trainer.strategy)
     if cfg.overwrite and is_rank_zero():
-        remove_earlier(cfg, output)
+        start = StartOutput(*start.functions, partial(remove_earlier, cfg, output))
+    preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
+    trainer = build_trainer(cfg, [start, ExportHeader(provenance), *preflight])
+    check_loadable(checkpoint, trainer.strategy)
     try:
         with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -113,7 +120,7 @@ def _inputs(cfg: DictConfig, unused: set[str]) -> dict[str, Any]:
     }
 
 
-def evaluate(cfg: DictConfig) -> float:
+def evaluate(cfg: DictConfig, start: StartOutput) -> float:
     """Compare policies on held-out prompts, print the table, and return the monitored metric."""
     if cfg.check == "only":
         log.info("check=only has no effect in stage=%s, which trains nothing.", cfg.stage_name)
@@ -128,7 +135,7 @@ def evaluate(cfg: DictConfig) -> float:
     )
     _check_vocabularies(policies, module.baseline, module.tokenizer)
     warn_about_parents(policies)
-    trainer = build_trainer(without_sharding(cfg), [])
+    trainer = build_trainer(without_sharding(cfg), [start])
     with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:

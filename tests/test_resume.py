@@ -244,7 +244,7 @@ def test_a_pipeline_continues_where_it_was_interrupted(tmp_path: Path, kill: Any
 
 def test_a_pipeline_that_would_replace_a_result_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result of the last step is found before the first step starts."""
-    monkeypatch.setattr("rlhf.pipeline.run_stage", lambda cfg: pytest.fail("a step has started"))
+    monkeypatch.setattr("rlhf.pipeline.run_stage", lambda *_: pytest.fail("a step has started"))
     final = tmp_path / "rlhf" / "dpo" / "dpo_final.pt"
     final.parent.mkdir(parents=True)
     final.touch()

@@ -1,0 +1,90 @@
+"""A command that is rejected before training starts leaves nothing in its directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from contract.configs import compose_config, hydra_command
+from harness import TINY_DATA, TINY_MODEL
+from rlhf.errors import ConfigError, UserError
+from rlhf.main import run
+from rlhf.run import run_stage
+
+SFT = ["stage=sft", "stage.samples=0", "trainer.max_steps=1", "trainer.enable_progress_bar=false"]
+TINY = [*TINY_MODEL["transformer"], *TINY_DATA]
+
+
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [
+        "stage.learning_rate=-1",  # by the configuration
+        "resume=true",  # because there is nothing to resume
+        "model.num_heads=3",  # when the model is made
+        "data.columns.target=foo",  # when the data are read
+        "data.template=Hello",  # when the data are encoded
+    ],
+)
+def test_a_rejected_command_writes_nothing(tmp_path: Path, rejected: str) -> None:
+    with hydra_command(*SFT, *TINY, f"paths.root={tmp_path}", rejected) as cfg:
+        Path(cfg.paths.output).mkdir(parents=True)  # Hydra makes it.
+        with pytest.raises(UserError):
+            run(cfg)
+    assert not files(tmp_path)
+
+
+def test_a_rejected_command_leaves_an_earlier_run_as_it_was(tmp_path: Path) -> None:
+    """This includes the result that it would have replaced."""
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UserError):
+        run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "overwrite=true", "data.template=Hello"))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def test_a_debugging_run_writes_nothing(tmp_path: Path) -> None:
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "trainer=debug"))
+    assert not files(tmp_path / "rlhf" / "sft")
+
+
+def test_an_accepted_command_writes_configuration_and_log(tmp_path: Path) -> None:
+    with hydra_command(*SFT, *TINY, f"paths.root={tmp_path}") as cfg:
+        run(cfg)
+    output = tmp_path / "rlhf" / "sft"
+    assert OmegaConf.load(output / ".hydra" / "config.yaml") == cfg
+    assert "stage=sft" in OmegaConf.load(output / ".hydra" / "overrides.yaml")
+    assert "hydra" in OmegaConf.load(output / ".hydra" / "hydra.yaml")
+    assert "read" in (output / "sft.log").read_text(), "messages from before the start are in the log"
+
+
+def test_the_log_of_a_bug_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("rlhf.run.build_trainer", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
+    assert "read" in (tmp_path / "rlhf" / "sft" / "sft.log").read_text()
+
+
+def test_a_pipeline_whose_first_step_is_rejected_writes_nothing(tmp_path: Path) -> None:
+    steps = json.dumps([*SFT[1:], "data.template=Hello"])
+    command = [*TINY, f"paths.root={tmp_path}", "pipeline.steps=[sft]", f"pipeline.overrides.sft={steps}"]
+    with hydra_command(*command) as cfg:
+        Path(cfg.paths.output).mkdir(parents=True)
+        with pytest.raises(ConfigError, match="template"):
+            run(cfg)
+    assert not files(tmp_path)
