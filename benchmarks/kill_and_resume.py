@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
     process = subprocess.Popen(
         arguments, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and training_start(output) < started:
-        time.sleep(0.02)
+    while process.poll() is None and training_start(output, started) is None:
+        time.sleep(0.05)
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < moment:
         time.sleep(0.005)
@@ -203,21 +204,24 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
     outcome.while_writing += bool(list(output.rglob("*.ckpt.part")))
     outcome.before_checkpoint += not checkpoints(output)
     saved = [path.stat().st_mtime for path in (*checkpoints(output), *output.rglob("*_final.pt"))]
-    outcome.lost.append(end - max(training_start(output), *saved, started))
+    outcome.lost.append(end - max(training_start(output, started) or end, *saved))
     return True
 
 
 def finish(arguments: list[str], output: Path | None = None) -> float:
     """Run a command to its end. Returns the seconds since training started."""
+    started = time.time()
     result = subprocess.run(arguments, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"{' '.join(arguments)} ended with exit code {result.returncode}:\n{result.stdout}{result.stderr}")
-    return time.time() - training_start(output) if output else 0.0
+    return time.time() - (training_start(output, started) or started) if output else 0.0
 
 
-def training_start(output: Path) -> float:
-    """Return the time in the name of the newest event file of a run, just before training starts; 0 without one."""
-    return max((float(path.name.split(".")[3]) for path in output.rglob("events.out.tfevents*")), default=0.0)
+def training_start(output: Path, after: float) -> float | None:
+    """Return the time of the first training step that a run has logged after a time; None if there is none."""
+    steps = (line for path in output.rglob("*.log") for line in path.read_text(errors="replace").splitlines())
+    times = (datetime.fromisoformat(line[:23].replace(",", ".")).timestamp() for line in steps if " INFO step=" in line)
+    return min((time for time in times if time >= after), default=None)
 
 
 def checkpoints(output: Path) -> list[Path]:
