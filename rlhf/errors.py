@@ -1,13 +1,17 @@
 """User errors and how they are reported: the key, the value, the constraint and the fix, without a traceback."""
 
+import errno
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf.launch import is_launched
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -89,6 +93,8 @@ def plain_errors() -> Iterator[None]:
 
 
 def _exit_code(error: BaseException) -> int:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return 1
     codes = (cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped))
     return next(codes, 1 if explain(error) is None else 2)
 
@@ -106,7 +112,7 @@ def _code_of_first_failure(error: Exception) -> int | None:
 
 def explain(error: BaseException) -> str | None:
     """Return the text to show for a user error; None for a bug."""
-    from hydra.errors import HydraException, InstantiationException
+    from hydra.errors import HydraException, InstantiationException, OverrideParseException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for cause in _causes(error):
@@ -125,9 +131,44 @@ def explain(error: BaseException) -> str | None:
             if isinstance(reason, TypeError)
             else None
         )
+    if isinstance(error, OverrideParseException):
+        return _override_message(error.override)
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"
+    return _file_message(error) if isinstance(error, OSError) else None
+
+
+def _override_message(override: str) -> str:
+    """Return the message for an argument that Hydra cannot parse."""
+    from rlhf.stages import stages
+
+    key, equals, value = override.partition("=")
+    name = override.removeprefix("stage ").strip()
+    if not equals:
+        return f"{override!r} is not an override: the form is <key>=<value>.\n  " + (
+            f"For a stage: stage={name}" if name in stages() else "For example: stage=ppo"
+        )
+    quoted = f'["{value}"]' if key.startswith("pipeline.overrides.") else f'"{value}"'
+    return (
+        f"{override!r} cannot be parsed: the value contains a character that has a meaning for Hydra, such as a space, "
+        f"'=', ',' or a bracket.\n  Quote the value: '{key}={quoted}'"
+    )
+
+
+def _file_message(error: OSError) -> str | None:
+    """Return the message for a disk that is full or a directory that cannot be written to; None for a bug."""
+    if error.errno in DISK_FULL:
+        return (
+            f"{error.filename or 'The output directory'}: there is no space left on the disk. Earlier results and "
+            "checkpoints are intact.\n  Free some space, and repeat the command with resume=true."
+        )
+    makes_directory = any(frame.name == "mkdir" for frame in traceback.extract_tb(error.__traceback__))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or makes_directory:
+        return (
+            f"{error.filename}: the file or directory cannot be written ({error.strerror}).\n  Set "
+            "paths.root=<directory> to a directory that you may write to."
+        )
     return None
 
 

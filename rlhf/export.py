@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
 
 RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
+KINDS = {"language_model": "language model", "scalar_model": "reward model"}
 FINAL_PATTERN = "*_final.pt"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
 
@@ -274,7 +275,8 @@ class Export:
         content = read_export(self.path)
         if kind is not None and content["kind"] != kind:
             raise DataError(
-                f"{self.path} contains a {content['kind'].replace('_', ' ')}, but a {kind.replace('_', ' ')} is needed."
+                f"{self.path} contains a {KINDS[content['kind']]}, but a {KINDS[kind]} is needed.",
+                "stage.reward_model needs the result of stage=reward, and stage.policy that of another stage.",
             )
         return content
 

@@ -34,12 +34,19 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object], *, concurrent
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}" if concurrent else f"{path.name}{PART}")
     try:
         with open(part, "wb") as file:
-            write(file)
+            try:
+                write(file)
+            except RuntimeError:  # PyTorch's writer of archives does not report the error of the disk.
+                file.write(bytes(1 << 16))
+                file.flush()
+                raise
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     _sync_directory(path.parent)
 

@@ -92,8 +92,9 @@ def quiet_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # It shows how the weights of each model are loaded.
-    for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # It logs the errors that it raises.
     for pattern in (
         "Checkpoint directory .* exists and is not empty",
         "The `srun` command is available",

@@ -1,6 +1,8 @@
 """What ``train.py`` runs: one stage, the pipeline, or a command that trains nothing."""
 
+import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +13,8 @@ from omegaconf import DictConfig
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
 from rlhf.run_names import check_run_name
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> float:
@@ -30,9 +34,21 @@ def run(cfg: DictConfig) -> float:
     try:
         check_run_name(cfg.run)
         check_choices(cfg)
+        warn_about_repeated_keys()
         return run_stages(cfg)
     finally:
         remove_if_empty(Path(cfg.paths.output), Path(cfg.paths.run))  # Hydra creates it even for a rejected command.
+
+
+def warn_about_repeated_keys() -> None:
+    """Warn about a key that the command line sets twice: the last value applies."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    counts = Counter(override.partition("=")[0] for override in overrides)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if counts.pop(key, 1) > 1:
+            last = [other for other in overrides if other.partition("=")[0] == key][-1]
+            log.warning("%s is set more than once. The last value applies: %s", key, last)
 
 
 def run_stages(cfg: DictConfig) -> float:

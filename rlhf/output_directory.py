@@ -1,7 +1,7 @@
 """The directory of a stage or a pipeline. A command that is rejected before training starts leaves nothing in it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import lightning
@@ -51,7 +51,8 @@ class OutputDirectory:
                 except Exception as error:
                     rejected = isinstance(error, UserError)
                     if not rejected and not self.started:
-                        self._write_log()  # It helps to find the bug.
+                        with suppress(OSError):
+                            self._write_log()  # It helps to find the bug.
                     raise
         finally:
             if rejected and not self.started and is_rank_zero():

@@ -90,6 +90,14 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except PreflightOnly:
         return float("nan")
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ConfigError(
+            f"trainer.val_check_interval must be at most the number of batches of an epoch, got "
+            f"{cfg.trainer.val_check_interval}.",
+            "Set trainer.val_check_interval=1.0 for one validation per epoch.",
+        ) from error
     if module.monitor not in trainer.callback_metrics and datamodule.records("val"):
         with report_signals(trainer):
             trainer.validate(module, datamodule, verbose=False)

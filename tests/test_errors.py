@@ -1,6 +1,8 @@
 """What a user sees of an error: plain text and an exit code for mistakes, a traceback for bugs."""
 
+import errno
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -161,9 +163,60 @@ def test_an_unknown_choice_lists_the_choices() -> None:
     assert "search path" not in message
 
 
-def test_an_override_that_does_not_parse_is_quoted() -> None:
-    message = str(explain(error_of(lambda: compose_config("stage=sft", "data.columns={"))))
-    assert message.startswith("data.columns={: ")
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("sft", "'sft' is not an override: the form is <key>=<value>.", "For a stage: stage=sft"),
+        ("hello", "'hello' is not an override: the form is <key>=<value>.", "For example: stage=ppo"),
+        (
+            "data.train=a=b.jsonl",
+            "'data.train=a=b.jsonl' cannot be parsed: the value contains a character that has a meaning for Hydra, such "
+            "as a space, '=', ',' or a bracket.",
+            "Quote the value: 'data.train=\"a=b.jsonl\"'",
+        ),
+        (
+            "pipeline.overrides.ppo=stage.kl_coef=0.1",
+            "'pipeline.overrides.ppo=stage.kl_coef=0.1' cannot be parsed: the value contains a character that has a "
+            "meaning for Hydra, such as a space, '=', ',' or a bracket.",
+            "Quote the value: 'pipeline.overrides.ppo=[\"stage.kl_coef=0.1\"]'",
+        ),
+    ],
+)
+def test_an_override_that_does_not_parse_is_explained(override: str, message: str, hint: str) -> None:
+    assert explain(error_of(lambda: compose_config(override))) == f"{message}\n  {hint}"
+
+
+def test_the_suggested_quotes_work() -> None:
+    """They are for the shell: ``shlex`` reads the hint as a shell would."""
+    message = str(explain(error_of(lambda: compose_config("stage=sft", "data.train=a=b.jsonl"))))
+    (override,) = shlex.split(message.split("Quote the value: ")[1])
+    assert compose_config("stage=sft", override).data.train == "a=b.jsonl"
+
+
+# Errors of the disk
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_explained(number: int) -> None:
+    message = str(explain(OSError(number, "no space", "outputs/last.ckpt")))
+    assert message.startswith("outputs/last.ckpt: there is no space left on the disk.")
+    assert "resume=true" in message
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
+def test_a_directory_that_cannot_be_written_is_explained(number: int) -> None:
+    message = str(explain(OSError(number, "Read-only file system", "outputs/x")))
+    assert message == (
+        "outputs/x: the file or directory cannot be written (Read-only file system).\n"
+        "  Set paths.root=<directory> to a directory that you may write to."
+    )
+
+
+def test_a_directory_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    """``/proc/x`` is reported as a missing file."""
+    (tmp_path / "file").touch()
+    message = str(explain(error_of(lambda: (tmp_path / "absent" / "x").mkdir())))
+    assert "cannot be written (No such file or directory)" in message
 
 
 # Exit codes

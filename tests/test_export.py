@@ -198,9 +198,9 @@ def test_a_policy_cannot_be_opened_as_a_reward_model(
 ) -> None:
     """Opening one kind as the other raises an error that names both."""
     policy, reward = save(lm, tokenizer, tmp_path), save(reward_model, tokenizer, tmp_path, "reward")
-    with pytest.raises(UserError, match="contains a language model, but a scalar model is needed"):
+    with pytest.raises(UserError, match="contains a language model, but a reward model is needed"):
         open_model_source(str(policy)).scalar_model(tokenizer)
-    with pytest.raises(UserError, match="contains a scalar model, but a language model is needed"):
+    with pytest.raises(UserError, match="contains a reward model, but a language model is needed"):
         open_model_source(str(reward)).language_model(tokenizer)
 
 

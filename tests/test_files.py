@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 from rlhf import files
 from rlhf.files import atomic_write, is_locked, replace_link, sha256_of_file
@@ -79,6 +80,27 @@ def test_the_content_is_flushed_to_disk_before_the_file_is_renamed(
         monkeypatch.setattr(files.os, name, record(name))
     atomic_write(tmp_path / "file", lambda file: file.write(b"content"))
     assert calls == ["fsync", "replace", "fsync"]  # The second fsync is that of the directory.
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("write", ["plain", "torch"])
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path, monkeypatch: Any, write: str) -> None:
+    """PyTorch's writer raises a RuntimeError that does not mention the disk."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    opened = open
+    monkeypatch.setattr("builtins.open", lambda name, mode: opened("/dev/full", mode) if mode == "wb" else opened(name))
+
+    def write_content(file: IO[bytes]) -> None:
+        if write == "plain":
+            file.write(bytes(1 << 20))
+        else:
+            torch.save({"weights": torch.zeros(1 << 18)}, file)
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        atomic_write(path, write_content)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("previous", ["absent", "other", "same"])

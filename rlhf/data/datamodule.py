@@ -211,10 +211,37 @@ class RecordDataModule(lightning.LightningDataModule):
             encoder.counts["truncated_responses"],
             self.max_length,
         )
+        truncated = encoder.counts["truncated_responses"]
+        if rows and truncated > rows / 2:
+            log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, rows)
+        if split == "train" and self.batch_size > rows > 0:
+            log.warning("data.batch_size=%d exceeds the %d rows of %s.", self.batch_size, rows, path)
+        self._warn_about_special_tokens(split)
         if not rows:
             raise DataError(
                 f"{path}: no record can be used with data.max_length={self.max_length}.",
                 f"Set data.max_length={2 * self.max_length}.",
+            )
+
+    def _warn_about_special_tokens(self, split: str) -> None:
+        """Warn about texts that contain a special token: the tokenizer does not read it as text."""
+        assert self.tokenizer is not None
+        special = [str(token) for token in self.tokenizer.all_special_tokens]
+        found = [
+            (record, token)
+            for record in self.records(split)
+            for token in special
+            if any(token in text for text in self.texts_of_record(record))
+        ]
+        if found:
+            path, row = self.paths[split] or self.paths["train"] or split, prompt_of(found[0][0]).row
+            log.warning(
+                "%s: the texts of %d records contain a special token, such as %s in %s. The model reads it as a token, "
+                "not as text.",
+                path,
+                len({id(record) for record, _ in found}),
+                found[0][1],
+                path if row is None else locations(path, [row])[0],
             )
 
     def sample_prompts(self, count: int, response_budget: int = 64) -> list[tuple[list[int], Prompt]]:

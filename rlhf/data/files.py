@@ -1,14 +1,17 @@
 """Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets, read with the ``datasets`` library."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.records import FIELDS
 from rlhf.errors import DataError
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SEPARATED = {".csv", ".tsv"}
 LINE_PER_ROW = {".jsonl", ".ndjson"}
 PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
 
@@ -27,6 +30,11 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     from datasets import load_dataset
 
     if Path(path).is_file() or Path(path).suffix.lower() in BUILDERS:
+        if subset is not None:
+            raise DataError(
+                f"data.subset={subset}: {path} is a local file, and only Hub datasets have subsets.",
+                "Set data.subset=null.",
+            )
         return _read_file(path)
     try:
         rows: Sequence[dict[str, Any]] = load_dataset(path, subset, split=split)
@@ -53,10 +61,10 @@ def _read_file(path: str) -> Sequence[dict[str, Any]]:
         )
     if not Path(path).stat().st_size:
         raise DataError(f"{path}: the file is empty.")
-    if extension in LINE_PER_ROW:
+    if extension != ".parquet":
         _check_encoding(path)
     (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
-    options = {"sep": "\t"} if extension == ".tsv" else {}
+    options = _json_options(path) if extension == ".json" else _csv_options(path) if extension in SEPARATED else {}
     try:
         rows: Sequence[dict[str, Any]] = load_dataset(BUILDERS[extension], data_files=path, split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -99,7 +107,44 @@ def _check_encoding(path: str) -> None:
         for _ in _lines(path):
             pass
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the file must be UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise DataError(
+            f"{path}: the file must be UTF-8 ({error.reason} at byte {error.start}).",
+            f"Convert it, for example from Latin-1: iconv -f latin1 -t utf-8 {path} > <new file>",
+        ) from error
+
+
+def _json_options(path: str) -> dict[str, Any]:
+    """Return the key that contains the rows of a JSON file, if it is an object with one list of rows."""
+    with open(path, encoding="utf-8-sig") as file:
+        if file.read(1) != "{":
+            return {}
+        file.seek(0)
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError:  # JSON Lines, or invalid: ``datasets`` decides.
+            return {}
+    lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if not lists or any(key in FIELDS for key in content):
+        return {}
+    if len(lists) > 1:
+        raise DataError(
+            f"{path}: the file contains several lists of rows ({', '.join(lists)}).", "Write one list to each file."
+        )
+    return {"field": lists[0]}
+
+
+def _csv_options(path: str) -> dict[str, Any]:
+    """Return the separator of a CSV or TSV file. Spreadsheets write semicolons where the comma is a decimal mark."""
+    if Path(path).suffix.lower() == ".tsv":
+        return {"sep": "\t"}
+    with open(path, encoding="utf-8-sig") as file:
+        header = file.readline()
+    if header.lstrip().startswith(("{", "[")):
+        raise DataError(
+            f"{path}: the content is JSON, but the file extension is .csv.",
+            f"Rename the file: {Path(path).with_suffix('.jsonl')}",
+        )
+    return {"sep": ";"} if ";" in header and "," not in header else {}
 
 
 def _find_invalid_line(path: str) -> None:
@@ -112,6 +157,8 @@ def _find_invalid_line(path: str) -> None:
             raise DataError(f"{path}:{number}: the line is not JSON ({error.msg} at column {error.colno}).") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: the line must be a JSON object, got {type(row).__name__}.")
+        if surrogate := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise DataError(f"{path}:{number}: the line contains {surrogate[0]!a}, which is half of a surrogate pair.")
         for key, value in row.items():
             expected, first = types.setdefault(key, (type(value), number))
             if expected is type(None) or value is None or {expected, type(value)} == {int, float}:

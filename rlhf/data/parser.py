@@ -18,6 +18,9 @@ from rlhf.data.records import (
 )
 from rlhf.errors import ConfigError, DataError
 
+# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
 
 class RecordError(DataError):
     """A row that is not a valid record.
@@ -71,6 +74,8 @@ class RecordParser:
         Raises:
             RecordError: The row is not a valid record of this type.
         """
+        if not any(self.columns.values()):
+            row = _without_alpaca_fields(row)
         return {
             Demonstration: self._demonstration,
             Preference: self._preference,
@@ -175,11 +180,14 @@ class RecordParser:
         value = row[column]
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise RecordError(f"the field '{column}' must be text or a list of messages, got {value!r:.40}")
+        messages = []
         for message in value:
-            keys = ("role", "content")
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in keys):
+            fields = message if isinstance(message, Mapping) else {}
+            role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+            if not isinstance(role, str) or not isinstance(content, str):
                 raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
-        return [{"role": message["role"], "content": message["content"]} for message in value]
+            messages.append({"role": ROLES.get(role, role), "content": content})
+        return messages
 
     def _final_response(self, messages: Sequence[Message], name: str) -> str:
         if messages[-1]["role"] != "assistant":
@@ -188,9 +196,13 @@ class RecordParser:
 
     def _number(self, row: Row, name: str, kind: str) -> float:
         value = self._get(row, name, kind)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RecordError(f"the field '{self.column(name)}' must be a finite number, got {value!r}")
-        return float(value)
+        try:
+            number = float("nan") if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        except OverflowError:  # An integer of more than 308 digits.
+            number = float("inf")
+        if not math.isfinite(number):
+            raise RecordError(f"the field '{self.column(name)}' must be a finite number, got {value!r:.40}")
+        return number
 
     def _get(self, row: Row, name: str, kind: str) -> Any:
         value = row.get(self.column(name))
@@ -201,6 +213,18 @@ class RecordParser:
     def _missing(self, row: Row, name: str, kind: str) -> RecordError:
         fields = ", ".join(key for key, value in row.items() if value is not None)
         return RecordError(f"the {kind} record has no field '{self.column(name)}' (fields: {fields or 'none'})", name)
+
+
+def _without_alpaca_fields(row: Row) -> Row:
+    """Return a row of the form of Alpaca as a prompt with a completion; other rows as they are.
+
+    Its fields are ``instruction``, ``output`` and possibly ``input`` (https://github.com/tatsu-lab/stanford_alpaca).
+    """
+    texts = [row.get(name) for name in ("instruction", "output")]
+    if not all(isinstance(text, str) for text in texts) or any(row.get(name) is not None for name in FIELDS):
+        return row
+    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    return {**row, "prompt": prompt, "completion": row["output"]}
 
 
 def _conversation(messages: Sequence[Message]) -> Prompt:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.data.files import location, read_rows
 from rlhf.data.parser import RecordError, RecordParser
-from rlhf.data.records import EXPECTED, Record, Row, prompt_of
+from rlhf.data.records import EXPECTED, Preference, Record, Row, prompt_of
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -58,19 +58,22 @@ class RecordReader:
                 errors.append((index, error))
         if errors:
             self._report(path, rows, errors, record_type)
+        _warn_about_empty_responses(path, records)
         if not records:
             raise DataError(f"{path}: the data contain no valid record.", f"Expected: {EXPECTED[record_type]}")
         log.info("%s: read %d records, skipped %d invalid rows", path, len(records), len(errors))
         return records
 
     def _detect(self, row: Row, record_types: Sequence[type[Record]]) -> type[Record]:
+        """Return the first type that fits a row; if there is none, the first one of which no field is missing."""
+        complete = []
         for record_type in record_types:
             try:
                 self.parser.parse(row, record_type)
                 return record_type
-            except RecordError:
-                continue
-        return record_types[0]
+            except RecordError as error:
+                complete += [record_type] if error.missing is None else []
+        return [*complete, record_types[0]][0]
 
     def _report(
         self, path: str, rows: Sequence[Row], errors: Sequence[tuple[int, RecordError]], record_type: type[Record]
@@ -85,9 +88,27 @@ class RecordReader:
         index, first = errors[0]
         fixes = []
         if first.missing:
-            fixes.append(f"If the field has another name: data.columns.{first.missing}={_likely_column(rows[index])}")
+            name, column = first.missing, _likely_column(rows[index])
+            name = "messages" if column == "conversations" else name
+            fixes.append(f"If the field has another name: data.columns.{name}={column}")
         fixes += [f"Expected: {EXPECTED[record_type]}", "To skip invalid rows: data.on_error=skip"]
         raise DataError("\n".join(shown), "\n  ".join(fixes))
+
+
+def _warn_about_empty_responses(path: str, records: Sequence[Any]) -> None:
+    empty = [
+        record
+        for record in records
+        if isinstance(record, Preference) and not (record.chosen.strip() and record.rejected.strip())
+    ]
+    if empty and (row := empty[0].prompt.row) is not None:
+        log.warning(
+            "%s: %d of %d records have an empty chosen or rejected response; the first one: %s",
+            path,
+            len(empty),
+            len(records),
+            location(path, row),
+        )
 
 
 def _likely_column(row: Row) -> str:

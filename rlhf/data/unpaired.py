@@ -63,7 +63,15 @@ class UnpairedDataModule(RecordDataModule):
         return any(isinstance(record, Preference) and record.margin for record in super().records("train"))
 
     def records(self, split: str) -> list[UnpairedPreference]:
-        return [row for record in super().records(split) for row in _as_unpaired(record)]
+        rows = [row for record in super().records(split) for row in _as_unpaired(record)]
+        labels = {row.desirable for row in rows}
+        if split == "train" and len(labels) == 1:
+            raise DataError(
+                f"{self.paths[split]}: every label is {str(labels.pop()).lower()}, but KTO needs desirable and "
+                "undesirable responses.",
+                "Add rows with the other label, or use stage=sft for desirable responses.",
+            )
+        return rows
 
     def texts_of_record(self, record: Any) -> Sequence[str]:
         return [*(message["content"] for message in record.prompt.messages), record.response]

@@ -1,7 +1,7 @@
 """Preference pairs or ratings as batches, and demonstrations to center the scores on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,6 @@ from rlhf.data import (
     RatingBatch,
     SequenceBatch,
 )
-from rlhf.data.files import read_rows
 from rlhf.data.loader import BucketBatchSampler
 from rlhf.schema import DataPath, PositiveInt
 
@@ -50,6 +49,7 @@ class RewardDataModule(PreferenceDataModule):
         super().__init__(**keys)
         self.demonstrations = demonstrations
         self.demonstration_rows = demonstration_rows
+        self._demonstrations: list[Demonstration] | None = None
 
     def texts_of_record(self, record: Any) -> list[str]:
         if isinstance(record, Preference):
@@ -90,14 +90,24 @@ class RewardDataModule(PreferenceDataModule):
         sampler = BucketBatchSampler(lengths, self.eval_batch_size, shuffle=False, rank=rank, world=world)
         return BatchLoader(rows, collate, sampler)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.demonstration_records()  # They are needed after training, and invalid ones are reported before it.
+
+    def demonstration_records(self) -> list[Demonstration]:
+        """Return the demonstrations to center the scores on; an empty list if there is no file of them."""
+        if self._demonstrations is None and self.demonstrations is not None:
+            reader = replace(self.reader, max_rows=self.demonstration_rows, subset=None)
+            self._demonstrations = reader.read(self.demonstrations, "train", (Demonstration,))
+        return self._demonstrations or []
+
     def demonstration_batches(self) -> Iterator[SequenceBatch]:
         """Yield this rank's share of the demonstrations in batches, or nothing if there is no file of them."""
         if self.demonstrations is None:
             return
-        rows = read_rows(self.demonstrations)
         encoder = self.encoder()
-        encoded = []
-        for index in range(min(self.demonstration_rows, len(rows))):
-            record = self.parser.parse(rows[index], Demonstration)
-            encoded.append(encoder.encode_response(record.prompt.messages, record.response))
+        encoded = [
+            encoder.encode_response(record.prompt.messages, record.response) for record in self.demonstration_records()
+        ]
         yield from self._share(encoded, [len(row.input_ids) for row in encoded], SequenceBatch.collate)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,11 +61,23 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
         ConfigError: There is no such file or function.
     """
     function = _import_function(name, key)
-    takes_targets = len(signature(function).parameters) > 2
+    parameters = signature(function).parameters.values()
+    takes_targets = len(parameters) > 2
+    if len(parameters) < 2 and not any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters):
+        raise ConfigError(
+            f"{key}={name}: the function must have two parameters, the prompts and the responses.",
+            "Define it as def score(prompts, responses).",
+        )
 
     def score(prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
         arguments: list[Any] = [list(prompts), list(responses), list(targets)]
-        scores = [float(value) for value in function(*(arguments if takes_targets else arguments[:2]))]
+        result: Any = function(*(arguments if takes_targets else arguments[:2]))
+        try:
+            scores = [float(value) for value in result]
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{key}={name} must return a list with one number per response, got {result!r:.60}."
+            ) from None
         if len(scores) != len(responses):
             raise DataError(f"{key}={name} returned {len(scores)} scores for {len(responses)} responses.")
         for score, response in zip(scores, responses, strict=True):

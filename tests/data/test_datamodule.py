@@ -46,6 +46,34 @@ def test_validation_is_held_out_of_train_if_there_is_no_file(
     assert split("train", seed=1) != (train, val)
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_needs_both_labels(write: Write, label: bool) -> None:
+    path = write(*({"prompt": f"Q{i}", "completion": f"A{i}", "label": label} for i in range(4)))
+    with pytest.raises(
+        DataError, match=f"every label is {str(label).lower()}, but KTO needs desirable and undesirable"
+    ):
+        UnpairedDataModule(train=path, val_fraction=0.0).records("train")
+
+
+def test_special_tokens_in_texts_are_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write({"prompt": "Q", "target": "A"}, {"prompt": "Q", "target": f"A{tokenizer.eos_token} more"})
+    data = SFTDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer)
+    data.encoded("train")
+    expected = f"the texts of 1 records contain a special token, such as {tokenizer.eos_token} in {path}:2"
+    assert expected in caplog.text
+
+
+def test_truncated_responses_and_a_large_batch_are_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write({"prompt": "Q", "target": "A long response of many words"})
+    SFTDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer, max_length=4).encoded("train")
+    assert "1 of 1 responses are truncated. Raise data.max_length." in caplog.text
+    assert "data.batch_size=16 exceeds the 1 rows" in caplog.text
+
+
 def test_nothing_is_held_out_if_there_is_a_validation_file(write: Write, demonstrations: Demonstrations) -> None:
     train, val = write(*demonstrations(20)), write(*demonstrations(2), name="val.jsonl")
     data = SFTDataModule(train=train, val=val, val_fraction=0.5)

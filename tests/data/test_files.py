@@ -64,11 +64,12 @@ def test_an_invalid_line_is_located(tmp_path: Path, line: str, reason: str) -> N
         read_rows(str(path))
 
 
-def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path, name: str) -> None:
     """The datasets library alone would fail only when the row is accessed."""
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / name
     path.write_bytes('{"prompt": "straße"}\n'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"rows\.jsonl: the file must be UTF-8"):
+    with pytest.raises(DataError, match=rf"{name}: the file must be UTF-8.*\n  Convert it, .*iconv"):
         list(read_rows(str(path)))
 
 
@@ -79,6 +80,9 @@ def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
         ("rows.jsonl", "", r"rows\.jsonl: the file is empty"),
         ("rows.txt", "hello", r"rows\.txt: the file extension '\.txt' is not supported\.\n.*\.jsonl"),
         ("rows.parquet", "hello", r"rows\.parquet: the file cannot be read"),
+        ("rows.csv", '{"prompt": "a"}\n', r"rows\.csv: the content is JSON, .*\n  Rename the file: .*rows\.jsonl"),
+        ("rows.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', r"rows\.json: the file contains several lists .*\(a, b\)"),
+        ("rows.jsonl", '{"x": "a"}\n{"x": "\\ud800"}\n', r"rows\.jsonl:2: the line contains '\\ud800', which is half"),
     ],
 )
 def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -86,6 +90,32 @@ def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_rows(str(tmp_path / name))
+
+
+def test_rows_under_one_key_of_a_json_file_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert list(read_rows(str(path))) == ROWS
+
+
+def test_one_record_in_a_json_file_is_a_row(tmp_path: Path) -> None:
+    """Its list of messages is not a list of rows."""
+    record = {"messages": [{"role": "user", "content": "Q"}]}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(record))
+    assert list(read_rows(str(path))) == [record]
+
+
+def test_a_csv_file_may_have_semicolons(tmp_path: Path) -> None:
+    """Spreadsheets write them in countries where the comma is the decimal mark."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;reward\na, b;0.5\n")
+    assert list(read_rows(str(path))) == [{"prompt": "a, b", "reward": 0.5}]
+
+
+def test_a_local_file_has_no_subsets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.subset=small: .*rows\.jsonl is a local file"):
+        read_rows(write(tmp_path / "rows.jsonl", ROWS), subset="small")
 
 
 def test_a_folder_is_not_called_a_missing_file(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ def ending_with(text: str) -> list[dict[str, str]]:
         # The datasets library fills columns that a row does not use with None.
         ({"document": None, "prompt": "Q", "completion": "A", "messages": None}, Demonstration(PROMPT, "A")),
         ({"prompt": "Q", "completion": " A\n"}, Demonstration(PROMPT, " A\n")),
+        ({"instruction": "Q", "input": "", "output": "A"}, Demonstration(PROMPT, "A")),  # Alpaca
+        (
+            {"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            Demonstration(PROMPT, "A"),
+        ),  # ShareGPT
     ],
 )
 def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
@@ -66,6 +71,11 @@ def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
 )
 def test_preferences(row: dict[str, Any], expected: Preference) -> None:
     assert RecordParser().parse(row, Preference) == expected
+
+
+def test_the_input_of_alpaca_follows_its_instruction() -> None:
+    row = {"instruction": "Shorten it.", "input": "A long text.", "output": "A."}
+    assert RecordParser().parse(row, Demonstration).prompt.raw_text == "Shorten it.\n\nA long text."
 
 
 def test_a_transcript_keeps_the_lines_within_a_turn() -> None:
@@ -189,7 +199,7 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         ({"prompt": "Q", "chosen": {"a": 1}, "rejected": "A"}, Preference, "'chosen' must be text or a list", None),
         ({"messages": "hello"}, Demonstration, "'messages' must be text or a list of messages, got 'hello'", None),
         ({"messages": [{"role": "user"}]}, Demonstration, "must have a 'role' and a 'content' string", None),
-        ({"messages": [{"from": "human", "value": "Q"}]}, Demonstration, "every message in the field 'messages'", None),
+        ({"messages": [{"from": "human", "text": "Q"}]}, Demonstration, "every message in the field 'messages'", None),
         ({"messages": ["Q", "A"]}, Demonstration, "must have a 'role' and a 'content' string", None),
         ({"messages": [USER]}, Demonstration, "'messages' must end with a message by 'assistant'", None),
         ({"messages": [ASSISTANT]}, Demonstration, "must end with a user message", None),
@@ -197,6 +207,7 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         ({"chosen": [USER, ASSISTANT], "rejected": ending_with("D")}, Preference, "do not share a prompt", None),
         ({"chosen": TRANSCRIPT + " C", "rejected": "\n\nHuman: X\n\nAssistant: D"}, Preference, "do not share", None),
         ({"prompt": "Q", "response": "A", "reward": "good"}, Rating, "must be a finite number, got 'good'", None),
+        ({"prompt": "Q", "response": "A", "reward": 10**400}, Rating, "must be a finite number, got 1000000", None),
         ({"prompt": "Q", "response": "A", "reward": float("nan")}, Rating, "must be a finite number, got nan", None),
         ({"prompt": "Q", "response": "A", "reward": True}, Rating, "must be a finite number, got True", None),
         ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": "big"}, Preference, "'margin' must be a", None),

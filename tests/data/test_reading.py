@@ -44,6 +44,29 @@ def test_a_missing_field_is_reported_with_line_and_fix(tmp_path: Path) -> None:
     )
 
 
+def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
+    """The reward is text. The message must not ask for the fields of a preference pair."""
+    path = write({"prompt": "Q", "response": "A", "reward": "0.5"})
+    with pytest.raises(DataError, match="the field 'reward' must be a finite number, got '0.5'"):
+        READER.read(path, "train", (Preference, Rating))
+
+
+def test_conversations_of_sharegpt_are_suggested_as_messages(write: Write) -> None:
+    row = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    with pytest.raises(DataError, match=r"data\.columns\.messages=conversations"):
+        READER.read(write(row), "train", (Demonstration,))
+    reader = RecordReader(RecordParser({"messages": "conversations"}))
+    assert reader.read(write(row), "train", (Demonstration,)) == [Demonstration(QUESTION, "A")]
+
+
+@pytest.mark.parametrize("empty", ["chosen", "rejected"])
+def test_empty_responses_of_pairs_are_counted(write: Write, caplog: pytest.LogCaptureFixture, empty: str) -> None:
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    path = write(pair, {**pair, empty: " "})
+    READER.read(path, "train", (Preference,))
+    assert f"1 of 2 records have an empty chosen or rejected response; the first one: {path}:2" in caplog.text
+
+
 def test_the_suggested_column_is_not_empty(write: Write) -> None:
     """Another row has a margin and this one does not, so 'margin' cannot be the column of 'rejected'."""
     path = write(LOSER_COLUMN, {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 1.0})

@@ -37,6 +37,9 @@ def test_function_with_three_arguments_receives_targets(
     ("code", "message"),
     [
         ("def score(prompts, responses): return [1.0]", "returned 1 scores for 2 responses"),
+        ("def score(prompts, responses): return ['x', 'y']", "must return a list with one number per response, got"),
+        ("def score(prompts, responses): return None", "must return a list with one number per response, got None"),
+        ("def score(*texts): return 0.5", "must return a list with one number per response, got 0.5"),
         ("def score(prompts, responses): return [1.0, float('nan')]", "non-finite score nan for the response 'b'"),
     ],
 )
@@ -53,6 +56,12 @@ def test_training_decides_what_happens_with_scores_that_are_not_finite(
     """``stage.on_nonfinite`` applies to the scores of every reward function."""
     path = write_function(tmp_path, "def score(prompts, responses): return [1.0, float('nan')]")
     assert load(PythonReward(path=path))(make_batch("a", "b")).isnan().tolist() == [False, True]
+
+
+def test_a_function_of_prompts_alone_is_rejected_when_it_is_loaded(tmp_path: Path) -> None:
+    path = write_function(tmp_path, "def score(prompts): return [1.0]")
+    with pytest.raises(ConfigError, match="must have two parameters, the prompts and the responses"):
+        load_scorer(path, key="reward.path")
 
 
 def test_missing_file_or_function_is_an_error(tmp_path: Path, load: Callable[..., Any]) -> None:
