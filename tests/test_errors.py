@@ -170,8 +170,8 @@ def test_an_unknown_choice_lists_the_choices() -> None:
         ("hello", "'hello' is not an override: the form is <key>=<value>.", "For example: stage=ppo"),
         (
             "data.train=a=b.jsonl",
-            "'data.train=a=b.jsonl' cannot be parsed: the value contains a character that has a meaning for Hydra, such "
-            "as a space, '=', ',' or a bracket.",
+            "'data.train=a=b.jsonl' cannot be parsed: the value contains a character that has a meaning for Hydra, "
+            "such as a space, '=', ',' or a bracket.",
             "Quote the value: 'data.train=\"a=b.jsonl\"'",
         ),
         (

@@ -47,7 +47,7 @@ def test_a_missing_field_is_reported_with_line_and_fix(tmp_path: Path) -> None:
 def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
     """The reward is text. The message must not ask for the fields of a preference pair."""
     path = write({"prompt": "Q", "response": "A", "reward": "0.5"})
-    with pytest.raises(DataError, match="the field 'reward' must be a finite number, got '0.5'"):
+    with pytest.raises(DataError, match=r"the field 'reward' must be a finite number, got '0\.5'"):
         READER.read(path, "train", (Preference, Rating))
 
 
