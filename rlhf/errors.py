@@ -133,6 +133,8 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):
+        return f"Hydra rejects an override: {str(error).split(' : ')[0]}.\n  {_hydra_hint(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"

@@ -49,7 +49,7 @@ def parse_json(text: str, path: str, name: str) -> dict[str, Any]:
     """Parse a field of an export that must be a JSON object."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: {name} is not valid JSON ({error}).", REPLACE_FILE) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: {name} must be a JSON object, got {type(content).__name__}.", REPLACE_FILE)

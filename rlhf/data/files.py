@@ -48,7 +48,6 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
 
 def _read_file(path: str) -> Sequence[dict[str, Any]]:
     from datasets import disable_progress_bars, enable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     extension = Path(path).suffix.lower()
     if Path(path).is_dir():
@@ -67,7 +66,9 @@ def _read_file(path: str) -> Sequence[dict[str, Any]]:
     options = _json_options(path) if extension == ".json" else _csv_options(path) if extension in SEPARATED else {}
     try:
         rows: Sequence[dict[str, Any]] = load_dataset(BUILDERS[extension], data_files=path, split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
+        if len(rows):
+            rows[0]  # The library reports field names that it does not support only when a row is accessed.
+    except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
         if extension in LINE_PER_ROW:
             _find_invalid_line(path)
         raise DataError(f"{path}: the file cannot be read ({_reason(error)}).") from error
