@@ -48,6 +48,10 @@ ADVICE = {
         "The policy has collapsed: it samples nearly the same response every time.",
         "Set stage.sampling.temperature=1, raise stage.kl_coef, or lower stage.learning_rate.",
     ),
+    "constant_scores": Advice(
+        "Every response of an iteration has the same score, so there is nothing to learn from.",
+        "Check the function in reward.path, and the samples in the log.",
+    ),
     "explained_variance": Advice(
         "The critic predicts returns worse than a constant would, so advantages are mostly noise.",
         "Raise stage.critic_learning_rate or stage.value_coef, or set stage.value_clip_range=null. Check val/accuracy "
@@ -72,6 +76,7 @@ class Alerts(Callback):
             window.
         max_truncated_share: Largest ``response/truncated``, a fraction of responses, as a mean over the window.
         min_entropy_per_token: Smallest ``policy/entropy_avg``, in nats per token, as a mean over the window.
+        min_score_range: Smallest ``objective/score_range``, in reward units, as a mean over the window.
         min_explained_variance: Smallest ``critic/explained_variance``, as a mean over the window. The first 10
             iterations are ignored.
         max_gradient_norm_ratio: Largest ``grad_norm`` relative to the median of the previous 50. The alert needs 10
@@ -88,6 +93,7 @@ class Alerts(Callback):
         max_repetition_share: Fraction | None = 0.2,
         max_truncated_share: Fraction | None = 0.2,
         min_entropy_per_token: NonNegativeFloat | None = 0.005,
+        min_score_range: NonNegativeFloat | None = 1e-6,
         min_explained_variance: float | None = 0.0,
         max_gradient_norm_ratio: PositiveFloat | None = 10.0,
         window: PositiveInt = 5,
@@ -97,6 +103,7 @@ class Alerts(Callback):
         self.max_repetition_share = max_repetition_share
         self.max_truncated_share = max_truncated_share
         self.min_entropy_per_token = min_entropy_per_token
+        self.min_score_range = min_score_range
         self.min_explained_variance = min_explained_variance
         self.max_gradient_norm_ratio = max_gradient_norm_ratio
         self.window = window
@@ -115,6 +122,7 @@ class Alerts(Callback):
             "repetition": (("response/repetition",), self.max_repetition_share),
             "truncation": (("response/truncated",), self.max_truncated_share),
             "entropy": (("policy/entropy_avg",), self.min_entropy_per_token),
+            "constant_scores": (("objective/score_range",), self.min_score_range),
             "explained_variance": (("critic/explained_variance",), self.min_explained_variance),
             "gradient_norm": (("grad_norm",), self.max_gradient_norm_ratio),
         }
@@ -146,7 +154,7 @@ class Alerts(Callback):
             return ""
         if alert == "length":
             return self._length_message(mean, limit)
-        if alert in ("entropy", "explained_variance"):
+        if alert in ("entropy", "constant_scores", "explained_variance"):
             return f"{names[0]} is {mean:.3g}, below {limit:g}" if not mean >= limit else ""
         return f"{names[0]} is {mean:.3g}, above {limit:g}" if not mean <= limit else ""
 

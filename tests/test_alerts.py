@@ -30,6 +30,7 @@ HEALTHY = {
     "policy/entropy_avg": series(
         "0.25 0.2 0.14 0.11 0.1 0.05 0.04 0.03 0.03 0.03 0.03 0.03 0.06 0.04 0.02 0.03 0.02 0.02 0.03 0.014"
     ),
+    "objective/score_range": [3.0] * 20,
     "critic/explained_variance": series(
         "-4.6 -0.8 0 -0.13 0.21 0.17 0.22 0.2 0.32 0.43 0.41 0.38 0.1 0.29 0.62 0.6 0.57 0.61 0.68 0.5"
     ),
@@ -48,6 +49,8 @@ FAULTS: dict[str, tuple[dict[str, Sequence[float]], int]] = {
     "truncation": ({"response/truncated": [0.0] * 10 + [1.0] * 10}, 11),
     # (0.02 + 4 x 0.001) / 5 = 0.0048 is below 0.005. (2 x 0.02 + 3 x 0.001) / 5 = 0.0086 is not.
     "entropy": ({"policy/entropy_avg": [0.02] * 10 + [0.001] * 10}, 13),
+    # Five zeros in a row.
+    "constant_scores": ({"objective/score_range": [0.5] * 10 + [0.0] * 10}, 14),
     # The first 14 values are ignored.
     "explained_variance": ({"critic/explained_variance": [-1.0] * 20}, 14),
     # 10 times the median of 1 does not exceed the limit, 11 times does.
@@ -90,6 +93,7 @@ def test_null_threshold_disables_an_alert(name: str) -> None:
         "repetition": "max_repetition_share",
         "truncation": "max_truncated_share",
         "entropy": "min_entropy_per_token",
+        "constant_scores": "min_score_range",
         "explained_variance": "min_explained_variance",
         "gradient_norm": "max_gradient_norm_ratio",
     }[name]

@@ -71,6 +71,7 @@ def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: Sco
         "objective/entropy": -means["logprobs"],
         "objective/scores": means["scores"],
         "objective/scores_std": scores.std,
+        "objective/score_range": float(columns["scores"].max() - columns["scores"].min()),
         "objective/non_score_reward": non_score_reward,
         "objective/rlhf_reward": float(shaped.mean()) + non_score_reward,
         "response/length": means["length"],
