@@ -1,6 +1,9 @@
 """Checkpoints that a killed run can be resumed from exactly."""
 
+import copy
+import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from rlhf.errors import ConfigError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat
+from rlhf.stage.random_state import get_random_state
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,8 +37,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_write(Path(path), lambda file: torch.save(checkpoint, file))
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """What a checkpoint at a resumable position holds besides weights and optimizer: the rest of the state of a run.
+
+    If the next step fails before it changes the weights, a checkpoint of this position can still be written.
+
+    Args:
+        step: Optimizer steps taken.
+        entries: Entries of the checkpoint: position in the loops and in the data, and random state.
+        module_state: Entries of its ``state_dict``, such as running moments and counters.
+    """
+
+    step: int
+    entries: dict[str, Any]
+    module_state: dict[str, Any]
+
+    @classmethod
+    def here(cls, trainer: Trainer, module: LightningModule) -> "Boundary":
+        """Return the present state of a run on a single process."""
+        entries = {
+            "loops": trainer._checkpoint_connector._get_loops_state_dict(),
+            "random_states": [get_random_state()],
+        }
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is not None:
+            entries[type(datamodule).__qualname__] = datamodule.state_dict()
+        state = {
+            f"{name}.{nn.modules.module._EXTRA_STATE_KEY_SUFFIX}".lstrip("."): part.get_extra_state()
+            for name, part in module.named_modules()
+            if type(part).get_extra_state is not nn.Module.get_extra_state
+        }
+        return cls(trainer.global_step, copy.deepcopy(entries), copy.deepcopy(state))
+
+
 class RunCheckpoint(ModelCheckpoint):
-    """Writes ``last.ckpt`` every few minutes, at the end of every epoch, and at the end of training.
+    """Writes ``last.ckpt`` every few minutes, at the end of every epoch and of training, and when training fails.
 
     The checkpoint before that is kept as ``previous.ckpt``.
 
@@ -60,6 +101,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
+        self._boundary: Boundary | None = None  # The last such position, unless the weights have changed since.
         self._last_written = 0.0  # Seconds of the monotonic clock.
         self._numbered_step = 0  # The step of the last numbered checkpoint.
 
@@ -90,11 +132,14 @@ class RunCheckpoint(ModelCheckpoint):
         is_last = getattr(batch, "last", True)  # A minibatch of PPO and GRPO: the last one of its rollout.
         self._at_boundary = is_last and not loop._should_accumulate()
         if self._at_boundary and not loop._is_training_done and not self._validation_follows(trainer):
-            self._save_if_due(trainer)
+            self._reach_boundary(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._at_boundary and not self._is_idle(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
-            self._save_if_due(trainer)
+            self._reach_boundary(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._boundary = None  # From here on, the weights are those of the next position.
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._at_boundary = True  # An uninterrupted run does not train on the rest of a rollout, either.
@@ -113,11 +158,21 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         # Writing is a collective operation, and only a single process knows that all ranks have stopped here.
-        stopped_here = isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1
-        if stopped_here and self._at_boundary and not self._is_idle(trainer) and not self._is_saved(trainer):
-            self._save_last(trainer)
+        if trainer.world_size > 1 or self._is_idle(trainer) or self._is_saved(trainer):
+            return
+        if isinstance(exception, SIGTERMException):
+            if trainer.training and self._at_boundary:
+                self._save_last(trainer)
+        elif isinstance(exception, Exception) and self._boundary and self._boundary.step == trainer.global_step:
+            self._save_last(trainer, self._boundary)
+            log.warning("Training has failed. %s holds step %d.", self.last_model_path, self._boundary.step)
 
     # What to write
+
+    def _reach_boundary(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save_if_due(trainer)
+        if trainer.world_size == 1:
+            self._boundary = Boundary.here(trainer, module)
 
     def _save_if_due(self, trainer: Trainer) -> None:
         numbered = self._numbered_is_due(trainer)
@@ -136,15 +191,27 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
         self._numbered_step = trainer.global_step
 
-    def _save_last(self, trainer: Trainer) -> None:
+    def _save_last(self, trainer: Trainer, boundary: Boundary | None = None) -> None:
+        """Write ``last.ckpt`` of the present position, or of an earlier one after which no weight has changed."""
         if not self.save_last:
             return
         newest = self.resumable[0] if self.resumable else None
         if trainer.is_global_zero and newest is not None and newest.name == LAST and newest.is_file():
             replace_link(newest.with_name(PREVIOUS), newest)
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if boundary is None:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        else:
+            self._save_boundary(trainer, boundary)
         self._last_written = time.monotonic()
         self.resumable = Path(self.last_model_path), trainer.global_step
+
+    def _save_boundary(self, trainer: Trainer, boundary: Boundary) -> None:
+        assert self.dirpath is not None
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint |= boundary.entries
+        checkpoint["state_dict"] |= boundary.module_state
+        self.last_model_path = str(Path(self.dirpath, LAST))
+        trainer.strategy.save_checkpoint(checkpoint, self.last_model_path)
 
     def _numbered_is_due(self, trainer: Trainer) -> bool:
         steps = self._every_n_train_steps

@@ -21,6 +21,7 @@ from harness import DEMONSTRATIONS, EXACT, TINY_DATA, TINY_MODEL, Run, TinyRun, 
 from rlhf import checkpoint
 from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from rlhf.errors import ConfigError, Stopped
+from rlhf.rl.collector import Collector
 from rlhf.signals import report_signals
 
 # Resumed runs write to another directory, so that the checkpoints of the first run stay as they are.
@@ -162,6 +163,62 @@ def test_every_checkpoint_resumes_exactly(
         resumed = runs.fit(stage, runs.callback("resumed"), resume=path, trainer=keys)
         assert resumed.trainer.global_step == steps[-1]
         assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+class Fault(lightning.Callback):
+    """Raises an error in a hook when it is called for the n-th time, after drawing random numbers."""
+
+    def __init__(self, hook: str, count: int) -> None:
+        self.remaining = count
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: Any, **__: Any) -> None:
+        self.remaining -= 1
+        if self.remaining == 0:
+            torch.rand(3)
+            raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "hook", "count", "step"),
+    [
+        ("sft", {}, "on_train_batch_start", 3, 2),
+        ("sft", {}, "on_before_backward", 3, 2),
+        ("sft", {}, "on_after_backward", 7, 6),
+        ("sft", {"accumulate_grad_batches": 2}, "on_after_backward", 4, 1),  # in the second batch of the second step
+        ("ppo", {}, "score", 2, 4),  # in the second rollout
+        ("ppo", {}, "on_train_batch_start", 9, 8),
+        ("ppo", {"accumulate_grad_batches": 2}, "on_after_backward", 9, 4),
+    ],
+)
+def test_a_failure_writes_a_checkpoint_that_resumes_exactly(
+    runs: CheckpointedRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    keys: dict[str, Any],
+    hook: str,
+    count: int,
+    step: int,
+) -> None:
+    """The checkpoint is that of the last position from which a run can be resumed, before the step that failed."""
+    whole = runs.fit(stage, runs.callback("whole", every_n_minutes=None), trainer=keys)
+    fault, score = Fault(hook, count), Collector.score
+    with monkeypatch.context() as patch:
+        if hook == "score":
+            patch.setattr(Collector, "score", lambda *arguments: (fault.fail(), score(*arguments))[1])
+        with pytest.raises(RuntimeError, match="a bug"):
+            runs.fit(stage, runs.callback(every_n_minutes=None), fault, trainer=keys)
+    assert step_of(runs.last) == step
+    resumed = runs.fit(stage, runs.callback("resumed"), resume=runs.last, trainer=keys)
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+@pytest.mark.parametrize(("stage", "count"), [("sft", 1), ("ppo", 2), ("ppo", 6)])
+def test_a_failure_elsewhere_writes_no_checkpoint(runs: CheckpointedRuns, stage: str, count: int) -> None:
+    """Before the first step there is nothing to save. Within a PPO iteration, the weights have changed."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        runs.fit(stage, runs.callback(every_n_minutes=None), Fault("on_after_backward", count))
+    assert not runs.last.exists()
 
 
 def test_a_checkpoint_is_written_every_five_minutes(
