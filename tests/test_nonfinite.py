@@ -187,7 +187,7 @@ def test_overflowing_gradients_of_float16_are_left_to_the_scaler(
 
 
 class FaultyReward(RewardFunction):
-    """Returns NaN for the sixth response of some calls."""
+    """Returns NaN for the third response from the end in some calls."""
 
     def __init__(self, calls: set[int]) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class FaultyReward(RewardFunction):
         self.count += 1
         scores = torch.arange(float(len(batch.input_ids)), device=batch.input_ids.device)
         if self.count in self.calls:
-            scores[5] = NAN
+            scores[-3] = NAN
         return scores
 
 
