@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
 
 RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
-KINDS = {"language_model": "language model", "scalar_model": "reward model"}
 FINAL_PATTERN = "*_final.pt"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
 
@@ -272,13 +271,7 @@ class Export:
         return model
 
     def _content(self, kind: str | None = None) -> dict[str, Any]:
-        content = read_export(self.path)
-        if kind is not None and content["kind"] != kind:
-            raise DataError(
-                f"{self.path} contains a {KINDS[content['kind']]}, but a {KINDS[kind]} is needed.",
-                "stage.reward_model needs the result of stage=reward, and stage.policy that of another stage.",
-            )
-        return content
+        return read_export(self.path, kind)
 
 
 def open_model_source(

@@ -16,14 +16,19 @@ from rlhf.time_limit import time_limit
 FORMAT = 1
 BUILD_SECONDS = 300  # of processor time; without memory for the weights, large models take a few seconds
 KINDS = {"language_model": "policy.lm.", "scalar_model": "model."}  # and the prefix of their weights in checkpoints
+KIND_NAMES = {"language_model": "language model", "scalar_model": "reward model"}
 _REQUIRED: dict[str, type] = {"kind": str, "config": str, "tokenizer": Mapping, "weights": Mapping, "provenance": str}
 
 
-def read_export(path: str) -> dict[str, Any]:
+def read_export(path: str, kind: str | None = None) -> dict[str, Any]:
     """Read an export, or a checkpoint in the form of an export; weights stay on disk until they are used.
 
+    Args:
+        path: The file.
+        kind: The kind of model that is needed; None: any.
+
     Raises:
-        DataError: The file is neither, or it is incomplete.
+        DataError: The file is neither, it is incomplete, or it contains another kind of model.
     """
     content = read_archive(path)
     if isinstance(content.get("rlhf"), Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -33,14 +38,18 @@ def read_export(path: str) -> dict[str, Any]:
         content = {**content["rlhf"], "weights": weights}
     if content.get("format") != FORMAT:
         raise DataError(f"{path}: not a valid rlhf export of format {FORMAT}.", REPLACE_FILE)
-    for name, kind in _REQUIRED.items():
-        if not isinstance(content.get(name), kind):
-            what = (
-                "is missing" if name not in content else f"must be {kind.__name__}, got {type(content[name]).__name__}"
-            )
+    for name, required in _REQUIRED.items():
+        if not isinstance(content.get(name), required):
+            found = type(content.get(name)).__name__
+            what = f"must be {required.__name__}, got {found}" if name in content else "is missing"
             raise DataError(f"{path}: not a valid rlhf export: {name} {what}.", REPLACE_FILE)
     if content["kind"] not in KINDS:
         raise DataError(f"{path}: kind must be one of {', '.join(KINDS)}, got {content['kind']!r}.", REPLACE_FILE)
+    if kind is not None and content["kind"] != kind:
+        raise DataError(
+            f"{path} contains a {KIND_NAMES[content['kind']]}, but a {KIND_NAMES[kind]} is needed.",
+            "stage.reward_model needs the result of stage=reward, and stage.policy that of another stage.",
+        )
     check_tensors(content["weights"], path)
     return content
 

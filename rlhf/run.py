@@ -86,18 +86,9 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     trainer = build_trainer(cfg, [start, ExportHeader(provenance), *preflight])
     check_loadable(checkpoint, trainer.strategy)
     try:
-        with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
-            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        fit(cfg, trainer, module, datamodule, checkpoint)
     except PreflightOnly:
         return float("nan")
-    except ValueError as error:
-        if "`val_check_interval`" not in str(error):
-            raise
-        raise ConfigError(
-            f"trainer.val_check_interval must be at most the number of batches of an epoch, got "
-            f"{cfg.trainer.val_check_interval}.",
-            "Set trainer.val_check_interval=1.0 for one validation per epoch.",
-        ) from error
     if module.monitor not in trainer.callback_metrics and datamodule.records("val"):
         with report_signals(trainer):
             trainer.validate(module, datamodule, verbose=False)
@@ -112,6 +103,21 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
         log_hyperparameters(trainer, cfg, module.metrics)
     log.info("%s = %s", module.monitor, "none" if value is None else f"{monitored:.4f}")
     return monitored
+
+
+def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: Any, checkpoint: str | None) -> None:
+    """Train a module, from a checkpoint if there is one, and turn what the user can mend into a message."""
+    try:
+        with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ConfigError(
+            "trainer.val_check_interval must be at most the number of batches of an epoch, got "
+            f"{cfg.trainer.val_check_interval}.",
+            "Set trainer.val_check_interval=1.0 for one validation per epoch.",
+        ) from error
 
 
 def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -315,7 +315,7 @@ def test_checks_use_short_rows_and_the_longest_sequence(gpt2_run: TinyRun) -> No
     rows = [{"prompt": "A", "target": "word " * count} for count in range(1, 60)]
     data = gpt2_run.datamodule("sft", train=gpt2_run.write("rows", rows), max_length=1000)
     lengths = sorted(map(data.length, data.encoded("train")))
-    short = [length for length in lengths if length <= 128]
+    short = [length for length in lengths if length <= 96]
     assert 8 < len(short) < len(lengths)
     assert [data.length(row) for row in sample_rows(data)] == [*short[:4], *short[-4:]]
     assert [data.length(row) for row in sample_rows(data, 4)] == [*short[:2], *short[-2:]]

@@ -247,7 +247,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a reward model for a policy": (
         ["stage=dpo", "stage.policy={tmp}/reward.pt"],
-        ["reward.pt", "contains a scalar model"],
+        ["reward.pt", "contains a reward model"],
     ),
     "a wrong value of a Trainer key": (
         ["stage=sft", "trainer.precision=17-true", "data.max_rows=40"],

@@ -15,7 +15,8 @@ from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
 from rlhf.data.records import Message, Prompt, Record, prompt_of
-from rlhf.errors import ConfigError, DataError
+from rlhf.data.report import report_encoded
+from rlhf.errors import ConfigError
 from rlhf.models.tokenizer import chat_template
 from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed
 from rlhf.tokenizer_probe import check_template
@@ -197,52 +198,8 @@ class RecordDataModule(lightning.LightningDataModule):
             used = (record for record, row in zip(records, rows, strict=True) if row is not None)
             self._row_numbers[split] = [prompt_of(record).row for record in used]
             if records:
-                self._report_encoded(split, len(rows), encoder)
+                report_encoded(self, split, encoder.counts, dropped=len(rows) - len(self._rows[split]))
         return self._rows[split]
-
-    def _report_encoded(self, split: str, records: int, encoder: Encoder) -> None:
-        rows, path = len(self._rows[split]), self.paths[split] or split
-        log.info(
-            "%s: %d rows, %d dropped; %d prompts and %d responses truncated to fit %d tokens",
-            path,
-            rows,
-            records - rows,
-            encoder.counts["truncated_prompts"],
-            encoder.counts["truncated_responses"],
-            self.max_length,
-        )
-        truncated = encoder.counts["truncated_responses"]
-        if rows and truncated > rows / 2:
-            log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, rows)
-        if split == "train" and self.batch_size > rows > 0:
-            log.warning("data.batch_size=%d exceeds the %d rows of %s.", self.batch_size, rows, path)
-        self._warn_about_special_tokens(split)
-        if not rows:
-            raise DataError(
-                f"{path}: no record can be used with data.max_length={self.max_length}.",
-                f"Set data.max_length={2 * self.max_length}.",
-            )
-
-    def _warn_about_special_tokens(self, split: str) -> None:
-        """Warn about texts that contain a special token: the tokenizer does not read it as text."""
-        assert self.tokenizer is not None
-        special = [str(token) for token in self.tokenizer.all_special_tokens]
-        found = [
-            (record, token)
-            for record in self.records(split)
-            for token in special
-            if any(token in text for text in self.texts_of_record(record))
-        ]
-        if found:
-            path, row = self.paths[split] or self.paths["train"] or split, prompt_of(found[0][0]).row
-            log.warning(
-                "%s: the texts of %d records contain a special token, such as %s in %s. The model reads it as a token, "
-                "not as text.",
-                path,
-                len({id(record) for record, _ in found}),
-                found[0][1],
-                path if row is None else locations(path, [row])[0],
-            )
 
     def sample_prompts(self, count: int, response_budget: int = 64) -> list[tuple[list[int], Prompt]]:
         """Return the first validation prompts as token ids and records; training prompts if there is no validation.

@@ -1,5 +1,6 @@
 """Data of the stages that train on unpaired preferences: single responses with a label."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.records import Preference, UnpairedPreference
 from rlhf.errors import DataError
 from rlhf.schema import PositiveInt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,15 +66,7 @@ class UnpairedDataModule(RecordDataModule):
         return any(isinstance(record, Preference) and record.margin for record in super().records("train"))
 
     def records(self, split: str) -> list[UnpairedPreference]:
-        rows = [row for record in super().records(split) for row in _as_unpaired(record)]
-        labels = {row.desirable for row in rows}
-        if split == "train" and len(labels) == 1:
-            raise DataError(
-                f"{self.paths[split]}: every label is {str(labels.pop()).lower()}, but KTO needs desirable and "
-                "undesirable responses.",
-                "Add rows with the other label, or use stage=sft for desirable responses.",
-            )
-        return rows
+        return [row for record in super().records(split) for row in _as_unpaired(record)]
 
     def texts_of_record(self, record: Any) -> Sequence[str]:
         return [*(message["content"] for message in record.prompt.messages), record.response]
@@ -85,6 +80,13 @@ class UnpairedDataModule(RecordDataModule):
         rows = super().encoded(split)
         if is_new and rows:
             self._add_mismatched(rows, split)
+            labels = {row.desirable for row in rows}
+            if split == "train" and len(labels) == 1:
+                log.warning(
+                    "%s: every label is %s, but KTO needs desirable and undesirable responses.",
+                    self.paths[split],
+                    str(labels.pop()).lower(),
+                )
         return rows
 
     def _add_mismatched(self, rows: list[EncodedUnpaired], split: str) -> None:

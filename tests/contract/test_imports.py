@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
         "hparams",
         "lineage",
         "main",
+        "output_directory",
         "pipeline",
         "replay",
         "resume",

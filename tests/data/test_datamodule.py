@@ -47,12 +47,12 @@ def test_validation_is_held_out_of_train_if_there_is_no_file(
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_kto_needs_both_labels(write: Write, label: bool) -> None:
+def test_labels_that_are_all_the_same_are_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, label: bool
+) -> None:
     path = write(*({"prompt": f"Q{i}", "completion": f"A{i}", "label": label} for i in range(4)))
-    with pytest.raises(
-        DataError, match=f"every label is {str(label).lower()}, but KTO needs desirable and undesirable"
-    ):
-        UnpairedDataModule(train=path, val_fraction=0.0).records("train")
+    UnpairedDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer).encoded("train")
+    assert f"every label is {str(label).lower()}, but KTO needs desirable and undesirable responses" in caplog.text
 
 
 def test_special_tokens_in_texts_are_reported(
