@@ -1,7 +1,7 @@
 """The directory of a stage or a pipeline. A command that is rejected before training starts leaves nothing in it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import UserError
-from rlhf.files import locked, remove, remove_if_empty
+from rlhf.files import LOCK, locked, remove, remove_if_empty
 from rlhf.logs import log_file
 
 
@@ -25,38 +25,43 @@ class OutputDirectory:
         cfg: The configuration, which ``start`` writes to ``.hydra/``.
         path: The directory.
         log_name: Name of the log file in it.
-        lock: Hold the lock of the directory.
     """
 
-    def __init__(self, cfg: DictConfig, path: Path, log_name: str, *, lock: bool = True) -> None:
+    def __init__(self, cfg: DictConfig, path: Path, log_name: str) -> None:
         self.cfg = cfg
         self.path = path
         self.log_name = log_name
-        self.lock = lock and is_rank_zero()
         self.started = False
         self._release_log: Callable[[], None] = lambda: None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Write the log of this directory, and hold its lock, during the context."""
-        existing = set(self.path.rglob("*"))
-        rejected = True
-        try:
-            with (
-                locked(self.path) if self.lock else nullcontext(),
-                log_file(self.path / self.log_name, hold=True) as self._release_log,
-            ):
-                try:
-                    yield
-                except Exception as error:
-                    rejected = isinstance(error, UserError)
-                    if not rejected and not self.started:
-                        with suppress(OSError):
-                            self._write_log()  # It helps to find the bug.
-                    raise
-        finally:
-            if rejected and not self.started and is_rank_zero():
-                self._remove_all_but(existing)
+        """Hold the lock of this directory, and write its log, during the context.
+
+        Raises:
+            ConfigError: Another process holds the lock. Its files stay as they are.
+        """
+        if not is_rank_zero():
+            with log_file(self.path / self.log_name):
+                yield
+            return
+        existed = (self.path / LOCK).exists()
+        with locked(self.path):
+            existing = set(self.path.rglob("*")) - (set() if existed else {self.path / LOCK})
+            has_bug = False
+            try:
+                with log_file(self.path / self.log_name, hold=True) as self._release_log:
+                    try:
+                        yield
+                    except Exception as error:
+                        has_bug = not isinstance(error, UserError)
+                        if has_bug and not self.started:
+                            with suppress(OSError):
+                                self._write_log()  # It helps to find the bug.
+                        raise
+            finally:
+                if not self.started and not has_bug:
+                    self._remove_all_but(existing)
 
     def start(self) -> None:
         """Write the configuration and the log. The first call has an effect, on rank 0 only."""

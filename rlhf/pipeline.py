@@ -40,7 +40,7 @@ def run_pipeline(cfg: DictConfig) -> float:
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
-    own = OutputDirectory(cfg, directory / "pipeline", "pipeline.log", lock=False)
+    own = OutputDirectory(cfg, directory / "pipeline", "pipeline.log")
     with own.opened():
         for number, (step, config) in enumerate(configs.items(), 1):
             log.info("step %d of %d: %s", number, len(steps), step)

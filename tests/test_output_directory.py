@@ -1,6 +1,8 @@
 """A command that is rejected before training starts leaves nothing in its directory."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from omegaconf import OmegaConf
 
 from contract.configs import compose_config, hydra_command
 from harness import TINY_DATA, TINY_MODEL
+from rlhf import files as files_module
 from rlhf.errors import ConfigError, UserError
 from rlhf.main import run
 from rlhf.run import run_stage
@@ -53,6 +56,26 @@ def test_a_rejected_command_leaves_an_earlier_run_as_it_was(tmp_path: Path) -> N
         run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "overwrite=true", "data.template=Hello"))
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
+
+
+def test_a_second_process_does_not_touch_the_files_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process writes a file while the second one finds out that the directory is locked."""
+    path = tmp_path / "rlhf" / "sft" / "checkpoints" / "last.ckpt"
+
+    @contextmanager
+    def locked(directory: Path) -> Iterator[None]:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        with lock(directory), lock(directory):
+            yield
+
+    lock = files_module.locked
+    monkeypatch.setattr("rlhf.output_directory.locked", locked)
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
+    assert path.exists()
 
 
 def test_a_debugging_run_writes_nothing(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_two_ranks_run_the_whole_pipeline(tmp_path: Path, torchrun: bool) -> Non
     steps = ("sft", "reward", "ppo", "dpo", "evaluate")
     folders = {"pipeline", "sft", "reward", "ppo", "dpo", "evaluation", "ref_logprobs", "final_rl_model.pt"}
     assert {path.name for path in run.iterdir()} == folders
-    assert {path.name for path in (run / "pipeline").iterdir()} == {".hydra", "pipeline.log"}
+    assert {path.name for path in (run / "pipeline").iterdir()} == {".hydra", ".lock", "pipeline.log"}
     assert {path.name for path in (run / "pipeline" / ".hydra").iterdir()} == {
         *("config.yaml", "hydra.yaml", "overrides.yaml")
     }
