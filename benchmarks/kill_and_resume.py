@@ -33,10 +33,10 @@ COMMON = [
     "data.batch_size=8",
 ]
 STAGES = {
-    "sft": ["data.max_rows=400", "trainer.max_epochs=2"],
-    "reward": ["data.max_rows=500"],
-    "dpo": ["data.max_rows=250"],
-    "ppo": ["data.max_rows=64", "stage.minibatch_size=4"],
+    "sft": ["data.max_rows=200", "trainer.max_epochs=2"],
+    "reward": ["data.max_rows=300"],
+    "dpo": ["data.max_rows=160"],
+    "ppo": ["data.max_rows=48", "stage.minibatch_size=4"],
     "grpo": ["data.max_rows=32", "stage.minibatch_size=8"],
 }
 MODELS = ("transformer", "mamba")
@@ -204,7 +204,7 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
     outcome.while_writing += bool(list(output.rglob("*.ckpt.part")))
     outcome.before_checkpoint += not checkpoints(output)
     saved = [path.stat().st_mtime for path in (*checkpoints(output), *output.rglob("*_final.pt"))]
-    outcome.lost.append(end - max(training_start(output, started) or end, *saved))
+    outcome.lost.append(end - max([training_start(output, started) or end, *saved]))
     return True
 
 
@@ -213,7 +213,8 @@ def finish(arguments: list[str], output: Path | None = None) -> float:
     started = time.time()
     result = subprocess.run(arguments, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
     if result.returncode:
-        sys.exit(f"{' '.join(arguments)} ended with exit code {result.returncode}:\n{result.stdout}{result.stderr}")
+        emit(f"{' '.join(arguments)} ended with exit code {result.returncode}:\n{result.stdout}{result.stderr}")
+        raise subprocess.CalledProcessError(result.returncode, arguments)
     return time.time() - (training_start(output, started) or started) if output else 0.0
 
 
