@@ -168,8 +168,8 @@ def _file_message(error: OSError) -> str | None:
     makes_directory = any(frame.name == "mkdir" for frame in traceback.extract_tb(error.__traceback__))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or makes_directory:
         return (
-            f"{error.filename}: the file or directory cannot be written ({error.strerror}).\n  Set "
-            "paths.root=<directory> to a directory that you may write to."
+            f"{error.filename}: the file or directory cannot be used ({error.strerror}).\n  Change its permissions, or "
+            "choose another one, such as paths.root=<directory> for the outputs."
         )
     return None
 

@@ -3,13 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import DictConfig
 from rich.console import Console
@@ -80,10 +79,12 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
 
     # 3. Train.
     module.nonfinite.run = {"stage": cfg.stage_name, "command": command_line(cfg), "config": provenance["config"]}
-    if cfg.overwrite and is_rank_zero():
-        start = StartOutput(*start.functions, partial(remove_earlier, cfg, output))
-    preflight = [PreflightChecks(output, provenance, only=cfg.check == "only")] if cfg.check else []
-    trainer = build_trainer(cfg, [start, ExportHeader(provenance), *preflight])
+    own: list[Callback] = [start, ExportHeader(provenance)]
+    if cfg.check:
+        own.append(PreflightChecks(output, provenance, only=cfg.check == "only"))
+    if cfg.overwrite and is_rank_zero() and not cfg.trainer.fast_dev_run:
+        own.append(LambdaCallback(on_train_start=lambda *_: remove_earlier(cfg, output)))
+    trainer = build_trainer(cfg, own)
     check_loadable(checkpoint, trainer.strategy)
     try:
         fit(cfg, trainer, module, datamodule, checkpoint)

@@ -207,8 +207,8 @@ def test_a_full_disk_is_explained(number: int) -> None:
 def test_a_directory_that_cannot_be_written_is_explained(number: int) -> None:
     message = str(explain(OSError(number, "Read-only file system", "outputs/x")))
     assert message == (
-        "outputs/x: the file or directory cannot be written (Read-only file system).\n"
-        "  Set paths.root=<directory> to a directory that you may write to."
+        "outputs/x: the file or directory cannot be used (Read-only file system).\n"
+        "  Change its permissions, or choose another one, such as paths.root=<directory> for the outputs."
     )
 
 
@@ -216,7 +216,7 @@ def test_a_directory_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
     """``/proc/x`` is reported as a missing file."""
     (tmp_path / "file").touch()
     message = str(explain(error_of(lambda: (tmp_path / "absent" / "x").mkdir())))
-    assert "cannot be written (No such file or directory)" in message
+    assert "cannot be used (No such file or directory)" in message
 
 
 # Exit codes

@@ -58,6 +58,14 @@ def test_a_rejected_command_leaves_an_earlier_run_as_it_was(tmp_path: Path) -> N
     assert after == before
 
 
+@pytest.mark.parametrize("stopped", [("check=only",), ("trainer=debug",)])
+def test_an_earlier_result_is_replaced_only_when_training_starts(tmp_path: Path, stopped: tuple[str, ...]) -> None:
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "overwrite=true", *stopped))
+    assert (tmp_path / "rlhf" / "sft" / "sft_final.pt").exists()
+    assert (tmp_path / "rlhf" / "sft" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_a_second_process_does_not_touch_the_files_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
