@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a checkpoint at a resumable position holds besides weights and optimizer: the rest of the state of a run.
+    """What a checkpoint at a resumable position holds in addition to weights and optimizer.
 
     If the next step fails before it changes the weights, a checkpoint of this position can still be written.
 
