@@ -107,7 +107,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
 
 
 def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: Any, checkpoint: str | None) -> None:
-    """Train a module, from a checkpoint if there is one, and turn what the user can mend into a message."""
+    """Train a module, from a checkpoint if there is one, and turn what the user can fix into a message."""
     try:
         with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
