@@ -160,7 +160,7 @@ def torture_pipeline(root: Path, model: str, kills: int, generator: random.Rando
     output = root / "killed-pipeline"
     mode = "overwrite=true"
     while outcome.kills < kills:
-        moment = generator.uniform(0, 2 * seconds / kills)
+        moment = generator.uniform(0, seconds / kills)
         if not start_and_kill([*arguments, mode], output, moment, outcome.kills % 3 == 0, outcome):
             break
         mode = "resume=true"

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rlhf.launch import is_launched
 
@@ -133,12 +134,18 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
-    if isinstance(error, ValueError) and str(error).startswith("Config group override"):
+    if isinstance(error, TypeError | ValueError) and _is_raised_by_hydra(error):
         return f"Hydra rejects an override: {str(error).split(' : ')[0]}.\n  {_hydra_hint(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"
     return _file_message(error) if isinstance(error, OSError) else None
+
+
+def _is_raised_by_hydra(error: Exception) -> bool:
+    """Return whether Hydra itself has failed, as with an override of a group by a list of numbers."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).parent.parts[-2:] == ("hydra", "_internal")
 
 
 def _override_message(override: str) -> str:

@@ -19,8 +19,9 @@ from contract.configs import compose_config, to_dict
 from rlhf import load_model
 from rlhf.config import check_choices, check_values
 from rlhf.data import Demonstration, Preference, Prompt, Rating, UnpairedPreference
-from rlhf.data.files import BUILDERS, read_rows
+from rlhf.data.files import BUILDERS
 from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
 from rlhf.data.records import FIELDS
 from rlhf.errors import explain
 from rlhf.export import save_result
@@ -79,7 +80,8 @@ def test_a_file_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, ex
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    assert is_explained(lambda: list(read_rows(str(path))))
+    reader = RecordReader(RecordParser(), on_error="skip")
+    assert is_explained(lambda: reader.read(str(path), "train", (Demonstration,)))
 
 
 # Configurations

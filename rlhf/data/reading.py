@@ -52,7 +52,11 @@ class RecordReader:
         record_type = self._detect(rows[0], record_types) if count else record_types[0]
         for index in range(count):
             try:
-                records.append(self.parser.parse(rows[index], record_type))
+                row = rows[index]
+            except Exception as error:  # The library raises several types for field names that it does not support.
+                raise DataError(f"{location(path, index)}: the row cannot be read ({error}).") from error
+            try:
+                records.append(self.parser.parse(row, record_type))
                 prompt_of(records[-1]).row = index
             except RecordError as error:
                 errors.append((index, error))
