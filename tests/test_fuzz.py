@@ -28,8 +28,14 @@ from rlhf.export import save_result
 from rlhf.stage import Result
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
-# Fixtures are shared by all examples: no example changes them.
-FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# Fixtures are shared by all examples: no example changes them. Without FUZZ_EXAMPLES, the examples are always the same.
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(

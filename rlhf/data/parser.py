@@ -223,7 +223,7 @@ def _without_alpaca_fields(row: Row) -> Row:
     texts = [row.get(name) for name in ("instruction", "output")]
     if not all(isinstance(text, str) for text in texts) or any(row.get(name) is not None for name in FIELDS):
         return row
-    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text and isinstance(text, str))
     return {**row, "prompt": prompt, "completion": row["output"]}
 
 
