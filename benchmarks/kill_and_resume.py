@@ -5,7 +5,7 @@
 
 Every case is killed ten times: three times while it writes a checkpoint, and seven times at a moment that is drawn
 uniformly from its training time. The runs use the default settings with less data, and write a checkpoint about every
-second so that runs of a few seconds have many. One run of the whole pipeline is killed ten times in a row.
+0.6 seconds, so that runs of a few seconds have many. One run of the whole pipeline is killed ten times in a row.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlhf.files import LAST, PART, PREVIOUS
 
 REPO = Path(__file__).parents[1]
 INTERVAL = 0.6  # seconds between checkpoints
@@ -141,7 +143,7 @@ def torture(root: Path, name: str, kills: int, generator: random.Random) -> Outc
             continue
         finish([*arguments, "resume=true"] if checkpoints(output) else arguments)
         outcome.identical += equal(output, expected)
-        outcome.leftovers |= files(output) - files(expected) - {"checkpoints/previous.ckpt"}
+        outcome.leftovers |= files(output) - files(expected) - {f"checkpoints/{PREVIOUS}"}
     return outcome
 
 
@@ -166,7 +168,7 @@ def torture_pipeline(root: Path, model: str, kills: int, generator: random.Rando
         mode = "resume=true"
     finish([*arguments, "resume=true"])
     outcome.identical = sum(equal(output / stage, root / "whole-pipeline" / stage) for stage in STAGES)
-    outcome.leftovers = {name for name in files(output) if name.endswith(".part")}
+    outcome.leftovers = {name for name in files(output) if name.endswith(PART)}
     return outcome
 
 
@@ -192,7 +194,7 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < moment:
         time.sleep(0.005)
-    while process.poll() is None and while_writing and not list(output.rglob("*.ckpt.part")):
+    while process.poll() is None and while_writing and not list(output.rglob(f"*.ckpt{PART}")):
         time.sleep(0.0005)
     killed = process.poll() is None
     process.kill()
@@ -201,7 +203,7 @@ def start_and_kill(arguments: list[str], output: Path, moment: float, while_writ
         return False
     end = time.time()
     outcome.kills += 1
-    outcome.while_writing += bool(list(output.rglob("*.ckpt.part")))
+    outcome.while_writing += bool(list(output.rglob(f"*.ckpt{PART}")))
     outcome.before_checkpoint += not checkpoints(output)
     saved = [path.stat().st_mtime for path in (*checkpoints(output), *output.rglob("*_final.pt"))]
     outcome.lost.append(end - max([training_start(output, started) or end, *saved]))
@@ -226,7 +228,7 @@ def training_start(output: Path, after: float) -> float | None:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    return list(output.rglob("last.ckpt"))
+    return list(output.rglob(LAST))
 
 
 def equal(output: Path, expected: Path) -> bool:

@@ -24,10 +24,6 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
-    if "command" in cfg:
-        check_run_name(cfg.run)
-        check_choices(cfg)
-        return run_command(cfg)
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         cfg = cfg.copy()
         cfg.paths.output = HydraConfig.get().runtime.output_dir
@@ -35,7 +31,7 @@ def run(cfg: DictConfig) -> float:
         check_run_name(cfg.run)
         check_choices(cfg)
         warn_about_repeated_keys()
-        return run_stages(cfg)
+        return run_command(cfg) if "command" in cfg else run_stages(cfg)
     finally:
         remove_if_empty(Path(cfg.paths.output), Path(cfg.paths.run))  # Hydra creates it even for a rejected command.
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+import rlhf.pipeline  # noqa: F401  Imported before a test replaces what it imports.
 from contract.configs import hydra_command
 from rlhf import main
 from rlhf.errors import ConfigError
