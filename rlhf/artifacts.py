@@ -157,7 +157,7 @@ def _update_final_model(info: StageInfo, path: Path, run_directory: Path) -> Non
     outdated = outdated_stages(run_directory)
     for other in stages().values():
         is_preferred = other.rl_priority is not None and other.rl_priority < info.rl_priority
-        if is_preferred and (run_directory / other.name / str(other.final)).is_file() and other not in outdated:
+        if is_preferred and (run_directory / other.name / str(other.final)).is_file() and other.name not in outdated:
             return
     with open(path, "rb") as source:
         atomic_write(run_directory / RL_TRAINED, lambda file: shutil.copyfileobj(source, file))

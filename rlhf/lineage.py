@@ -11,7 +11,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import sha256_of_file
 from rlhf.models import ModelSource
-from rlhf.stages import StageInfo, policy_stages, stages
+from rlhf.stages import StageInfo, stages
 
 log = logging.getLogger(__name__)
 SHOWN = 12  # digits of a SHA-256 in messages
@@ -128,35 +128,44 @@ def _digests(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
 # Outputs of a run
 
 
-def outdated_stages(run_directory: Path) -> list[StageInfo]:
-    """Return the stages of a run whose policy was trained from an earlier version of the run's own input."""
+def outdated_stages(run_directory: Path) -> dict[str, str]:
+    """Return the stages of a run that were trained from an earlier version of one of its results.
+
+    Returns:
+        Stage -> the stage that has made the input and was trained again since.
+    """
     digest = cache(model_digest)
-    return [info for info in policy_stages() if _is_outdated(info, run_directory, digest)]
+    found = {info.name: _replaced_input(info, run_directory, digest) for info in stages().values() if info.final}
+    return {name: made_by for name, made_by in found.items() if made_by is not None}
 
 
-def _is_outdated(info: StageInfo, run_directory: Path, digest: Callable[[Path], str | None]) -> bool:
-    made_by = stages().get(info.inputs.get("policy", ""))
+def _replaced_input(info: StageInfo, run_directory: Path, digest: Callable[[Path], str | None]) -> str | None:
     path = run_directory / info.name / str(info.final)
-    if made_by is None or not path.is_file():
-        return False
-    parent = run_directory / made_by.name / str(made_by.final)
+    if not path.is_file():
+        return None
     try:
-        entries = Export(str(path)).provenance.get("inputs", {}).get("policy", [])
+        recorded = Export(str(path)).provenance.get("inputs", {})
     except DataError:
-        return False
-    of_run = [entry for entry in entries if str(parent) in str(entry["source"])]
-    return bool(of_run) and parent.is_file() and digest(parent) != of_run[0]["sha256"]
+        return None
+    for keyword, made_by in info.inputs.items():
+        if made_by not in stages():
+            continue
+        source = run_directory / made_by / str(stages()[made_by].final)
+        of_run = [entry for entry in recorded.get(keyword, []) if str(source) in str(entry["source"])]
+        if of_run and source.is_file() and digest(source) != of_run[0]["sha256"]:
+            return made_by
+    return None
 
 
 def warn_about_outdated(run_directory: Path, changed: StageInfo) -> None:
     """Log a warning if results of a run were trained from an earlier result of the stage that has just been trained."""
-    outdated = [info for info in outdated_stages(run_directory) if changed.name in info.inputs.values()]
+    outdated = [name for name, made_by in outdated_stages(run_directory).items() if made_by == changed.name]
     if outdated:
         log.warning(
             "The result of %s was trained from an earlier result of stage=%s. To train again: %s",
-            " and of ".join(f"stage={info.name}" for info in outdated),
+            " and of ".join(f"stage={name}" for name in outdated),
             changed.name,
-            "; ".join(f"python train.py stage={info.name} run={run_directory.name}" for info in outdated),
+            "; ".join(f"python train.py stage={name} run={run_directory.name}" for name in outdated),
         )
 
 

@@ -139,11 +139,11 @@ def test_an_output_of_an_earlier_sft_model_is_outdated(outputs: Outputs, caplog:
     outputs.export("ppo", sft)
     outputs.export("dpo", sft)
     final = outputs.run / "final_rl_model.pt"
-    assert outdated_stages(outputs.run) == []
+    assert outdated_stages(outputs.run) == {}
     assert Export(str(final)).provenance["stage"] == "ppo"
     with caplog.at_level(logging.WARNING, "rlhf"):
         outputs.export("sft", change=0.1)
-    assert [info.name for info in outdated_stages(outputs.run)] == ["ppo", "dpo"]
+    assert outdated_stages(outputs.run) == {"ppo": "sft", "dpo": "sft"}
     assert "stage=ppo and of stage=dpo was trained from an earlier result of stage=sft." in caplog.text
     outputs.export("dpo", sft)
     assert Export(str(final)).provenance["stage"] == "dpo"
@@ -155,7 +155,7 @@ def test_an_output_of_a_chosen_model_is_not_outdated(outputs: Outputs, tmp_path:
     save_result(outputs.result, other, {})
     outputs.export("ppo", other)
     outputs.export("sft")
-    assert outdated_stages(outputs.run) == []
+    assert outdated_stages(outputs.run) == {}
 
 
 @pytest.mark.parametrize(("again", "warns"), [(False, False), (True, True)])

@@ -23,7 +23,7 @@ from rlhf.evaluate.metrics import (
     point_estimates,
     summarize,
 )
-from rlhf.evaluate.report_output import comparison_table, write_samples
+from rlhf.evaluate.report_output import comparison_table, write_samples, write_unscored
 from rlhf.evaluate.responses import Evaluation, ResponseBatch
 from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
@@ -104,32 +104,51 @@ class EvaluateModule(lightning.LightningModule):
             self.batches.append(batch)
 
     def on_test_epoch_end(self) -> None:
-        responses = self.sample_models()
+        responses: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}
+        try:
+            self.sample_models(responses)
+        except Exception:
+            self.keep(responses)
+            raise
         if all(prompt.target is not None for batch in self.batches for prompt in batch.prompts):
             responses[TARGET] = [self.encode_targets(batch) for batch in self.batches]
         self.score_with_reward_model([batch for model in responses.values() for batch in model])
         evaluation = Evaluation.of_batches(self.batches, responses).gather(self.batches)
         self.report(evaluation)
 
-    def sample_models(self) -> dict[str, list[ResponseBatch]]:
+    def sample_models(self, sampled: dict[str, list[ResponseBatch]]) -> None:
         """Sample responses with every model, and estimate the KL to the baseline.
 
         The baseline comes last: it then evaluates the responses of all models. Every model samples from the same seed,
         so that its responses do not depend on which other models are evaluated.
+
+        Args:
+            sampled: The responses of each model by name, which this method appends to.
         """
         seed = torch.initial_seed()
-        sampled: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}
         for name in sorted(self.sources, key=lambda name: name == self.baseline):
             started = time.perf_counter()
             torch.manual_seed(seed + self.global_rank)
             with self.opened(Frozen(Policy(self.sources[name].language_model(self.tokenizer)))) as policy:
                 self.sampler.sync(policy.model.lm, self.tokenizer)
-                sampled[name] = [self.sample_responses(policy, batch) for batch in self.batches]
+                for batch in self.batches:
+                    responses = self.sample_responses(policy, batch)
+                    sampled[name].append(responses)
+                    responses.metrics |= self.gold_scores(batch, responses.texts)
                 if name == self.baseline:
-                    for batch in chain.from_iterable(sampled.values()):
-                        self.compare_with_baseline(policy, batch)
+                    for responses in chain.from_iterable(sampled.values()):
+                        self.compare_with_baseline(policy, responses)
             log.info("%s: responses to all prompts took %.0f s", name, time.perf_counter() - started)
-        return sampled
+
+    def keep(self, sampled: Mapping[str, Sequence[ResponseBatch]]) -> None:
+        """Write the responses of an evaluation that failed to unscored_samples.jsonl, one file for each process."""
+        if not any(sampled.values()):
+            return
+        rank = f"_{self.global_rank}" if self.trainer.world_size > 1 else ""
+        path = self.output / f"unscored_samples{rank}.jsonl"
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_unscored(path, sampled)
+        log.error("The evaluation failed. The responses sampled so far are in %s.", path)
 
     @contextmanager
     def opened(self, model: Frozen) -> Iterator[Any]:
@@ -149,7 +168,7 @@ class EvaluateModule(lightning.LightningModule):
             logprobs = self.logprobs(policy, rollout)
         texts = rollout.decode(self.tokenizer)
         metrics = {"length": rollout.lengths.cpu(), "truncated": (~rollout.finished).cpu()}
-        return ResponseBatch(batch, rollout.to("cpu"), texts, logprobs, {**metrics, **self.gold_scores(batch, texts)})
+        return ResponseBatch(batch, rollout.to("cpu"), texts, logprobs, metrics)
 
     def compare_with_baseline(self, baseline: Frozen, batch: ResponseBatch) -> None:
         """Estimate the KL of the model that sampled the responses to the baseline, at the sampling temperature."""

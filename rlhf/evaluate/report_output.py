@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from rlhf.evaluate.metrics import TARGET, ModelResponses, point_estimate
+from rlhf.evaluate.responses import ResponseBatch
 
 
 def write_samples(
@@ -37,6 +38,21 @@ def write_samples(
             }
             sample = {"prompt": prompt, "target": target, "responses": of_models}
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def write_unscored(path: Path, sampled: Mapping[str, Sequence[ResponseBatch]]) -> None:
+    """Write one JSON line per response of an evaluation that did not finish.
+
+    Args:
+        path: File to write.
+        sampled: Batches of responses of each model by name.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for name, batches in sampled.items():
+            for batch in batches:
+                for prompt, text in zip(batch.prompts.prompts, batch.texts, strict=True):
+                    row = {"model": name, "prompt": prompt.raw_text, "response": text}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path) -> Table:

@@ -13,10 +13,11 @@ import yaml
 
 from rlhf.files import LAST, LOCK, PREVIOUS, is_locked
 from rlhf.runs.checkpoints import checkpoint_step
-from rlhf.stages import StageInfo, policy_stages, stages
+from rlhf.stages import StageInfo, stages
 
 UNREADABLE = "unreadable"
 LOG_BYTES = 1 << 16  # the end of a log that is read
+EVALUATION = "evaluation"  # directory of stage=evaluate
 TARGET = "win_rate_vs_target"
 
 
@@ -121,8 +122,7 @@ def scan_run(run: Path) -> list[StageSummary]:
     found = []
     for directory in directories:
         summary = directory.summary()
-        if directory.path.name in stale:
-            made_by = directory.info.inputs["policy"]
+        if made_by := stale.get(directory.path.name):
             summary = replace(summary, state=f"{summary.state}; stale, {made_by} was trained again")
         found.append(summary)
     return found
@@ -141,7 +141,7 @@ def stage_of(directory: Path) -> StageInfo | None:
     try:
         name = read_config(directory).get("stage_name")
     except (OSError, ValueError):
-        name = {"evaluation": "evaluate"}.get(directory.name, directory.name)
+        name = {EVALUATION: "evaluate"}.get(directory.name, directory.name)
         name = name if (directory / ".hydra").is_dir() else None
     of_file = (info.name for info in stages().values() if info.final and (directory / info.final).is_file())
     return stages().get(str(name if name is not None else next(of_file, None)))
@@ -166,27 +166,34 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def stale_stages(run: Path) -> set[str]:
-    """Return the stages of a run whose input has been trained again since.
+def stale_stages(run: Path) -> dict[str, str]:
+    """Return the stages of a run whose input has been trained again since, and the stage that has made the input.
 
-    Weights are compared, which imports torch, only where the file of the input is newer than the result.
+    Weights are compared, which imports torch, only where the file of the input is newer than the result. An evaluation
+    is stale if the file of a policy that it compares is newer.
     """
-    results = {info.name: run / info.name / str(info.final) for info in policy_stages()}
-    candidates = (
-        (results[info.name], results[made_by])
-        for info in policy_stages()
-        if (made_by := info.inputs.get("policy", "")) in results
-    )
-    if not any(
-        path.is_file() and of_input.is_file() and _time(of_input) > _time(path) for path, of_input in candidates
-    ):
-        return set()
+    results = {info.name: run / info.name / str(info.final) for info in stages().values() if info.final}
+    stale = _stale_evaluation(run, results)
+    inputs = [(name, made_by) for name in results for made_by in stages()[name].inputs.values() if made_by in results]
+    if not any(_time(results[made_by]) > _time(results[name]) > 0 for name, made_by in inputs):
+        return stale
     from rlhf.lineage import outdated_stages
 
     try:
-        return {info.name for info in outdated_stages(run)}
+        return stale | outdated_stages(run)
     except Exception:  # A damaged export raises one of many types. Its own row says what is wrong.
-        return set()
+        return stale
+
+
+def _stale_evaluation(run: Path, results: dict[str, Path]) -> dict[str, str]:
+    """Return the evaluation of a run and a policy in it that was trained since; nothing if there is none."""
+    path = run / EVALUATION / "metrics.json"
+    try:
+        compared = json.loads(path.read_bytes())["models"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    newer = [name for name in results if name in compared and _time(results[name]) > _time(path)]
+    return {EVALUATION: newer[0]} if newer else {}
 
 
 def subdirectories(path: Path) -> list[Path]:

@@ -273,3 +273,17 @@ def test_targets_are_left_out_if_a_prompt_has_none(evaluation: Evaluation, polic
 def test_baseline_must_be_one_of_the_models(policy: FakeSource) -> None:
     with pytest.raises(ConfigError, match=r"stage\.baseline must be one of the models \(ppo\), got sft"):
         EvaluateModule(models={"ppo": policy}, output="unused")
+
+
+def test_responses_survive_a_gold_function_that_raises(
+    evaluation: Evaluation, policy: FakeSource, tmp_path: Path
+) -> None:
+    """The function raises on the third of three batches of 3, 3 and 2 prompts: 8 responses are sampled by then."""
+    gold = tmp_path / "gold.py"
+    gold.write_text("def score(prompts, responses): return [1 / (len(responses) - 2) for _ in responses]")
+    with pytest.raises(ZeroDivisionError):
+        evaluation.run(models={"sft": policy}, gold=f"{gold}:score", sampler=FakeSampler())
+    written = [json.loads(line) for line in (tmp_path / "out" / "unscored_samples.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for row in DEMONSTRATIONS]
+    assert sorted((row["model"], row["prompt"]) for row in written) == sorted(("sft", prompt) for prompt in prompts)
+    assert all(row["response"] for row in written)

@@ -193,6 +193,25 @@ def test_a_result_of_a_replaced_input_is_stale(tmp_path: Path, lm: Any, tokenize
     assert [summary.state for summary in scan_run(tmp_path)] == ["finished", "finished; stale, sft was trained again"]
 
 
+def test_every_stage_after_a_replaced_reward_model_is_stale(tmp_path: Path, lm: Any, tokenizer: Any) -> None:
+    """A reward model, PPO with it, and an evaluation of PPO. Both were made before the reward model was replaced."""
+    reward, ppo = (start(tmp_path / name, name) / str(stages()[name].final) for name in ("reward", "ppo"))
+    save_result(Result(lm, tokenizer), reward, {"stage": "reward"})
+    inputs = {"reward_model": [{"source": f"Export({reward})", "sha256": model_digest(reward)}]}
+    save_result(Result(lm, tokenizer), ppo, {"stage": "ppo", "inputs": inputs})
+    next(lm.parameters()).data += 1
+    save_result(Result(lm, tokenizer), reward, {"stage": "reward"})
+    set_age(ppo, 60)
+    evaluation = start(tmp_path / "evaluation", "evaluate")
+    write_json(evaluation / "metrics.json", {"models": {"sft": {}, "ppo": {}}})
+    set_age(evaluation / "metrics.json", 120)
+    assert [(summary.name, summary.state) for summary in scan_run(tmp_path)] == [
+        ("reward", "finished"),
+        ("ppo", "finished; stale, reward was trained again"),
+        ("evaluation", "finished; stale, ppo was trained again"),
+    ]
+
+
 def test_runs_are_listed_by_their_last_change(tmp_path: Path) -> None:
     """Jobs of a sweep are listed if they are asked for. A job of one stage is itself its directory."""
     start(tmp_path / "old" / "sft", "sft")
