@@ -19,7 +19,7 @@ from contract.configs import compose_config, to_dict
 from rlhf import load_model
 from rlhf.config import check_choices, check_values
 from rlhf.data import Demonstration, Preference, Prompt, Rating, UnpairedPreference
-from rlhf.data.files import BUILDERS
+from rlhf.data.files import EXTENSIONS
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.data.records import FIELDS
@@ -78,7 +78,7 @@ def test_a_row_is_a_record_or_an_error(row: dict[str, Any], record_type: Any) ->
 
 @FUZZ
 @given(
-    st.sampled_from(sorted(BUILDERS)),
+    st.sampled_from(EXTENSIONS),
     st.binary(max_size=200) | st.lists(ROWS, max_size=4) | st.text(max_size=200),
 )
 def test_a_file_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, extension: str, content: Any) -> None:

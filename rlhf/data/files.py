@@ -1,22 +1,20 @@
-"""Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets, read with the ``datasets`` library."""
+"""Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets. All but JSON is read by ``datasets``."""
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from rlhf.data.records import FIELDS
+from rlhf.data.json_files import JsonLines, check_utf8, read_json
+from rlhf.data.records import Row
 from rlhf.errors import DataError
 
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-SEPARATED = {".csv", ".tsv"}
 LINE_PER_ROW = {".jsonl", ".ndjson"}
+SEPARATED = {".csv": ",", ".tsv": "\t"}  # what separates the fields
+EXTENSIONS = (*LINE_PER_ROW, ".json", *SEPARATED, ".parquet")
 PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
 
 
-def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> Sequence[dict[str, Any]]:
+def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> Sequence[Row]:
     """Read the rows of a local file, or of a split of a Hub dataset.
 
     Args:
@@ -27,17 +25,17 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     Raises:
         DataError: There is no such file or dataset, its format is unknown, or its content is invalid.
     """
-    from datasets import load_dataset
-
-    if Path(path).is_file() or Path(path).suffix.lower() in BUILDERS:
+    if Path(path).is_file() or Path(path).suffix.lower() in EXTENSIONS:
         if subset is not None:
             raise DataError(
                 f"data.subset={subset}: {path} is a local file, and only Hub datasets have subsets.",
                 "Set data.subset=null.",
             )
         return _read_file(path)
+    from datasets import load_dataset  # Imported here because it takes a second, which JSON does not need.
+
     try:
-        rows: Sequence[dict[str, Any]] = load_dataset(path, subset, split=split)
+        rows: Sequence[Row] = load_dataset(path, subset, split=split)
     except Exception as error:  # the Hub client raises dozens of types, from an unknown dataset to no network
         raise DataError(
             f"{path}: neither a local file nor a Hub dataset that can be loaded ({_reason(error)}).",
@@ -46,31 +44,35 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     return rows
 
 
-def _read_file(path: str) -> Sequence[dict[str, Any]]:
-    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
-
+def _read_file(path: str) -> Sequence[Row]:
     extension = Path(path).suffix.lower()
     if Path(path).is_dir():
         raise DataError(f"{path}: this is a folder, not a file.", f"Name one of its files: data.train={path}/<file>")
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file.", "Relative paths are resolved against the current directory.")
-    if extension not in BUILDERS:
+    if extension not in EXTENSIONS:
         raise DataError(
-            f"{path}: the file extension '{extension}' is not supported.", f"Supported: {' '.join(BUILDERS)}"
+            f"{path}: the file extension '{extension}' is not supported.", f"Supported: {' '.join(EXTENSIONS)}"
         )
     if not Path(path).stat().st_size:
         raise DataError(f"{path}: the file is empty.")
-    if extension != ".parquet":
-        _check_encoding(path)
+    if extension in LINE_PER_ROW:
+        return JsonLines(path)
+    return read_json(path) if extension == ".json" else _read_table(path)
+
+
+def _read_table(path: str) -> Sequence[Row]:
+    """Read a CSV, TSV or Parquet file."""
+    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
+
+    extension = Path(path).suffix.lower()
+    options = {"sep": _separator(path)} if extension in SEPARATED else {}
     (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
-    options = _json_options(path) if extension == ".json" else _csv_options(path) if extension in SEPARATED else {}
     try:
-        rows: Sequence[dict[str, Any]] = load_dataset(BUILDERS[extension], data_files=path, split="train", **options)
+        rows: Sequence[Row] = load_dataset("csv" if options else "parquet", data_files=path, split="train", **options)
         if len(rows):
             rows[0]  # The library reports field names that it does not support only when a row is accessed.
     except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
-        if extension in LINE_PER_ROW:
-            _find_invalid_line(path)
         raise DataError(f"{path}: the file cannot be read ({_reason(error)}).") from error
     return rows
 
@@ -102,73 +104,27 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _check_encoding(path: str) -> None:
-    """Raise an error if a file is not UTF-8. The ``datasets`` library would fail only when a row is accessed."""
-    try:
-        for _ in _lines(path):
-            pass
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: the file must be UTF-8 ({error.reason} at byte {error.start}).",
-            f"Convert it, for example from Latin-1: iconv -f latin1 -t utf-8 {path} > <new file>",
-        ) from error
+def _separator(path: str) -> str:
+    """Return what separates the fields of a CSV or TSV file. Spreadsheets write semicolons where the comma is a decimal
+    mark.
 
-
-def _json_options(path: str) -> dict[str, Any]:
-    """Return the key that contains the rows of a JSON file, if it is an object with one list of rows."""
-    with open(path, encoding="utf-8-sig") as file:
-        if file.read(1) != "{":
-            return {}
-        file.seek(0)
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError:  # JSON Lines, or invalid: ``datasets`` decides.
-            return {}
-    lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if not lists or any(key in FIELDS for key in content):
-        return {}
-    if len(lists) > 1:
-        raise DataError(
-            f"{path}: the file contains several lists of rows ({', '.join(lists)}).", "Write one list to each file."
-        )
-    return {"field": lists[0]}
-
-
-def _csv_options(path: str) -> dict[str, Any]:
-    """Return the separator of a CSV or TSV file. Spreadsheets write semicolons where the comma is a decimal mark."""
-    if Path(path).suffix.lower() == ".tsv":
-        return {"sep": "\t"}
-    with open(path, encoding="utf-8-sig") as file:
-        header = file.readline()
+    Raises:
+        DataError: The file is not UTF-8, or it contains JSON.
+    """
+    with open(path, "rb") as file:
+        start = 0
+        for line in file:
+            check_utf8(path, line, start)
+            start += len(line)
+    with open(path, encoding="utf-8-sig") as text:
+        header = text.readline()
+    extension = Path(path).suffix.lower()
     if header.lstrip().startswith(("{", "[")):
         raise DataError(
-            f"{path}: the content is JSON, but the file extension is .csv.",
+            f"{path}: the content is JSON, but the file extension is {extension}.",
             f"Rename the file: {Path(path).with_suffix('.jsonl')}",
         )
-    return {"sep": ";"} if ";" in header and "," not in header else {}
-
-
-def _find_invalid_line(path: str) -> None:
-    """Raise an error that names the first line that is not valid JSON or does not match the lines before it."""
-    types: dict[str, tuple[type, int]] = {}
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: the line is not JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: the line must be a JSON object, got {type(row).__name__}.")
-        if surrogate := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise DataError(f"{path}:{number}: the line contains {surrogate[0]!a}, which is half of a surrogate pair.")
-        for key, value in row.items():
-            expected, first = types.setdefault(key, (type(value), number))
-            if expected is type(None) or value is None or {expected, type(value)} == {int, float}:
-                continue
-            if expected is not type(value):
-                raise DataError(
-                    f"{path}:{number}: the field '{key}' must have one type in all lines, got {type(value).__name__} "
-                    f"here and {expected.__name__} in line {first}."
-                )
+    return ";" if extension == ".csv" and ";" in header and "," not in header else SEPARATED[extension]
 
 
 def _reason(error: BaseException) -> str:

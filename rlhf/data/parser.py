@@ -1,6 +1,7 @@
 """Parse rows of data into records. The fields that a row has determine how it is parsed."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf.data.records import (
 from rlhf.errors import ConfigError, DataError
 
 # Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
+SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -28,11 +30,12 @@ class RecordError(DataError):
     Args:
         reason: What is wrong, as a clause that can follow ``file:line:``.
         missing: The missing field, if that is the reason; error messages suggest ``data.columns.<missing>``.
+        fix: What to do about it, as a sentence; None if the reason makes that clear.
     """
 
-    def __init__(self, reason: str, missing: str | None = None) -> None:
+    def __init__(self, reason: str, missing: str | None = None, fix: str | None = None) -> None:
         super().__init__(reason)
-        self.missing = missing
+        self.missing, self.fix = missing, fix
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class RecordParser:
         if isinstance(value, str):
             if not value.strip():
                 raise RecordError(f"the field '{self.column(name)}' is empty")
+            _check_characters(self.column(name), value)
             return Prompt([{"role": "user", "content": value}], value)
         return _conversation(self._messages(row, name))
 
@@ -153,7 +157,9 @@ class RecordParser:
         """Parse a response: text, a number, or a list of messages that ends with it."""
         value = self._get(row, name, kind)
         if isinstance(value, str | int | float):
-            return str(value)  # a CSV column may contain only numbers
+            response = str(value)  # A CSV column may contain only numbers.
+            _check_characters(self.column(name), response)
+            return response
         return self._final_response(self._messages(row, name), name)
 
     def _transcripts(self, row: Row) -> tuple[Prompt, str, str]:
@@ -163,6 +169,8 @@ class RecordParser:
             value = self._get(row, name, "preference")
             if isinstance(value, str) and "\n\nAssistant:" not in value:
                 raise self._missing(row, "prompt", "preference")
+            if isinstance(value, str):
+                _check_characters(self.column(name), value)
             conversations.append(_parse_transcript(value) if isinstance(value, str) else self._messages(row, name))
         chosen, rejected = conversations
         if chosen[:-1] != rejected[:-1]:
@@ -186,6 +194,7 @@ class RecordParser:
             role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
             if not isinstance(role, str) or not isinstance(content, str):
                 raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
+            _check_characters(column, content)
             messages.append({"role": ROLES.get(role, role), "content": content})
         return messages
 
@@ -213,6 +222,12 @@ class RecordParser:
     def _missing(self, row: Row, name: str, kind: str) -> RecordError:
         fields = ", ".join(key for key, value in row.items() if value is not None)
         return RecordError(f"the {kind} record has no field '{self.column(name)}' (fields: {fields or 'none'})", name)
+
+
+def _check_characters(column: str, text: str) -> None:
+    """Raise an error if a text cannot be encoded: JSON may contain escaped halves of a surrogate pair."""
+    if not text.isascii() and (surrogate := SURROGATE.search(text)):
+        raise RecordError(f"the field '{column}' contains {surrogate[0]!a}, which is half of a surrogate pair")
 
 
 def _without_alpaca_fields(row: Row) -> Row:

@@ -49,17 +49,16 @@ class RecordReader:
         count = len(rows) if self.max_rows is None else min(self.max_rows, len(rows))
         records: list[Any] = []
         errors: list[tuple[int, RecordError]] = []
-        record_type = self._detect(rows[0], record_types) if count else record_types[0]
+        record_type: type[Record] | None = None
         for index in range(count):
             try:
-                row = rows[index]
-            except Exception as error:  # The library raises several types for field names that it does not support.
-                raise DataError(f"{location(path, index)}: the row cannot be read ({error}).") from error
-            try:
+                row = _row(path, rows, index)
+                record_type = record_type or self._detect(row, record_types)
                 records.append(self.parser.parse(row, record_type))
                 prompt_of(records[-1]).row = index
             except RecordError as error:
                 errors.append((index, error))
+        record_type = record_type or record_types[0]
         if errors:
             self._report(path, rows, errors, record_type)
         _warn_about_empty_responses(path, records)
@@ -90,13 +89,22 @@ class RecordReader:
         if len(errors) > MAX_SHOWN_ERRORS:
             shown.append(f"... and {len(errors) - MAX_SHOWN_ERRORS} more of {len(rows)} rows.")
         index, first = errors[0]
-        fixes = []
+        fixes = [] if first.fix is None else [first.fix]
         if first.missing:
             name, column = first.missing, _likely_column(rows[index])
             name = "messages" if column == "conversations" else name
             fixes.append(f"If the field has another name: data.columns.{name}={column}")
         fixes += [f"Expected: {EXPECTED[record_type]}", "To skip invalid rows: data.on_error=skip"]
         raise DataError("\n".join(shown), "\n  ".join(fixes))
+
+
+def _row(path: str, rows: Sequence[Row], index: int) -> Row:
+    try:
+        return rows[index]
+    except RecordError:
+        raise
+    except Exception as error:  # ``datasets`` raises several types for field names that it does not support.
+        raise DataError(f"{location(path, index)}: the row cannot be read ({error}).") from error
 
 
 def _warn_about_empty_responses(path: str, records: Sequence[Any]) -> None:

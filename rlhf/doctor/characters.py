@@ -2,7 +2,7 @@
 
 import re
 
-from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, texts_of
+from rlhf.doctor.findings import WARNING, Collector, Finding, texts_of
 from rlhf.doctor.forms import Split
 
 SHOWN = 12  # characters of the text before and after what was found
@@ -10,7 +10,6 @@ SHOWN = 12  # characters of the text before and after what was found
 _CONTINUATION = "".join({bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0xC0)})
 _CONTINUATION = re.escape(_CONTINUATION + "".join(map(chr, range(0x80, 0xA0))))
 PATTERNS = {
-    "surrogate": re.compile("[\ud800-\udfff]"),
     "replacement": re.compile("\ufffd"),
     "control": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
     "bom": re.compile("\ufeff"),
@@ -20,7 +19,6 @@ PATTERNS = {
     ),
 }
 KINDS = {
-    "surrogate": (ERROR, "half of a surrogate pair, which is not a character", "Write the data as UTF-8 again."),
     "replacement": (WARNING, "U+FFFD, which replaces bytes that were not valid", "Read the original data as UTF-8."),
     "control": (WARNING, "control characters", "Remove them, unless the model should learn them."),
     "bom": (WARNING, "a byte order mark (U+FEFF) within the text", "Remove it."),
@@ -46,8 +44,3 @@ def kinds_in(texts: dict[str, str]) -> dict[str, tuple[str, str]]:
                 excerpt = text[max(0, match.start() - SHOWN) : match.end() + SHOWN].replace("\n", " ")
                 found[kind] = name, f"'{excerpt}'"
     return found
-
-
-def is_encodable(text: str) -> bool:
-    """Return whether a tokenizer can read a text."""
-    return PATTERNS["surrogate"].search(text) is None

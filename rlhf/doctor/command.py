@@ -14,7 +14,6 @@ from rlhf.artifacts import output_of
 from rlhf.config import check_values
 from rlhf.data import RecordDataModule
 from rlhf.doctor import report
-from rlhf.doctor.characters import is_encodable
 from rlhf.doctor.examination import examine_splits
 from rlhf.doctor.findings import ERROR, Finding, texts_of
 from rlhf.doctor.forms import Split, read_split
@@ -99,7 +98,7 @@ def open_tokenizer(cfg: DictConfig, split: Split) -> tuple[str, PreTrainedTokeni
     source = instantiate(cfg.model)
     if "path" in cfg.model:
         return str(cfg.model.path), source.tokenizer(())
-    texts = [text for text in _texts(split) if is_encodable(text)]
+    texts = list(_texts(split))
     return f"a tokenizer trained on {split.path}", source.tokenizer(texts) if texts else None
 
 

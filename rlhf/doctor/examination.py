@@ -6,8 +6,8 @@ from rlhf.data import RecordDataModule
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import Record
 from rlhf.doctor.characters import odd_characters
-from rlhf.doctor.findings import ERROR, Finding
-from rlhf.doctor.forms import Split, reason_to_reject
+from rlhf.doctor.findings import Finding
+from rlhf.doctor.forms import Split
 from rlhf.doctor.rows import contradictions, duplicates, empty_texts, invalid_rows, mixed_forms, overlap
 from rlhf.doctor.tokens import Lengths, measure, special_tokens
 
@@ -48,8 +48,6 @@ def examine_splits(splits: list[Split], datamodule: RecordDataModule, max_new_to
 def find_in_rows(split: Split, parser: RecordParser) -> list[Finding]:
     """Return everything that can be found in one file without a tokenizer."""
     findings = invalid_rows(split)
-    if (reason := reason_to_reject(split)) is not None:
-        findings.append(Finding(ERROR, "the reader of training rejects the file", "", [reason]))
     for check in (empty_texts, contradictions, duplicates, odd_characters):
         findings += check(split)
     return [*findings, *mixed_forms(split, parser)]

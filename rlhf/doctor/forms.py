@@ -1,17 +1,13 @@
 """Which form each row of a file has, and which rows are invalid. A broken row never hides the others."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rlhf.data.files import LINE_PER_ROW, read_rows
+from rlhf.data.json_files import JsonLines
 from rlhf.data.parser import RecordError, RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Record, Row, UnpairedPreference
-from rlhf.errors import DataError
 
 # For each form: its name, and the commands that read it.
 FORMS: dict[type[Record], tuple[str, str]] = {
@@ -98,10 +94,11 @@ def read_split(name: str, path: str, reader: RecordReader) -> Split:
     """
     entries: list[Entry] = []
     invalid: list[Invalid] = []
-    for number, row in islice(_rows(name, path, reader), reader.max_rows):
+    rows = read_rows(path, split=reader.splits.get(name, name), subset=reader.subset)
+    for index in range(len(rows) if reader.max_rows is None else min(reader.max_rows, len(rows))):
+        number = rows.line_number(index) if isinstance(rows, JsonLines) else index + 1
         try:
-            if isinstance(row, str):
-                raise RecordError(row)
+            row = rows[index]
             entries.append(Entry(number, parse_row(reader.parser, row), row))
         except RecordError as error:
             invalid.append(Invalid(number, str(error), error.missing))
@@ -134,48 +131,9 @@ def form_of(parser: RecordParser, row: Row) -> type[Record]:
     return Prompt
 
 
-def reason_to_reject(split: Split) -> str | None:
-    """Return why training would reject a JSONL file whose rows are all valid; None if it would not.
-
-    The library that reads the file is stricter than JSON: it accepts no key twice in a row, for example.
-    """
-    if split.invalid or not is_line_per_row(split.path):
-        return None
-    try:
-        read_rows(split.path)
-    except DataError as error:
-        return str(error)
-    return None
-
-
 def is_line_per_row(path: str) -> bool:
     """Return whether each line of a file is a row."""
     return Path(path).suffix.lower() in LINE_PER_ROW
-
-
-def _rows(name: str, path: str, reader: RecordReader) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the fields of each row; instead of the fields, text that says why a line has none."""
-    if is_line_per_row(path) and Path(path).is_file() and Path(path).stat().st_size:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
-        return
-    rows = read_rows(path, split=reader.splits.get(name, name), subset=reader.subset)
-    for index in range(len(rows)):
-        yield index + 1, rows[index]
-
-
-def _parse_line(line: bytes, encoding: str) -> Any:
-    try:
-        row = json.loads(line.decode(encoding))
-    except UnicodeDecodeError as error:
-        return f"the line is not UTF-8 ({error.reason} at byte {error.start})"
-    except json.JSONDecodeError as error:
-        return f"the line is not JSON ({error.msg} at column {error.colno})"
-    except (ValueError, RecursionError) as error:
-        return f"the line is not JSON that can be read ({type(error).__name__})"
-    return row if isinstance(row, dict) else f"the line must be a JSON object, got {type(row).__name__}"
 
 
 def _ends_with_response(parser: RecordParser, row: Row) -> bool:

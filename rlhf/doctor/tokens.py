@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import EncodedResponse, Encoder, Preference
 from rlhf.data.records import Prompt, Record
-from rlhf.doctor.characters import is_encodable
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, prompt_of, responses_of, texts_of
 from rlhf.doctor.forms import Entry, Split
 from rlhf.errors import UserError
@@ -74,10 +73,10 @@ def encode(
 ) -> Iterator[tuple[Entry, Sequence[EncodedResponse] | UserError]]:
     """Yield the rows with their sequences, not truncated, or with the error of the chat template.
 
-    A prompt counts as a sequence without a response. Rows with a text that no tokenizer can read are left out.
+    A prompt counts as a sequence without a response.
     """
     encoder = Encoder(tokenizer, UNLIMITED)
-    entries = [entry for entry in split.entries if all(map(is_encodable, texts_of(entry.record).values()))]
+    entries = split.entries
     quiet = len(entries) < PROGRESS_BAR_RECORDS
     for start in track(range(0, len(entries), CHUNK), f"encoding {split.path}", transient=True, disable=quiet):
         chunk = entries[start : start + CHUNK]

@@ -8,6 +8,8 @@ import pytest
 from datasets import Dataset
 
 from rlhf.data.files import location, read_rows
+from rlhf.data.json_files import JsonLines
+from rlhf.data.parser import RecordError
 from rlhf.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "reward": 0.5}, {"prompt": "Ωmega 東", "reward": -2.0}, {"prompt": "x", "reward": 3.0}]
@@ -53,18 +55,47 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     [
         ('{"prompt": "x"', "the line is not JSON"),
         ("[1, 2]", "the line must be a JSON object, got list"),
-        ('{"prompt": 5}', "'prompt' must have one type in all lines, got int here and str in line 1"),
+        ('{"prompt": "x", "prompt": "y"}', "the field 'prompt' is specified twice"),
+        ('{"prompt": {"a": 1, "a": 1}}', "the field 'a' is specified twice"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", r"the line is not JSON that can be read \(RecursionError\)"),
+        ('{"x": ' + "1" * 5000 + "}", r"the line is not JSON that can be read \(ValueError\)"),
     ],
 )
-def test_an_invalid_line_is_located(tmp_path: Path, line: str, reason: str) -> None:
-    """The invalid line is line 3, because the blank line 2 counts."""
+def test_an_invalid_line_does_not_hide_the_others(tmp_path: Path, line: str, reason: str) -> None:
+    """The invalid line is row 1 and line 3, because the blank line 2 counts."""
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"prompt": "a"}}\n\n{line}\n{{"prompt": "b"}}\n')
-    with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{reason}"):
-        read_rows(str(path))
+    rows = read_rows(str(path))
+    with pytest.raises(RecordError, match=reason):
+        rows[1]
+    assert [rows[0], rows[2]] == [{"prompt": "a"}, {"prompt": "b"}]
+    assert location(str(path), 1) == f"{path}:3"
+    assert isinstance(rows, JsonLines)
+    assert [rows.line_number(index) for index in range(3)] == [1, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_rows_may_have_different_fields_and_types(tmp_path: Path) -> None:
+    """pyarrow would reject the second row, and lose an entry of the third (apache/arrow#51305)."""
+    rows: list[dict[str, Any]] = [{"a": "x", "b": 1}, {"a": 5}, {"a": [None, 1]}, {"c": {"d": None}}]
+    assert list(read_rows(write(tmp_path / "rows.jsonl", rows))) == rows
+    assert list(read_rows(write(tmp_path / "rows.json", rows))) == rows
+
+
+def test_json_lines_in_a_json_file_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert list(read_rows(str(path))) == ROWS
+
+
+def test_a_line_that_is_not_utf8_is_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + '{"prompt": "straße"}\n'.encode("latin-1"))
+    with pytest.raises(RecordError, match=r"the line is not UTF-8 \(.* at byte 16\)") as error:
+        read_rows(str(path))[1]
+    assert f"iconv -f latin1 -t utf-8 {path}" in str(error.value.fix)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
 def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path, name: str) -> None:
     """The datasets library alone would fail only when the row is accessed."""
     path = tmp_path / name
@@ -82,7 +113,10 @@ def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path, name: str) -> None:
         ("rows.parquet", "hello", r"rows\.parquet: the file cannot be read"),
         ("rows.csv", '{"prompt": "a"}\n', r"rows\.csv: the content is JSON, .*\n  Rename the file: .*rows\.jsonl"),
         ("rows.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', r"rows\.json: the file contains several lists .*\(a, b\)"),
-        ("rows.jsonl", '{"x": "a"}\n{"x": "\\ud800"}\n', r"rows\.jsonl:2: the line contains '\\ud800', which is half"),
+        ("rows.json", '[{"x": 1},\n {"x"}]', r"rows\.json:2: the file is not JSON \(Expecting ':' .* at column 6\)"),
+        ("rows.json", '[{"x": 1}, 2]', r"rows\.json, row 2: the row must be a JSON object, got int"),
+        ("rows.json", '[{"x": 1, "x": 1}]', r"rows\.json: the field 'x' is specified twice"),
+        ("rows.json", "[" * 100_000, r"rows\.json: the file is not JSON that can be read \(RecursionError\)"),
     ],
 )
 def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -1,0 +1,161 @@
+"""Rows of JSON and JSON Lines files, parsed by Python's ``json``.
+
+``datasets`` reads these files with pyarrow, which requires one type per field, and which stores lists that start with
+null incorrectly (apache/arrow#51305), so that a file can crash the process.
+"""
+
+import codecs
+import json
+import mmap
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from rlhf.data.parser import RecordError
+from rlhf.data.records import FIELDS, Row
+from rlhf.errors import DataError
+
+
+class JsonLines(Sequence[Row]):
+    """Rows of a JSON Lines file. A line is parsed when its row is accessed, so memory holds 16 bytes per row.
+
+    Args:
+        path: The file, which is not empty. Blank lines are no rows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._starts, self._numbers = array("Q"), array("Q")
+        start = number = 0
+        while line := self._bytes.readline():
+            number += 1
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                self._starts.append(start)
+                self._numbers.append(number)
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        """Return a row.
+
+        Raises:
+            RecordError: The line is not a JSON object.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        self._bytes.seek(self._starts[index])
+        line = self._bytes.readline().removeprefix(codecs.BOM_UTF8)
+        try:
+            return parse_line(line.decode())
+        except UnicodeDecodeError as error:
+            reason = f"the line is not UTF-8 ({error.reason} at byte {error.start})"
+            raise RecordError(reason, fix=conversion_to_utf8(self.path)) from error
+
+    def line_number(self, index: int) -> int:
+        """Return the number of a row's line, from 1. Blank lines count."""
+        return self._numbers[index]
+
+
+def read_json(path: str) -> Sequence[Row]:
+    """Read a JSON file: a list of rows, an object with one list of rows, a single row, or JSON Lines.
+
+    Raises:
+        DataError: The file is not UTF-8, it is not JSON, or it contains several lists of rows.
+    """
+    content = Path(path).read_bytes()
+    check_utf8(path, content)
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_fields)
+    except RecordError as error:
+        raise DataError(f"{path}: {error}.") from error
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return JsonLines(path)
+        raise DataError(
+            f"{path}:{error.lineno}: the file is not JSON ({error.msg} at column {error.colno})."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the file is not JSON that can be read ({type(error).__name__}).") from error
+    found: list[Any] = rows if isinstance(rows, list) else _rows_of_object(path, rows)
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: the row must be a JSON object, got {type(row).__name__}.")
+    return found
+
+
+def parse_line(line: str) -> Row:
+    """Parse a line of a JSON Lines file.
+
+    Raises:
+        RecordError: The line is not a JSON object.
+    """
+    try:
+        row = json.loads(line, object_pairs_hook=_unique_fields)
+    except RecordError:
+        raise
+    except json.JSONDecodeError as error:
+        raise RecordError(f"the line is not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"the line is not JSON that can be read ({type(error).__name__})") from error
+    if not isinstance(row, dict):
+        raise RecordError(f"the line must be a JSON object, got {type(row).__name__}")
+    return row
+
+
+def check_utf8(path: str, content: bytes, start: int = 0) -> None:
+    """Raise an error if a part of a file is not UTF-8.
+
+    Args:
+        path: The file.
+        content: The part.
+        start: Position of the part in the file, in bytes.
+
+    Raises:
+        DataError: The part is not UTF-8.
+    """
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: the file must be UTF-8 ({error.reason} at byte {start + error.start}).",
+            conversion_to_utf8(path),
+        ) from error
+
+
+def conversion_to_utf8(path: str) -> str:
+    """Return how to convert a file that is not UTF-8, for error messages."""
+    return f"Convert it, for example from Latin-1: iconv -f latin1 -t utf-8 {path} > <new file>"
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"the field {twice!r} is specified twice")
+    return fields
+
+
+def _rows_of_object(path: str, content: Any) -> list[Any]:
+    """Return the rows under the one key of an object that contains rows, or else the content as the only row."""
+    if not isinstance(content, dict):
+        return [content]
+    lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if not lists or any(key in FIELDS for key in content):
+        return [content]
+    if len(lists) > 1:
+        raise DataError(
+            f"{path}: the file contains several lists of rows ({', '.join(lists)}).", "Write one list to each file."
+        )
+    rows: list[Any] = content[lists[0]]
+    return rows
