@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.distributed import is_rank_zero
-from rlhf.errors import UserError
+from rlhf.errors import explain
 from rlhf.files import LOCK, locked, remove, remove_if_empty
 from rlhf.logs import log_file
 
@@ -54,7 +54,7 @@ class OutputDirectory:
                     try:
                         yield
                     except Exception as error:
-                        has_bug = not isinstance(error, UserError)
+                        has_bug = not explain(error)
                         if has_bug and not self.started:
                             with suppress(OSError):
                                 self._write_log()  # It helps to find the bug.

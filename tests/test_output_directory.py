@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from contract.configs import compose_config, hydra_command
 from harness import TINY_DATA, TINY_MODEL
 from rlhf import files as files_module
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import ConfigError, UserError, explain
 from rlhf.main import run
 from rlhf.run import run_stage
 
@@ -38,13 +38,16 @@ def files(directory: Path) -> set[str]:
         "model.num_heads=3",  # when the model is made
         "data.columns.target=foo",  # when the data are read
         "data.template=Hello",  # when the data are encoded
+        "+data.columns.foo=target",  # by a constructor that Hydra calls
+        "model.vocab_size=???",  # by OmegaConf
     ],
 )
 def test_a_rejected_command_writes_nothing(tmp_path: Path, rejected: str) -> None:
     with hydra_command(*SFT, *TINY, f"paths.root={tmp_path}", rejected) as cfg:
         Path(cfg.paths.output).mkdir(parents=True)  # Hydra makes it.
-        with pytest.raises(UserError):
+        with pytest.raises(Exception) as error:
             run(cfg)
+    assert explain(error.value)
     assert not files(tmp_path)
 
 

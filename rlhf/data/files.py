@@ -1,6 +1,7 @@
 """Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets. All but JSON is read by ``datasets``."""
 
-from collections.abc import Iterator, Sequence
+import codecs
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -92,16 +93,10 @@ def locations(path: str, rows: Sequence[int]) -> list[str]:
     if Path(path).suffix.lower() not in LINE_PER_ROW:
         return [f"{path}, row {row + 1}" for row in rows]
     last = max(rows, default=-1)
-    numbers = dict(enumerate(number for number, _ in islice(_lines(path), last + 1)))
-    return [f"{path}:{numbers[row]}" if row in numbers else path for row in rows]
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of every line that is not blank."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+    with open(path, "rb") as file:
+        filled = (number for number, line in enumerate(file, 1) if line.removeprefix(codecs.BOM_UTF8).strip())
+        numbers = list(islice(filled, last + 1))
+    return [f"{path}:{numbers[row]}" if row < len(numbers) else path for row in rows]
 
 
 def _separator(path: str) -> str:

@@ -93,6 +93,7 @@ def test_a_line_that_is_not_utf8_is_invalid(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"the line is not UTF-8 \(.* at byte 16\)") as error:
         read_rows(str(path))[1]
     assert f"iconv -f latin1 -t utf-8 {path}" in str(error.value.fix)
+    assert location(str(path), 1) == f"{path}:2"
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
