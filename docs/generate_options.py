@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import lightning
 from hydra import compose, initialize_config_dir
@@ -24,6 +24,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.rl import OnPolicyModule
+from rlhf.schema import declared_keywords, describe, is_known
 from rlhf.stage import StageModule
 from rlhf.stages import commands, stages
 
@@ -97,6 +98,29 @@ def explain(target: Any, name: str) -> tuple[str, str]:
     return texts[0][0], texts[-1][1].__qualname__
 
 
+def allowed(target: Any, name: str, text: str) -> str:
+    """Return a sentence about the range or the choices that a signature declares, unless the explanation has them.
+
+    Args:
+        target: Class or function.
+        name: Keyword.
+        text: Explanation of the keyword.
+    """
+    parameter = declared_keywords(target)[0].get(name)
+    if parameter is None or not is_known(parameter.annotation):
+        return ""
+    words = limits(parameter.annotation)
+    return f" Allowed: {describe(parameter.annotation)}." if any(word not in text for word in words) else ""
+
+
+def limits(annotation: Any) -> list[str]:
+    """Return the bounds and choices in an annotation."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    own = [text for text in getattr(annotation, "__metadata__", ()) if text[0] in "<>" and text[-1].isdigit()]
+    return own + [word for argument in get_args(annotation) for word in limits(argument)]
+
+
 def link(cls: Any) -> str:
     """Return a link to Lightning's documentation of a class."""
     name, module = cls.__qualname__, cls.__module__
@@ -155,7 +179,8 @@ def options(cfg: DictConfig, path: str, prefix: str | None = None) -> Iterator[O
             value = OmegaConf.to_container(value)
             value = {} if isinstance(value, dict) and not any(value.values()) else value
         try:
-            yield Option(key, typed(value), *explain(target, name))
+            text, owner = explain(target, name)
+            yield Option(key, typed(value), text + allowed(target, name, text), owner)
         except MissingExplanation as error:
             MISSING.append(str(error))
 
