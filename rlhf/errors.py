@@ -134,8 +134,9 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
-    if isinstance(error, TypeError | ValueError) and _is_raised_by_hydra(error):
-        return f"Hydra rejects an override: {str(error).split(' : ')[0]}.\n  {_hydra_hint(error)}"
+    if isinstance(error, TypeError | ValueError | AssertionError) and _is_raised_by_hydra(error):
+        reason = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
+        return f"Hydra rejects an override: {reason}.\n  {_hydra_hint(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"
@@ -143,9 +144,10 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_raised_by_hydra(error: Exception) -> bool:
-    """Return whether Hydra itself has failed, as with an override of a group by a list of numbers."""
+    """Return whether Hydra itself has failed, as with an override of a group by a list of numbers, or without a key."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).parent.parts[-2:] == ("hydra", "_internal")
+    directories = (("hydra", "_internal"), ("hydra", "core"))
+    return bool(frames) and Path(frames[-1].filename).parent.parts[-2:] in directories
 
 
 def _override_message(override: str) -> str:

@@ -119,6 +119,10 @@ OVERRIDES = {
         ["stage=dpo", "data.columns={loser: text}"],
         "data.columns.loser: there is no such key.\n  python train.py stage=<stage> --cfg job   shows every key.",
     ),
+    "an empty key": (
+        ["stage=sft", "+=[]"],
+        "Hydra rejects an override: its key is empty.\n  python train.py stage=<stage> --cfg job   shows every key.",
+    ),
     "a new step without a plus sign": (
         ["pipeline.variants={rloo: ['stage=grpo']}"],
         "pipeline.variants.rloo: there is no such key.\n"
@@ -128,7 +132,7 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
-def test_the_message_for_an_unknown_key(name: str) -> None:
+def test_the_message_for_a_rejected_override(name: str) -> None:
     overrides, expected = OVERRIDES[name]
     assert explain(error_of(lambda: compose_config(*overrides))) == expected
 
