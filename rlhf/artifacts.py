@@ -159,6 +159,13 @@ def _update_final_model(info: StageInfo, path: Path, run_directory: Path) -> Non
         is_preferred = other.rl_priority is not None and other.rl_priority < info.rl_priority
         if is_preferred and (run_directory / other.name / str(other.final)).is_file() and other.name not in outdated:
             return
+    make_final_model(path, run_directory)
+
+
+def make_final_model(path: Path, run_directory: Path) -> None:
+    """Copy the result of a stage to the final model of a run, on rank 0."""
+    if not is_rank_zero():
+        return
     with open(path, "rb") as source:
         atomic_write(run_directory / RL_TRAINED, lambda file: shutil.copyfileobj(source, file))
     log.info("saved %s, which load_model('rl_trained') opens", run_directory / RL_TRAINED)

@@ -135,8 +135,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
     if isinstance(error, TypeError | ValueError | AssertionError) and _is_raised_by_hydra(error):
-        reason = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
-        return f"Hydra rejects an override: {reason}.\n  {_hydra_hint(error)}"
+        problem = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
+        return f"Hydra rejects an override: {problem}.\n  {_hydra_hint(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"

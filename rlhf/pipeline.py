@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose
@@ -10,12 +11,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.artifacts import make_final_model
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
 from rlhf.output_directory import OutputDirectory
 from rlhf.resume import check_start, earlier_files
+from rlhf.rounds import final_policy, round_steps
 from rlhf.run import run_stage
 from rlhf.stages import stages
 
@@ -26,6 +29,8 @@ def run_pipeline(cfg: DictConfig) -> float:
     """Run the steps of ``pipeline.steps`` and return the monitored metric of the last one.
 
     The configuration of every step is composed before the first one starts, so that a mistyped key is reported at once.
+    The steps of ``pipeline.rounds`` follow those of ``pipeline.steps``, and the policy of the last round becomes the
+    final model of the run.
     With ``resume=true``, finished steps are skipped, and a step that was interrupted continues from its checkpoint.
     """
     # 1. Check the steps and compose the configuration of each.
@@ -33,6 +38,10 @@ def run_pipeline(cfg: DictConfig) -> float:
     check_steps(cfg, steps)
     directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
     configs = {step: step_config(cfg, step, directory) for step in steps}
+    if cfg.pipeline.rounds:
+        configs |= {
+            step.name: step_config(cfg, step.stage, directory, step.overrides) for step in round_steps(cfg, directory)
+        }
     check_ranks(configs)
     for config in configs.values():
         check_values(config)
@@ -43,12 +52,14 @@ def run_pipeline(cfg: DictConfig) -> float:
     own = OutputDirectory(cfg, directory / "pipeline", "pipeline.log")
     with own.opened():
         for number, (step, config) in enumerate(configs.items(), 1):
-            log.info("step %d of %d: %s", number, len(steps), step)
+            log.info("step %d of %d: %s", number, len(configs), step)
             if not earlier_files(config, Path(config.paths.output)):
                 config.resume = False  # resume=true starts the steps that have not begun.
             started = time.perf_counter()
             monitored = run_stage(config, own.start)
             seconds[step] = time.perf_counter() - started
+        if cfg.pipeline.rounds:
+            make_final_model(final_policy(cfg, directory), directory)
 
     # 3. Print where the outputs are.
     if is_rank_zero():
@@ -74,7 +85,8 @@ def check_steps(cfg: DictConfig, steps: list[str]) -> None:
         raise ConfigError(
             f"pipeline.variants.{taken[0]} has the name of a stage.", "Choose another name for the variant."
         )
-    if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in steps]:
+    in_rounds = list(cfg.pipeline.round.steps) if cfg.pipeline.rounds else []
+    if idle := [step for step, own in cfg.pipeline.overrides.items() if own and step not in (*steps, *in_rounds)]:
         raise ConfigError(
             f"pipeline.overrides.{idle[0]} has no effect: pipeline.steps=[{','.join(steps)}] lacks this step.",
             f"Remove pipeline.overrides.{idle[0]}, or add {idle[0]} to pipeline.steps.",
@@ -99,13 +111,14 @@ def check_ranks(configs: dict[str, DictConfig]) -> None:
                 )
 
 
-def step_config(cfg: DictConfig, step: str, directory: Path) -> DictConfig:
+def step_config(cfg: DictConfig, step: str, directory: Path, of_round: Sequence[str] = ()) -> DictConfig:
     """Compose the configuration of one step.
 
     Args:
         cfg: The configuration of the pipeline.
         step: A stage or a variant.
         directory: Directory of the run, or of this job of a sweep.
+        of_round: Overrides of a step of a round.
 
     Returns:
         The configuration with the overrides of the command line, followed by those of ``pipeline.overrides.<step>``.
@@ -115,7 +128,7 @@ def step_config(cfg: DictConfig, step: str, directory: Path) -> DictConfig:
     variant = cfg.pipeline.variants.get(step)
     chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{directory / step}'"]
     own = list(cfg.pipeline.overrides.get(step, []))
-    return compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *own])
+    return compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *of_round, *own])
 
 
 def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[str, float]) -> Table:

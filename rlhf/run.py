@@ -58,7 +58,10 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
         started = time.perf_counter()
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
         start = StartOutput(directory.start, *([on_start] if on_start else []))
-        monitored = train(cfg, output, start) if stages()[cfg.stage_name].exports else evaluate(cfg, start)
+        if stages()[cfg.stage_name].exports:
+            monitored = train(cfg, output, start)
+        else:
+            monitored = collect(cfg, output, start) if cfg.stage_name == "collect" else evaluate(cfg, start)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         return monitored
 
@@ -123,13 +126,15 @@ def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: An
 
 def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what builds the module of a stage from its inputs and a tokenizer, and the inputs."""
+    build, inputs = _declared_inputs(cfg)
+    return build, with_adapter(cfg, inputs)
+
+
+def _declared_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return what builds the module of a stage, and its inputs. One that is neither used nor set is None."""
     build = instantiate(cfg.stage, _partial_=True)
-    return build, with_adapter(cfg, _inputs(cfg, unused=build.func.unused_inputs(build.keywords)))
-
-
-def _inputs(cfg: DictConfig, unused: set[str]) -> dict[str, Any]:
-    """Return the declared inputs of a stage; None for one that its settings do not use and that is not set."""
-    return {
+    unused = build.func.unused_inputs(build.keywords)
+    return build, {
         key: None if key in unused and cfg.stage[key] is None else resolve_input(cfg, key)
         for key in stages()[cfg.stage_name].inputs
     }
@@ -156,6 +161,21 @@ def evaluate(cfg: DictConfig, start: StartOutput) -> float:
     if trainer.is_global_zero:
         Console().print(module.table())
     return float(module.monitored)
+
+
+def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
+    """Write preference pairs of the responses of a policy, and return the mean difference of their scores."""
+    path = output / str(stages()[cfg.stage_name].final)
+    if cfg.resume and path.is_file():
+        log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, path)
+        return float("nan")
+    datamodule = instantiate(cfg.data)
+    build, inputs = _declared_inputs(cfg)
+    module = build(**inputs)
+    trainer = build_trainer(without_sharding(cfg), [start])
+    with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
+        trainer.test(module, datamodule, verbose=False)
+    return float(module.metrics["score_difference"])
 
 
 def _check_vocabularies(policies: dict[str, ModelSource], baseline: str, tokenizer: PreTrainedTokenizerBase) -> None:

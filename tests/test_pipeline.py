@@ -32,12 +32,12 @@ def test_stages_and_variants_are_steps(overrides: tuple[str, ...]) -> None:
         (
             ["pipeline.steps=[sft,pop]"],
             "pipeline.steps and pipeline.overrides must name known steps, got pop.\n"
-            "  Known steps: sft, reward, ppo, grpo, dpo, evaluate.",
+            "  Known steps: sft, reward, ppo, grpo, dpo, collect, evaluate.",
         ),
         (
             [RLOO, "+pipeline.overrides.pop=['seed=1']"],
             "pipeline.steps and pipeline.overrides must name known steps, got pop.\n"
-            "  Known steps: sft, reward, ppo, grpo, dpo, evaluate, rloo.",
+            "  Known steps: sft, reward, ppo, grpo, dpo, collect, evaluate, rloo.",
         ),
         (
             ["+pipeline.variants.dpo=['stage=dpo','loss=ipo']"],

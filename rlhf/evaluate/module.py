@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
 from rlhf.schema import PositiveInt, ScorerPath
-from rlhf.stage.precision import autocast_dtype
+from rlhf.stage.precision import frozen_on_device
 from rlhf.tensors import masked_sum
 
 log = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class EvaluateModule(lightning.LightningModule):
         for name in sorted(self.sources, key=lambda name: name == self.baseline):
             started = time.perf_counter()
             torch.manual_seed(seed + self.global_rank)
-            with self.opened(Frozen(Policy(self.sources[name].language_model(self.tokenizer)))) as policy:
+            with frozen_on_device(self, Frozen(Policy(self.sources[name].language_model(self.tokenizer)))) as policy:
                 self.sampler.sync(policy.model.lm, self.tokenizer)
                 for batch in self.batches:
                     responses = self.sample_responses(policy, batch)
@@ -149,17 +148,6 @@ class EvaluateModule(lightning.LightningModule):
         self.output.mkdir(parents=True, exist_ok=True)
         write_unscored(path, sampled)
         log.error("The evaluation failed. The responses sampled so far are in %s.", path)
-
-    @contextmanager
-    def opened(self, model: Frozen) -> Iterator[Any]:
-        """Move a model to the device, in the Trainer's precision, and free its memory at the end of the context."""
-        plugin: Any = self.trainer.precision_plugin
-        if (dtype := autocast_dtype(plugin)) is not None:
-            model.cast_matrices(dtype)
-        try:
-            yield plugin.convert_module(model).to(self.device)
-        finally:
-            model.to("meta")  # The sampler may still refer to the model.
 
     def sample_responses(self, policy: Frozen, batch: PromptBatch) -> ResponseBatch:
         """Sample a response to each prompt, and compute everything that needs no other model."""
@@ -211,7 +199,7 @@ class EvaluateModule(lightning.LightningModule):
         if not self.reward_sources:
             return
         stop_ids = self.sampling.stop_ids(self.tokenizer)
-        with self.opened(load_reward_models(self.reward_sources, self.tokenizer)) as model:
+        with frozen_on_device(self, load_reward_models(self.reward_sources, self.tokenizer)) as model:
             for batch in batches:
                 tokens = end_as_in_training(batch.rollout.to(self.device), self.tokenizer, stop_ids)
                 with self.trainer.precision_plugin.forward_context():

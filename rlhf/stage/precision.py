@@ -1,7 +1,15 @@
 """The precision of the Trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch import nn
+
+from rlhf.models import cast_frozen_matrices
 
 
 def autocast_dtype(plugin: Precision) -> torch.dtype | None:
@@ -9,3 +17,25 @@ def autocast_dtype(plugin: Precision) -> torch.dtype | None:
     if not isinstance(plugin, MixedPrecision):
         return None
     return torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
+
+
+def move_frozen(module: lightning.LightningModule, model: nn.Module) -> Any:
+    """Move a model that is not trained to the device, in the Trainer's precision, and return it.
+
+    Args:
+        module: The LightningModule that uses the model.
+        model: A ``Frozen`` model, or a module that contains one.
+    """
+    plugin: Any = module.trainer.precision_plugin
+    if (dtype := autocast_dtype(plugin)) is not None:
+        cast_frozen_matrices(model, dtype)
+    return plugin.convert_module(model).to(module.device)
+
+
+@contextmanager
+def frozen_on_device(module: lightning.LightningModule, model: nn.Module) -> Iterator[Any]:
+    """Move a model to the device with ``move_frozen``, and free its memory at the end of the context."""
+    try:
+        yield move_frozen(module, model)
+    finally:
+        model.to("meta")  # The sampler may still refer to the model.

@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
         "pipeline",
         "replay",
         "resume",
+        "rounds",
         "run",
         "runs",
         "shards",

@@ -1,0 +1,165 @@
+"""Preference pairs from sampled responses, in Lightning's test loop."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from harness import FakeSource, MetricsLogger, quick_trainer
+from rlhf.collect import CollectDataModule, CollectModule
+from rlhf.data import Preference
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
+from rlhf.errors import ConfigError
+from rlhf.reward_functions import ModelReward, PythonReward
+from rlhf.sampling import Rollout, SamplingParams
+
+WORDS = ["May", "Monday", "Dunmore and Dalton"]
+ROWS = [{"prompt": "the bridge"}, {"prompt": "the fair"}]
+
+
+class Scripted:
+    """Gives the responses of a list in turn, each followed by EOS."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = list(texts)
+
+    def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
+        eos = self.tokenizer.eos_token_id
+        texts = [self.texts.pop(0) for _ in prompts]
+        ids = [self.tokenizer(" " + text, add_special_tokens=False)["input_ids"] for text in texts]
+        return Rollout.from_responses(prompts, [[*row, eos] for row in ids], [eos])
+
+
+class Collection:
+    """Collects pairs for a few prompts with a sampler that follows a script."""
+
+    def __init__(self, folder: Path, policy: FakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.folder, self.policy, self.tokenizer = folder, policy, tokenizer
+        self.output = folder / "preferences.jsonl"
+        (folder / "length.py").write_text("def score(prompts, responses): return [len(text) for text in responses]")
+
+    def run(self, texts: Sequence[str], rows: list[dict[str, Any]] = ROWS, **keys: Any) -> CollectModule:
+        path = self.folder / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        keys = {"reward": PythonReward(path=f"{self.folder / 'length.py'}:score"), **keys}
+        params = SamplingParams(max_new_tokens=24, temperature=1.0)
+        module = CollectModule(
+            policy=self.policy,  # type: ignore[arg-type]
+            sampling=params,
+            sampler=Scripted(texts),
+            output=str(self.output),
+            tokenizer=self.tokenizer,
+            **keys,
+        )
+        data = CollectDataModule(
+            train=str(path), max_length=96, eval_batch_size=2, val_fraction=0.0, tokenizer=self.tokenizer
+        )
+        quick_trainer(default_root_dir=self.folder, logger=MetricsLogger()).test(module, data, verbose=False)
+        return module
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_text().splitlines()]
+
+
+@pytest.fixture
+def collection(tmp_path: Path, policy: FakeSource, tokenizer: PreTrainedTokenizerFast) -> Collection:
+    return Collection(tmp_path, policy, tokenizer)
+
+
+def test_the_best_and_the_worst_of_three_responses_form_a_pair(collection: Collection) -> None:
+    """The score is the length of the text: 3, 6 and 18 characters."""
+    module = collection.run([*WORDS, *reversed(WORDS)], num_generations=3)
+    found = {row["prompt"]: row for row in collection.rows}
+    assert found.keys() == {"the bridge", "the fair"}
+    for row in found.values():
+        assert (row["chosen"], row["rejected"]) == ("Dunmore and Dalton", "May")
+        assert (row["chosen_score"], row["rejected_score"]) == (18, 3)
+    assert module.metrics == {"pairs": 2, "prompts": 2, "score_difference": 15}
+
+
+def test_the_file_is_a_preference_file(collection: Collection) -> None:
+    """The scores are no fields of a record, so they do not disturb."""
+    collection.run([WORDS[0], WORDS[1], WORDS[2], WORDS[0]])
+    pairs = RecordReader(RecordParser()).read(str(collection.output), "train", (Preference,))
+    assert sorted((pair.chosen, pair.rejected, pair.margin) for pair in pairs) == [
+        ("Dunmore and Dalton", "May", 0.0),
+        ("Monday", "May", 0.0),
+    ]
+
+
+def test_identical_responses_and_equal_scores_give_no_pair(collection: Collection) -> None:
+    """'May' and 'Mai' have the same length. The second prompt has a pair."""
+    module = collection.run(["May", "Mai", "May", "Monday"])
+    assert len(collection.rows) == module.metrics["pairs"] == 1
+
+
+def test_a_collection_without_pairs_is_an_error(collection: Collection) -> None:
+    with pytest.raises(ConfigError, match=r"found no pair: all responses to each of the 2 prompts.*\n.*temperature=1"):
+        collection.run(["May"] * 4)
+    assert not collection.output.exists()
+
+
+def test_a_conversation_stays_a_conversation(collection: Collection) -> None:
+    messages = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+    ]
+    collection.run(["May", "Monday"], rows=[{"prompt": messages}])
+    assert collection.rows[0]["prompt"] == messages
+
+
+def test_rows_of_earlier_rounds_come_first(collection: Collection, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.jsonl"
+    earlier.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    collection.run([*WORDS[:2], *WORDS[:2]], include=[str(earlier)])
+    assert collection.rows[0]["prompt"] == "p"
+    assert len(collection.rows) == 3
+
+
+def test_the_reward_model_scores_whole_sequences(
+    collection: Collection, reward_model: FakeSource, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The difference of the scores equals that of the model's own scores of prompt, response and EOS."""
+    texts = [WORDS[0], WORDS[2]]
+    collection.run(texts, rows=ROWS[:1], reward=ModelReward(), reward_model=reward_model)
+    (row,) = collection.rows
+    data = CollectDataModule(train=str(collection.folder / "prompts.jsonl"), max_length=96, tokenizer=tokenizer)
+    encoder = data.encoder()
+    scores = {}
+    for text in texts:
+        encoded = encoder.encode_response([{"role": "user", "content": "the bridge"}], text)
+        ids = torch.tensor([encoded.input_ids])
+        scores[text] = float(reward_model.model.eval().scores(ids, ids >= 0))
+    assert row["chosen"] == max(scores, key=lambda text: scores[text])
+    assert row["chosen_score"] == pytest.approx(max(scores.values()), abs=1e-4)
+    assert row["rejected_score"] == pytest.approx(min(scores.values()), abs=1e-4)
+
+
+def test_greedy_responses_are_refused(policy: FakeSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"stage\.sampling\.temperature must be above 0 in stage=collect"):
+        CollectModule(
+            policy=policy,  # type: ignore[arg-type]
+            reward=ModelReward(),
+            sampling=SamplingParams(temperature=0.0),
+            output="x.jsonl",
+            tokenizer=tokenizer,
+        )
+
+
+def test_a_scoring_function_receives_the_targets(collection: Collection, tmp_path: Path) -> None:
+    """The score is 1 for the reference response of the data."""
+    function = tmp_path / "exact.py"
+    function.write_text("def score(prompts, responses, targets): return [a == b for a, b in zip(responses, targets)]")
+    rows = [{"prompt": "the bridge", "completion": "May"}]
+    collection.run(["Monday", "May"], rows=rows, reward=PythonReward(path=f"{function}:score"))
+    assert [(row["chosen"], row["rejected"]) for row in collection.rows] == [("May", "Monday")]
