@@ -5,7 +5,8 @@
 
 Every case is killed ten times: three times while it writes a checkpoint, and seven times at a moment that is drawn
 uniformly from its training time. The runs use the default settings with less data, and write a checkpoint about every
-0.6 seconds, so that runs of a few seconds have many. One run of the whole pipeline is killed ten times in a row.
+0.6 seconds (``--interval``), so that runs of a few seconds have many. One run of the whole pipeline is killed ten times
+in a row.
 """
 
 import argparse
@@ -26,9 +27,7 @@ import torch
 from rlhf.files import LAST, PART, PREVIOUS
 
 REPO = Path(__file__).parents[1]
-INTERVAL = 0.6  # seconds between checkpoints
 COMMON = [
-    f"callbacks.checkpoint.every_n_minutes={INTERVAL / 60}",
     "trainer=cpu",
     "trainer.enable_progress_bar=false",
     "data.eval_batch_size=16",
@@ -86,9 +85,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
     parser.add_argument("--kills", type=int, default=10, help="kills of each case")
     parser.add_argument("--jobs", type=int, default=2, help="cases to run at the same time, on one thread each")
+    parser.add_argument("--interval", type=float, default=0.6, help="seconds of callbacks.checkpoint.every_n_minutes")
     parser.add_argument("--root", default=Path("outputs/kill"), type=Path, help="directory of the runs")
     parser.add_argument("--seed", type=int, default=1, help="seed of the moments")
     options = parser.parse_args()
+    COMMON.append(f"callbacks.checkpoint.every_n_minutes={options.interval / 60}")
     root = options.root.resolve()
     names = [f"{stage}, {model}" for model in MODELS for stage in STAGES] + ["pipeline, transformer"]
     names = [name for name in names if options.only in name]

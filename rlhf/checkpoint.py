@@ -78,12 +78,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     A checkpoint is written only at positions from which a resumed run continues exactly: after the last minibatch of a
     rollout in PPO and GRPO, after an optimizer step in the other stages, and after validation where validation
-    follows. A checkpoint that becomes due anywhere else is written at the next such position. Writing one draws no
-    random numbers.
+    follows. It is written at the last such position at which a killed run has lost at most ``every_n_minutes``, judging
+    by the time that the last step and the last checkpoint took. Writing one draws no random numbers.
 
     Args:
-        every_n_minutes: Write ``last.ckpt`` when this many minutes have passed since it was last written. ``0`` writes
-            it at every possible position, and ``None`` only at the end of epochs and of training. Default: ``5.0``.
+        every_n_minutes: Minutes of work that a killed run may lose. If a step and a checkpoint take more than half of
+            this time, it may lose more. ``0`` writes ``last.ckpt`` at every possible position, and ``None`` only at the
+            end of epochs and of training. Default: ``5.0``.
         keys: Keywords of Lightning's ``ModelCheckpoint``. ``every_n_train_steps`` counts optimizer steps and writes
             numbered checkpoints, of which ``save_top_k`` are kept.
 
@@ -102,7 +103,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
         self._boundary: Boundary | None = None  # The last such position, unless the weights have changed since.
-        self._last_written = 0.0  # Seconds of the monotonic clock.
+        self._last_written = self._last_boundary = 0.0  # Seconds of the monotonic clock.
+        self._write_seconds = self._step_seconds = 0.0  # What the last checkpoint and the last step took.
         self._numbered_step = 0  # The step of the last numbered checkpoint.
 
     # When to write
@@ -118,7 +120,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_written = time.monotonic()
+        self._last_written = self._last_boundary = time.monotonic()
         self._numbered_step = trainer.global_step
         self.resumable = (Path(trainer.ckpt_path), trainer.global_step) if trainer.ckpt_path else None
 
@@ -170,14 +172,21 @@ class RunCheckpoint(ModelCheckpoint):
     # What to write
 
     def _reach_boundary(self, trainer: Trainer, module: LightningModule) -> None:
+        self._step_seconds = time.monotonic() - self._last_boundary
         self._save_if_due(trainer)
         if trainer.world_size == 1:
             self._boundary = Boundary.here(trainer, module)
+        self._last_boundary = time.monotonic()
 
     def _save_if_due(self, trainer: Trainer) -> None:
         numbered = self._numbered_is_due(trainer)
-        seconds = time.monotonic() - self._last_written
-        due = self.every_n_minutes is not None and seconds >= 60 * self.every_n_minutes
+        due = False
+        if self.every_n_minutes is not None:
+            interval = 60 * self.every_n_minutes
+            # A kill during the next write loses this step, the next one, and the time of two writes: the newest
+            # checkpoint holds the position at which its own write began. Training gets at least half of the time.
+            ahead = min(self._step_seconds + 2 * self._write_seconds, interval / 2)
+            due = time.monotonic() - self._last_written + ahead >= interval
         # The clocks of the ranks differ, and not every rank may have seen the signal yet: rank 0 decides for all.
         due = trainer.strategy.broadcast(due or trainer.received_sigterm)
         if numbered:
@@ -195,6 +204,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Write ``last.ckpt`` of the present position, or of an earlier one after which no weight has changed."""
         if not self.save_last:
             return
+        started = time.monotonic()
         newest = self.resumable[0] if self.resumable else None
         if trainer.is_global_zero and newest is not None and newest.name == LAST and newest.is_file():
             replace_link(newest.with_name(PREVIOUS), newest)
@@ -203,6 +213,7 @@ class RunCheckpoint(ModelCheckpoint):
         else:
             self._save_boundary(trainer, boundary)
         self._last_written = time.monotonic()
+        self._write_seconds = self._last_written - started
         self.resumable = Path(self.last_model_path), trainer.global_step
 
     def _save_boundary(self, trainer: Trainer, boundary: Boundary) -> None:

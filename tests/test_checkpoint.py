@@ -224,11 +224,11 @@ def test_a_failure_elsewhere_writes_no_checkpoint(runs: CheckpointedRuns, stage:
 def test_a_checkpoint_is_written_every_five_minutes(
     runs: CheckpointedRuns, copies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each batch takes 2 minutes of a fake clock, so every third batch after a checkpoint writes the next one.
+    """Each batch takes 2 minutes of a fake clock. A third one after a checkpoint would exceed the 5 minutes.
 
         batch     1  2  3  4 |  5   6   7   8    (| is the end of the first epoch)
         minute    0  2  4  6 |  8  10  12  14
-        written            6             12  14  the last one at the end of training
+        written         4  6       10      14    the last one at the end of training
 
     With ``every_n_minutes=None``, only the ends of the two epochs remain.
     """
@@ -242,7 +242,7 @@ def test_a_checkpoint_is_written_every_five_minutes(
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: float(now[0]))
     runs.fit("sft", Clock(), runs.callback(), trainer={"val_check_interval": 1.0})
     assert runs.callback().every_n_minutes == 5.0
-    assert [step_of(path) for path in copies] == [4, 7, 8]
+    assert [step_of(path) for path in copies] == [3, 4, 6, 8]
     copies.clear()
     runs.fit("sft", runs.callback(every_n_minutes=None))
     assert [step_of(path) for path in copies] == [4, 8]
