@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         *("launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
         *("run_names", "schema", "time_limit", "tokenizer_probe"),
     },
-    {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs"},
+    {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs", "web"},
     STAGE_PACKAGES,
     {
         "alerts",
@@ -42,6 +42,7 @@ LAYERS: list[set[str]] = [
         "export",
         "export_content",
         "hparams",
+        "label",
         "lineage",
         "main",
         "output_directory",

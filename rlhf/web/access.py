@@ -1,0 +1,74 @@
+"""Who may send requests to a local server.
+
+A page of another site can make a browser send requests to 127.0.0.1, and can point its own name at that address (DNS
+rebinding). So the ``Host`` and ``Origin`` of each request are checked, even without a token.
+"""
+
+import hmac
+import secrets
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from rlhf.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+COOKIE = "rlhf_token"
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one server.
+
+    Args:
+        host: Address that the server listens on.
+        token: Secret that every request must carry; None where only this machine can connect.
+    """
+
+    host: str
+    token: str | None
+
+    @classmethod
+    def of(cls, host: str, token: str | None) -> "Access":
+        """Return the rules for an address: any other address than that of this machine requires a token.
+
+        Raises:
+            ConfigError: The token is too short to be secret.
+        """
+        if token is not None and len(token) < 16:
+            raise ConfigError(
+                f"command.token must have at least 16 characters, got {len(token)}.",
+                "Remove command.token: a token is generated if command.host requires one.",
+            )
+        return cls(host, token or (None if host in LOOPBACK else secrets.token_urlsafe(24)))
+
+    def allows_host(self, header: str | None) -> bool:
+        """Return whether the ``Host`` header names this server."""
+        name = urlsplit(f"//{header or ''}").hostname
+        if name is None:
+            return False
+        # Behind a token, the server may be reached under any name of its machine.
+        return name in LOOPBACK or name == self.host or self.token is not None
+
+    def allows_origin(self, host: str | None, origin: str | None, fetch_site: str | None) -> bool:
+        """Return whether a request that changes something comes from a page of this server, or from no page.
+
+        Args:
+            host: The ``Host`` header.
+            origin: The ``Origin`` header, which browsers send with such requests.
+            fetch_site: The ``Sec-Fetch-Site`` header of browsers.
+        """
+        if fetch_site not in (None, "same-origin", "none"):
+            return False
+        return origin is None or urlsplit(origin).netloc == host
+
+    def allows_token(self, *given: str | None) -> bool:
+        """Return whether one of the tokens of a request is right."""
+        if self.token is None:
+            return True
+        expected = self.token.encode()
+        return any(value is not None and hmac.compare_digest(value.encode(), expected) for value in given)
+
+    def url(self, port: int) -> str:
+        """Return the address to open, with the token."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")

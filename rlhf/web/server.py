@@ -1,0 +1,83 @@
+"""Start a local server, and run it until it is stopped."""
+
+import asyncio
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from starlette.applications import Starlette
+
+from rlhf.errors import ConfigError
+
+POLL_SECONDS = 0.1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that accepts connections at an address. Port 0 chooses a free one.
+
+    Raises:
+        ConfigError: The address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen()
+    except (OSError, OverflowError) as error:
+        bound.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(
+                f"command.port={port} is in use by another process.", "Set command.port=0 for any free port."
+            ) from error
+        raise ConfigError(
+            f"command.host={host} command.port={port}: the address cannot be used ({error}).",
+            "Set command.host=127.0.0.1 command.port=0.",
+        ) from error
+    return bound
+
+
+def serve(app: Starlette, bound: socket.socket, *, is_done: Callable[[], bool] | None = None) -> None:
+    """Serve an application until SIGINT or SIGTERM.
+
+    Args:
+        app: The application.
+        bound: Socket of ``bind``.
+        is_done: Returns whether the server can end by itself. None: it never does.
+    """
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+
+    async def run() -> None:
+        watch = asyncio.create_task(_stop_when_done(server, is_done)) if is_done else None
+        await server.serve(sockets=[bound])
+        if watch is not None:
+            watch.cancel()
+
+    with suppress(KeyboardInterrupt):  # before the server handles signals
+        asyncio.run(run())
+
+
+class _Server(uvicorn.Server):
+    """A server that a signal ends, and that then returns to its caller. uvicorn would raise the signal again."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+async def _stop_when_done(server: uvicorn.Server, is_done: Callable[[], bool]) -> None:
+    while not is_done():
+        await asyncio.sleep(POLL_SECONDS)
+    server.should_exit = True

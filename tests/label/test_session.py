@@ -1,0 +1,182 @@
+"""Which pair comes next, what is on disk, and what survives a crash."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data import Preference
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
+from rlhf.errors import ConfigError, DataError
+from rlhf.label.journal import Event, Journal
+from rlhf.label.pairs import Pair
+from rlhf.label.session import Session
+from rlhf.label.summary import summarize
+
+Open = Callable[..., Session]
+
+
+def prefer(session: Session, annotator: str, pair: Pair, model: str, **keys: Any) -> bool:
+    """Choose the response of a model, on whichever side it is."""
+    side = "first" if pair.first.model == model else "second"
+    return session.choose(annotator, pair.id, "left" if session.left(pair, annotator) == side else "right", **keys)
+
+
+def preferences(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "preferences.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_every_choice_is_on_disk_as_a_preference_row(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
+    session = open_session()
+    prefer(session, "Ada", pairs[0], "b", reason="shorter")
+    assert preferences(tmp_path) == [
+        {
+            "prompt": "prompt 0",
+            "chosen": "text b 0",
+            "rejected": "text a 0",
+            "chosen_model": "b",
+            "rejected_model": "a",
+            "annotators": ["Ada"],
+            "reasons": ["shorter"],
+        }
+    ]
+    prefer(session, "Ada", pairs[1], "a")
+    rows = RecordReader(RecordParser()).read(str(tmp_path / "preferences.jsonl"), "train", (Preference,))
+    assert [(row.prompt.raw_text, row.chosen) for row in rows] == [("prompt 0", "text b 0"), ("prompt 1", "text a 1")]
+
+
+@pytest.mark.parametrize("choice", ["tie", "both_bad", "skip"])
+def test_a_pair_without_a_winner_is_no_preference(
+    open_session: Open, pairs: list[Pair], tmp_path: Path, choice: str
+) -> None:
+    session = open_session()
+    session.choose("Ada", pairs[0].id, choice)
+    assert preferences(tmp_path) == []
+    assert session.next_pair("Ada") is pairs[1]
+
+
+def test_a_session_continues_after_a_crash(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
+    """Nothing closes the files of the first session. Half a line of the journal, or of the preferences, is dropped."""
+    first = open_session()
+    for pair in pairs[:3]:
+        prefer(first, "Ada", pair, "b")
+    for name in ("journal.jsonl", "preferences.jsonl"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"pair": "12')
+    second = open_session()
+    assert second.next_pair("Ada") is pairs[3]
+    assert [row["prompt"] for row in preferences(tmp_path)] == ["prompt 0", "prompt 1", "prompt 2"]
+    prefer(second, "Ada", pairs[3], "b")
+    assert len(preferences(tmp_path)) == 4
+    assert len(Journal(tmp_path / "journal.jsonl").events) == 4
+
+
+def test_a_request_that_is_sent_again_changes_nothing(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
+    """Another choice for the same pair replaces the first one."""
+    session = open_session()
+    assert prefer(session, "Ada", pairs[0], "b")
+    assert not prefer(session, "Ada", pairs[0], "b")
+    assert len(session.journal.events) == len(preferences(tmp_path)) == 1
+    assert prefer(session, "Ada", pairs[0], "a")
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["text a 0"]
+
+
+def test_undo_returns_to_the_last_pair(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
+    """Also after a restart, and of the own choices only."""
+    session = open_session()
+    prefer(session, "Ada", pairs[0], "b")
+    prefer(session, "Ben", pairs[1], "b")
+    session = open_session()
+    assert session.undo("Ada") is pairs[0]
+    assert [row["prompt"] for row in preferences(tmp_path)] == ["prompt 1"]
+    assert session.next_pair("Ada") is pairs[0]
+    assert session.undo("Ada") is None
+    assert open_session().next_pair("Ada") is pairs[0]
+
+
+def test_two_annotators_get_different_pairs(open_session: Open, pairs: list[Pair]) -> None:
+    """Whoever opens a pair first judges it. At the end, a pair that somebody has left open is offered again."""
+    session = open_session()
+    assert session.next_pair("Ada") is pairs[0]
+    assert session.next_pair("Ben") is pairs[1]
+    assert session.next_pair("Ada") is pairs[0]
+    for _ in range(5):
+        prefer(session, "Ben", session.next_pair("Ben") or pairs[0], "a")
+    assert session.next_pair("Ben") is pairs[0]
+
+
+def test_shared_pairs_are_judged_by_everybody(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
+    """A majority decides; without one, the pair is no preference."""
+    session = open_session(overlap=1.0)
+    prefer(session, "Ada", pairs[0], "b")
+    assert session.next_pair("Ben") is pairs[0]
+    prefer(session, "Ben", pairs[0], "a")
+    assert preferences(tmp_path) == []
+    prefer(session, "Cem", pairs[0], "a")
+    assert [(row["chosen"], row["annotators"]) for row in preferences(tmp_path)] == [("text a 0", ["Ben", "Cem"])]
+    assert session.progress("Ada") == {"total": 6, "judged": 1, "own": 1}
+
+
+def test_a_skipped_pair_is_offered_to_others(open_session: Open, pairs: list[Pair]) -> None:
+    session = open_session()
+    session.choose("Ada", pairs[0].id, "skip")
+    assert session.next_pair("Ben") is pairs[0]
+
+
+def test_sides_are_random_but_fixed(open_session: Open, pairs: list[Pair]) -> None:
+    sides = {(pair.id, name): open_session().left(pair, name) for pair in pairs for name in ("Ada", "Ben", "Cem")}
+    assert set(sides.values()) == {"first", "second"}
+    session = open_session()
+    assert all(session.left(pair, name) == sides[pair.id, name] for pair in pairs for name in ("Ada", "Ben", "Cem"))
+
+
+def test_a_session_is_complete_when_every_pair_has_a_choice(open_session: Open, pairs: list[Pair]) -> None:
+    session = open_session()
+    for pair in pairs:
+        assert not session.is_complete
+        session.choose("Ada", pair.id, "skip")
+    assert session.is_complete
+    assert session.next_pair("Ada") is None
+
+
+def test_statistics_by_hand(open_session: Open, pairs: list[Pair]) -> None:
+    """Ada prefers b, b, a, and a tie; the reward model prefers b. Ben judges the first two: b, a.
+
+    Wins of a over b: Ada 0 + 0 + 1 + 0.5, Ben 0 + 1: 2.5 of 6. The reward model agrees with 3 of 5.
+    """
+    session = open_session(overlap=1.0)
+    for pair, model in zip(pairs, "bba", strict=False):
+        prefer(session, "Ada", pair, model)
+    session.choose("Ada", pairs[3].id, "tie")
+    session.choose("Ada", pairs[4].id, "skip")
+    for pair, model in zip(pairs, "ba", strict=False):
+        prefer(session, "Ben", pair, model)
+    found = summarize(session)
+    assert found["annotators"] == {"Ada": 4, "Ben": 2}
+    (rate,) = found["win_rates"]
+    assert (rate["model"], rate["versus"], rate["choices"]) == ("a", "b", 6)
+    assert rate["value"] == pytest.approx(2.5 / 6)
+    assert found["reward_model"]["value"] == pytest.approx(3 / 5)
+    assert found["kappa"] == [{"annotators": ["Ada", "Ben"], "kappa": 0.0, "pairs": 2}]
+
+
+def test_unknown_pairs_and_damaged_journals_are_errors(open_session: Open, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no pair 1234"):
+        open_session().choose("Ada", "1234", "tie")
+    (tmp_path / "journal.jsonl").write_text('{"pair": "a", "annotator": "b", "choice": "best"}\n')
+    with pytest.raises(DataError, match=r"journal\.jsonl:1: 'best' is no choice"):
+        open_session()
+    (tmp_path / "journal.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"journal\.jsonl:1: the line is no choice"):
+        open_session()
+
+
+def test_choices_of_other_pairs_are_kept(open_session: Open, tmp_path: Path) -> None:
+    """Another file of pairs may have been labeled in the same directory."""
+    Journal(tmp_path / "journal.jsonl").append(Event("elsewhere", "Ada", "first"))
+    assert open_session().progress("Ada") == {"total": 6, "judged": 0, "own": 0}
+    assert len(Journal(tmp_path / "journal.jsonl").events) == 1
