@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +55,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file with ``atomic_write``."""
     data = (json.dumps(content, indent=2) + "\n").encode()
     atomic_write(path, lambda file: file.write(data))
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON Lines file with ``atomic_write``."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    atomic_write(path, lambda file: file.write(content))
 
 
 def replace_link(path: Path, target: Path) -> None:

@@ -175,7 +175,7 @@ def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     trainer = build_trainer(without_sharding(cfg), [start])
     with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
-    return float(module.metrics["score_difference"])
+    return float(module.metrics.get("score_difference", "nan"))
 
 
 def _check_vocabularies(policies: dict[str, ModelSource], baseline: str, tokenizer: PreTrainedTokenizerBase) -> None:

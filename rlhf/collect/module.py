@@ -1,55 +1,39 @@
-"""The collection stage: samples several responses per prompt, and labels the best and the worst as a pair."""
+"""The collection stage: samples several responses per prompt, and has them labeled."""
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.collect.objective import best_and_worst
-from rlhf.data import Prompt, PromptBatch
+from rlhf.collect.candidates import Candidates
+from rlhf.collect.labels import Labels, RewardLabels
+from rlhf.data import PromptBatch
+from rlhf.data.json_files import JsonLines
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
-from rlhf.files import atomic_write
+from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import RewardFunction, ScoringBatch, end_as_in_training
+from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, end_as_in_training
 from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Responses:
-    """The responses to a batch of prompts; those to one prompt are adjacent. Tensors are on the CPU.
-
-    Args:
-        prompts: The prompts.
-        rollout: Prompts with sampled responses.
-        texts: The responses as text.
-    """
-
-    prompts: list[Prompt]
-    rollout: Rollout
-    texts: list[str]
-
-
 class CollectModule(lightning.LightningModule):
-    """Samples responses of a policy, scores them, and writes the best and the worst response to each prompt as a pair.
+    """Samples responses of a policy, and writes which of them are preferred to a file that reward models and DPO read.
 
-    Pairs whose responses are identical, or have equal scores, are left out. The file is a preference file, which
-    ``stage=reward`` and ``stage=dpo`` read.
+    The responses themselves are written to ``candidates.jsonl`` in the same directory.
 
     Args:
         policy: Policy that responds. null: the SFT model of the run.
         reward_model: Reward model that scores the responses, or several as an ensemble, if ``reward`` uses one. null:
             the reward model of the run.
+        labels: Who decides which response is better: ``RewardLabels`` or ``PageLabels``. null: ``RewardLabels``.
         reward: Reward function that scores the responses.
         num_generations: Number of responses per prompt.
         sampling: Sampling settings.
@@ -64,6 +48,7 @@ class CollectModule(lightning.LightningModule):
         *,
         policy: ModelSource,
         reward: RewardFunction,
+        labels: Labels | None = None,
         reward_model: ModelSource | Sequence[ModelSource] | None = None,
         num_generations: Annotated[int, ">= 2"] = 2,
         sampling: SamplingParams | None = None,
@@ -73,7 +58,7 @@ class CollectModule(lightning.LightningModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.reward = policy, reward
+        self.source, self.reward, self.labels = policy, reward, labels or RewardLabels()
         if reward_model is None or isinstance(reward_model, Sequence):
             self.reward_sources = list(reward_model or ())
         else:
@@ -94,8 +79,9 @@ class CollectModule(lightning.LightningModule):
 
     @staticmethod
     def unused_inputs(settings: Mapping[str, Any]) -> set[str]:
-        """Return the inputs that the configured reward function does not use."""
-        return set() if settings["reward"].needs_model else {"reward_model"}
+        """Return the inputs that labels and reward function do not use."""
+        needs_scores = settings["labels"] is None or settings["labels"].needs_scores
+        return set() if needs_scores and settings["reward"].needs_model else {"reward_model"}
 
     @property
     def response_budget(self) -> int:
@@ -104,6 +90,11 @@ class CollectModule(lightning.LightningModule):
 
     def on_test_start(self) -> None:
         self.batches = []
+        if self.labels.needs_single_process and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"labels=page requires a single process, but there are {self.trainer.world_size}.",
+                "Set trainer.devices=1 trainer.strategy=auto.",
+            )
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         # All prompts are sampled before the reward model is loaded, so that one model is in memory at a time.
@@ -115,90 +106,96 @@ class CollectModule(lightning.LightningModule):
         torch.manual_seed(torch.initial_seed() + self.global_rank)
         with frozen_on_device(self, Frozen(Policy(self.source.language_model(self.tokenizer)))) as policy:
             self.sampler.sync(policy.model.lm, self.tokenizer)
-            sampled = [self.sample(batch) for batch in self.batches]
+            rollouts = [self.sample(batch) for batch in self.batches]
+        candidates = [
+            found
+            for batch, rollout in zip(self.batches, rollouts, strict=True)
+            for found in self.candidates(batch, rollout)
+        ]
 
         # 2. Score.
-        self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
-        move_frozen(self, self.reward)
-        scores = [self.score(responses) for responses in sampled]
+        if self.labels.needs_scores or self.reward_sources:
+            self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
+            move_frozen(self, self.reward)
+            remaining = iter(candidates)
+            for rollout in rollouts:
+                self.score(rollout, [next(remaining) for _ in range(len(rollout.input_ids) // self.num_generations)])
 
-        # 3. Write the pairs of all ranks.
-        shares = gather_objects([(r.prompts, r.texts, s) for r, s in zip(sampled, scores, strict=True)])
-        rows, prompts = [], 0
-        for batch_prompts, texts, batch_scores in (batch for share in shares for batch in share):
-            rows += self.pairs(batch_prompts, texts, batch_scores)
-            prompts += len(batch_prompts)
-        self.report(rows, prompts)
+        # 3. Label the responses of all ranks.
+        everything = [found for share in gather_objects(candidates) for found in share]
+        self.report(everything)
 
-    def sample(self, batch: PromptBatch) -> Responses:
-        """Sample ``num_generations`` responses to each prompt."""
+    def sample(self, batch: PromptBatch) -> Rollout:
+        """Sample ``num_generations`` responses to each prompt. Those to one prompt are adjacent."""
         repeated = [input_ids for input_ids in batch.input_ids for _ in range(self.num_generations)]
         with self.trainer.precision_plugin.forward_context():
-            rollout = self.sampler.sample(repeated, self.sampling)
-        return Responses(list(batch.prompts), rollout.to("cpu"), rollout.decode(self.tokenizer))
+            return self.sampler.sample(repeated, self.sampling).to("cpu")
 
-    def score(self, responses: Responses) -> Tensor:
-        """Score responses: [prompts, num_generations], in reward units."""
-        repeated = [prompt for prompt in responses.prompts for _ in range(self.num_generations)]
-        stop_ids = self.sampling.stop_ids(self.tokenizer)
+    def candidates(self, batch: PromptBatch, rollout: Rollout) -> list[Candidates]:
+        """Return the responses to each prompt of a batch, without scores."""
+        texts, size = rollout.decode(self.tokenizer), self.num_generations
+        return [
+            Candidates(prompt, texts[number * size : (number + 1) * size])
+            for number, prompt in enumerate(batch.prompts)
+        ]
+
+    def score(self, rollout: Rollout, candidates: Sequence[Candidates]) -> None:
+        """Set the scores of the responses in a rollout.
+
+        Args:
+            rollout: Prompts with sampled responses.
+            candidates: The same responses.
+        """
+        prompts = [found.prompt for found in candidates for _ in found.texts]
         batch = ScoringBatch(
-            *end_as_in_training(responses.rollout.to(self.device), self.tokenizer, stop_ids),
-            [prompt.raw_text for prompt in repeated],
-            responses.texts,
-            [prompt.target for prompt in repeated],
+            *end_as_in_training(rollout.to(self.device), self.tokenizer, self.sampling.stop_ids(self.tokenizer)),
+            [prompt.raw_text for prompt in prompts],
+            [text for found in candidates for text in found.texts],
+            [prompt.target for prompt in prompts],
         )
+        reward: RewardFunction = self.reward
         with self.trainer.precision_plugin.forward_context():
-            scores: Tensor = self.reward(batch)
-        return scores.float().cpu().view(-1, self.num_generations)
+            if isinstance(reward, ModelReward):
+                members = reward.member_scores(batch)
+                scores = reward.combine(members)
+            else:
+                scores = reward(batch)
+                members = scores[:, None]
+        size = self.num_generations
+        for number, found in enumerate(candidates):
+            rows = slice(number * size, (number + 1) * size)
+            found.scores = scores[rows].float().tolist()
+            found.members = members[rows].float().tolist() if members.shape[1] > 1 else []
 
-    def pairs(self, prompts: Sequence[Prompt], texts: Sequence[str], scores: Tensor) -> list[dict[str, Any]]:
-        """Return the preference rows of a batch of prompts."""
-        rows = []
-        for number, (prompt, (best, worst)) in enumerate(zip(prompts, best_and_worst(scores).tolist(), strict=True)):
-            chosen, rejected = (texts[number * self.num_generations + index] for index in (best, worst))
-            if chosen != rejected:
-                rows.append(
-                    {
-                        "prompt": prompt_field(prompt),
-                        "chosen": chosen,
-                        "rejected": rejected,
-                        "chosen_score": round(scores[number, best].item(), 4),
-                        "rejected_score": round(scores[number, worst].item(), 4),
-                    }
-                )
-        return rows
-
-    def report(self, rows: list[dict[str, Any]], prompts: int) -> None:
-        """Write the pairs, and log how many there are.
+    def report(self, candidates: Sequence[Candidates]) -> None:
+        """Write the responses and the pairs, and log how many there are.
 
         Raises:
             ConfigError: There is no pair.
         """
+        rows: list[dict[str, Any]] = []
+        if self.trainer.is_global_zero:
+            file = self.output.with_name("candidates.jsonl")
+            write_json_lines(file, (found.row() for found in candidates))
+            rows = self.labels.label(candidates, file)
+            if rows:
+                write_json_lines(self.output, (row for path in (*self.include, None) for row in self._rows(path, rows)))
+        rows = gather_objects(rows)[0]
         if not rows:
             raise ConfigError(
-                f"stage=collect found no pair: all responses to each of the {prompts} prompts are identical or have "
-                "equal scores.",
+                f"stage=collect found no pair: the responses to each of the {len(candidates)} prompts are identical, "
+                "or none of them was preferred.",
                 "Set stage.sampling.temperature=1, or more responses per prompt: stage.num_generations=8",
             )
-        if self.trainer.is_global_zero:
-            earlier = b"".join(path.read_bytes() for path in self.include)
-            own = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-            atomic_write(self.output, lambda file: file.write(earlier + own))
-        self.trainer.strategy.barrier()
-        difference = sum(row["chosen_score"] - row["rejected_score"] for row in rows) / len(rows)
-        self.metrics = {"pairs": len(rows), "prompts": prompts, "score_difference": difference}
+        self.metrics = {"pairs": len(rows), "prompts": len(candidates)}
+        if "chosen_score" in rows[0]:
+            differences = [row["chosen_score"] - row["rejected_score"] for row in rows]
+            self.metrics["score_difference"] = sum(differences) / len(differences)
         for logger in self.loggers:
             logger.log_metrics({f"collect/{name}": float(value) for name, value in self.metrics.items()}, step=0)
-        log.info(
-            "saved %s: %d pairs of %d prompts; mean difference of the scores %.3f",
-            self.output,
-            len(rows),
-            prompts,
-            difference,
-        )
+        found = ", ".join(f"{name} {value:.6g}" for name, value in self.metrics.items())
+        log.info("saved %s: %s", self.output, found)
 
-
-def prompt_field(prompt: Prompt) -> Any:
-    """Return a prompt as a row of data has it: text, or a list of messages."""
-    is_text = len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user"
-    return prompt.messages[0]["content"] if is_text else [dict(message) for message in prompt.messages]
+    @staticmethod
+    def _rows(path: Path | None, own: list[dict[str, Any]]) -> Iterable[Mapping[str, Any]]:
+        return own if path is None else JsonLines(str(path))

@@ -43,12 +43,23 @@ class ModelReward(RewardFunction):
         self.model = load_reward_models(sources, tokenizer)
 
     def forward(self, batch: ScoringBatch) -> Tensor:
+        return self.combine(self.member_scores(batch))
+
+    def member_scores(self, batch: ScoringBatch) -> Tensor:
+        """Return the scores of all members and heads of the ensemble: [batch, members], in reward units."""
         model: Any = self.model.model  # ScalarModel or RewardModelEnsemble
         chunks = [slice(i, i + self.batch_size) for i in range(0, len(batch.input_ids), self.batch_size)]
         idle = common_count(model, len(chunks)) - len(chunks)  # Other ranks have more responses.
         with torch.no_grad():
             parts = [model.scores(batch.input_ids[c], batch.attention_mask[c]) for c in chunks + chunks[-1:] * idle]
-        scores = torch.cat(parts[: len(chunks)])
+        return torch.cat(parts[: len(chunks)])
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """Return the reward of each response, [batch], from the scores of the members, [batch, members].
+
+        Raises:
+            ConfigError: There is an uncertainty penalty, but only one member.
+        """
         if self.uncertainty_penalty and scores.shape[1] < 2:
             raise ConfigError(
                 f"reward.uncertainty_penalty={self.uncertainty_penalty} requires an ensemble, but the reward model "

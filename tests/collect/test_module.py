@@ -103,7 +103,7 @@ def test_identical_responses_and_equal_scores_give_no_pair(collection: Collectio
 
 
 def test_a_collection_without_pairs_is_an_error(collection: Collection) -> None:
-    with pytest.raises(ConfigError, match=r"found no pair: all responses to each of the 2 prompts.*\n.*temperature=1"):
+    with pytest.raises(ConfigError, match=r"found no pair: the responses to each of the 2 prompts.*\n.*temperature=1"):
         collection.run(["May"] * 4)
     assert not collection.output.exists()
 

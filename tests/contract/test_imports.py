@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         *("launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
         *("run_names", "schema", "time_limit", "tokenizer_probe"),
     },
-    {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs", "web"},
+    {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs", "web", "label"},
     STAGE_PACKAGES,
     {
         "alerts",
@@ -42,7 +42,6 @@ LAYERS: list[set[str]] = [
         "export",
         "export_content",
         "hparams",
-        "label",
         "lineage",
         "main",
         "output_directory",

@@ -1,0 +1,99 @@
+"""Who decides which response is better: a reward function, or people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.collect.candidates import Candidates
+from rlhf.collect.objective import best_and_worst
+from rlhf.data.json_files import JsonLines
+from rlhf.errors import Stopped
+from rlhf.label import serve_pairs
+from rlhf.label.command import Port
+from rlhf.label.pairs import read_pairs
+from rlhf.schema import Fraction
+
+
+class Labels:
+    """Base class of the sources of labels.
+
+    Attributes:
+        needs_scores: Whether the responses must be scored by the reward function.
+        needs_single_process: Whether only a run on one process can use it.
+    """
+
+    needs_scores = False
+    needs_single_process = False
+
+    def label(self, candidates: Sequence[Candidates], file: Path) -> list[dict[str, Any]]:
+        """Return preference rows.
+
+        Args:
+            candidates: The responses to each prompt.
+            file: The same responses in ``candidates.jsonl``.
+        """
+        raise NotImplementedError
+
+
+class RewardLabels(Labels):
+    """The best and the worst response to each prompt form a pair, by the score of the reward function.
+
+    Identical responses, and responses with equal scores, form none.
+    """
+
+    needs_scores = True
+
+    def label(self, candidates: Sequence[Candidates], file: Path) -> list[dict[str, Any]]:
+        rows = []
+        scores = torch.tensor([candidate.scores for candidate in candidates])
+        for candidate, (best, worst) in zip(candidates, best_and_worst(scores).tolist(), strict=True):
+            chosen, rejected = candidate.texts[best], candidate.texts[worst]
+            if chosen != rejected:
+                rows.append(
+                    {
+                        "prompt": candidate.prompt_field(),
+                        "chosen": chosen,
+                        "rejected": rejected,
+                        "chosen_score": round(candidate.scores[best], 4),
+                        "rejected_score": round(candidate.scores[worst], 4),
+                    }
+                )
+        return rows
+
+
+class PageLabels(Labels):
+    """People decide, on the page of ``stage=label``. The stage waits until every pair has been judged or skipped.
+
+    Args:
+        overlap: Share of the pairs that every annotator judges. Each other pair is judged by one of them.
+        host: Address to listen on. Any other address than that of this machine requires a token.
+        port: Port to listen on. 0: any free one.
+        token: Secret in the address of the page. null: none on this machine, otherwise a random one.
+    """
+
+    needs_single_process = True
+
+    def __init__(
+        self, *, overlap: Fraction = 0.1, host: str = "127.0.0.1", port: Port = 8088, token: str | None = None
+    ) -> None:
+        self.settings: dict[str, Any] = {"overlap": overlap, "host": host, "port": port, "token": token}
+
+    def label(self, candidates: Sequence[Candidates], file: Path) -> list[dict[str, Any]]:
+        """Return preference rows.
+
+        Raises:
+            Stopped: The server was stopped before every pair was judged.
+        """
+        session = serve_pairs(read_pairs(file), file.parent / "label", until_complete=True, **self.settings)
+        if not session.is_complete:
+            progress = session.progress("")
+            raise Stopped(
+                f"Labeling was stopped: {progress['judged']} of {progress['total']} pairs are judged.",
+                "Repeat the command to continue: every choice is on disk.",
+                exit_code=130,
+            )
+        if not session.preferences.is_file() or not session.preferences.stat().st_size:
+            return []
+        return [dict(row) for row in JsonLines(str(session.preferences))]

@@ -1,0 +1,84 @@
+"""Labels of people: the stage serves the page, and waits until every pair is judged."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import TINY_DATA, TINY_MODEL, run_train
+from rlhf.collect import PageLabels
+from rlhf.collect.candidates import Candidates
+from rlhf.data import Prompt
+from rlhf.errors import Stopped
+from rlhf.files import write_json_lines
+
+SCORER = "def score(prompts, responses): return [len(text) for text in responses]"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def annotator(repo: Path, folder: Path, port: int, patience: int) -> subprocess.Popen[str]:
+    """Start a simulated annotator, who prefers the longer response and is never wrong."""
+    (folder / "length.py").write_text(SCORER)
+    keys = ["--url", f"http://127.0.0.1:{port}", "--scorer", f"{folder / 'length.py'}:score", "--noise", "0"]
+    script = [sys.executable, "benchmarks/simulated_annotator.py", *keys, "--patience", str(patience)]
+    return subprocess.Popen(script, cwd=repo, stdout=subprocess.PIPE, text=True)
+
+
+def candidates() -> list[Candidates]:
+    return [
+        Candidates(
+            Prompt([{"role": "user", "content": f"p{n}"}], f"p{n}"), [f"{n} short", f"{n} longer", f"{n} longer"]
+        )
+        for n in range(8)
+    ]
+
+
+def test_people_decide(repo: Path, tmp_path: Path) -> None:
+    """The program of the benchmark is the annotator. The two identical responses to each prompt are one."""
+    port, file = free_port(), tmp_path / "candidates.jsonl"
+    write_json_lines(file, (found.row() for found in candidates()))
+    process = annotator(repo, tmp_path, port, 1)
+    rows = PageLabels(port=port, overlap=0.0).label(candidates(), file)
+    assert process.communicate(timeout=60)[0] == "8 choices\n"
+    assert [(row["prompt"], row["chosen"]) for row in rows] == [(f"p{n}", f"{n} longer") for n in range(8)]
+
+
+def test_a_stopped_page_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "candidates.jsonl"
+    write_json_lines(file, (found.row() for found in candidates()))
+    monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
+    with pytest.raises(Stopped, match=r"Labeling was stopped: 0 of 8 pairs are judged\.\n  Repeat the command"):
+        PageLabels(port=0).label(candidates(), file)
+
+
+@pytest.mark.slow
+def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> None:
+    """Two rounds of DPO on the choices of an annotator who prefers long responses, and a reward model on the last."""
+    port = free_port()
+    process = annotator(repo, tmp_path, port, 90)
+    watcher = threading.Thread(target=process.communicate)
+    watcher.start()
+    page = f"pipeline.overrides.collect=['data.num_prompts=12','labels=page','labels.port={port}']"
+    tiny = [*TINY_MODEL["transformer"], *TINY_DATA]
+    evaluate = "pipeline.overrides.evaluate=['data.max_rows=8']"
+    run_train(repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", page, evaluate)
+    process.kill()
+    watcher.join()
+    files = [tmp_path / "rlhf" / f"round_{number}" / "collect" / "preferences.jsonl" for number in (1, 2)]
+    for file in files:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
+        assert rows
+        assert all(len(row["chosen"]) > len(row["rejected"]) for row in rows)
+    data = ["data=jsonl", f"data.train={files[-1]}", "data.template='{prompt}\\nSummary:'", "data.batch_size=4"]
+    run_train(repo, tmp_path, "stage=reward", "trainer=cpu", *data)
+    assert (tmp_path / "rlhf" / "reward" / "reward_model_final.pt").is_file()
