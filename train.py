@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from rlhf.errors import plain_errors
 from rlhf.run_names import check_arguments
+from rlhf.sweep import exit_code
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -22,3 +23,4 @@ if __name__ == "__main__":
     with plain_errors():
         check_arguments(sys.argv[1:])
         main()
+        sys.exit(exit_code())  # of a sweep in which a job has failed

@@ -90,10 +90,11 @@ def plain_errors() -> Iterator[None]:
             raise
         if message:
             sys.stderr.write(f"{message}\n")
-        sys.exit(_exit_code(error))
+        sys.exit(exit_code_of(error))
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that fails with an error: 2 for a mistake of the user, 1 for a bug."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return 1
     codes = (cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped))
@@ -108,7 +109,7 @@ def _code_of_first_failure(error: Exception) -> int | None:
 
     if any(isinstance(cause, Stopped) for cause in _causes(error)) and not explain(error):
         return announced_failure()  # Rank 0 reports what was stopped.
-    return announce_failure(_exit_code(error))
+    return announce_failure(exit_code_of(error))
 
 
 def explain(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""The hyperparameters of a run and its final metrics, for TensorBoard's HPARAMS tab."""
+"""The hyperparameters of a run and its final metrics."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+
+from rlhf.logs import TextLogger
 
 # Metrics of the last logged step; those of validation are shown completely.
 TRAINING_METRICS = ("train/loss", "objective/scores", "objective/kl", "response/length")
@@ -17,7 +19,9 @@ DATA_KEYS = ("batch_size", "max_length", "max_rows", "template", "train")
 
 
 def log_hyperparameters(trainer: lightning.Trainer, cfg: DictConfig, training_metrics: Mapping[str, Any]) -> None:
-    """Write the hyperparameters of a run and its final metrics, as ``final/<name>``, to TensorBoard.
+    """Write the hyperparameters of a run and its final metrics, as ``final/<name>``, to the loggers.
+
+    TensorBoard shows them together in its HPARAMS tab.
 
     Args:
         trainer: The Trainer, after training.
@@ -30,6 +34,10 @@ def log_hyperparameters(trainer: lightning.Trainer, cfg: DictConfig, training_me
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(hyperparameters(cfg), final, step=trainer.global_step)
+            logger.save()
+        elif not isinstance(logger, TextLogger):
+            logger.log_hyperparams(hyperparameters(cfg))
+            logger.log_metrics(final, step=trainer.global_step)
             logger.save()
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
 from rlhf.run_names import check_run_name
+from rlhf.sweep import run_job
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,15 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        cfg = cfg.copy()
-        cfg.paths.output = HydraConfig.get().runtime.output_dir
+    if not (HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN):
+        return run_checked(cfg)
+    cfg = cfg.copy()
+    cfg.paths.output = HydraConfig.get().runtime.output_dir
+    return run_job(lambda: run_checked(cfg), Path(cfg.paths.output), HydraConfig.get().overrides.task)
+
+
+def run_checked(cfg: DictConfig) -> float:
+    """Check the names of the run and of the choices, and then run what the configuration asks for."""
     try:
         check_run_name(cfg.run)
         check_choices(cfg)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import DictConfig
 from rich.console import Console
@@ -38,6 +39,7 @@ from rlhf.resume import check_start, finished_result, remove_earlier, resume_che
 from rlhf.signals import report_signals
 from rlhf.stage.memory import report_out_of_memory
 from rlhf.stages import stages
+from rlhf.sweep import Monitored
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
         log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, finished.path)
-        return float(finished.provenance.get("monitored", "nan"))
+        recorded = finished.provenance
+        return Monitored(recorded.get("monitored", "nan"), recorded.get("monitor", ""))
     checkpoint = resume_checkpoint(cfg, output, provenance)
 
     # 2. Build the module. A tokenizer is trained on the data where the base model is trained from scratch.
@@ -99,11 +102,12 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
 
     # 4. Export the result.
     value = trainer.callback_metrics.get(module.monitor)
-    monitored = float("nan") if value is None else float(value)
+    monitored = Monitored(float("nan") if value is None else float(value), module.monitor)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.warning("trainer.fast_dev_run=true: the result is not exported.")
     else:
-        export_result(cfg, output, module.result(), {**provenance, "monitored": monitored, "step": trainer.global_step})
+        outcome = {"monitor": module.monitor, "monitored": float(monitored), "step": trainer.global_step}
+        export_result(cfg, output, module.result(), {**provenance, **outcome})
         log_hyperparameters(trainer, cfg, module.metrics)
     log.info("%s = %s", module.monitor, "none" if value is None else f"{monitored:.4f}")
     return monitored
@@ -160,7 +164,7 @@ def evaluate(cfg: DictConfig, start: StartOutput) -> float:
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
         Console().print(module.table())
-    return float(module.monitored)
+    return Monitored(module.monitored, "win_rate")
 
 
 def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
@@ -175,7 +179,7 @@ def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     trainer = build_trainer(without_sharding(cfg), [start])
     with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
-    return float(module.metrics.get("score_difference", "nan"))
+    return Monitored(module.metrics.get("score_difference", "nan"), "collect/score_difference")
 
 
 def _check_vocabularies(policies: dict[str, ModelSource], baseline: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -190,6 +194,25 @@ def _check_vocabularies(policies: dict[str, ModelSource], baseline: str, tokeniz
             )
 
 
+def build_logger(name: str, cfg: DictConfig) -> Logger:
+    """Build a configured logger.
+
+    Raises:
+        ConfigError: It needs a package that is not installed.
+    """
+    try:
+        logger: Logger = instantiate(cfg)
+    except Exception as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if not isinstance(missing, ModuleNotFoundError):
+            raise
+        raise ConfigError(
+            f"logger.{name} needs a package that is not installed: {missing}.",
+            f"Install it (pip install {name}), or choose another logger: logger=tensorboard",
+        ) from error
+    return logger
+
+
 def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
     """Build the Trainer of a stage with the configured callbacks and loggers and the given callbacks.
 
@@ -200,7 +223,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
         if cfg.trainer[flag] is False:
             configured = [callback for callback in configured if not isinstance(callback, kind)]
-    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
+    loggers = [build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None]
     trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(

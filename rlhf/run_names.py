@@ -1,10 +1,15 @@
-"""Names of runs: plain directory names, so that no command writes outside of its folder of outputs."""
+"""Names of runs and jobs: plain directory names, so that no command writes outside of its folder of outputs."""
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
+
+from omegaconf import OmegaConf
 
 from rlhf.errors import ConfigError
 
+MAX_JOB_NAME = 100  # characters
 _NAME = re.compile(r"\w[\w.,+=@ -]{0,199}")
 
 
@@ -31,3 +36,26 @@ def check_arguments(arguments: Sequence[str]) -> None:
         name = value.strip("'\"")
         if key.lstrip("+") == "run" and (not name or name.startswith(".") or re.search(r"[/\\:]", name)):
             check_run_name(name)
+
+
+def job_name(overrides: str) -> str:
+    """Return a short name for the directory of a job of a sweep.
+
+    Keys are shortened to their last part where this is unambiguous. Where something else has to be left out, a hash of
+    the overrides keeps the names of two jobs different.
+
+    Args:
+        overrides: The overrides of the job as Hydra joins them: ``stage.beta=0.1,loss=ipo``.
+    """
+    pairs = [item.partition("=") for item in re.split(r",(?=[\w.@/+~]+=)", overrides)]
+    short = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
+    names = [(key.rpartition(".")[2] if short[key.rpartition(".")[2]] == 1 else key, value) for key, _, value in pairs]
+    full = ",".join(f"{key}={value}" if value else key for key, value in names)
+    name = re.sub(r"[^\w.,=+@-]+", "_", full)
+    if name == full and len(name) <= MAX_JOB_NAME:
+        return name
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return f"{name[:MAX_JOB_NAME].rstrip('.,_')}-{digest}"
+
+
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)

@@ -145,9 +145,9 @@ def test_a_reward_function_without_a_model_needs_no_reward_model(tmp_path: Path)
     cfg = compose_config("stage=ppo", *policy, "reward=exact_match")
     build = instantiate(cfg.stage, _partial_=True)
     assert build.func.unused_inputs(build.keywords) == {"reward_model"}
-    assert run._inputs(cfg, unused={"reward_model"})["reward_model"] is None
+    assert run.open_inputs(cfg)[1]["reward_model"] is None
     with pytest.raises(ConfigError, match="requires the output of stage=reward"):
-        run._inputs(cfg, unused=set())
+        run.open_inputs(compose_config("stage=ppo", *policy))
 
 
 # Evaluation

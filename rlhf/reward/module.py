@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import track
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.report_output import plot, scalars, summary
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import Metrics, Result, StageModule
+from rlhf.stage.loggers import log_figure
 from rlhf.stage.optimizer import Schedule
 
 log = logging.getLogger(__name__)
@@ -234,8 +234,8 @@ class RewardModule(StageModule):
             write_json(Path(self.output) / "metrics.json", report)
         for logger in self.loggers:
             logger.log_metrics(scalars(report), step=self.global_step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("report", plot(report), self.global_step)
+        loggers: Any = self.loggers
+        log_figure(loggers, "report", lambda: plot(report), step=self.global_step)
 
     def _pair_columns(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Return the arguments of ``pair_report`` for one batch."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.models import full_tensor
-from rlhf.stage.sample_table import log_table
+from rlhf.stage.loggers import log_table
 from rlhf.stage.step_metrics import Metrics, StepMetrics
 from rlhf.stage.throughput import ThroughputMeter
 
@@ -79,7 +79,7 @@ class ReportingModule(lightning.LightningModule):
         self.log_dict(names, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def log_samples(self, header: Sequence[str], rows: Sequence[Sequence[str | float]], name: str = "samples") -> None:
-        """Show samples as a table in TensorBoard's text tab and in ``<stage>.log``. Only rank 0 writes.
+        """Show samples as a table in every logger that can, see ``log_table``. Only rank 0 writes.
 
         Args:
             header: Names of the columns, such as prompt, response and score.

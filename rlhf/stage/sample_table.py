@@ -1,35 +1,6 @@
-"""Sampled responses as a table: in Markdown for TensorBoard's text tab, and as plain text for ``<stage>.log``."""
+"""Sampled responses as a table: in Markdown for TensorBoard's text tab, and as plain text."""
 
 from collections.abc import Iterable, Sequence
-
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-
-from rlhf.logs import TextLogger
-
-
-def log_table(
-    loggers: Iterable[Logger],
-    header: Sequence[str],
-    rows: Sequence[Sequence[str | float]],
-    *,
-    name: str,
-    step: int,
-) -> None:
-    """Write a table to TensorBoard's text tab and to the text log. Other loggers are left out.
-
-    Args:
-        loggers: The loggers of the Trainer.
-        header: Names of the columns.
-        rows: Cells of each row: text, or numbers, which are shown with four digits.
-        name: Name of the table.
-        step: The optimizer step.
-    """
-    cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, markdown_table(header, cells), step)
-        elif isinstance(logger, TextLogger):
-            logger.log_text(f"{name}\n{text_table(header, cells)}", step)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

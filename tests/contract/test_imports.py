@@ -53,6 +53,7 @@ LAYERS: list[set[str]] = [
         "runs",
         "shards",
         "signals",
+        "sweep",
     },
 ]
 MAY_BUILD_ON = {"ppo": {"rl"}, "grpo": {"rl"}}

@@ -1,0 +1,99 @@
+"""The table of a sweep, best job first."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.printable import printable
+from rlhf.stages import stages
+from rlhf.sweep.job import FILE, Job
+
+ERROR_LENGTH = 200  # characters
+
+
+def read_jobs(directory: Path, since: float = 0.0) -> dict[Path, Job]:
+    """Return the jobs of a sweep by their directory, the best one first and failed ones last.
+
+    Args:
+        directory: Directory of the sweep.
+        since: Jobs that ended before this time, in seconds since the epoch, belong to an earlier sweep.
+    """
+    files = [path for path in sorted(directory.glob(f"*/{FILE}")) if path.stat().st_mtime >= since]
+    found = {path.parent: job for path in files if (job := Job.read(path)) is not None}
+    return dict(sorted(found.items(), key=lambda item: _rank(item[1])))
+
+
+def swept_keys(jobs: Mapping[Path, Job]) -> dict[str, list[str]]:
+    """Return the keys in which jobs differ, with the value of each job."""
+    values = [dict(override.split("=", 1) for override in job.overrides if "=" in override) for job in jobs.values()]
+    keys = dict.fromkeys(key for own in values for key in own)
+    rows = {key: [own.get(key, "") for own in values] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def sweep_table(directory: Path, jobs: Mapping[Path, Job]) -> Table:
+    """Build the table for the terminal.
+
+    Args:
+        directory: Directory of the sweep.
+        jobs: The jobs in their order.
+    """
+    keys = swept_keys(jobs)
+    names = {job.metric for job in jobs.values() if job.metric}
+    metric = names.pop() if len(names) == 1 else "metric"
+    title = Text(f"Jobs of the sweep in {printable(str(directory))}, the best one first")
+    caption = "The directories of the jobs are in sweep.json."
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in (*keys, metric, "seconds"):
+        numeric = column in (metric, "seconds")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for number, job in enumerate(jobs.values()):
+        shown = "failed" if job.error else "none" if job.value is None else f"{job.value:.4f}"
+        cells = [printable(row[number]) for row in keys.values()]
+        table.add_row(*map(Text, [*cells, shown, f"{job.seconds:.0f}"]))
+    return table
+
+
+def failures(jobs: Mapping[Path, Job]) -> list[str]:
+    """Return one line for each failed job: its directory, and the first line of its error."""
+    return [
+        f"{path.name}: {printable(job.error.splitlines()[0], ERROR_LENGTH)}" for path, job in jobs.items() if job.error
+    ]
+
+
+def commands(directory: Path, best: Path) -> list[str]:
+    """Return commands that open the result of the best job, and the curves of all jobs."""
+    found = []
+    names = [info.final for info in stages().values() if info.exports == "policy"]
+    if models := [path for name in names for path in sorted(best.rglob(str(name)))]:
+        code = f"from rlhf import load_model; model, tokenizer, device = load_model({json.dumps(str(models[-1]))})"
+        found.append(f"python -c {shlex.quote(code)}")
+    return [*found, f"tensorboard --logdir {shlex.quote(str(directory))}"]
+
+
+def content(jobs: Mapping[Path, Job]) -> dict[str, Any]:
+    """Return what ``sweep.json`` contains: every job in the order of the table."""
+    return {
+        "jobs": [
+            {
+                "directory": path.name,
+                "overrides": job.overrides,
+                "metric": job.metric,
+                "value": job.value,
+                "seconds": round(job.seconds, 1),
+                "error": job.error,
+            }
+            for path, job in jobs.items()
+        ]
+    }
+
+
+def _rank(job: Job) -> tuple[bool, bool, float]:
+    value = job.value if job.value is not None else 0.0
+    return bool(job.error), job.value is None, value if job.lower_is_better else -value

@@ -1,0 +1,28 @@
+"""Names of the directories of jobs."""
+
+import re
+
+import pytest
+
+from rlhf.run_names import job_name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("loss=ipo,stage.beta=0.1", "loss=ipo,beta=0.1"),
+        ("stage.betas=[0.9,0.99]", r"betas=_0.9,0.99-\w{8}"),
+        ("stage.eps=1,callbacks.eps=2", "stage.eps=1,callbacks.eps=2"),  # One short name for both would be ambiguous.
+        ("stage.policy=/a/b.pt", r"policy=_a_b.pt-\w{8}"),
+        ("run=" + "x" * 300, r"run=x{96}-\w{8}"),
+        ("", ""),
+    ],
+)
+def test_jobs_have_short_names(overrides: str, name: str) -> None:
+    assert re.fullmatch(name if "\\" in name else re.escape(name), job_name(overrides))
+
+
+def test_names_of_different_jobs_differ() -> None:
+    """Also where the characters in which they differ cannot be part of a name."""
+    assert job_name("stage.policy=/a/b") != job_name("stage.policy=/a_b")
+    assert job_name("x=" + "a" * 200) != job_name("x=" + "a" * 201)
