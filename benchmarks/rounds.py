@@ -2,8 +2,9 @@
 
     python benchmarks/rounds.py --seeds 1 2 3
 
-For each seed: SFT on the bundled data, and two rounds of 500 prompts each. The annotator chooses the response with the
-higher gold score, and with a probability of 10 % the other one. Prints the gold win rate over SFT after each round.
+For each seed: SFT on the bundled data, and two rounds of 600 prompts each, with two responses at temperature 1. The
+annotator chooses the response with the higher gold score, and with a probability of 10 % the other one. Prints the gold
+win rate over SFT after each round.
 """
 
 import argparse
@@ -19,21 +20,22 @@ REPO = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--prompts", type=int, default=500, help="prompts of each round")
+    parser.add_argument("--prompts", type=int, default=600, help="prompts of each round")
     parser.add_argument("--noise", type=float, default=0.1, help="probability that the annotator is wrong")
     parser.add_argument("--port", type=int, default=8088)
     parser.add_argument("--root", type=Path, default=Path("outputs/rounds"), help="directory of the runs")
     parser.add_argument("overrides", nargs="*", help="further overrides of the pipeline")
     options = parser.parse_args()
     rows = [run(options, seed) for seed in options.seeds]
-    sys.stdout.write("| seed | pairs | gold wins over SFT, round 1 | round 2 | KL to SFT, nats | round 2 |\n")
+    sys.stdout.write("| seed | pairs judged | gold wins over SFT, round 1 | round 2 | KL to SFT, nats | round 2 |\n")
     sys.stdout.write("|---|---|---|---|---|---|\n" + "".join(rows))
 
 
 def run(options: argparse.Namespace, seed: int) -> str:
     """Run the pipeline and the annotator for one seed, and return a row of the table."""
     name = f"seed{seed}"
-    page = f"['data.num_prompts={options.prompts}','labels=page','labels.port={options.port}','labels.overlap=0']"
+    sampling = f"'data.num_prompts={options.prompts}','stage.sampling.temperature=1'"
+    page = f"[{sampling},'labels=page','labels.port={options.port}','labels.overlap=0']"
     pipeline = [
         *(sys.executable, "train.py", f"paths.root={options.root}", f"run={name}", f"seed={seed}"),
         *("pipeline.steps=[sft]", "pipeline.rounds=2", f"pipeline.overrides.collect={page}"),
@@ -50,10 +52,8 @@ def run(options: argparse.Namespace, seed: int) -> str:
         process.kill()
         process.wait()
     directory = REPO / options.root / name
-    pairs = [
-        len((directory / f"round_{number}" / "collect" / "preferences.jsonl").read_text().splitlines())
-        for number in (1, 2)
-    ]
+    journals = [directory / f"round_{number}" / "collect" / "label" / "journal.jsonl" for number in (1, 2)]
+    pairs = [len(journal.read_text().splitlines()) for journal in journals]
     models = json.loads((directory / "round_2" / "evaluate" / "metrics.json").read_text())["models"]
     rounds = [models[f"round_{number}"] for number in (1, 2)]
     rates = [interval(model["win_rate_vs_sft"]["gold"]) for model in rounds]
