@@ -325,10 +325,17 @@ def group_section(title: str, group: str, path: str) -> str:
     return "\n\n".join(parts)
 
 
-def nodes_section(title: str, group: str) -> str:
-    """Return the keys of every node of ``callbacks`` or ``logger``."""
-    cfg = composed("stage=sft")
-    parts = [f"## {title}\n\nA node is switched off with `{group}.<name>=null`."]
+def nodes_section(title: str, group: str, *overrides: str, intro: str = "") -> str:
+    """Return the keys of every node of ``callbacks`` or ``logger``.
+
+    Args:
+        title: Heading.
+        group: Name of the parent node.
+        overrides: Overrides that add further nodes.
+        intro: Text before the first node.
+    """
+    cfg = composed("stage=sft", *overrides)
+    parts = [f"## {title}\n\n{intro}A node is switched off with `{group}.<name>=null`."]
     for name, node in cfg[group].items():
         target = get_object(node._target_)
         what = f"`{node._target_}`" if target.__module__.startswith("rlhf.") else link(target)
@@ -365,9 +372,12 @@ def sections() -> Iterator[str]:
     yield group_section("Losses of stage=dpo", "loss", "stage.loss")
     yield group_section("Advantage estimators of PPO and GRPO", "advantage", "stage.advantage")
     yield group_section("Reward functions of PPO and GRPO", "reward", "reward")
+    yield group_section("Labels of stage=collect", "labels", "labels")
     yield group_section("Samplers", "sampler", "stage.sampler")
     yield nodes_section("Callbacks", "callbacks")
-    yield nodes_section("Loggers", "logger")
+    loggers = f"logger=[{','.join(choices('logger'))}]"
+    several = "Several loggers are a list: `logger=[tensorboard,csv]`. "
+    yield nodes_section("Loggers", "logger", loggers, intro=f"{choice_table('logger')}\n\n{several}")
     yield trainer_section()
     yield f"## Experiments\n\nFiles that change several keys at once.\n\n{choice_table('experiment')}"
 

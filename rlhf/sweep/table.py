@@ -1,6 +1,7 @@
 """The table of a sweep, best job first."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ def sweep_table(directory: Path, jobs: Mapping[Path, Job]) -> Table:
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for number, job in enumerate(jobs.values()):
         shown = "failed" if job.error else "none" if job.value is None else f"{job.value:.4f}"
-        cells = [printable(row[number]) for row in keys.values()]
+        cells = [printable(_rounded(row[number])) for row in keys.values()]
         table.add_row(*map(Text, [*cells, shown, f"{job.seconds:.0f}"]))
     return table
 
@@ -92,6 +93,11 @@ def content(jobs: Mapping[Path, Job]) -> dict[str, Any]:
             for path, job in jobs.items()
         ]
     }
+
+
+def _rounded(value: str) -> str:
+    """Return a number that a sweeper has drawn with four digits, and other values as they are."""
+    return f"{float(value):.4g}" if re.fullmatch(r"-?\d+\.\d{5,}(e[-+]?\d+)?", value) else value
 
 
 def _rank(job: Job) -> tuple[bool, bool, float]:

@@ -64,6 +64,14 @@ def test_the_commands_open_the_policy(tmp_path: Path) -> None:
     assert commands(tmp_path, best)[0] == f"python -c '{code}'"
 
 
+def test_drawn_numbers_are_rounded(tmp_path: Path) -> None:
+    """Optuna draws numbers of 16 digits. What was typed stays as it is."""
+    for number, beta in enumerate(("0.43557259109182184", "4.252744858000656e-05", "0.1", "ipo")):
+        write_json(tmp_path / str(number) / "job.json", asdict(Job([f"stage.beta={beta}"], "val/loss", number)))
+    (column, *_) = sweep_table(tmp_path, read_jobs(tmp_path)).columns
+    assert [str(cell) for cell in column.cells] == ["0.4356", "4.253e-05", "0.1", "ipo"]
+
+
 @pytest.mark.slow
 def test_a_failing_job_does_not_end_the_sweep(repo: Path, tmp_path: Path) -> None:
     """Three learning rates, of which one is invalid. The exit code is that of a mistake in the configuration."""
