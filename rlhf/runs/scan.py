@@ -18,6 +18,7 @@ from rlhf.stages import StageInfo, stages
 UNREADABLE = "unreadable"
 LOG_BYTES = 1 << 16  # the end of a log that is read
 EVALUATION = "evaluation"  # directory of stage=evaluate
+ROUND = re.compile(r"round_\d+")  # directory of a round of the pipeline
 TARGET = "win_rate_vs_target"
 
 
@@ -26,7 +27,8 @@ class StageSummary:
     """One row of the table.
 
     Args:
-        name: Directory of the stage in its run, such as ``ppo``; a variant of the pipeline has its own name.
+        name: Directory of the stage in its run, such as ``ppo`` or ``round_1/dpo``; a variant of the pipeline has its
+            own name.
         state: ``finished``, ``running``, ``killed at step N``, ``no checkpoint`` or ``unreadable``.
         metric: The main metric, as text.
         base_model: The base model that the stage was configured with, as text.
@@ -47,10 +49,12 @@ class StageDirectory:
     Args:
         path: The directory.
         info: The stage that has written it.
+        name: The directory in its run.
     """
 
     path: Path
     info: StageInfo
+    name: str
 
     @property
     def result(self) -> Path:
@@ -66,7 +70,7 @@ class StageDirectory:
     def summary(self) -> StageSummary:
         """Describe the stage. A file that cannot be read makes one entry ``unreadable``."""
         return StageSummary(
-            self.path.name,
+            self.name,
             _readable(self._state),
             _readable(self._metric),
             _readable(self._base_model),
@@ -122,18 +126,26 @@ def scan_run(run: Path) -> list[StageSummary]:
     found = []
     for directory in directories:
         summary = directory.summary()
-        if made_by := stale.get(directory.path.name):
+        if made_by := stale.get(directory.name):
             summary = replace(summary, state=f"{summary.state}; stale, {made_by} was trained again")
         found.append(summary)
     return found
 
 
 def stage_directories(run: Path) -> list[StageDirectory]:
-    """Return the directory of every stage that a run has started, in the order of the stages."""
+    """Return the directory of every stage that a run has started: first the stages in their order, then each round."""
     if (own := stage_of(run)) is not None:  # a job of a sweep over one stage
-        return [StageDirectory(run, own)]
-    found = [(path, info) for path in subdirectories(run) if (info := stage_of(path)) is not None]
-    return [StageDirectory(*pair) for pair in sorted(found, key=lambda pair: (pair[1].position, pair[0].name))]
+        return [StageDirectory(run, own, run.name)]
+    rounds = sorted((path for path in subdirectories(run) if ROUND.fullmatch(path.name)), key=_round_number)
+    found = []
+    for parent in (run, *rounds):
+        started = [(path, info) for path in subdirectories(parent) if (info := stage_of(path)) is not None]
+        found += sorted(started, key=lambda pair: (pair[1].position, pair[0].name))
+    return [StageDirectory(path, info, path.relative_to(run).as_posix()) for path, info in found]
+
+
+def _round_number(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
 
 
 def stage_of(directory: Path) -> StageInfo | None:

@@ -212,6 +212,13 @@ def test_every_stage_after_a_replaced_reward_model_is_stale(tmp_path: Path, lm: 
     ]
 
 
+def test_rounds_follow_the_stages_of_a_run(tmp_path: Path) -> None:
+    """In the order of their numbers. A directory of another name is no round."""
+    for name in ("sft", "round_10/dpo", "round_2/dpo", "round_2/collect", "round_x/dpo"):
+        start(tmp_path / name, name.rpartition("/")[2])
+    assert [summary.name for summary in scan_run(tmp_path)] == ["sft", "round_2/dpo", "round_2/collect", "round_10/dpo"]
+
+
 def test_runs_are_listed_by_their_last_change(tmp_path: Path) -> None:
     """Jobs of a sweep are listed if they are asked for. A job of one stage is itself its directory."""
     start(tmp_path / "old" / "sft", "sft")
