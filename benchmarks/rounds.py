@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides of the pipeline")
     options = parser.parse_args()
     rows = [run(options, seed) for seed in options.seeds]
-    sys.stdout.write("| seed | pairs judged | gold wins over SFT, round 1 | round 2 | KL to SFT, nats | round 2 |\n")
+    sys.stdout.write(
+        "| seed | pairs labeled | gold wins over SFT, round 1 | round 2 | KL to SFT, nats per response, round 1 | round 2 |\n"
+    )
     sys.stdout.write("|---|---|---|---|---|---|\n" + "".join(rows))
 
 
@@ -52,13 +54,18 @@ def run(options: argparse.Namespace, seed: int) -> str:
         process.kill()
         process.wait()
     directory = REPO / options.root / name
-    journals = [directory / f"round_{number}" / "collect" / "label" / "journal.jsonl" for number in (1, 2)]
-    pairs = [len(journal.read_text().splitlines()) for journal in journals]
+    pairs = [labeled_pairs(directory / f"round_{number}" / "collect" / "candidates.jsonl") for number in (1, 2)]
     models = json.loads((directory / "round_2" / "evaluate" / "metrics.json").read_text())["models"]
     rounds = [models[f"round_{number}"] for number in (1, 2)]
     rates = [interval(model["win_rate_vs_sft"]["gold"]) for model in rounds]
     distances = [f"{model['kl_to_sft']['mean']:.2f}" for model in rounds]
     return f"| {seed} | {' + '.join(map(str, pairs))} | {' | '.join([*rates, *distances])} |\n"
+
+
+def labeled_pairs(file: Path) -> int:
+    """Return the number of prompts with two different responses: the annotator has labeled all of them."""
+    rows = [json.loads(line)["responses"] for line in file.read_text().splitlines()]
+    return sum(first["text"] != second["text"] for first, second in rows)
 
 
 def interval(rate: dict[str, Any]) -> str:

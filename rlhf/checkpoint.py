@@ -78,8 +78,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     A checkpoint is written only at positions from which a resumed run continues exactly: after the last minibatch of a
     rollout in PPO and GRPO, after an optimizer step in the other stages, and after validation where validation
-    follows. It is written at the last such position at which a killed run has lost at most ``every_n_minutes``, judging
-    by the time that the last step and the last checkpoint took. Writing one draws no random numbers.
+    follows. It is written at the last such position at which a killed run has lost at most ``every_n_minutes``, if the
+    next step and checkpoint take as long as the last ones. Writing one draws no random numbers.
 
     Args:
         every_n_minutes: Minutes of work that a killed run may lose. If a step and a checkpoint take more than half of

@@ -64,10 +64,10 @@ class RewardLabels(Labels):
 
 
 class PageLabels(Labels):
-    """People decide, on the page of ``stage=label``. The stage waits until every pair has been judged or skipped.
+    """People decide, on the page of ``stage=label``. The stage waits until every pair has been labeled or skipped.
 
     Args:
-        overlap: Share of the pairs that every annotator judges. Each other pair is judged by one of them.
+        overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
         host: Address to listen on. Any other address than that of this machine requires a token.
         port: Port to listen on. 0: any free one.
         token: Secret in the address of the page. null: none on this machine, otherwise a random one.
@@ -84,13 +84,13 @@ class PageLabels(Labels):
         """Return preference rows.
 
         Raises:
-            Stopped: The server was stopped before every pair was judged.
+            Stopped: The server was stopped before every pair was labeled.
         """
         session = serve_pairs(read_pairs(file), file.parent / "label", until_complete=True, **self.settings)
         if not session.is_complete:
             progress = session.progress("")
             raise Stopped(
-                f"Labeling was stopped: {progress['judged']} of {progress['total']} pairs are judged.",
+                f"Labeling was stopped: {progress['labeled']} of {progress['total']} pairs are labeled.",
                 "Repeat the command to continue: every choice is on disk.",
                 exit_code=130,
             )

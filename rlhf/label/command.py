@@ -39,7 +39,7 @@ def label(
         models: Names of the models whose responses are compared, such as ``[sft,ppo]``. null: all in the file.
         select: Order of the pairs: ``order`` of the file, ``random``, or ``disagreement`` of the reward ensemble.
         max_pairs: Number of pairs, the first ones in this order. null: all.
-        overlap: Share of the pairs that every annotator judges. Each other pair is judged by one of them.
+        overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
         host: Address to listen on. Any other address than that of this machine requires a token.
         port: Port to listen on. 0: any free one.
         token: Secret in the address of the page. null: none on this machine, otherwise a random one.
@@ -74,12 +74,12 @@ def serve_pairs(
     Args:
         pairs: Pairs in the order in which they are shown.
         directory: Directory of the journal and of the preference file.
-        overlap: Share of the pairs that every annotator judges.
+        overlap: Share of the pairs that every annotator labels.
         seed: Seed of the sides on which responses are shown.
         host: Address to listen on.
         port: Port to listen on.
         token: Secret in the address of the page.
-        until_complete: End when every pair has been judged or skipped.
+        until_complete: End when every pair has been labeled or skipped.
 
     Raises:
         ConfigError: Another process uses the directory, or the address cannot be used.
@@ -96,7 +96,7 @@ def serve_pairs(
     with locked(directory):
         session = Session(pairs, directory, overlap=overlap, seed=seed)
         progress = session.progress("")
-        console.print(f"{progress['total']} pairs, {progress['judged']} of them judged. Open in a browser:")
+        console.print(f"{progress['total']} pairs, {progress['labeled']} of them labeled. Open in a browser:")
         console.print(f"  {access.url(bound.getsockname()[1])}")
         is_done = (lambda: session.is_complete) if until_complete else None
         serve(label_application(session, access), bound, is_done=is_done)

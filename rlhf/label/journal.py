@@ -75,8 +75,12 @@ class Journal:
                 event = Event(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{self.path}:{number}: the line is no choice ({error}).", "Remove the line."
+                    f"{self.path}:{number}: the line must be a choice ({error}).", "Remove the line."
                 ) from error
             if event.choice not in (*CHOICES, UNDO):
-                raise DataError(f"{self.path}:{number}: {event.choice!r} is no choice.", "Remove the line.")
+                choices = ", ".join((*CHOICES, UNDO))
+                raise DataError(
+                    f"{self.path}:{number}: the choice must be one of {choices}, got {event.choice}.",
+                    "Remove the line.",
+                )
             yield event

@@ -23,7 +23,7 @@ class Session:
     Args:
         pairs: Pairs in the order in which they are shown.
         directory: Directory of ``journal.jsonl`` and ``preferences.jsonl``.
-        overlap: Share of the pairs that every annotator judges. Each other pair is judged by one of them.
+        overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
         seed: Seed of the sides on which responses are shown.
     """
 
@@ -42,7 +42,7 @@ class Session:
     # Interface
 
     def next_pair(self, annotator: str) -> Pair | None:
-        """Return the pair that an annotator judges next; None if none is left."""
+        """Return the pair that an annotator labels next; None if none is left."""
         looked_at = None
         for key, pair in self.pairs.items():
             if annotator in self.choices[key]:
@@ -98,20 +98,20 @@ class Session:
         return self.pairs[last]
 
     def progress(self, annotator: str) -> dict[str, int]:
-        """Return how many pairs there are, how many anybody has judged, and how many this annotator has."""
+        """Return how many pairs there are, how many anybody has labeled, and how many this annotator has."""
         return {
             "total": len(self.pairs),
-            "judged": sum(bool(self.choices[key]) for key in self.pairs),
+            "labeled": sum(bool(self.choices[key]) for key in self.pairs),
             "own": sum(annotator in self.choices[key] for key in self.pairs),
         }
 
     @property
     def is_complete(self) -> bool:
-        """Whether every pair has been judged or skipped."""
+        """Whether every pair has been labeled or skipped."""
         return all(self.choices[key] for key in self.pairs)
 
     def is_shared(self, pair: Pair) -> bool:
-        """Return whether every annotator judges a pair."""
+        """Return whether every annotator labels a pair."""
         return int(pair.id[:8], 16) < self.overlap * 2**32
 
     # State

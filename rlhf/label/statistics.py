@@ -15,7 +15,7 @@ def cohens_kappa(choices: Sequence[tuple[str, str]]) -> float:
     independently with their own frequencies.
 
     Args:
-        choices: The choices of both annotators for each pair that both have judged.
+        choices: The choices of both annotators for each pair that both have labeled.
 
     Returns:
         From -1 to 1; 1 for complete agreement. NaN without pairs, or if both always made the same single choice.

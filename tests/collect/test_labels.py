@@ -1,4 +1,4 @@
-"""Labels of people: the stage serves the page, and waits until every pair is judged."""
+"""Labels of people: the stage serves the page, and waits until every pair is labeled."""
 
 import json
 import socket
@@ -57,7 +57,7 @@ def test_a_stopped_page_says_how_to_continue(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "candidates.jsonl"
     write_json_lines(file, (found.row() for found in candidates()))
     monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
-    with pytest.raises(Stopped, match=r"Labeling was stopped: 0 of 8 pairs are judged\.\n  Repeat the command"):
+    with pytest.raises(Stopped, match=r"Labeling was stopped: 0 of 8 pairs are labeled\.\n  Repeat the command"):
         PageLabels(port=0).label(candidates(), file)
 
 

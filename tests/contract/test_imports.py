@@ -124,7 +124,7 @@ def test_only_training_code_imports_lightning() -> None:
         "runner",
         "prompts",
         "ref_logprobs",
-        "sample_table",
+        "loggers",
         "hyperparameters",
         "reporting",
     }

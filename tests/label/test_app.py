@@ -26,7 +26,7 @@ def test_a_pair_is_shown_blind(client: TestClient) -> None:
     view = client.get("/api/pair", params={"annotator": "Ada"}).json()
     assert view["pair"].keys() == {"id", "prompt", "left", "right"}
     assert {view["pair"]["left"], view["pair"]["right"]} == {"text a 0", "text b 0"}
-    assert view["progress"] == {"total": 6, "judged": 0, "own": 0}
+    assert view["progress"] == {"total": 6, "labeled": 0, "own": 0}
 
 
 def test_a_choice_returns_the_next_pair(client: TestClient, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ HOSTILE = [
 
 
 class Server:
-    """``stage=label`` in a process of its own."""
+    """``stage=label`` in a separate process."""
 
     def __init__(self, repo: Path, folder: Path, pairs: int) -> None:
         self.repo, self.folder = repo, folder

@@ -99,7 +99,7 @@ def test_undo_returns_to_the_last_pair(open_session: Open, pairs: list[Pair], tm
 
 
 def test_two_annotators_get_different_pairs(open_session: Open, pairs: list[Pair]) -> None:
-    """Whoever opens a pair first judges it. At the end, a pair that somebody has left open is offered again."""
+    """Whoever opens a pair first labels it. At the end, a pair that somebody has left open is offered again."""
     session = open_session()
     assert session.next_pair("Ada") is pairs[0]
     assert session.next_pair("Ben") is pairs[1]
@@ -118,7 +118,7 @@ def test_shared_pairs_are_judged_by_everybody(open_session: Open, pairs: list[Pa
     assert preferences(tmp_path) == []
     prefer(session, "Cem", pairs[0], "a")
     assert [(row["chosen"], row["annotators"]) for row in preferences(tmp_path)] == [("text a 0", ["Ben", "Cem"])]
-    assert session.progress("Ada") == {"total": 6, "judged": 1, "own": 1}
+    assert session.progress("Ada") == {"total": 6, "labeled": 1, "own": 1}
 
 
 def test_a_skipped_pair_is_offered_to_others(open_session: Open, pairs: list[Pair]) -> None:
@@ -144,7 +144,7 @@ def test_a_session_is_complete_when_every_pair_has_a_choice(open_session: Open, 
 
 
 def test_statistics_by_hand(open_session: Open, pairs: list[Pair]) -> None:
-    """Ada prefers b, b, a, and a tie; the reward model prefers b. Ben judges the first two: b, a.
+    """Ada prefers b, b, a, and a tie; the reward model prefers b. Ben labels the first two: b, a.
 
     Wins of a over b: Ada 0 + 0 + 1 + 0.5, Ben 0 + 1: 2.5 of 6. The reward model agrees with 3 of 5.
     """
@@ -168,15 +168,15 @@ def test_unknown_pairs_and_damaged_journals_are_errors(open_session: Open, tmp_p
     with pytest.raises(ConfigError, match="There is no pair 1234"):
         open_session().choose("Ada", "1234", "tie")
     (tmp_path / "journal.jsonl").write_text('{"pair": "a", "annotator": "b", "choice": "best"}\n')
-    with pytest.raises(DataError, match=r"journal\.jsonl:1: 'best' is no choice"):
+    with pytest.raises(DataError, match=r"journal\.jsonl:1: the choice must be one of .*, got best\."):
         open_session()
     (tmp_path / "journal.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"journal\.jsonl:1: the line is no choice"):
+    with pytest.raises(DataError, match=r"journal\.jsonl:1: the line must be a choice"):
         open_session()
 
 
 def test_choices_of_other_pairs_are_kept(open_session: Open, tmp_path: Path) -> None:
     """Another file of pairs may have been labeled in the same directory."""
     Journal(tmp_path / "journal.jsonl").append(Event("elsewhere", "Ada", "first"))
-    assert open_session().progress("Ada") == {"total": 6, "judged": 0, "own": 0}
+    assert open_session().progress("Ada") == {"total": 6, "labeled": 0, "own": 0}
     assert len(Journal(tmp_path / "journal.jsonl").events) == 1

@@ -19,10 +19,10 @@ async function request(path, body) {
 
 function show(view) {
   pair = view.pair;
-  const { total, judged, own } = view.progress;
+  const { total, labeled, own } = view.progress;
   element("bar").max = total;
-  element("bar").value = judged;
-  element("count").textContent = `${judged} of ${total} judged, ${own} by you`;
+  element("bar").value = labeled;
+  element("count").textContent = `${labeled} of ${total} labeled, ${own} by you`;
   element("pair").hidden = pair === null;
   element("done").hidden = pair !== null;
   if (pair !== null) {
