@@ -26,9 +26,9 @@ def render_turn(turn: Turn, width: int) -> RenderableType:
     blocks = [_block(response, titled=len(responses) > 1, best=response is best) for response in responses]
     if len(blocks) == 1 or width < len(blocks) * (MIN_COLUMN + GAP) - GAP:
         return Group(*(part for block in blocks for part in (*block, Text())))
-    table = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False, expand=True)
+    table = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
     for _ in blocks:
-        table.add_column(ratio=1, overflow="fold")
+        table.add_column(width=(width + GAP) // len(blocks) - GAP, overflow="fold")
     for row in zip(*blocks, strict=True):
         table.add_row(*row)
     return Group(table, Text())
@@ -98,7 +98,7 @@ def models_table(chat: Chat) -> Table:
         path = "" if model.path == name else f"{printable(model.path)}: "
         table.add_row(Text(printable(name), style=style), Text(f"{path}{details}", overflow="fold"))
     if chat.scores is not None:
-        table.add_row(Text("score"), Text(printable(chat.scores.path), overflow="fold"))
+        table.add_row(Text("reward model"), Text(printable(chat.scores.path), overflow="fold"))
     for name in unscored(chat):
         note = f"{name} has another vocabulary than the reward model and gets no score."
         table.add_row(Text(), Text(printable(note), style="yellow"))
