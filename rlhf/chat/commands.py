@@ -56,10 +56,10 @@ class Commands:
             Command("/reset", "Begin a new conversation.", lambda _: self._reset()),
             Command("/retry", "Sample again for the last prompt, with the next seed.", lambda _: self._retry()),
             Command("/prompt", "Show the last prompt as each model gets it.", lambda _: self._prompt()),
-            Command("/temperature 0.7", "0 selects the most likely token.", self._setting("temperature", float)),
-            Command("/top_p 1.0", "Sample from this total probability.", self._setting("top_p", float)),
-            Command("/top_k 0", "Sample from the k most likely tokens; 0: all.", self._setting("top_k", int)),
-            Command("/max_new_tokens 64", "Maximum length.", self._setting("max_new_tokens", int)),
+            Command("/temperature 0.7", "Divisor of the logits; 0: the most likely token.", self._setting("temperature", float)),
+            Command("/top_p 1.0", "Total probability of the tokens to sample from.", self._setting("top_p", float)),
+            Command("/top_k 0", "Number of most likely tokens to sample from; 0: all.", self._setting("top_k", int)),
+            Command("/max_new_tokens 64", "Maximum length of a response, in tokens.", self._setting("max_new_tokens", int)),
             Command("/seed 1", "Seed of the next prompt. It grows by 1 with each prompt.", self._seed),
             Command("/save chat.jsonl", "Write all prompts and responses to a file.", self._save),
             Command("/quit", "End the chat.", self._quit),
@@ -115,11 +115,15 @@ class Commands:
     def _prompt(self) -> RenderableType:
         if not self.chat.turns:
             raise ConfigError("There is no prompt yet.")
-        table = Table.grid(padding=(0, 3, 0, 0), pad_edge=False)
+        names: dict[str, list[str]] = {}
         for response in self.chat.turns[-1].responses:
             tokenizer: Any = self.chat.models[response.model].tokenizer
             text = str(tokenizer.decode(response.prompt_ids, skip_special_tokens=False))
-            table.add_row(Text(printable(response.model), style="bold cyan"), Text(printable(text), overflow="fold"))
+            names.setdefault(text, []).append(response.model)
+        table = Table.grid(padding=(0, 3, 0, 0), pad_edge=False)
+        for text, models in names.items():
+            title = printable(", ".join(models))
+            table.add_row(Text(title, style="bold cyan"), Text(printable(text), overflow="fold"))
         return table
 
     def _setting(self, name: str, kind: Callable[[str], Any]) -> Callable[[str], RenderableType]:

@@ -35,11 +35,10 @@ def render_turn(turn: Turn, width: int) -> RenderableType:
 
 
 def best_response(responses: Sequence[Response]) -> Response | None:
-    """Return the response with the highest score; None if fewer than two have different scores."""
-    scored = [response for response in responses if response.reward is not None]
-    if len({response.reward for response in scored}) < 2:
-        return None
-    return max(scored, key=lambda response: response.reward or 0.0)
+    """Return the response with the highest score; None if, to two decimals, another one has the same."""
+    scored = [(round(response.reward, 2), response) for response in responses if response.reward is not None]
+    ordered = sorted(scored, key=lambda pair: pair[0], reverse=True)
+    return ordered[0][1] if len(ordered) > 1 and ordered[0][0] > ordered[1][0] else None
 
 
 def _block(response: Response, *, titled: bool, best: bool) -> tuple[Text, ...]:

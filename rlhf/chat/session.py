@@ -80,12 +80,11 @@ class Turn:
             }
             for response in self.responses
         }
-        settings = {name: value for name, value in asdict(self.sampling).items()}
         return {
             "prompt": self.prompt,
             "conversation": self.conversation,
             "seed": self.seed,
-            "sampling": settings,
+            "sampling": asdict(self.sampling),
             "responses": responses,
         }
 
@@ -150,6 +149,7 @@ class Chat:
             UserError: A chat template does not support the conversation.
         """
         self.stop()
+        prompt = prompt.encode("utf-8", "replace").decode()  # A terminal or JSON may contain halves of characters.
         encoded = {
             name: self.models[name].encode(self.messages(name, prompt), reserve=self.sampling.max_new_tokens)
             for name in self.active

@@ -113,9 +113,13 @@ def test_models_are_listed_and_chosen(typed: Typed) -> None:
     assert typed.chat.active == ["sft", "ppo"]
 
 
-def test_prompt_shows_what_the_models_get(typed: Typed) -> None:
+def test_prompt_shows_what_the_models_get(opened: OpenChat, typed: Typed) -> None:
+    """Models with the same template are listed together."""
     typed.respond("Hi.")
-    lines = ["sft   <bos>Hi.", "Summary:", "ppo   <bos>Hi.", "Summary:"]
+    assert [line.strip() for line in typed("/prompt").splitlines()] == ["sft, ppo   <bos>Hi.", "Summary:"]
+    typed.chat.models["ppo"] = opened(template="Q: {prompt}").models["ppo"]
+    typed.respond("Hi.")
+    lines = ["sft   <bos>Hi.", "Summary:", "ppo   <bos>Q: Hi."]
     assert [line.strip() for line in typed("/prompt").splitlines()] == lines
 
 

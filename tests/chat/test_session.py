@@ -127,6 +127,11 @@ def test_a_failed_model_does_not_stop_the_others(opened: OpenChat) -> None:
     assert chat.models["sft"].multi_turn is False
 
 
+def test_halves_of_characters_are_replaced(chat: Chat) -> None:
+    """A terminal passes bytes that are not UTF-8 on as lone surrogates, which no tokenizer encodes."""
+    assert finish(chat, "a\udce9b \ud83d").prompt == "a?b ?"
+
+
 def test_models_with_a_plain_template_get_single_prompts(chat: Chat) -> None:
     finish(chat)
     turn = finish(chat, "It rains.")

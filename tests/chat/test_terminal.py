@@ -95,7 +95,7 @@ def test_a_single_model_has_no_title() -> None:
 def test_the_best_response_is_the_one_with_the_highest_score() -> None:
     one, two, unscored = response("a", "", 1.0), response("b", "", -2.0), response("c", "")
     assert best_response([two, one, unscored]) is one
-    assert best_response([one, response("d", "", 1.0)]) is None
+    assert best_response([one, response("d", "", 1.001), two]) is None, "both are shown as 1.00"
     assert best_response([one, unscored]) is None
 
 
