@@ -56,10 +56,10 @@ class Commands:
             Command("/reset", "Begin a new conversation.", lambda _: self._reset()),
             Command("/retry", "Sample again for the last prompt, with the next seed.", lambda _: self._retry()),
             Command("/prompt", "Show the last prompt as each model gets it.", lambda _: self._prompt()),
-            Command("/temperature 0.7", "Divisor of the logits; 0: the most likely token.", self._setting("temperature", float)),
-            Command("/top_p 1.0", "Total probability of the tokens to sample from.", self._setting("top_p", float)),
-            Command("/top_k 0", "Number of most likely tokens to sample from; 0: all.", self._setting("top_k", int)),
-            Command("/max_new_tokens 64", "Maximum length of a response, in tokens.", self._setting("max_new_tokens", int)),
+            self._setting("temperature 0.7", "Divisor of the logits; 0: the most likely token.", float),
+            self._setting("top_p 1.0", "Total probability of the tokens to sample from.", float),
+            self._setting("top_k 0", "Number of most likely tokens to sample from; 0: all.", int),
+            self._setting("max_new_tokens 64", "Maximum length of a response, in tokens.", int),
             Command("/seed 1", "Seed of the next prompt. It grows by 1 with each prompt.", self._seed),
             Command("/save chat.jsonl", "Write all prompts and responses to a file.", self._save),
             Command("/quit", "End the chat.", self._quit),
@@ -126,8 +126,9 @@ class Commands:
             table.add_row(Text(title, style="bold cyan"), Text(printable(text), overflow="fold"))
         return table
 
-    def _setting(self, name: str, kind: Callable[[str], Any]) -> Callable[[str], RenderableType]:
+    def _setting(self, usage: str, help: str, kind: Callable[[str], Any]) -> Command:
         """Return a command that changes one sampling setting, or shows it if no value is typed."""
+        name = usage.split()[0]
 
         def run(argument: str) -> RenderableType:
             if argument:
@@ -135,7 +136,7 @@ class Commands:
                 self.chat.sampling = replace(self.chat.sampling, **{name: value})
             return Text(f"{name}: {getattr(self.chat.sampling, name)}", style="dim")
 
-        return run
+        return Command(f"/{usage}", help, run)
 
     def _seed(self, argument: str) -> RenderableType:
         if argument:
