@@ -87,7 +87,8 @@ def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path,
         table.add_column(title, justify="right", no_wrap=True)
     for name, model in models.items():
         table.add_row(
-            name, *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items())
+            name.replace("_best_of_", "\nbest of "),  # Words wrap better than a long name.
+            *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items()),
         )
     return table
 
