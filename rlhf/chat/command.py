@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
@@ -27,6 +27,10 @@ def chat(
     system: str | None = None,
     multi_turn: bool | None = None,
     max_length: PositiveInt | None = None,
+    browser: bool = False,
+    host: str = "127.0.0.1",
+    port: Annotated[int, ">= 0", "<= 65535"] = 8089,
+    token: str | None = None,
 ) -> int:
     """Talk to one or several models, which respond to the same prompts.
 
@@ -43,6 +47,11 @@ def chat(
             conversations.
         max_length: Maximum length of prompt and response together, in tokens. Longer prompts lose their beginning.
             null: ``data.max_length`` of the training that made the model, where it is known.
+        browser: Show the chat as a page in the browser instead of the terminal.
+        host: Address that the server of the page listens on. Any other one than that of this machine requires a token.
+        port: Port of the server. 0 chooses a free one.
+        token: Secret of at least 16 characters that the address of the page contains. null: one is generated if
+            ``host`` requires it.
 
     Returns:
         The exit code: 0, or 130 if Ctrl-C ended the chat.
@@ -52,7 +61,7 @@ def chat(
     """
     quiet_libraries()
     check_values(cfg, ("command", "trainer"))
-    if not sys.stdout.isatty() or not sys.stdin.isatty():
+    if not browser and not (sys.stdin.isatty() and sys.stdout.isatty()):
         logging.getLogger("rlhf").setLevel(logging.WARNING)  # Standard output is for responses.
     opened = open_chat(
         cfg,
@@ -64,6 +73,10 @@ def chat(
         multi_turn=multi_turn,
         max_length=max_length,
     )
+    if browser:
+        from rlhf.chat.web import run_browser  # imports a server
+
+        return run_browser(opened, host=host, port=port, token=token)
     return run_terminal(opened)
 
 
