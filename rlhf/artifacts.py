@@ -3,6 +3,7 @@
 import logging
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,34 @@ def output_of(cfg: DictConfig, stage: str) -> Path | None:
 
 def policies_to_evaluate(cfg: DictConfig) -> dict[str, ModelSource]:
     """Return the policies of ``stage.models`` by name; by default all policies of the run."""
-    if cfg.stage.models:
-        listed: Any = OmegaConf.to_container(cfg.stage.models)
-        pairs = listed.items() if isinstance(listed, dict) else ((name, name) for name in listed)
+    return open_policies(cfg, cfg.stage.models, key="stage.models")
+
+
+def open_policies(cfg: DictConfig, models: Any, *, key: str) -> dict[str, ModelSource]:
+    """Return policies by name.
+
+    Args:
+        cfg: The composed configuration.
+        models: Names of stages or variants, or paths: a list, or a mapping of names to these. None or empty: all
+            policies of the run.
+        key: The key of ``models``, for messages.
+
+    Raises:
+        ConfigError: There is no such model, or the run has no policy.
+    """
+    if models:
+        listed: Any = OmegaConf.to_container(models) if OmegaConf.is_config(models) else models
+        pairs = listed.items() if isinstance(listed, Mapping) else ((name, name) for name in listed)
         chosen = {str(name): str(path) for name, path in pairs}
     else:
         chosen = policies_of_run(Path(cfg.paths.run))
         if not chosen:
             raise ConfigError(
-                f"stage=evaluate found no model to evaluate in {cfg.paths.run}.", f"Run python train.py run={cfg.run}"
+                f"stage={cfg.stage_name} found no model in {cfg.paths.run}.", f"Run python train.py run={cfg.run}"
             )
     attention = cfg.model.get("attention")
-    return {name: open_model_source(_policy_path(cfg, path), attention=attention) for name, path in chosen.items()}
+    paths = {name: _policy_path(cfg, path, key) for name, path in chosen.items()}
+    return {name: open_model_source(path, attention=attention) for name, path in paths.items()}
 
 
 def policies_of_run(directory: Path) -> dict[str, str]:
@@ -110,12 +127,12 @@ def policies_of_run(directory: Path) -> dict[str, str]:
     return {**of_stages, **{path.parent.name: str(path) for path in found}}
 
 
-def _policy_path(cfg: DictConfig, path: str) -> str:
+def _policy_path(cfg: DictConfig, path: str, key: str) -> str:
     if path not in stages():
         return policies_of_run(Path(cfg.paths.run)).get(path, path)  # a variant of the pipeline, or a path
     if (output := output_of(cfg, path)) is None:
         raise ConfigError(
-            f"stage.models contains {path}, but run={cfg.run} has no {path} model.",
+            f"{key} contains {path}, but run={cfg.run} has no {path} model.",
             f"Run python train.py stage={path} run={cfg.run}",
         )
     return str(output)

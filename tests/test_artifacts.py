@@ -155,7 +155,7 @@ def test_chosen_policies_are_stages_variants_or_paths(tmp_path: Path, models: st
 
 
 def test_a_run_without_policies_cannot_be_evaluated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"found no model to evaluate in .*\n  Run python train\.py run=rlhf"):
+    with pytest.raises(ConfigError, match=r"found no model in .*\n  Run python train\.py run=rlhf"):
         policies_to_evaluate(config(tmp_path, "stage=evaluate"))
 
 

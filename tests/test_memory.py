@@ -135,7 +135,7 @@ def test_settings_that_cannot_be_halved_are_rejected(
             "rlhf.rl.policy_update.clipped_policy_loss",
             "computing a training step .*stage.minibatch_size=2 trainer.acc.*=2",
         ),
-        ("ppo", "rlhf.sampling.sampler.LocalSampler._decode", "sampling responses .*stage.rollout_batch_size=4"),
+        ("ppo", "rlhf.sampling.sampler.LocalSampler._decoding", "sampling responses .*stage.rollout_batch_size=4"),
         ("ppo", "rlhf.rl.collector.Collector._evaluate", "evaluating a rollout .*stage.minibatch_size=2"),
     ],
 )

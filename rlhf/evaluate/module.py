@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
 from rlhf.errors import ConfigError
+from rlhf.evaluate.best_of_n import best_of_n_name, check_best_of_n, choose_best
 from rlhf.evaluate.metrics import (
     TARGET,
     compare_with_targets,
@@ -50,6 +51,9 @@ class EvaluateModule(lightning.LightningModule):
         sampler: Sampler of the responses. null: ``LocalSampler``.
         output: Directory of metrics.json and samples.jsonl.
         bootstrap: Number of resamples behind each bootstrap interval.
+        best_of_n: Also evaluate best-of-n sampling for these n: of n further responses to a prompt, the one that the
+            reward model scores highest counts. It is listed as ``<model>_best_of_<n>``. null: none.
+        best_of_n_model: Name of the model that best-of-n samples from. null: the baseline.
         tokenizer: Tokenizer of all models. null: the tokenizer of the baseline.
     """
 
@@ -64,6 +68,8 @@ class EvaluateModule(lightning.LightningModule):
         sampler: Sampler | None = None,
         output: str,
         bootstrap: PositiveInt = 2000,
+        best_of_n: Sequence[Annotated[int, ">= 2"]] | None = None,
+        best_of_n_model: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +91,15 @@ class EvaluateModule(lightning.LightningModule):
         self.sampler = sampler or LocalSampler()
         self.output = Path(output)
         self.bootstrap = bootstrap
+        self.best_of_n = sorted(set(best_of_n or ()))
+        self.best_of_n_model = best_of_n_model or baseline
+        check_best_of_n(
+            self.best_of_n,
+            self.best_of_n_model,
+            self.sources.keys(),
+            self.sampling,
+            has_reward_model=bool(self.reward_sources),
+        )
         self.tokenizer = tokenizer or self.sources[baseline].tokenizer(())
         self.batches: list[PromptBatch] = []
         self.metrics: dict[str, Any] = {}
@@ -105,17 +120,24 @@ class EvaluateModule(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         responses: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}
         try:
-            self.sample_models(responses)
+            candidates = self.sample_models(responses)
+            has_targets = all(prompt.target is not None for batch in self.batches for prompt in batch.prompts)
+            targets = [self.encode_targets(batch) for batch in self.batches] if has_targets else []
+            self.score_with_reward_model([*chain(*responses.values()), *targets, *chain(*candidates)])
+            for n in self.best_of_n:
+                chosen = choose_best(candidates, self.best_of_n_model, n)
+                responses[best_of_n_name(self.best_of_n_model, n)] = chosen
+                for batch in chosen:
+                    batch.metrics |= self.gold_scores(batch.prompts, batch.texts)
         except Exception:
             self.keep(responses)
             raise
-        if all(prompt.target is not None for batch in self.batches for prompt in batch.prompts):
-            responses[TARGET] = [self.encode_targets(batch) for batch in self.batches]
-        self.score_with_reward_model([batch for model in responses.values() for batch in model])
+        if has_targets:
+            responses[TARGET] = targets
         evaluation = Evaluation.of_batches(self.batches, responses).gather(self.batches)
         self.report(evaluation)
 
-    def sample_models(self, sampled: dict[str, list[ResponseBatch]]) -> None:
+    def sample_models(self, sampled: dict[str, list[ResponseBatch]]) -> list[list[ResponseBatch]]:
         """Sample responses with every model, and estimate the KL to the baseline.
 
         The baseline comes last: it then evaluates the responses of all models. Every model samples from the same seed,
@@ -123,8 +145,11 @@ class EvaluateModule(lightning.LightningModule):
 
         Args:
             sampled: The responses of each model by name, which this method appends to.
+
+        Returns:
+            The candidates of best-of-n sampling for each batch of prompts; no candidates without ``best_of_n``.
         """
-        seed = torch.initial_seed()
+        seed, candidates = torch.initial_seed(), []
         for name in sorted(self.sources, key=lambda name: name == self.baseline):
             started = time.perf_counter()
             torch.manual_seed(seed + self.global_rank)
@@ -137,7 +162,10 @@ class EvaluateModule(lightning.LightningModule):
                 if name == self.baseline:
                     for responses in chain.from_iterable(sampled.values()):
                         self.compare_with_baseline(policy, responses)
+                if self.best_of_n and name == self.best_of_n_model:
+                    candidates = [self.sample_candidates(batch) for batch in self.batches]
             log.info("%s: responses to all prompts took %.0f s", name, time.perf_counter() - started)
+        return candidates
 
     def keep(self, sampled: Mapping[str, Sequence[ResponseBatch]]) -> None:
         """Write the responses of an evaluation that failed to unscored_samples.jsonl, one file for each process."""
@@ -151,12 +179,22 @@ class EvaluateModule(lightning.LightningModule):
 
     def sample_responses(self, policy: Frozen, batch: PromptBatch) -> ResponseBatch:
         """Sample a response to each prompt, and compute everything that needs no other model."""
+        responses = self.sample_once(batch)
+        with self.trainer.precision_plugin.forward_context():
+            responses.logprobs = self.logprobs(policy, responses.rollout)
+        return responses
+
+    def sample_candidates(self, batch: PromptBatch) -> list[ResponseBatch]:
+        """Sample as many responses to each prompt as the largest n of best-of-n needs."""
+        return [self.sample_once(batch) for _ in range(max(self.best_of_n))]
+
+    def sample_once(self, batch: PromptBatch) -> ResponseBatch:
+        """Sample a response to each prompt with the present model of the sampler."""
         with self.trainer.precision_plugin.forward_context():
             rollout = self.sampler.sample(batch.input_ids, self.sampling)
-            logprobs = self.logprobs(policy, rollout)
         texts = rollout.decode(self.tokenizer)
         metrics = {"length": rollout.lengths.cpu(), "truncated": (~rollout.finished).cpu()}
-        return ResponseBatch(batch, rollout.to("cpu"), texts, logprobs, metrics)
+        return ResponseBatch(batch, rollout.to("cpu"), texts, metrics=metrics)
 
     def compare_with_baseline(self, baseline: Frozen, batch: ResponseBatch) -> None:
         """Estimate the KL of the model that sampled the responses to the baseline, at the sampling temperature."""
@@ -221,8 +259,10 @@ class EvaluateModule(lightning.LightningModule):
     @property
     def monitored(self) -> float:
         """Win rate of the last model against the baseline, which ``train.py`` returns for sweeps."""
-        return monitored_win_rate(self.metrics["models"], self.baseline)
+        of_models = {name: self.metrics["models"][name] for name in self.sources}
+        return monitored_win_rate(of_models, self.baseline)
 
     def table(self) -> Table:
         """Return the comparison as a table for the terminal."""
-        return comparison_table(self.metrics, baseline=self.baseline, output=self.output)
+        note = f" Best of n: the KL to {self.best_of_n_model} is an upper bound." if self.best_of_n else ""
+        return comparison_table(self.metrics, baseline=self.baseline, output=self.output, note=note)

@@ -1,5 +1,6 @@
 """Statistics of evaluation: bootstrap intervals, wins and ROUGE-L."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -39,6 +40,25 @@ def wins(scores: Tensor, other_scores: Tensor) -> Tensor:
         [prompts] wins. Their mean is the win rate.
     """
     return (scores > other_scores).double() + 0.5 * (scores == other_scores).double()
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """Upper bound of the KL of best-of-n sampling to the model that it samples from.
+
+        KL <= log n - (n - 1) / n
+
+    It is exact for a continuous distribution of responses, in which no response is sampled twice.
+
+    Args:
+        n: Number of responses to choose from.
+
+    Returns:
+        The bound, in nats per response.
+
+    Reference: Stiennon et al. 2020, appendix G.3 (arXiv:2009.01325), who state it as the KL; Beirami et al. 2024
+        (arXiv:2401.01879), who prove that it is a bound.
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def rouge_l(responses: Sequence[str], targets: Sequence[str]) -> Tensor:

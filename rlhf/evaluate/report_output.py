@@ -55,17 +55,18 @@ def write_unscored(path: Path, sampled: Mapping[str, Sequence[ResponseBatch]]) -
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path) -> Table:
+def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path, note: str = "") -> Table:
     """Build the table of all models for the terminal.
 
     Args:
         metrics: The content of metrics.json.
         baseline: Name of the model that the others are compared with.
         output: Directory of metrics.json, for the caption.
+        note: A further sentence of the caption.
     """
     table = Table(
         title=f"{metrics['prompts']} held-out prompts; 95% bootstrap intervals; ties count as 0.5",
-        caption=f"RM: reward model. KL to {baseline}, nats per response. All metrics are in {output}.",
+        caption=f"RM: reward model. KL to {baseline}, nats per response.{note} All metrics are in {output}.",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
@@ -86,7 +87,8 @@ def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path)
         table.add_column(title, justify="right", no_wrap=True)
     for name, model in models.items():
         table.add_row(
-            name, *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items())
+            name.replace("_best_of_", "\nbest of "),  # Words wrap better than a long name.
+            *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items()),
         )
     return table
 

@@ -10,6 +10,12 @@ from rlhf.errors import ConfigError, DataError
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 MIN_VOCAB_SIZE = 256 + 3  # all bytes and the special tokens
+# How the chat templates that are made from a plain template begin.
+PLAIN_TEMPLATE = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -97,13 +103,17 @@ def chat_template(template: str) -> str:
         )
     before, after = (_jinja_string(text) for text in template.split("{prompt}", 1))
     return (
-        "{{- bos_token or '' -}}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+        f"{PLAIN_TEMPLATE}"
         f"{{%- elif message['role'] == 'user' -%}}{{{{- {before} + message['content'] + {after} -}}}}"
         "{%- else -%}{{- ' ' + message['content'] + (eos_token if loop.last else '\\n\\n') -}}{%- endif -%}"
         "{%- endfor -%}"
     )
+
+
+def is_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template of a tokenizer was made by ``chat_template`` from a text around a prompt."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and template.startswith(PLAIN_TEMPLATE)
 
 
 def _jinja_string(text: str) -> str:

@@ -82,8 +82,8 @@ class DecodingBatch:
         self.position_ids = self.position_ids[:, -1:] + 1
 
 
-def draw_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Draw one token per row with the global random state of torch, without reading anything on the host.
+def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one token per row, without reading anything on the host.
 
     The draw is an exponential race: token v gets the arrival time E_v / p_v, where E_v is exponential noise of rate 1,
     and the token that arrives first has distribution p.
@@ -91,6 +91,7 @@ def draw_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
     Args:
         logits: [rows, vocabulary] next-token logits.
         params: Temperature and filters.
+        generator: Random state, on the device of the logits. None: the global random state of torch.
 
     Returns:
         [rows] token ids; ``INVALID_TOKEN`` in rows whose largest logit is NaN or infinite.
@@ -101,7 +102,7 @@ def draw_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
     logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
     probabilities = logits.softmax(dim=-1)
     # With noise of exactly 0, which is not rare in a large vocabulary, even the least likely token would win.
-    noise = torch.empty_like(probabilities).exponential_().clamp_(min=SMALLEST_NOISE)
+    noise = torch.empty_like(probabilities).exponential_(generator=generator).clamp_(min=SMALLEST_NOISE)
     return torch.where(valid, probabilities.div_(noise).argmax(dim=-1), INVALID_TOKEN)
 
 

@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import ConfigError
 from rlhf.models import gathered
-from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
+from rlhf.sampling.decoding import INVALID_TOKEN
 from rlhf.sampling.params import SamplingParams
+from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
 from rlhf.schema import PositiveInt
 
@@ -66,57 +67,80 @@ class LocalSampler(Sampler):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
-        if self.policy is None or self.tokenizer is None:
+        with self._ready() as lm:
+            decoding = self._decoding(lm, prompts, params)
+            while not decoding.is_done:
+                decoding.step()
+            responses = decoding.responses()
+        return Rollout.from_responses(prompts, responses, decoding.stop_ids, lm.device)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Sample like ``sample``, and yield the tokens of each decoding step as soon as they are drawn.
+
+        With a generator, several streams can take turns without changing the responses of each other. A response is
+        the same as that of ``sample`` if the global random state had the same seed.
+
+        Args:
+            prompts: Token ids of each prompt, at least one per prompt.
+            params: Sampling settings.
+            generator: Random state of the draws, on the device of the policy. None: the global random state of torch.
+
+        Yields:
+            The next token id of each response, in the order of the prompts. The last one of a response may be a stop
+            token; None follows for a response that is finished while others are not.
+
+        Raises:
+            UserError: The logits of a token are NaN or infinite.
+        """
+        with self._ready() as lm:
+            decoding = self._decoding(lm, prompts, params, generator)
+        finished = [False] * len(prompts)
+        while not (decoding.is_done or all(finished)):
+            with self._ready():  # Whoever receives a token runs outside of this context.
+                decoding.step()
+            tokens = decoding.last_tokens().tolist()
+            if any(token == INVALID_TOKEN and not done for token, done in zip(tokens, finished, strict=True)):
+                raise invalid_logits(decoding.steps)
+            yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
+            finished = [done or token in decoding.stop_ids for token, done in zip(tokens, finished, strict=True)]
+
+    @contextmanager
+    def _ready(self) -> Iterator[PreTrainedModel]:
+        """Put the policy into eval mode, with complete weights, in this context."""
+        if self.policy is None:
             raise RuntimeError("Call sync(policy, tokenizer) before sample().")
-        stop_ids = params.stop_ids(self.tokenizer)
-        vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         training = self.policy.training
         self.policy.eval()
         try:
             with gathered(self.policy), _cached_casts(self.policy.device.type):
-                responses = self._decode(self.policy, list(map(list, prompts)), params, stop_ids, vocab_size)
+                yield self.policy
         finally:
             self.policy.train(training)
-        return Rollout.from_responses(prompts, responses, stop_ids, self.policy.device)
 
-    def _decode(
+    def _decoding(
         self,
         lm: PreTrainedModel,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        stop_ids: list[int],
-        vocab_size: int,
-    ) -> list[list[int]]:
-        """Return the token ids of each response, including its stop token."""
-        _check_positions(lm, max(map(len, prompts)) + params.max_new_tokens)
-        interval = self.stop_interval or (1 if lm.device.type == "cpu" else 8)
-        batch = DecodingBatch(lm, prompts)
-        ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)
-        unfinished = torch.arange(len(prompts), device=lm.device)  # index of the prompt of each row in `batch`
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
-        responses = torch.zeros(len(prompts), params.max_new_tokens, dtype=torch.long, device=lm.device)
-        for step in range(params.max_new_tokens):
-            # 1. Compute the next-token logits: of the whole prompt first, then of one new token.
-            logits = batch.next_logits()[:, :vocab_size]
-
-            # 2. Draw one token per row. A finished row is continued until it leaves the batch.
-            tokens = draw_tokens(logits, params)
-            responses[unfinished, step] = tokens
-            finished |= (tokens[:, None] == ends).any(dim=1)
-
-            # 3. Remove the finished rows. Only here, the host waits for the device.
-            if (step + 1) % interval == 0 and step + 1 < params.max_new_tokens:
-                rows = (~finished).cpu().nonzero()[:, 0]
-                if not len(rows):
-                    break
-                if len(rows) < len(finished):
-                    rows = rows.to(lm.device)
-                    batch.keep(rows)
-                    unfinished, finished, tokens = unfinished[rows], finished[rows], tokens[rows]
-
-            # 4. Feed the new tokens to the next step.
-            batch.append(tokens.clamp(min=0))
-        return [_response(tokens, set(stop_ids)) for tokens in responses.tolist()]
+        generator: torch.Generator | None = None,
+    ) -> Decoding:
+        assert self.tokenizer is not None, "sync sets the policy and the tokenizer"
+        return Decoding(
+            lm,
+            list(map(list, prompts)),
+            params,
+            stop_ids=params.stop_ids(self.tokenizer),
+            vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
+            interval=self.stop_interval or (1 if lm.device.type == "cpu" else 8),
+            generator=generator,
+        )
 
 
 @contextmanager
@@ -133,26 +157,3 @@ def _cached_casts(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()  # An outer autocast context would keep the copies until its end.
-
-
-def _response(tokens: list[int], stop_ids: set[int]) -> list[int]:
-    """Return the drawn tokens up to and including the first stop token."""
-    length = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    if INVALID_TOKEN in tokens[:length]:
-        raise UserError(
-            f"The model's logits are NaN or infinite at token {tokens.index(INVALID_TOKEN) + 1} of a response, so no "
-            "token can be drawn. Its weights or its activations have overflowed.",
-            "Look at grad_norm and train/loss before this step. Reduce stage.learning_rate, or set "
-            "trainer.precision=32-true.",
-        )
-    return tokens[:length]
-
-
-def _check_positions(lm: PreTrainedModel, needed: int) -> None:
-    """Refuse prompts that leave too few positions for ``max_new_tokens``."""
-    available = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if available is not None and needed > available:
-        raise ConfigError(
-            f"The longest prompt and max_new_tokens need {needed} positions together, but the model has {available}.",
-            f"Set data.max_length={available} or reduce max_new_tokens.",
-        )

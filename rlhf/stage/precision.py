@@ -26,10 +26,20 @@ def move_frozen(module: lightning.LightningModule, model: nn.Module) -> Any:
         module: The LightningModule that uses the model.
         model: A ``Frozen`` model, or a module that contains one.
     """
-    plugin: Any = module.trainer.precision_plugin
+    return prepare_frozen(model, module.trainer.precision_plugin, module.device)
+
+
+def prepare_frozen(model: nn.Module, plugin: Precision, device: torch.device) -> Any:
+    """Move a model that is not trained to a device, in the precision of a Trainer, and return it.
+
+    Args:
+        model: A ``Frozen`` model, or a module that contains one.
+        plugin: The precision plugin of the Trainer.
+        device: The device.
+    """
     if (dtype := autocast_dtype(plugin)) is not None:
         cast_frozen_matrices(model, dtype)
-    return plugin.convert_module(model).to(module.device)
+    return plugin.convert_module(model).to(device)
 
 
 @contextmanager

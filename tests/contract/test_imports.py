@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "alerts",
         "artifacts",
         "callbacks",
+        "chat",
         "checkpoint",
         "command",
         "fsdp",

@@ -59,7 +59,7 @@ def test_noise_of_zero_does_not_select_an_unlikely_token(monkeypatch: pytest.Mon
 
     A token that the filters removed must not win either: 0 / 0 would be NaN, which argmax prefers.
     """
-    monkeypatch.setattr(Tensor, "exponential_", lambda self: self.copy_(torch.tensor([1.0, 0.0, 0.0])))
+    monkeypatch.setattr(Tensor, "exponential_", lambda self, **_: self.copy_(torch.tensor([1.0, 0.0, 0.0])))
     logits = torch.tensor([[1.0, 1e-9, 1e-9]]).log()
     assert draw_tokens(logits, SamplingParams(temperature=1.0)).tolist() == [0]
     assert draw_tokens(logits, SamplingParams(temperature=1.0, top_k=1)).tolist() == [0]

@@ -1,6 +1,6 @@
 """Sampling with a cache, from a padded batch that rows leave, equals sampling for each prompt alone without a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -386,3 +386,59 @@ def test_too_few_positions_are_refused() -> None:
     assert sample(lm, PROMPTS, SamplingParams(max_new_tokens=23, temperature=0.0)).input_ids.shape == (4, 32)
     with pytest.raises(ConfigError, match=r"need 33 positions together, but the model has 32\.\n.*max_new_tokens"):
         sample(lm, PROMPTS, SamplingParams(max_new_tokens=24, temperature=0.0))
+
+
+def streamed(
+    sampler: LocalSampler, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+) -> Iterator[list[int | None]]:
+    """Stream responses with a generator of the given seed."""
+    return sampler.stream(prompts, params, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["batch", "single"])
+def test_streamed_tokens_equal_those_of_sample(model: PreTrainedModel, prompts: list[list[int]], interval: int) -> None:
+    """With one seed, at temperature 2, while responses end at different steps."""
+    params = SamplingParams(max_new_tokens=12, temperature=2.0, top_k=50)
+    sampler = LocalSampler(stop_interval=interval)
+    sampler.sync(model, IdTokenizer())
+    torch.manual_seed(3)
+    unstopped = sampler.sample(prompts, params).response_ids()
+    params = replace(params, stop_tokens=[str(unstopped[0][5])])
+    torch.manual_seed(3)
+    expected = sampler.sample(prompts, params).response_ids()
+    assert min(map(len, expected)) < 12, "a response must end early"
+    steps = list(streamed(sampler, prompts, params, seed=3))
+    assert [[token for token in column if token is not None] for column in zip(*steps, strict=True)] == expected
+    assert len(steps) == max(map(len, expected))
+    for column, response in zip(zip(*steps, strict=True), expected, strict=True):
+        assert column[len(response) :] == (None,) * (len(steps) - len(response)), "nothing follows a stop token"
+
+
+def test_streams_take_turns_without_changing_each_other(model: PreTrainedModel) -> None:
+    """Two streams with separate generators; the global random state and the mode of the model stay as they are."""
+    params = SamplingParams(max_new_tokens=8, temperature=2.0)
+    sampler = LocalSampler()
+    sampler.sync(model.train(), IdTokenizer())
+    alone = [list(streamed(sampler, [prompt], params, seed)) for prompt, seed in zip(PROMPTS, (1, 2), strict=False)]
+    state = torch.get_rng_state()
+    first, second = (streamed(sampler, [prompt], params, seed) for prompt, seed in zip(PROMPTS, (1, 2), strict=False))
+    turns: list[list[list[int | None]]] = [[], []]
+    for tokens, others in zip(first, second, strict=True):
+        assert model.training, "between two steps, the model is in the mode in which it was"
+        turns[0].append(tokens)
+        turns[1].append(others)
+    assert turns == alone
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_logits_that_are_not_finite_end_a_stream() -> None:
+    lm = gpt2()
+    with torch.no_grad():
+        lm.transformer.wpe.weight[4] = torch.nan  # The token at position 5 is the fourth one of a response.
+    sampler = LocalSampler()
+    sampler.sync(lm, IdTokenizer())
+    stream = sampler.stream([[1, 5]], GREEDY)
+    assert [len(next(stream)) for _ in range(3)] == [1, 1, 1]
+    with pytest.raises(UserError, match="NaN or infinite at token 4 of a response"):
+        next(stream)
