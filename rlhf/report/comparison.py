@@ -48,7 +48,9 @@ def comparison_content(title: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
         "title": title,
         "sections": [*sections, ("reproduce", "Commands")],
         "hover": {plot.id: plot.hover for stage in stages for plot in stage.plots},
-        "problems": [f"{label}: {problem}" for label, run in zip(labels, runs, strict=True) for problem in run.problems],
+        "problems": [
+            f"{label}: {problem}" for label, run in zip(labels, runs, strict=True) for problem in run.problems
+        ],
         "runs": _run_table(labels, runs),
         "legend": [LegendEntry(label, number) for number, label in enumerate(labels)],
         "evaluation": evaluation,
@@ -122,7 +124,9 @@ def _evaluation_table(labels: Sequence[str], runs: Sequence[RunRecord]) -> Table
 
 
 def _compare(name: str, labels: Sequence[str], records: Sequence[StageRecord | None]) -> StageComparison:
-    known = [(label, number_, record) for number_, (label, record) in enumerate(zip(labels, records, strict=True)) if record]
+    known = [
+        (label, number_, record) for number_, (label, record) in enumerate(zip(labels, records, strict=True)) if record
+    ]
     names = dict.fromkeys(metric for *_, record in known for metric in record.curves)
     metrics = [metric for metric in names if metric.startswith("val/")][:MAX_METRICS]
     rows = [
@@ -148,7 +152,7 @@ def _plots(name: str, known: Sequence[tuple[str, int, StageRecord]]) -> list[Plo
             for label, number_, record in known
             if metric in record.curves
         ]
-        plots.append(curves_plot(f"compare-{identifier(name)}-{identifier(metric)}", metric, lines))
+        plots.append(curves_plot(f"compare-{identifier(name)}-{identifier(metric)}", metric, lines, compares=True))
     return plots
 
 
@@ -157,7 +161,5 @@ def _settings(name: str, known: Sequence[tuple[str, int, StageRecord]]) -> Table
     differing = differing_settings({label: record.config for label, _, record in known})
     if len(known) < 2 or not differing:
         return None
-    rows = [
-        [code(key), *(code(values.get(label, "")) for label, *_ in known)] for key, values in differing.items()
-    ]
+    rows = [[code(key), *(code(values.get(label, "")) for label, *_ in known)] for key, values in differing.items()]
     return Table(["setting", *(label for label, *_ in known)], rows, f"settings-{identifier(name)}")

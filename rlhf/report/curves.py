@@ -84,9 +84,7 @@ def metric_groups(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
         groups[name] = [name, partner] if partner in curves else [name]
     taken = {name for names in groups.values() for name in names}
     groups |= {name: [name] for name in drawn if name not in taken}
-    return {
-        first: names for first, names in groups.items() if any(len(curves[name].steps) > 1 for name in names)
-    }
+    return {first: names for first, names in groups.items() if any(len(curves[name].steps) > 1 for name in names)}
 
 
 def _plot(record: StageRecord, title: str, names: Sequence[str]) -> Plot:

@@ -82,7 +82,7 @@ def summarize_evaluation(record: StageRecord, colors: dict[str, int]) -> Evaluat
         baseline_of(record),
         Table(["policy", *map(column_title, keys)], rows, "evaluation-metrics"),
         table,
-        _win_rate_plots(rates, colors),
+        _win_rate_plots(rates, colors, baseline_of(record)),
     )
 
 
@@ -98,9 +98,12 @@ def _win_rates(models: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, d
     ]
 
 
-def _win_rate_plots(rates: list[tuple[str, str, str, dict[str, Any]]], colors: dict[str, int]) -> list[Plot]:
-    plots = []
-    for other in dict.fromkeys(rate[1] for rate in rates):
+def _win_rate_plots(
+    rates: list[tuple[str, str, str, dict[str, Any]]], colors: dict[str, int], baseline: str
+) -> list[Plot]:
+    """Draw the win rates over each opponent, the baseline first."""
+    plots: list[Plot] = []
+    for other in sorted(dict.fromkeys(rate[1] for rate in rates), key=lambda other: other != baseline):
         rows = [
             (f"{name}, {SCORERS.get(scorer, scorer)}", entry["value"], entry["low"], entry["high"], colors.get(name, 0))
             for name, opponent, scorer, entry in rates
@@ -168,7 +171,7 @@ def _range(entry: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def headline_rates(record: StageRecord) -> list[tuple[str, str, Cell]]:
-    """Return policy, opponent with scorer, and win rate over the baseline: by the gold score, or else by the rewards."""
+    """Return policy, opponent with scorer, and win rate over the baseline: by the gold score, or else the rewards."""
     baseline, found = baseline_of(record), []
     for name, metrics in models_of(record).items():
         by_scorer = metrics.get(f"{WIN_RATE}{baseline}")

@@ -1,4 +1,4 @@
-"""Metrics and alerts of a stage, from TensorBoard's event files or else from its text log. Nothing here imports torch."""
+"""Metrics and alerts of a stage, from TensorBoard's event files or else from its text log. Nothing imports torch."""
 
 import logging
 import math

@@ -23,7 +23,7 @@ VARIABLES = {
     **{INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", ALERT: "var(--alert)"},
     **{color: f"var(--series-{number})" for number, color in enumerate(SERIES_COLORS)},
 }
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # A dollar sign in the name of a run is only text.
     "font.size": 10.5,
@@ -107,7 +107,8 @@ def drawing(width: float = WIDTH, height: float = HEIGHT) -> Iterator[tuple[Figu
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # The browser has other fonts.
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        figure.get_layout_engine().set(w_pad=3 / 72, h_pad=3 / 72)  # type: ignore[union-attr]
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=3 / 72, h_pad=3 / 72)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)
@@ -129,7 +130,8 @@ def to_svg(figure: Figure, name: str, label: str) -> Markup:
     """
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.id": None}):
-        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ElementTree.fromstring(file.getvalue())
     used = set(re.findall(rb'"(?:url\()?#([^")]+)\)?"', file.getvalue()))
     for element in root.iter():
@@ -140,7 +142,7 @@ def to_svg(figure: Figure, name: str, label: str) -> Markup:
     view = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib |= {"viewBox": view, "role": "img", "aria-label": label}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704  ElementTree escapes every text.
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _simplify(element: ElementTree.Element, name: str, used: set[str]) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
@@ -24,6 +25,7 @@ from rlhf.report.figures import (
 )
 
 FEW = 40  # points of a curve that is drawn without a running mean
+DASHES = ["-", (0, (5, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2))]  # of the lines of several runs
 MARKED = 3  # points of a curve that is drawn with markers
 
 
@@ -48,7 +50,9 @@ class Point:
     color: int
 
 
-def curves_plot(name: str, title: str, lines: Sequence[Line], alerts: Sequence[Alert] = (), note: str = "") -> Plot:
+def curves_plot(
+    name: str, title: str, lines: Sequence[Line], alerts: Sequence[Alert] = (), *, compares: bool = False
+) -> Plot:
     """Draw metrics by step. Long curves are drawn faintly, with their running mean on top.
 
     Args:
@@ -56,12 +60,12 @@ def curves_plot(name: str, title: str, lines: Sequence[Line], alerts: Sequence[A
         title: What the plot shows.
         lines: Series by step.
         alerts: Alerts to mark by a line where they fire and by shading while they are active.
-        note: A sentence below the plot.
+        compares: Whether the lines are the same metric of several runs. Different dashes make equal lines visible.
     """
     drawn = [Line(line.label, *thin(list(map(int, line.x)), line.y), line.color) for line in lines]
     with drawing() as (figure, axes):
         for whole, line in zip(lines, drawn, strict=True):
-            _draw_curve(axes, whole, line)
+            _draw_curve(axes, whole, line, DASHES[line.color % len(DASHES)] if compares else "-")
         _limit_to_bulk(axes, lines)
         for alert in alerts:
             if alert.end is not None and alert.end > alert.start:
@@ -74,30 +78,40 @@ def curves_plot(name: str, title: str, lines: Sequence[Line], alerts: Sequence[A
         svg = to_svg(figure, name, f"{title} by step")
         hover = hover_data(axes, figure, drawn, x_name="step")
     legend = [LegendEntry(line.label, line.color) for line in lines] if len(lines) > 1 else []
-    return Plot(name, title, svg, legend, hover, _with_gaps(note, lines))
+    return Plot(name, title, svg, legend, hover, _gaps(lines))
 
 
-def _draw_curve(axes: Any, whole: Line, line: Line) -> None:
+def _draw_curve(axes: Any, whole: Line, line: Line, dashes: Any) -> None:
     color = color_of(line.color)
-    style = (0, (4, 1.5)) if line.color >= 8 else "-"
     if len(whole.x) <= MARKED:
         axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linestyle="-")
         return
-    smooth = len(whole.x) > FEW
-    axes.plot(line.x, line.y, color=color, alpha=0.3 if smooth else 1, linewidth=0.9 if smooth else 1.6, linestyle=style)
+    smooth = len(whole.x) > FEW and is_noisy(whole.y)
+    axes.plot(
+        line.x, line.y, color=color, alpha=0.3 if smooth else 1, linewidth=0.9 if smooth else 1.6, linestyle=dashes
+    )
     if smooth:
-        steps, means = running_mean(whole.x, whole.y)
-        axes.plot(*thin(list(map(int, steps)), means, 200), color=color, linestyle=style)
+        axes.plot(*thin(list(map(int, whole.x)), running_mean(whole.y), 200), color=color, linestyle=dashes)
 
 
-def running_mean(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return the mean over the last 5% of all points, at least 5, at each point. Values that are not finite are left out."""
-    window = max(5, len(values) // 20)
-    means = []
+def is_noisy(values: Sequence[float]) -> bool:
+    """Return whether a curve goes up and down more than once over its whole range, as that of a schedule does not."""
+    finite = [value for value in values if math.isfinite(value)]
+    path = sum(abs(after - before) for before, after in pairwise(finite))
+    return bool(finite) and path > 2.5 * (max(finite) - min(finite))
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Return the mean around each point, over 5% of all points and at least 5, or fewer at both ends.
+
+    The window is symmetric, so that the means do not lag behind the values. Values that are not finite are left out.
+    """
+    half, means = max(5, len(values) // 20) // 2, []
     for number in range(len(values)):
-        recent = [value for value in values[max(0, number + 1 - window) : number + 1] if math.isfinite(value)]
-        means.append(sum(recent) / len(recent) if recent else math.nan)
-    return list(steps), means
+        reach = min(half, number, len(values) - 1 - number)
+        window = [value for value in values[number - reach : number + reach + 1] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
 
 
 def _limit_to_bulk(axes: Any, lines: Sequence[Line]) -> None:
@@ -108,17 +122,17 @@ def _limit_to_bulk(axes: Any, lines: Sequence[Line]) -> None:
         axes.set_ylim(values[0] - margin, values[0] + margin)
 
 
-def _with_gaps(note: str, lines: Sequence[Line]) -> str:
+def _gaps(lines: Sequence[Line]) -> str:
+    """Return a note on values that cannot be drawn."""
     missing = sum(not math.isfinite(value) for line in lines for value in line.y)
-    gaps = f"Values that are not finite: {missing}." if missing else ""
-    return " ".join(part for part in (note, gaps) if part)
+    return f"Values that are not finite: {missing}." if missing else ""
 
 
 def tradeoff_plot(
     name: str, title: str, lines: Sequence[Line], points: Sequence[Point], x_label: str, y_label: str
 ) -> Plot:
     """Draw rewards against the KL divergence: lines of training, and points of evaluated policies with intervals."""
-    with drawing(470, 300) as (figure, axes):
+    with drawing(410, 270) as (figure, axes):
         for line in lines:
             axes.plot(line.x, line.y, color=color_of(line.color), alpha=0.45, linewidth=1, marker="o", markersize=3)
         for point in points:
@@ -136,7 +150,8 @@ def tradeoff_plot(
         svg = to_svg(figure, name, title)
         shown = [*lines, *(Line(f"{point.label}, evaluated", [point.x], [point.y], point.color) for point in points)]
         hover = {**hover_data(axes, figure, shown, x_name="KL"), "nearest": True}
-    legend = [LegendEntry(line.label, line.color) for line in shown]
+    named = [(line.label.partition(",")[0], line.color) for line in lines] + [(one.label, one.color) for one in points]
+    legend = [LegendEntry(label, color) for label, color in dict.fromkeys(named)]
     return Plot(name, title, svg, legend, hover)
 
 
@@ -149,13 +164,19 @@ def intervals_plot(name: str, title: str, rows: Sequence[tuple[str, float, float
         rows: Label, value, lower and upper bound, and number of the color, from top to bottom.
         x_label: What the horizontal axis shows.
     """
-    with drawing(470, 58 + 27 * len(rows)) as (figure, axes):
+    with drawing(410, 56 + 27 * len(rows)) as (figure, axes):
         axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         for number, (_, value, low, high, color) in enumerate(rows):
             axes.plot([low, high], [number, number], color=color_of(color), linewidth=2.5)
             axes.plot([value], [number], color=color_of(color), marker="o", markersize=7)
             axes.annotate(
-                f"{value:.3f}", (value, number), (0, 7), textcoords="offset points", ha="center", fontsize=9.5, color=INK
+                f"{value:.3f}",
+                (value, number),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9.5,
+                color=INK,
             )
         axes.set_yticks(range(len(rows)), [shorten(row[0]) for row in rows])
         axes.tick_params(axis="y", labelcolor=INK)

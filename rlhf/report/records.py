@@ -1,4 +1,4 @@
-"""What a run has written, gathered for its report. A file that is missing or damaged becomes a problem, not an error."""
+"""What a run has written, gathered for its report. A missing or damaged file becomes a problem, not an error."""
 
 import json
 from dataclasses import dataclass, field

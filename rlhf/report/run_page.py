@@ -18,6 +18,7 @@ from rlhf.report.reward_model import summarize_reward_model
 from rlhf.report.samples import Samples, read_samples
 from rlhf.report.settings import commands, configurations, data_table, version_table
 from rlhf.report.tables import Cell, Table, code, duration, number, size, text
+from rlhf.runs.scan import EVALUATION
 
 # Identifier and title of each section.
 SECTIONS = (
@@ -105,7 +106,7 @@ def stage_table(run: RunRecord, colors: dict[str, int]) -> Table:
     rows = [
         [
             text(record.name, color=colors.get(record.name)),
-            Cell(record.state, detail="" if record.name == record.stage else f"stage={record.stage}"),
+            Cell(record.state, detail="" if record.name in (record.stage, EVALUATION) else f"stage={record.stage}"),
             text(record.metric),
             number(_last_step(record)),
             Cell(duration(record.log.seconds), record.log.seconds),

@@ -14,6 +14,7 @@ WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 MAX_COMPARED = 4000  # words and spaces of a text; longer ones are compared as a whole
 MAX_CHARACTERS = 1_500_000  # of all texts in a report
 TARGET = "target"
+SCORERS = ("reward", "gold")  # metrics that come first
 SAME, ADDED, REMOVED = 0, 1, 2
 Segment = tuple[int, str]
 
@@ -63,6 +64,7 @@ def read_samples(path: Path, baseline: str, max_prompts: int) -> Samples:
                 new = [key for key, value in response.items() if key != "text" and is_finite(value)]
                 samples.metrics += [key for key in new if key not in samples.metrics]
     samples.models.sort(key=lambda name: name != baseline)
+    samples.metrics.sort(key=lambda name: SCORERS.index(name) if name in SCORERS else len(SCORERS))
     if damaged:
         samples.problems.append(f"{path}: {damaged} lines are damaged and left out.")
     return samples

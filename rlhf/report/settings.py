@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from rlhf.report.records import RunRecord
-from rlhf.report.tables import Cell, Table, code, text
+from rlhf.report.records import RunRecord, StageRecord
+from rlhf.report.tables import Table, code, text
 
 # Settings that name places or the run itself, so they differ between runs that are otherwise equal.
-OWN = ("paths", "run", "hydra", "resume", "overwrite", "replay")
+OWN = ("paths", "run", "hydra", "resume", "overwrite", "replay", "published")
+NOT_RECORDED = "not recorded"
 OWN_KEYS = ("default_root_dir", "save_dir", "dirpath", "output", "filename")
 
 
@@ -52,18 +53,28 @@ def command(overrides: Sequence[str]) -> str:
 
 
 def data_table(run: RunRecord) -> Table:
-    """Return the data files and the inputs of every stage with their SHA-256."""
-    rows: list[list[Cell]] = []
+    """Return the data files and the inputs of all stages with their SHA-256. Stages that share one share its row."""
+    users: dict[tuple[str, str, str], list[str]] = {}
     for record in run.stages:
-        data, inputs = record.provenance.get("data"), record.provenance.get("inputs")
-        for split, entry in data.items() if isinstance(data, dict) else ():
-            if isinstance(entry, dict):
-                rows.append([text(record.name), text(split), code(entry.get("path")), _digest(entry)])
-        for name, entries in inputs.items() if isinstance(inputs, dict) else ():
-            for entry in entries if isinstance(entries, list) else ():
-                if isinstance(entry, dict):
-                    rows.append([text(record.name), text(f"input {name}"), code(_source(entry)), _digest(entry)])
+        for used in _used(record):
+            users.setdefault(used, []).append(record.name)
+    rows = [
+        [text(", ".join(dict.fromkeys(names))), text(what), code(where), code(digest)]
+        for (what, where, digest), names in users.items()
+    ]
     return Table(["stage", "what", "where", "SHA-256"], rows, "data")
+
+
+def _used(record: StageRecord) -> Iterator[tuple[str, str, str]]:
+    """Yield what a stage was trained with: its role, its place and its SHA-256."""
+    data, inputs = record.provenance.get("data"), record.provenance.get("inputs")
+    for split, entry in data.items() if isinstance(data, dict) else ():
+        if isinstance(entry, dict):
+            yield str(split), str(entry.get("path")), str(entry.get("sha256") or NOT_RECORDED)
+    for name, entries in inputs.items() if isinstance(inputs, dict) else ():
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict):
+                yield f"input {name}", _source(entry), str(entry.get("sha256") or NOT_RECORDED)
 
 
 def version_table(run: RunRecord) -> Table:
@@ -84,9 +95,7 @@ def differing_settings(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     flat = {name: dict(_flatten("", config)) for name, config in configs.items()}
     keys = sorted({key for settings in flat.values() for key in settings})
     found = {key: {name: settings[key] for name, settings in flat.items() if key in settings} for key in keys}
-    return {
-        key: values for key, values in found.items() if len(set(values.values())) > 1 or len(values) < len(configs)
-    }
+    return {key: values for key, values in found.items() if len(set(values.values())) > 1 or len(values) < len(configs)}
 
 
 def _flatten(prefix: str, node: Any) -> Iterator[tuple[str, str]]:
@@ -98,10 +107,6 @@ def _flatten(prefix: str, node: Any) -> Iterator[tuple[str, str]]:
         yield prefix, node
     else:
         yield prefix, json.dumps(node, default=str)
-
-
-def _digest(entry: dict[str, Any]) -> Cell:
-    return code(entry.get("sha256") or "not recorded")
 
 
 def _source(entry: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def code(value: Any) -> Cell:
     return Cell(str(value), is_code=True)
 
 
-def rounded(value: float) -> str:
+def rounded(value: Any) -> str:
     """Return a number with about four significant digits, and a true minus sign."""
     if not math.isfinite(value):
         return str(value)
@@ -93,7 +93,8 @@ def size(count: int) -> Cell:
     scaled = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if scaled < 1000 or unit == "GB":
-            return Cell(f"{scaled:.0f} {unit}" if scaled >= 100 or unit == "B" else f"{scaled:.1f} {unit}", float(count))
+            digits = 0 if scaled >= 100 or unit == "B" else 1
+            return Cell(f"{scaled:.{digits}f} {unit}", float(count))
         scaled /= 1000
     raise AssertionError("The last unit has no limit.")
 

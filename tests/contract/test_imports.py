@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
         "output_directory",
         "pipeline",
         "replay",
+        "report",
         "resume",
         "rounds",
         "run",

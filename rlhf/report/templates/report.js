@@ -105,8 +105,9 @@ for (const figure of document.querySelectorAll("figure.plot")) {
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
-    const button = make("button", "", head.textContent);
-    head.replaceChildren(button);
+    const button = make("button");
+    button.append(...head.childNodes);
+    head.append(button);
     button.addEventListener("click", () => {
       const descending = head.getAttribute("aria-sort") !== "descending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
