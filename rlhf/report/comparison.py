@@ -119,7 +119,7 @@ def _evaluation_table(labels: Sequence[str], runs: Sequence[RunRecord]) -> Table
         by_scorer = rates if isinstance(rates, dict) else {}
         wins = [interval(by_scorer.get(scorer)) for scorer in ("gold", "reward")]
         rows.append([text(label, color=number_), text(name), *wins, *(interval(metrics.get(key)) for key in keys)])
-    columns = ["run", "policy", "wins over the baseline (gold)", "wins over the baseline (reward model)"]
+    columns = ["run", "policy", "wins (gold score)", "wins (reward model)"]
     return Table([*columns, *map(column_title, keys)], rows, "evaluation-metrics") if rows else None
 
 
