@@ -23,6 +23,7 @@ from rlhf.report import write_run_report
 from rlhf.resume import check_start, earlier_files
 from rlhf.rounds import final_policy, round_steps
 from rlhf.run import run_stage
+from rlhf.runs.scan import stage_directories
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def write_pipeline_report(cfg: DictConfig, directory: Path) -> None:
     name = str(cfg.run) if directory == Path(cfg.paths.run) else directory.name
     command = shlex.join(["python", "train.py", "stage=report", f"run={cfg.run}", f"paths.root={cfg.paths.root}"])
     try:
-        write_run_report(directory, name, directory / REPORT)
+        if stage_directories(directory):  # With trainer.fast_dev_run=true, no stage writes anything.
+            write_run_report(directory, name, directory / REPORT)
     except Exception as error:  # It comes from other libraries as well, and may be of any type.
         log.warning("The report could not be written (%s: %s). To repeat it: %s", type(error).__name__, error, command)
 
