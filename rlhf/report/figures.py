@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 372, 190  # pixels at the size for which the font was chosen
+WIDTH, HEIGHT = 324, 172  # pixels at the size for which the font was chosen
 SERIES = 8  # colors of series, then they repeat
 INK, MUTED, GRID, ALERT = "#000001", "#000002", "#000003", "#000004"  # placeholders, see VARIABLES
 SERIES_COLORS = [f"#0000{16 + number:x}" for number in range(SERIES)]

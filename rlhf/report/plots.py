@@ -102,14 +102,14 @@ def is_noisy(values: Sequence[float]) -> bool:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean around each point, over 5% of all points and at least 5, or fewer at both ends.
+    """Return the mean around each point, over 5% of all points and at least 5.
 
-    The window is symmetric, so that the means do not lag behind the values. Values that are not finite are left out.
+    The point is in the middle of its window, so that the means do not lag behind the values. Windows end at the first
+    and the last point. Values that are not finite are left out.
     """
     half, means = max(5, len(values) // 20) // 2, []
     for number in range(len(values)):
-        reach = min(half, number, len(values) - 1 - number)
-        window = [value for value in values[number - reach : number + reach + 1] if math.isfinite(value)]
+        window = [value for value in values[max(0, number - half) : number + half + 1] if math.isfinite(value)]
         means.append(sum(window) / len(window) if window else math.nan)
     return means
 
@@ -215,7 +215,7 @@ def buckets_plot(
         level: Draw a horizontal line at this value.
     """
     largest = max(counts, default=1) or 1
-    with drawing(372, 236) as (figure, axes):
+    with drawing(324, 214) as (figure, axes):
         for line in lines:
             color = color_of(line.color)
             axes.plot(line.x, line.y, color=color, linewidth=1.4)
@@ -229,7 +229,7 @@ def buckets_plot(
             axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.spines["bottom"].set_color(GRID)
         figure.draw_without_rendering()

@@ -121,7 +121,7 @@ def read_stage(directory: StageDirectory, run: Path) -> StageRecord:
     record.log = read_text_log(path / f"{info.name}.log")
     record.curves, problems = read_events(path / "tensorboard")
     record.problems += problems
-    if not record.curves and record.log.curves:
+    if not record.curves and record.log.curves and info.exports:
         record.curves = record.log.curves
         record.problems.append("There are no readable event files. Curves come from the text log, with six digits.")
     record.alerts = find_alerts(record.curves, record.log)

@@ -20,6 +20,7 @@ from rlhf.report.settings import commands, configurations, data_table, version_t
 from rlhf.report.tables import Cell, Table, code, duration, number, size, text
 from rlhf.runs.scan import EVALUATION
 
+NO_BREAK = chr(0xA0)
 # Identifier and title of each section.
 SECTIONS = (
     ("pipeline", "Pipeline"),
@@ -110,7 +111,7 @@ def stage_table(run: RunRecord, colors: dict[str, int]) -> Table:
             text(record.metric),
             number(_last_step(record)),
             Cell(duration(record.log.seconds), record.log.seconds),
-            text(record.log.started or _time(record.modified)),
+            text((record.log.started or _time(record.modified)).replace(" ", NO_BREAK)),
             _total_size(record.files),
         ]
         for record in run.stages

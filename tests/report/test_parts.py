@@ -42,10 +42,10 @@ def test_a_thinned_curve_keeps_logged_points_and_spikes() -> None:
     assert thin([1, 2], [0.5, 0.25]) == ([1, 2], [0.5, 0.25])
 
 
-def test_running_mean_is_symmetric() -> None:
-    """A window of 5 points, of 3 and 1 at the ends: (0 + 10 + 20) / 3 = 10, and 20, 20 around the middle."""
-    assert running_mean([0.0, 10.0, 20.0, 30.0, 40.0]) == [0.0, 10.0, 20.0, 30.0, 40.0]
-    assert running_mean([0.0, 0.0, 5.0, 0.0, math.nan]) == [0.0, 5 / 3, 1.25, 2.5, pytest.approx(math.nan, nan_ok=True)]
+def test_a_point_is_in_the_middle_of_its_running_mean() -> None:
+    """A window of 5 points, of 3 and 4 at the ends: (0 + 10 + 20) / 3 = 10, (0 + 10 + 20 + 30) / 4 = 15."""
+    assert running_mean([0.0, 10.0, 20.0, 30.0, 40.0]) == [10.0, 15.0, 20.0, 25.0, 30.0]
+    assert running_mean([0.0, 0.0, 6.0, 0.0, math.nan]) == [2.0, 1.5, 1.5, 2.0, 3.0]
 
 
 def test_a_schedule_is_not_noisy() -> None:
