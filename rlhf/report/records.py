@@ -1,6 +1,7 @@
 """What a run has written, gathered for its report. A missing or damaged file becomes a problem, not an error."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from rlhf.files import LOCK
 from rlhf.report.events import Alert, Curve, TextLog, find_alerts, read_events, read_text_log
 from rlhf.report.provenance import read_provenance
-from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories
+from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories, subdirectories
 
 NAMED_FILES = ("metrics.json", "samples.jsonl")
 FINAL_MODEL = "final_rl_model.pt"
@@ -89,23 +90,31 @@ class RunRecord:
 
     @property
     def evaluation(self) -> StageRecord | None:
-        """The record of ``stage=evaluate``, if it was run."""
-        return next(iter(self.of_stage("evaluate")), None)
+        """The record of ``stage=evaluate``, if it was run: that of the last round, which compares all rounds."""
+        return next(reversed(self.of_stage("evaluate")), None)
 
 
 def read_run(path: Path, name: str) -> RunRecord:
     """Read what a run, or a job of a sweep, has written."""
     run = RunRecord(name, path, overrides=_overrides(path / "pipeline", []))
-    states = {summary.name: summary for summary in scan_run(path)}
-    for directory in stage_directories(path):
-        record = read_stage(directory, path)
-        if (summary := states.get(record.name)) is not None:
-            record.state, record.metric, record.modified = summary.state, summary.metric, summary.modified
-        run.stages.append(record)
+    for part in (path, *rounds_of(path)):
+        states = {summary.name: summary for summary in scan_run(part)}
+        for directory in stage_directories(part):
+            record = read_stage(directory, path)
+            if (summary := states.get(record.name)) is not None:
+                record.state, record.metric, record.modified = summary.state, summary.metric, summary.modified
+            record.name = record.name if part == path else f"{part.name}/{record.name}"
+            run.stages.append(record)
     if (path / FINAL_MODEL).is_file():
         run.files.append(FileSize(FINAL_MODEL, (path / FINAL_MODEL).stat().st_size))
     _note_missing(run)
     return run
+
+
+def rounds_of(run: Path) -> list[Path]:
+    """Return the directories of the rounds of ``pipeline.rounds`` in their order."""
+    names = [(re.fullmatch(r"round_(\d+)", path.name), path) for path in subdirectories(run)]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in names if match is not None)]
 
 
 def read_stage(directory: StageDirectory, run: Path) -> StageRecord:

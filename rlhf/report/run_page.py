@@ -107,7 +107,10 @@ def stage_table(run: RunRecord, colors: dict[str, int]) -> Table:
     rows = [
         [
             text(record.name, color=colors.get(record.name)),
-            Cell(record.state, detail="" if record.name in (record.stage, EVALUATION) else f"stage={record.stage}"),
+            Cell(
+                record.state,
+                detail="" if record.name.rpartition("/")[2] in (record.stage, EVALUATION) else f"stage={record.stage}",
+            ),
             text(record.metric),
             number(_last_step(record)),
             Cell(duration(record.log.seconds), record.log.seconds),

@@ -193,6 +193,17 @@ def test_a_run_that_has_only_started(tmp_path: Path) -> None:
     assert "There is no reward model" in page.text
 
 
+def test_rounds_follow_the_other_stages(finished_run: Path) -> None:
+    """They are ordered by their number, and the evaluation of the last one is shown."""
+    for name in ("round_10", "round_2"):
+        evaluation = write_stage(finished_run / name, "evaluate")
+        (evaluation / "metrics.json").write_text(json.dumps({"prompts": 1, "models": {name: {"gold": {"mean": 0.5}}}}))
+    page = report_of(finished_run)
+    names = [row[0][0] for row in page.tables["pipeline-stages"]]
+    assert names == ["sft", "reward", "ppo", "evaluation", "round_2/evaluate", "round_10/evaluate"]
+    assert page.values("evaluation-metrics") == {"round_10": [0.5]}
+
+
 def test_runs_are_compared(finished_run: Path) -> None:
     """A row per run with the last value of validation, one line per run in each plot, and the settings that differ."""
     other = finished_run.parent / "other"
