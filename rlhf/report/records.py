@@ -1,7 +1,6 @@
 """What a run has written, gathered for its report. A missing or damaged file becomes a problem, not an error."""
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from rlhf.files import LOCK
 from rlhf.report.events import Alert, Curve, TextLog, find_alerts, read_events, read_text_log
 from rlhf.report.provenance import read_provenance
-from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories, subdirectories
+from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories
 
 NAMED_FILES = ("metrics.json", "samples.jsonl")
 FINAL_MODEL = "final_rl_model.pt"
@@ -30,7 +29,7 @@ class StageRecord:
     """What one stage has written.
 
     Args:
-        name: Directory of the stage, such as ``ppo``, or the name of a variant of the pipeline.
+        name: Directory of the stage in the run, such as ``ppo``, ``round_1/dpo``, or the name of a variant.
         stage: The stage, such as ``grpo``.
         path: The directory.
         state: As in ``stage=runs``.
@@ -97,24 +96,16 @@ class RunRecord:
 def read_run(path: Path, name: str) -> RunRecord:
     """Read what a run, or a job of a sweep, has written."""
     run = RunRecord(name, path, overrides=_overrides(path / "pipeline", []))
-    for part in (path, *rounds_of(path)):
-        states = {summary.name: summary for summary in scan_run(part)}
-        for directory in stage_directories(part):
-            record = read_stage(directory, path)
-            if (summary := states.get(record.name)) is not None:
-                record.state, record.metric, record.modified = summary.state, summary.metric, summary.modified
-            record.name = record.name if part == path else f"{part.name}/{record.name}"
-            run.stages.append(record)
+    states = {summary.name: summary for summary in scan_run(path)}
+    for directory in stage_directories(path):
+        record = read_stage(directory, path)
+        if (summary := states.get(record.name)) is not None:
+            record.state, record.metric, record.modified = summary.state, summary.metric, summary.modified
+        run.stages.append(record)
     if (path / FINAL_MODEL).is_file():
         run.files.append(FileSize(FINAL_MODEL, (path / FINAL_MODEL).stat().st_size))
     _note_missing(run)
     return run
-
-
-def rounds_of(run: Path) -> list[Path]:
-    """Return the directories of the rounds of ``pipeline.rounds`` in their order."""
-    names = [(re.fullmatch(r"round_(\d+)", path.name), path) for path in subdirectories(run)]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in names if match is not None)]
 
 
 def read_stage(directory: StageDirectory, run: Path) -> StageRecord:
@@ -125,7 +116,7 @@ def read_stage(directory: StageDirectory, run: Path) -> StageRecord:
         run: Directory of the run, which file names are relative to.
     """
     path, info = directory.path, directory.info
-    record = StageRecord(path.name, info.name, path)
+    record = StageRecord(directory.name, info.name, path)
     record.files = _files(directory, run)
     record.log = read_text_log(path / f"{info.name}.log")
     record.curves, problems = read_events(path / "tensorboard")
