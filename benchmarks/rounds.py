@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [run(options, seed) for seed in options.seeds]
     sys.stdout.write(
-        "| seed | pairs labeled | gold wins over SFT, round 1 | round 2 | KL to SFT, nats per response, round 1 | round 2 |\n"
+        "| seed | pairs labeled | gold wins over SFT, round 1 | round 2 | KL to SFT, round 1 | round 2 |\n"
     )
     sys.stdout.write("|---|---|---|---|---|---|\n" + "".join(rows))
 

@@ -1,6 +1,7 @@
 """All steps of the pipeline in order. Each step is configured as if its own command had been typed."""
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,12 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
 from rlhf.output_directory import OutputDirectory
+from rlhf.report import NAME as REPORT
+from rlhf.report import write_run_report
 from rlhf.resume import check_start, earlier_files
 from rlhf.rounds import final_policy, round_steps
 from rlhf.run import run_stage
+from rlhf.runs.scan import stage_directories
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)
@@ -61,10 +65,28 @@ def run_pipeline(cfg: DictConfig) -> float:
         if cfg.pipeline.rounds:
             make_final_model(final_policy(cfg, directory), directory)
 
-    # 3. Print where the outputs are.
+    # 3. Write the report, and print where the outputs are.
     if is_rank_zero():
+        if cfg.pipeline.report:
+            write_pipeline_report(cfg, directory)
         Console().print(output_table(directory, configs, seconds))
     return monitored
+
+
+def write_pipeline_report(cfg: DictConfig, directory: Path) -> None:
+    """Write the report of a run. A failure is a warning, because the results of the run are complete without it.
+
+    Args:
+        cfg: The configuration of the pipeline.
+        directory: Directory of the run, or of this job of a sweep.
+    """
+    name = str(cfg.run) if directory == Path(cfg.paths.run) else directory.name
+    command = shlex.join(["python", "train.py", "stage=report", f"run={cfg.run}", f"paths.root={cfg.paths.root}"])
+    try:
+        if stage_directories(directory):  # With trainer.fast_dev_run=true, no stage writes anything.
+            write_run_report(directory, name, directory / REPORT)
+    except Exception as error:  # It comes from other libraries as well, and may be of any type.
+        log.warning("The report could not be written (%s: %s). To repeat it: %s", type(error).__name__, error, command)
 
 
 def check_steps(cfg: DictConfig, steps: list[str]) -> None:
@@ -143,6 +165,8 @@ def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[
         table.add_row(step, f"{seconds[step]:.0f}", "\n".join(map(str, files)))
     if (final := directory / RL_TRAINED).is_file():
         table.add_row("result", "", f'{final}   (load_model("rl_trained"))')
+    if (report := directory / REPORT).is_file():
+        table.add_row("report", "", str(report))
     table.add_row("curves", "", f"tensorboard --logdir {directory}")
     return table
 

@@ -163,6 +163,46 @@ def test_a_job_of_a_sweep_is_a_separate_run(runs: list[DictConfig], tmp_path: Pa
     assert not (tmp_path / "rlhf").exists()
 
 
+@pytest.fixture
+def started_run(runs: list[DictConfig], tmp_path: Path) -> Path:
+    """A run whose SFT stage has stored its configuration."""
+    (tmp_path / "rlhf" / "sft" / ".hydra").mkdir(parents=True)
+    (tmp_path / "rlhf" / "sft" / ".hydra" / "config.yaml").write_text("stage_name: sft\n")
+    return tmp_path / "rlhf"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_report_is_written_at_the_end(started_run: Path, wanted: bool) -> None:
+    command = (f"paths.root={started_run.parent}", "pipeline.steps=[sft]", f"pipeline.report={wanted}")
+    with hydra_command(*command) as cfg:
+        run_pipeline(cfg)
+    assert (started_run / "report.html").is_file() == wanted
+
+
+def test_a_pipeline_without_outputs_has_no_report(runs: list[DictConfig], tmp_path: Path) -> None:
+    with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft]") as cfg:
+        run_pipeline(cfg)
+    assert not (tmp_path / "rlhf" / "report.html").exists()
+
+
+def test_a_report_that_fails_is_a_warning(
+    started_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pipeline ends as it would without a report, and the warning has the command that repeats it."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(pipeline, "write_run_report", fail)
+    with hydra_command(f"paths.root={started_run.parent}", "pipeline.steps=[sft]") as cfg:
+        assert run_pipeline(cfg) == 1.0
+    (warning,) = [record.getMessage() for record in caplog.records if "report" in record.getMessage()]
+    assert warning == (
+        "The report could not be written (OSError: no space). To repeat it: python train.py stage=report run=rlhf "
+        f"paths.root={started_run.parent}"
+    )
+
+
 def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
     """A row per step, then the final model and the command for TensorBoard."""
     with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,evaluate]") as cfg:

@@ -83,7 +83,7 @@ def test_the_pipeline_is_not_a_stage() -> None:
 
 
 def test_commands_are_choices_of_stage_but_not_stages() -> None:
-    assert commands() == ["doctor", "runs"]
+    assert commands() == ["doctor", "label", "report", "runs"]
     assert not stages().keys() & commands()
 
 

@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
         "output_directory",
         "pipeline",
         "replay",
+        "report",
         "resume",
         "rounds",
         "run",
