@@ -36,7 +36,7 @@ data:
 
 
 def test_stages_are_listed_in_the_order_of_their_positions() -> None:
-    assert list(stages()) == ["sft", "reward", "ppo", "grpo", "dpo", "evaluate"]
+    assert list(stages()) == ["sft", "reward", "ppo", "grpo", "dpo", "collect", "evaluate"]
     assert [info.position for info in stages().values()] == sorted(info.position for info in stages().values())
 
 
@@ -47,6 +47,7 @@ def test_final_files_have_the_documented_names() -> None:
         "ppo": "ppo_final.pt",
         "grpo": "grpo_final.pt",
         "dpo": "dpo_final.pt",
+        "collect": "preferences.jsonl",
         "evaluate": None,
     }
 
@@ -73,7 +74,7 @@ def test_inputs_come_from_earlier_stages_of_the_right_kind() -> None:
 
 def test_groups_include_those_of_shared_bases() -> None:
     assert stages_with_group("loss") == ["dpo"]
-    assert stages_with_group("reward") == ["ppo", "grpo"]
+    assert stages_with_group("reward") == ["ppo", "grpo", "collect"]
     assert stages_with_group("nonsense") == []
 
 
@@ -83,7 +84,7 @@ def test_the_pipeline_is_not_a_stage() -> None:
 
 
 def test_commands_are_choices_of_stage_but_not_stages() -> None:
-    assert commands() == ["doctor", "label", "report", "runs"]
+    assert commands() == ["chat", "doctor", "label", "report", "runs"]
     assert not stages().keys() & commands()
 
 
@@ -105,7 +106,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_new_yaml_is_a_new_stage(conf: Path) -> None:
     """Position 25 is between the reward model (20) and PPO (30). No file of the package changes."""
-    assert list(stages()) == ["sft", "reward", "rejection", "ppo", "grpo", "dpo", "evaluate"]
+    assert list(stages()) == ["sft", "reward", "rejection", "ppo", "grpo", "dpo", "collect", "evaluate"]
     assert stages()["rejection"].final == "rejection_final.pt"
     assert "rejection" in [info.name for info in policy_stages()]
 
