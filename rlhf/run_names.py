@@ -51,7 +51,9 @@ def job_name(overrides: str) -> str:
     short = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
     names = [(key.rpartition(".")[2] if short[key.rpartition(".")[2]] == 1 else key, value) for key, _, value in pairs]
     full = ",".join(f"{key}={value}" if value else key for key, value in names)
-    name = re.sub(r"[^\w.,=+@-]+", "_", full)
+    # Numbers that a sweeper has drawn have up to 17 digits.
+    rounded = re.sub(r"\d+\.\d{6,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.4g}", full)
+    name = re.sub(r"[^\w.,=+@-]+", "_", rounded)
     if name == full and len(name) <= MAX_JOB_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]

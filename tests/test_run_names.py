@@ -15,6 +15,8 @@ from rlhf.run_names import job_name
         ("stage.eps=1,callbacks.eps=2", "stage.eps=1,callbacks.eps=2"),  # One short name for both would be ambiguous.
         ("stage.policy=/a/b.pt", r"policy=_a_b.pt-\w{8}"),
         ("run=" + "x" * 300, r"run=x{96}-\w{8}"),
+        ("stage.beta=0.43557259109182184,seed=1", r"beta=0.4356,seed=1-\w{8}"),
+        ("stage.eps=4.252744858000656e-05", r"eps=4.253e-05-\w{8}"),
         ("", ""),
     ],
 )

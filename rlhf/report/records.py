@@ -9,7 +9,7 @@ import yaml
 
 from rlhf.files import LOCK
 from rlhf.report.events import Alert, Curve, TextLog, find_alerts, read_events, read_text_log
-from rlhf.report.provenance import read_provenance
+from rlhf.runs.provenance import read_provenance
 from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories
 
 NAMED_FILES = ("metrics.json", "samples.jsonl")

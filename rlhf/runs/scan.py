@@ -13,6 +13,7 @@ import yaml
 
 from rlhf.files import LAST, LOCK, PREVIOUS, is_locked
 from rlhf.runs.checkpoints import checkpoint_step
+from rlhf.runs.provenance import read_provenance
 from rlhf.stages import StageInfo, stages
 
 UNREADABLE = "unreadable"
@@ -81,12 +82,22 @@ class StageDirectory:
         if is_locked(self.path / LOCK):
             steps = re.findall(r" step=(\d+) ", self._log)
             return f"running, step {steps[-1]}" if steps else "running"
-        if self.result.is_file() and all(_time(path) <= _time(self.result) for path in self.checkpoints):
+        if self.result.is_file() and self._is_newest(self.result):
             is_complete = self.result.suffix != ".pt" or zipfile.is_zipfile(self.result)
             return "finished" if is_complete else UNREADABLE
         steps = [_readable(partial(checkpoint_step, path)) for path in self.checkpoints]
         readable = [f"killed at step {step}" for step in steps if step != UNREADABLE]
         return next(iter(readable), UNREADABLE if steps else "no checkpoint")
+
+    def _is_newest(self, result: Path) -> bool:
+        """Return whether no checkpoint is of a later training. The times of copied files may be in another order."""
+        if all(_time(path) <= _time(result) for path in self.checkpoints):
+            return True
+        try:
+            final = int(read_provenance(result).get("step", -1))
+            return all(checkpoint_step(path) <= final for path in self.checkpoints)
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _metric(self) -> str:
         """Return the accuracy or the win rates in metrics.json, or else the last monitored metric in the log."""

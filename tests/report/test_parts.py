@@ -16,10 +16,10 @@ from rlhf.report.events import Alert, Curve, TextLog, find_alerts, read_events, 
 from rlhf.report.figures import thin
 from rlhf.report.page import json_data
 from rlhf.report.plots import is_noisy, running_mean
-from rlhf.report.provenance import read_provenance
 from rlhf.report.samples import MAX_COMPARED, read_samples, word_segments
 from rlhf.report.settings import differing_settings
 from rlhf.report.tables import duration, rounded, size
+from rlhf.runs.provenance import read_provenance
 
 SAME, ADDED, REMOVED = 0, 1, 2
 

@@ -102,6 +102,18 @@ def test_a_checkpoint_without_a_newer_result_was_killed(tmp_path: Path) -> None:
     assert only(tmp_path).state == "killed at step 120"
 
 
+@pytest.mark.parametrize(("step", "state"), [(120, "finished"), (140, "killed at step 140")])
+def test_a_copied_run_is_finished_if_its_result_has_the_last_step(
+    tmp_path: Path, lm: Any, tokenizer: Any, step: int, state: str
+) -> None:
+    """The checkpoint has been copied after the result. A later step is that of a training that was continued."""
+    result = start(tmp_path / "ppo", "ppo") / "ppo_final.pt"
+    save_result(Result(lm, tokenizer), result, {"stage": "ppo", "step": 120})
+    set_age(result, 60)
+    save_checkpoint(tmp_path / "ppo" / "checkpoints" / "last.ckpt", step)
+    assert only(tmp_path).state == state
+
+
 def test_the_checkpoint_before_counts_where_the_newest_one_is_damaged(tmp_path: Path) -> None:
     directory = start(tmp_path / "ppo", "ppo")
     save_checkpoint(directory / "checkpoints" / "previous.ckpt", 80)
