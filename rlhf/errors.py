@@ -82,6 +82,9 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:  # During training, rlhf.checkpoint turns it into Stopped.
         sys.stderr.write("The run was interrupted by Ctrl-C (SIGINT) outside of training.\n")
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # The reader has ended, as in: train.py stage=runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end.
+        sys.exit(141)  # 128 + SIGPIPE, which Windows does not have
     except Exception as error:
         if (code := _code_of_first_failure(error)) is not None:
             sys.exit(code)

@@ -4,6 +4,8 @@ import errno
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,19 @@ def test_ctrl_c_outside_of_training_exits_with_code_130(capsys: pytest.CaptureFi
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), plain_errors():
         (tmp_path / "nothing").read_text()
+
+
+def test_a_reader_that_ends_early_is_no_error(repo: Path) -> None:
+    """``train.py ... | head``: no traceback, and the exit code of a shell after SIGPIPE."""
+    code = (
+        "from rlhf.errors import plain_errors\n"
+        "with plain_errors():\n"
+        "    for _ in range(100_000): print('a line', flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"a line\n"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""

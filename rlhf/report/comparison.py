@@ -90,7 +90,7 @@ def _run_table(labels: Sequence[str], runs: Sequence[RunRecord]) -> Table:
         total = sum(times) if times else None
         alerts = [alert for record in run.stages for alert in record.alerts]
         states = [f"{_name(record, run)}: {record.state}" for record in run.stages]
-        metrics = [f"{record.metric}" for record in run.stages if record.metric]
+        metrics = [f"{_name(record, run)}: {record.metric}" for record in run.stages if record.metric]
         rows.append(
             [
                 text(label, color=number_),
