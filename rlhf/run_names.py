@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from rlhf.errors import ConfigError
 
 MAX_JOB_NAME = 100  # characters
+swept_keys: set[str] = set()  # what the present sweep iterates over; ``SweepTable`` sets it
 _NAME = re.compile(r"\w[\w.,+=@ -]{0,199}")
 
 
@@ -41,13 +42,14 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def job_name(overrides: str) -> str:
     """Return a short name for the directory of a job of a sweep.
 
-    Keys are shortened to their last part where this is unambiguous. Where something else has to be left out, a hash of
-    the overrides keeps the names of two jobs different.
+    The keys that the sweep iterates over come first. Keys are shortened to their last part where this is unambiguous.
+    Where something else has to be left out, a hash of the overrides keeps the names of two jobs different.
 
     Args:
         overrides: The overrides of the job as Hydra joins them: ``stage.beta=0.1,loss=ipo``.
     """
     pairs = [item.partition("=") for item in re.split(r",(?=[\w.@/+~]+=)", overrides)]
+    pairs.sort(key=lambda pair: pair[0] not in swept_keys)
     short = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
     names = [(key.rpartition(".")[2] if short[key.rpartition(".")[2]] == 1 else key, value) for key, _, value in pairs]
     full = ",".join(f"{key}={value}" if value else key for key, value in names)

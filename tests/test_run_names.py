@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from rlhf import run_names
 from rlhf.run_names import job_name
 
 
@@ -22,6 +23,14 @@ from rlhf.run_names import job_name
 )
 def test_jobs_have_short_names(overrides: str, name: str) -> None:
     assert re.fullmatch(name if "\\" in name else re.escape(name), job_name(overrides))
+
+
+def test_what_a_sweep_iterates_over_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is not cut off."""
+    monkeypatch.setattr(run_names, "swept_keys", {"seed"})
+    name = job_name(f"stage.policy={'x' * 200},seed=3")
+    assert re.fullmatch(r"seed=3,policy=x+-\w{8}", name)
+    assert len(name) <= 110
 
 
 def test_names_of_different_jobs_differ() -> None:

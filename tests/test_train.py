@@ -134,7 +134,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
         ["+nonsense=1", "pipeline.overrides.ppo=['stage.nonsense=1']"],
         ["stage.nonsense"],
     ),
-    "an unknown step": (["pipeline.steps=[sft,pop]"], ["pop", "sft, reward, ppo, grpo, dpo, evaluate"]),
+    "an unknown step": (["pipeline.steps=[sft,pop]"], ["pop", "sft, reward, ppo, grpo, dpo, collect, evaluate"]),
     "overrides of a step that does not run": (
         ["pipeline.steps=[sft]", "pipeline.overrides.ppo=['stage.kl_coef=0.1']"],
         ["pipeline.overrides.ppo", "pipeline.steps"],
@@ -144,7 +144,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
         ["stage=ppo", "run=new"],
         ["stage=ppo requires the output of stage=sft", "python train.py stage=sft run=new"],
     ),
-    "nothing to evaluate": (["stage=evaluate", "run=new"], ["no model to evaluate", "python train.py run=new"]),
+    "nothing to evaluate": (["stage=evaluate", "run=new"], ["found no model in", "python train.py run=new"]),
     "nothing to resume": (["stage=sft", "resume=true"], ["resume=true", "last.ckpt"]),
     "an input file that does not exist": (
         ["stage=dpo", "stage.policy=nowhere.pt"],

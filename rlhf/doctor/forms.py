@@ -15,7 +15,7 @@ FORMS: dict[type[Record], tuple[str, str]] = {
     UnpairedPreference: ("unpaired preferences", "stage=dpo loss=kto"),
     Rating: ("ratings", "stage=reward"),
     Demonstration: ("demonstrations", "stage=sft"),
-    Prompt: ("prompts", "stage=ppo, stage=grpo, stage=evaluate"),
+    Prompt: ("prompts", "stage=ppo, stage=grpo, stage=collect, stage=evaluate"),
 }
 
 

@@ -4,11 +4,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
+from rlhf import run_names
 from rlhf.files import write_json
 
 FILE = "sweep.json"
@@ -24,6 +26,9 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.started = time.time()
         _failed.clear()
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        found = {str(override.key_or_group) for override in parsed if override.is_sweep_override()}
+        run_names.swept_keys |= found | set(config.hydra.sweeper.get("params") or ())
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         from rlhf.sweep.table import commands, content, failures, read_jobs, sweep_table

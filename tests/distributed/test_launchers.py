@@ -42,7 +42,17 @@ def test_two_ranks_run_the_whole_pipeline(tmp_path: Path, torchrun: bool) -> Non
     assert code == 0, printed[-5000:]
     run = tmp_path / "rlhf"
     steps = ("sft", "reward", "ppo", "dpo", "evaluate")
-    folders = {"pipeline", "sft", "reward", "ppo", "dpo", "evaluation", "ref_logprobs", "final_rl_model.pt"}
+    folders = {
+        "pipeline",
+        "sft",
+        "reward",
+        "ppo",
+        "dpo",
+        "evaluation",
+        "ref_logprobs",
+        "final_rl_model.pt",
+        "report.html",
+    }
     assert {path.name for path in run.iterdir()} == folders
     assert {path.name for path in (run / "pipeline").iterdir()} == {".hydra", ".lock", "pipeline.log"}
     assert {path.name for path in (run / "pipeline" / ".hydra").iterdir()} == {
