@@ -30,6 +30,7 @@ from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.fsdp import check_loadable, without_sharding
+from rlhf.heap import keep_heap, release_heap
 from rlhf.hparams import log_hyperparameters
 from rlhf.lineage import warn_about_parents
 from rlhf.logs import quiet_libraries
@@ -53,6 +54,8 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
     """
     quiet_libraries()
     output = Path(cfg.paths.output)
+    if cfg.keep_heap:
+        keep_heap()
     check_values(cfg)
     check_start(cfg, output)
     directory = OutputDirectory(cfg, output, f"{cfg.stage_name}.log")
@@ -65,6 +68,7 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
         else:
             monitored = collect(cfg, output, start) if cfg.stage_name == "collect" else evaluate(cfg, start)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
+        release_heap()  # The next stage of a pipeline needs tensors of other sizes.
         return monitored
 
 

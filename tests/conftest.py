@@ -4,7 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Set before any library reads them: no network, no files in the user's cache, and one thread, which is faster for tiny
@@ -16,6 +16,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from harness import FakeSource, TinyRun, make_eos_likely, tiny_reward_model  # noqa: E402
@@ -97,3 +98,27 @@ def reward_model(lm: PreTrainedModel) -> FakeSource:
 def tiny_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: FakeSource) -> TinyRun:
     """Trains tiny runs of any stage, from a model whose responses have different lengths."""
     return TinyRun(tmp_path, tokenizer, policy.model)
+
+
+@pytest.fixture
+def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
+    """The configuration of each step of a pipeline that ran.
+
+    A step only writes its log and the file that it exports, and its metric is its number.
+    """
+    from rlhf import pipeline
+
+    found: list[DictConfig] = []
+
+    def run_stage(cfg: DictConfig, on_start: Callable[[], None]) -> float:
+        found.append(cfg)
+        on_start()
+        output = Path(cfg.paths.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{cfg.stage_name}.log").touch()
+        if cfg.stage_info.final:
+            (output / cfg.stage_info.final).write_text(f"result of {output}")
+        return float(len(found))
+
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    return found

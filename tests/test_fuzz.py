@@ -99,7 +99,7 @@ def _keys(node: Any, path: str = "") -> list[str]:
     return [key for name, value in node.items() for key in _keys(value, f"{path}.{name}" if path else name)]
 
 
-STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "evaluate")
+STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "collect", "evaluate")
 KEYS = {stage: _keys(to_dict(compose_config(f"stage={stage}"))) for stage in STAGES}
 LITERALS = st.sampled_from(
     ["null", "true", "-1", "0", "1e999", "nan", "[]", "{}", "[1,2]", "{a: 1}", "''", "abc", "${x}"]

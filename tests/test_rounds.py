@@ -1,7 +1,6 @@
 """Rounds of the pipeline: what each step reads and writes, and what is rejected."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 
 from contract.configs import hydra_command
 from harness import TINY_DATA, TINY_MODEL, run_train
-from rlhf import load_model, pipeline
+from rlhf import load_model
 from rlhf.errors import ConfigError
 from rlhf.pipeline import run_pipeline
 from rlhf.rounds import check_round
@@ -20,35 +19,18 @@ INCOMPLETE = "pipeline.round.steps must start with collect and contain one stage
 ROUNDS = ["pipeline.steps=[sft,reward]", "pipeline.rounds=2"]
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
-    """The configuration of each step that ran. A step only writes the file that it exports."""
-    found: list[DictConfig] = []
-
-    def run_stage(cfg: DictConfig, on_start: Callable[[], None]) -> float:
-        found.append(cfg)
-        on_start()
-        Path(cfg.paths.output).mkdir(parents=True, exist_ok=True)
-        if cfg.stage_info.final:
-            Path(cfg.paths.output, cfg.stage_info.final).write_text(f"result of {cfg.paths.output}")
-        return float(len(found))
-
-    monkeypatch.setattr(pipeline, "run_stage", run_stage)
-    return found
+def steps_of(recorded_steps: list[DictConfig], directory: Path) -> list[str]:
+    return [Path(cfg.paths.output).relative_to(directory).as_posix() for cfg in recorded_steps]
 
 
-def steps_of(runs: list[DictConfig], directory: Path) -> list[str]:
-    return [Path(cfg.paths.output).relative_to(directory).as_posix() for cfg in runs]
-
-
-def test_each_round_trains_the_policy_of_the_round_before(runs: list[DictConfig], tmp_path: Path) -> None:
+def test_each_round_trains_the_policy_of_the_round_before(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
     """Collection, DPO and evaluation, twice. The last policy is the final model."""
     with hydra_command(f"paths.root={tmp_path}", *ROUNDS) as cfg:
         assert run_pipeline(cfg) == 8.0
     run = tmp_path / "rlhf"
     rounds = [f"round_{number}/{stage}" for number in (1, 2) for stage in ("collect", "dpo", "evaluate")]
-    assert steps_of(runs, run) == ["sft", "reward", *rounds]
-    found: dict[str, Any] = dict(zip(rounds, runs[2:], strict=True))
+    assert steps_of(recorded_steps, run) == ["sft", "reward", *rounds]
+    found: dict[str, Any] = dict(zip(rounds, recorded_steps[2:], strict=True))
     policies = {"sft": f"{run}/sft/sft_final.pt"}
     for number, before in ((1, "sft"), (2, "round_1")):
         name = f"round_{number}"
@@ -63,27 +45,27 @@ def test_each_round_trains_the_policy_of_the_round_before(runs: list[DictConfig]
     assert (run / "final_rl_model.pt").read_text() == f"result of {run}/round_2/dpo"
 
 
-def test_a_round_may_train_a_reward_model_first(runs: list[DictConfig], tmp_path: Path) -> None:
+def test_a_round_may_train_a_reward_model_first(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
     """It starts from the SFT model in each round, and PPO uses it. Pairs of earlier rounds come first."""
     steps = ["pipeline.round.steps=[collect,reward,ppo]", "pipeline.round.accumulate=true"]
     with hydra_command(f"paths.root={tmp_path}", *ROUNDS, *steps) as cfg:
         run_pipeline(cfg)
     run = tmp_path / "rlhf"
-    collect, reward, ppo = runs[-3:]
+    collect, reward, ppo = recorded_steps[-3:]
     assert reward.stage.policy == f"{run}/sft/sft_final.pt"
     assert reward.data.train == f"{run}/round_2/collect/preferences.jsonl"
     assert ppo.stage.policy == f"{run}/round_1/ppo/ppo_final.pt"
     assert ppo.stage.reward_model == f"{run}/round_2/reward/reward_model_final.pt"
     assert ppo.data.train == "data/rl_train.jsonl"
     assert list(collect.stage.include) == [f"{run}/round_1/collect/preferences.jsonl"]
-    assert list(runs[2].stage.include) == []
+    assert list(recorded_steps[2].stage.include) == []
 
 
-def test_overrides_of_a_step_apply_in_every_round(runs: list[DictConfig], tmp_path: Path) -> None:
+def test_overrides_of_a_step_apply_in_every_round(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
     own = "pipeline.overrides.collect=['stage.num_generations=4']"
     with hydra_command(f"paths.root={tmp_path}", *ROUNDS, own) as cfg:
         run_pipeline(cfg)
-    assert [cfg.stage.num_generations for cfg in runs if cfg.stage_name == "collect"] == [4, 4]
+    assert [cfg.stage.num_generations for cfg in recorded_steps if cfg.stage_name == "collect"] == [4, 4]
 
 
 @pytest.mark.parametrize(
