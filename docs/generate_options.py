@@ -374,6 +374,8 @@ def sections() -> Iterator[str]:
     yield group_section("Reward functions of PPO and GRPO", "reward", "reward")
     yield group_section("Labels of stage=collect", "labels", "labels")
     yield group_section("Samplers", "sampler", "stage.sampler")
+    speed = list(options(composed("stage=sft"), "speed"))
+    yield f"## Optimizations\n\n[Speed](speed.md) explains them and shows what they gain.\n\n{table(speed)}"
     yield nodes_section("Callbacks", "callbacks")
     loggers = f"logger=[{','.join(choices('logger'))}]"
     several = "Several loggers are a list: `logger=[tensorboard,csv]`. "

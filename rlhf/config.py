@@ -22,7 +22,7 @@ from rlhf.schema import (
 CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
 RESUME_CHOICES = (False, True, "force")
-NODES = ("stage", "data", "model", "adapter", "reward", "callbacks", "trainer", "logger")
+NODES = ("stage", "data", "model", "adapter", "reward", "callbacks", "trainer", "logger", "speed")
 KEYS_ONLY = ("trainer", "logger")  # Lightning checks the types of their values.
 SEED = 1  # an example of a valid value
 # Flags of the Trainer that Lightning does not check, with examples of valid values.

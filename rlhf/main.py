@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
 from rlhf.run_names import check_run_name
+from rlhf.speed import set_speed
 from rlhf.sweep import run_job
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def run_command(cfg: DictConfig) -> float:
 
     A command writes no log and no results. It has no metric, so the result of this function is NaN.
     """
-    check_values(cfg, ("command",))
+    check_values(cfg, ("command", "speed"))
+    set_speed(instantiate(cfg.speed))
     exit_code = instantiate(cfg.command, _partial_=True)(cfg)
     if exit_code:
         sys.exit(exit_code)

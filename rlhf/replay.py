@@ -23,6 +23,7 @@ from rlhf.logs import quiet_libraries
 from rlhf.models import Frozen
 from rlhf.run import build_trainer, open_inputs
 from rlhf.sampling import Rollout
+from rlhf.speed import set_speed
 from rlhf.stage.dumps import STATE, read_batches, read_report
 from rlhf.stage.random_state import set_random_state
 from rlhf.stages import stages
@@ -44,6 +45,7 @@ def replay(cfg: DictConfig) -> float:
     callback = Replay(directory)
     check_same_config(OmegaConf.to_container(cfg, resolve=True), callback.summary["config"], directory)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    set_speed(instantiate(cfg.speed))
     datamodule = instantiate(cfg.data)
     build, inputs = open_inputs(cfg)
     module = build(**inputs, tokenizer=inputs["policy"].tokenizer(datamodule.training_texts()))

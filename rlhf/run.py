@@ -38,6 +38,7 @@ from rlhf.models import ModelSource
 from rlhf.output_directory import OutputDirectory, StartOutput
 from rlhf.resume import check_start, finished_result, remove_earlier, resume_checkpoint
 from rlhf.signals import report_signals
+from rlhf.speed import set_speed
 from rlhf.stage.memory import report_out_of_memory
 from rlhf.stages import stages
 from rlhf.sweep import Monitored
@@ -54,9 +55,10 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
     """
     quiet_libraries()
     output = Path(cfg.paths.output)
-    if cfg.keep_heap:
-        keep_heap()
     check_values(cfg)
+    set_speed(instantiate(cfg.speed))
+    if cfg.speed.keep_heap:
+        keep_heap()
     check_start(cfg, output)
     directory = OutputDirectory(cfg, output, f"{cfg.stage_name}.log")
     with directory.opened():

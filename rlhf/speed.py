@@ -1,0 +1,62 @@
+"""Switches of optimizations that change time and memory, and results only by rounding.
+
+They are settings of the process, like those of ``torch.backends``. Models and samplers read them where they are used.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from rlhf.schema import PositiveInt
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Optimizations. docs/speed.md explains each of them and shows what it gains.
+
+    Args:
+        keep_heap: On Linux, keep freed memory for the next step, which is faster on a CPU. false: return it.
+        fused_logprobs: Compute log-prob, entropy and argmax of a token from one buffer of logits, which then becomes
+            their gradient. false: let autograd store each intermediate result.
+        row_groups: On the CPU, compute the rows of a batch in up to this many groups of like length, each padded to its
+            own longest row. 1: pad all rows to the longest one of the batch.
+        shared_prompts: Compute the prompt of a preference pair once for both responses, if the architecture allows it
+            and if this saves tokens. false: compute it twice.
+        lean_decoding: Decode with a preallocated cache and without the modules of transformers, for architectures that
+            have such a decoder. false: decode with the model and the cache of transformers.
+    """
+
+    keep_heap: bool = True
+    fused_logprobs: bool = True
+    row_groups: PositiveInt = 4
+    shared_prompts: bool = True
+    lean_decoding: bool = True
+
+
+_current = SpeedSettings()
+
+
+def speed_settings() -> SpeedSettings:
+    """Return the settings of this process."""
+    return _current
+
+
+def set_speed(settings: SpeedSettings) -> None:
+    """Change the settings of this process."""
+    global _current
+    _current = settings
+
+
+@contextmanager
+def speed(**changes: bool | int) -> Iterator[None]:
+    """Change some settings inside of this context.
+
+    Args:
+        changes: Fields of ``SpeedSettings``.
+    """
+    before = speed_settings()
+    set_speed(replace(before, **changes))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        set_speed(before)
