@@ -170,24 +170,6 @@ def true_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tens
     return index // mask.shape[1], index % mask.shape[1]
 
 
-def states_before(hidden: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
-    """Hidden states from which the selected tokens are predicted (the next-token shift).
-
-    A causal model predicts token t from the state at position t - 1. Every shift in this project goes through this
-    function.
-
-    Args:
-        hidden: [batch, time, width] hidden state at each token.
-        positions: Rows and columns of the tokens to predict, [selected tokens] each, as ``true_positions`` gives them.
-            They must not be in column 0, because nothing precedes the first token.
-
-    Returns:
-        [selected tokens, width] hidden states, row by row.
-    """
-    row, column = positions
-    return hidden[row, column - 1]
-
-
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Write one value per selected token back into a [batch, time] tensor of zeros.
 

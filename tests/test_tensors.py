@@ -19,8 +19,6 @@ from rlhf.tensors import (
     scatter,
     sequence_mean,
     sequence_sum,
-    states_before,
-    true_positions,
 )
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
@@ -76,17 +74,6 @@ def test_masked_mean_gradient_by_hand() -> None:
     values = torch.ones(2, 3, requires_grad=True)
     masked_mean(values, MASK).backward()
     assert torch.equal(values.grad, MASK * 0.25)
-
-
-def test_states_before_is_the_next_token_shift() -> None:
-    """Token 2 of row 0 is predicted from the state at 1, tokens 1 and 3 of row 1 from those at 0 and 2.
-
-    The state of row r at t is 10 r + t.
-    """
-    hidden = torch.tensor([[[0.0], [1], [2], [3]], [[10], [11], [12], [13]]])
-    mask = torch.tensor([[False, False, True, False], [False, True, False, True]])
-    assert states_before(hidden, true_positions(mask))[:, 0].tolist() == [1, 10, 12]
-    assert states_before(hidden, true_positions(mask, 3))[:, 0].tolist() == [1, 10, 12]
 
 
 def test_scatter_fills_the_mask_row_by_row() -> None:

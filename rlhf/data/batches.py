@@ -121,6 +121,9 @@ class SequenceBatch(Batch):
         response_mask: [batch, time] bool, True on response tokens including EOS.
         terms: Number of True entries of ``response_mask``; None to count them now.
         tokens: Number of True entries of ``attention_mask``; None to count them now.
+        lengths: Number of tokens of each row; empty to count them now.
+        shared_tokens: For each row of a batch of pairs, the number of leading tokens that both sequences of its pair
+            have in common; empty if that is not known.
     """
 
     counts = ("terms", "tokens")
@@ -130,13 +133,17 @@ class SequenceBatch(Batch):
     response_mask: Tensor
     terms: int | None = None
     tokens: int | None = None
+    lengths: list[int] = field(default_factory=list)
+    shared_tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Counted here, before the batch moves to a device: each read from a device waits for its computations.
         if self.terms is None:
             self.terms = int(self.response_mask.sum())
+        if not self.lengths:
+            self.lengths = self.attention_mask.sum(dim=1).tolist()
         if self.tokens is None:
-            self.tokens = int(self.attention_mask.sum())
+            self.tokens = sum(self.lengths)
 
     @classmethod
     def collate(cls, rows: Sequence[EncodedResponse]) -> "SequenceBatch":
@@ -146,6 +153,11 @@ class SequenceBatch(Batch):
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
         response_mask[:, 0] = False  # nothing precedes the first token, so it cannot be predicted
         return cls(input_ids, attention_mask, response_mask)
+
+    @property
+    def layout(self) -> dict[str, list[int]]:
+        """What models may know about the rows, as keywords of ``rlhf.models.hidden_states``."""
+        return {"lengths": self.lengths, "shared_tokens": self.shared_tokens}
 
     @property
     def loss_terms(self) -> int:

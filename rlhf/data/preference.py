@@ -58,6 +58,16 @@ class PreferenceDataModule(RecordDataModule):
 
     def collate(self, rows: list[Any]) -> Any:
         sequences = SequenceBatch.collate([row.chosen for row in rows] + [row.rejected for row in rows])
+        sequences.shared_tokens = [_shared_tokens(row) for row in rows] * 2
         known = all(row.ref_logprobs is not None for row in rows)
         ref_logprobs = torch.tensor([row.ref_logprobs for row in rows]).T.flatten() if known else None
         return PairBatch(sequences, torch.tensor([row.margin for row in rows]), ref_logprobs)
+
+
+def _shared_tokens(pair: EncodedPair) -> int:
+    """Return the number of tokens at the beginning of the prompt that both sequences of a pair have in common."""
+    start = min(pair.chosen.start, pair.rejected.start)
+    chosen, rejected = pair.chosen.input_ids[:start], pair.rejected.input_ids[:start]
+    if chosen == rejected:
+        return start
+    return next(i for i, (one, other) in enumerate(zip(chosen, rejected, strict=True)) if one != other)

@@ -221,7 +221,7 @@ class PreferenceModule(StageModule):
         sequences = sequences.to(self.device)
         with self.trainer.precision_plugin.forward_context():
             tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-            output = self.reference(*tokens, response_tokens=sequences.terms)
+            output = self.reference(*tokens, response_tokens=sequences.terms, **sequences.layout)
             logprobs: Tensor = output.logprobs.sum(dim=1)
             return logprobs
 
@@ -276,7 +276,7 @@ class PreferenceModule(StageModule):
             [batch] log-probs and a scalar entropy, both in nats.
         """
         tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-        output = self.policy(*tokens, entropy="value", response_tokens=sequences.terms)
+        output = self.policy(*tokens, entropy="value", response_tokens=sequences.terms, **sequences.layout)
         return output.logprobs.sum(dim=1), masked_mean(output.entropy, sequences.response_mask)
 
     def response_scores(self, logprobs: Tensor, ref_logprobs: Tensor | None, sequences: SequenceBatch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from rlhf.models.adapter_sources import SharedBase, WithAdapter, starting_point
 from rlhf.models.adapters import Adapter, BaseModel, LoRA, adapter_of, base_weights
-from rlhf.models.backbone import EntropyMode, Policy, PolicyOutput, hidden_states, kl_divergence
+from rlhf.models.backbone import Policy, PolicyOutput, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
 from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
 from rlhf.models.logits import cache_name
@@ -10,7 +10,9 @@ from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
+from rlhf.models.token_statistics import EntropyMode
 from rlhf.models.tokenizer import chat_template, train_tokenizer
+from rlhf.models.trunk import hidden_states
 from rlhf.models.weights import check_complete, stored_weights
 
 __all__ = [

@@ -1,9 +1,9 @@
 """Causal language models as policies: hidden states, log-probs and entropy of given tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -11,52 +11,9 @@ from transformers import PreTrainedModel
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
 from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks
-from rlhf.tensors import scatter, states_before, true_positions
-
-EntropyMode: TypeAlias = Literal["none", "value", "grad"]
-
-
-def skip_padding_check(trunk: Any) -> None:
-    """Let a model not look for padding tokens when it is called without an attention mask, as GPT-2 does.
-
-    The host would wait for the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
-
-    Args:
-        trunk: A causal model without its output layer.
-    """
-    if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
-        trunk.warn_if_padding_and_no_attention_mask = _ignore
-
-
-def _ignore(*args: Any) -> None:
-    """Do nothing."""
-
-
-def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden state of every token, independent of padding, batch size and the other rows of the batch.
-
-    The trunk only sees right-padded rows, where causality alone keeps padding away from real tokens. It therefore needs
-    no attention mask, which attention and state-space models interpret differently, and positions are counted from the
-    first real token.
-
-    Args:
-        trunk: A causal model without its output layer.
-        input_ids: [batch, time] token ids.
-        attention_mask: [batch, time] bool, True on real tokens. They must be contiguous; padding may be on either side.
-
-    Returns:
-        [batch, time, width] hidden states. Values at padding positions are undefined.
-    """
-    hidden: Tensor
-    # Without padding on the left, there is nothing to move. The CPU can find this out without waiting for a device.
-    if attention_mask.device.type == "cpu" and bool(attention_mask[:, 0].all()):
-        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    start = attention_mask.to(torch.int8).argmax(dim=1, keepdim=True)
-    rolled = input_ids.gather(1, (columns + start) % len(columns))
-    hidden = trunk(input_ids=rolled, use_cache=False).last_hidden_state
-    return hidden.gather(1, ((columns - start) % len(columns))[..., None].expand_as(hidden))
+from rlhf.models.token_statistics import EntropyMode, token_statistics
+from rlhf.models.trunk import hidden_states, skip_padding_check
+from rlhf.tensors import scatter, true_positions
 
 
 @dataclass
@@ -116,6 +73,8 @@ class Policy(nn.Module):
         entropy: EntropyMode = "none",
         is_argmax: bool = False,
         response_tokens: int | None = None,
+        lengths: Sequence[int] | None = None,
+        shared_tokens: Sequence[int] = (),
     ) -> PolicyOutput:
         """Compute the log-prob of each response token given all tokens before it.
 
@@ -129,14 +88,17 @@ class Policy(nn.Module):
             is_argmax: Whether to compute which tokens are the most likely ones.
             response_tokens: Number of True entries of ``response_mask``. None: the host waits for the device to count
                 them.
+            lengths: See ``hidden_states``.
+            shared_tokens: See ``hidden_states``.
         """
-        hidden = hidden_states(self.lm.base_model, input_ids, attention_mask)
+        hidden = hidden_states(
+            self.lm.base_model, input_ids, attention_mask, lengths=lengths, shared_tokens=shared_tokens
+        )
         positions = true_positions(response_mask, response_tokens)
-        states, targets = states_before(hidden, positions), input_ids[positions]
+        states, targets = hidden.before(positions), input_ids[positions]
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            logits = self._logits(states)
-            return _token_statistics(logits if temperature == 1 else logits / temperature, targets, entropy, is_argmax)
+            return token_statistics(self._logits(states), targets, temperature, entropy, is_argmax)
 
         logprobs, *requested = in_chunks(statistics, (states, targets), self.vocab_size)
         output = PolicyOutput(scatter(logprobs, response_mask), states)
@@ -156,20 +118,6 @@ class Policy(nn.Module):
         # Mamba's states are float32 in any precision of its weights.
         logits: Tensor = embedding(states.to(embedding.weight.dtype))
         return self.logit_transform(logits.float())
-
-
-def _token_statistics(logits: Tensor, targets: Tensor, entropy: EntropyMode, is_argmax: bool) -> tuple[Tensor, ...]:
-    """Return the log-prob of each target token and, if requested, the entropy and the argmax match, [tokens] each."""
-    logp = logits.log_softmax(dim=-1)
-    results = [logp.gather(-1, targets[:, None])[:, 0]]
-    if entropy == "grad":
-        results.append(-(logp.exp() * logp).sum(dim=-1))
-    with torch.no_grad():
-        if entropy == "value":
-            results.append(-logp.exp().mul_(logp).sum(dim=-1))
-        if is_argmax:
-            results.append(logits.gather(-1, targets[:, None])[:, 0] == logits.amax(dim=-1))
-    return tuple(results)
 
 
 def kl_divergence(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
-from rlhf.models.backbone import hidden_states, skip_padding_check
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
-from rlhf.tensors import last_true
+from rlhf.models.trunk import hidden_states, skip_padding_check
+from rlhf.tensors import last_true, scatter, true_positions
 
 
 class ScalarHead(nn.Module):
@@ -130,28 +130,47 @@ class ScalarModel(nn.Module):
         """
         return self.scores(input_ids, attention_mask).mean(dim=1)
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score of each sequence by each head, [batch, heads], in reward units. Arguments as for ``forward``."""
-        hidden = hidden_states(self.trunk, input_ids, attention_mask)
-        last = hidden[torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask)]
-        return self.head.scores(last) - self.reward_mean
+    def scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        shared_tokens: Sequence[int] = (),
+    ) -> Tensor:
+        """Score of each sequence by each head.
 
-    def token_values(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        Args:
+            input_ids: [batch, time] token ids.
+            attention_mask: [batch, time] bool, True on real tokens.
+            lengths: See ``hidden_states``.
+            shared_tokens: See ``hidden_states``.
+
+        Returns:
+            [batch, heads] scores, in reward units.
+        """
+        hidden = hidden_states(self.trunk, input_ids, attention_mask, lengths=lengths, shared_tokens=shared_tokens)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return self.head.scores(hidden.at(rows, last_true(attention_mask))) - self.reward_mean
+
+    def token_values(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, response_tokens: int | None = None
+    ) -> Tensor:
         """Value before each response token, for a critic.
 
         Args:
             input_ids: [batch, time] token ids.
             attention_mask: [batch, time] bool, True on real tokens.
             response_mask: [batch, time] bool, True on response tokens including EOS.
+            response_tokens: Number of True entries of ``response_mask``. None: the host waits for the device to count
+                them.
 
         Returns:
             [batch, time] values, in reward units; 0 outside the response.
         """
         hidden = hidden_states(self.trunk, input_ids, attention_mask)
-        # The next-token shift of ``states_before``, for all tokens, so that the host does not wait for the device.
-        is_read = response_mask.roll(-1, dims=1)
-        values = self.values(torch.where(is_read[..., None], hidden, 0.0))
-        return torch.where(response_mask, values.roll(1, dims=1), 0.0)
+        states = hidden.before(true_positions(response_mask, response_tokens))
+        return scatter(self.values(states), response_mask)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Scalar output at every hidden state, for a critic: [..., width] to [...], in reward units."""

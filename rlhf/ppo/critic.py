@@ -46,6 +46,7 @@ def critic_values(
     attention_mask: Tensor,
     response_mask: Tensor,
     *,
+    response_tokens: int | None = None,
     detach: bool = False,
 ) -> Tensor:
     """Compute the critic's value before each response token.
@@ -56,6 +57,7 @@ def critic_values(
         input_ids: [batch, time] prompt and response.
         attention_mask: [batch, time] bool, True on real tokens.
         response_mask: [batch, time] bool, True on response tokens including EOS.
+        response_tokens: Number of True entries of ``response_mask``, see ``Policy.forward``.
         detach: Do not propagate the gradient of a head into the policy.
 
     Returns:
@@ -63,4 +65,4 @@ def critic_values(
     """
     if isinstance(critic, ScalarHead):
         return scatter(critic(output.states.detach() if detach else output.states), response_mask)
-    return critic.token_values(input_ids, attention_mask, response_mask)
+    return critic.token_values(input_ids, attention_mask, response_mask, response_tokens)

@@ -123,9 +123,17 @@ class PPOModule(OnPolicyModule):
             yield self.critic, self.critic_learning_rate
 
     def token_values(
-        self, output: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+        self,
+        output: PolicyOutput,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        response_tokens: int | None = None,
     ) -> Tensor | None:
-        return critic_values(self.critic, output, input_ids, attention_mask, response_mask) if self.has_critic else None
+        if not self.has_critic:
+            return None
+        tokens = (input_ids, attention_mask, response_mask)
+        return critic_values(self.critic, output, *tokens, response_tokens=response_tokens)
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         yield from super().preflight_checks(datamodule)
@@ -172,6 +180,7 @@ class PPOModule(OnPolicyModule):
             minibatch.input_ids,
             minibatch.attention_mask,
             minibatch.response_mask,
+            response_tokens=minibatch.response_tokens,
             detach=self.warming_up,
         )
         assert minibatch.old_values is not None

@@ -135,7 +135,9 @@ class RewardModule(StageModule):
     def loss_and_metrics(self, batch: PairBatch | RatingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the unweighted loss of a batch, and the metrics of training and validation."""
         sequences = batch.sequences
-        scores = self.model.scores(sequences.input_ids, sequences.attention_mask)  # [sequences, heads]
+        scores = self.model.scores(  # [sequences, heads]
+            sequences.input_ids, sequences.attention_mask, **sequences.layout
+        )
         if isinstance(batch, RatingBatch):
             loss, metrics = self._rating_loss(batch, scores)
         else:
@@ -253,7 +255,8 @@ class RewardModule(StageModule):
     def _scores(self, sequences: SequenceBatch) -> Tensor:
         """Score sequences with every head in the precision of training, [sequences, heads]."""
         with self.trainer.precision_plugin.forward_context():
-            return self.model.scores(sequences.input_ids.to(self.device), sequences.attention_mask.to(self.device))
+            sequences = sequences.to(self.device)
+            return self.model.scores(sequences.input_ids, sequences.attention_mask, **sequences.layout)
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         return reward_model_checks(self, self.model, datamodule)

@@ -16,8 +16,9 @@ from rlhf.rl.experience import Experience, Lengths, select_rows
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 
-# From the policy's output, input_ids, attention_mask and response_mask to values, [batch, time]; None without a critic.
-ValueFunction: TypeAlias = Callable[[PolicyOutput, Tensor, Tensor, Tensor], Tensor | None]
+# From the policy's output, input_ids, attention_mask, response_mask and the number of response tokens to values,
+# [batch, time]; None without a critic.
+ValueFunction: TypeAlias = Callable[[PolicyOutput, Tensor, Tensor, Tensor, int], Tensor | None]
 
 
 class Collector:
@@ -105,7 +106,7 @@ class Collector:
             "ref_logprobs": reference.logprobs,
             "kl": self.policies.kl(output, reference.logprobs, response_mask, reference),
         }
-        values = self.token_values(output, input_ids, attention_mask, response_mask)
+        values = self.token_values(output, input_ids, attention_mask, response_mask, response_tokens)
         return tensors if values is None else {**tensors, "values": values}
 
     @torch.no_grad()

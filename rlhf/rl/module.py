@@ -180,7 +180,12 @@ class OnPolicyModule(UpdateModule):
         )
 
     def token_values(
-        self, output: PolicyOutput, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+        self,
+        output: PolicyOutput,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        response_tokens: int | None = None,
     ) -> Tensor | None:
         """Return the critic's value before each response token, [batch, time]; None without a critic."""
         return None

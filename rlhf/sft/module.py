@@ -70,6 +70,7 @@ class SFTModule(StageModule):
             entropy="value",
             is_argmax=True,
             response_tokens=batch.terms,
+            **batch.layout,
         )
         loss = cross_entropy_loss(output.logprobs, batch.response_mask)
         return loss * batch.loss_weight, {
@@ -79,9 +80,8 @@ class SFTModule(StageModule):
         }
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        output = self.policy(
-            batch.input_ids, batch.attention_mask, batch.response_mask, is_argmax=True, response_tokens=batch.terms
-        )
+        tokens = (batch.input_ids, batch.attention_mask, batch.response_mask)
+        output = self.policy(*tokens, is_argmax=True, response_tokens=batch.terms, **batch.layout)
         self.log_val(
             {
                 "loss": cross_entropy_loss(output.logprobs, batch.response_mask),

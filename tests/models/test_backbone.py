@@ -280,8 +280,8 @@ def test_the_host_reads_the_device_only_to_count(
 ) -> None:
     """A policy reads where the response tokens are, unless it is told how many there are.
 
-    Further reads are those of transformers in the trunk and, on the CPU only, one that finds out whether rows are
-    padded on the left.
+    Further reads are those of transformers in the trunk and, on the CPU only, two that find out whether rows are
+    padded on the left and how long they are.
     """
     policy = Policy(lm)
     with HostReads() as reads_of_trunk:
@@ -289,7 +289,7 @@ def test_the_host_reads_the_device_only_to_count(
     masks = full_masks(ROW)
     with HostReads() as reads:
         policy(ROW, *masks, entropy="value", is_argmax=True, response_tokens=response_tokens)
-    assert sorted(reads.names) == sorted([*own_reads, "__bool__", *reads_of_trunk.names])
+    assert sorted(reads.names) == sorted([*own_reads, "__bool__", "tolist", *reads_of_trunk.names])
 
 
 def test_the_number_of_response_tokens_changes_nothing(lm: PreTrainedModel) -> None:
@@ -323,6 +323,7 @@ def test_positions_count_from_the_first_real_token() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     trunk = AutoModelForCausalLM.from_config(config).eval().base_model
-    alone = hidden_states(trunk, ROW, torch.ones_like(ROW, dtype=torch.bool))
+    alone = trunk(input_ids=ROW).last_hidden_state[0]
     tokens, mask, _ = padded(ROW, 4, 2, lambda count: torch.full((count,), 9))
-    torch.testing.assert_close(hidden_states(trunk, tokens, mask)[:, 4:-2], alone)
+    hidden = hidden_states(trunk, tokens, mask)
+    torch.testing.assert_close(hidden.at(torch.zeros(7, dtype=torch.long), torch.arange(4, 11)), alone)

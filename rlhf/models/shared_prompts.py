@@ -1,0 +1,133 @@
+"""Preference pairs whose prompt is computed once: one row with the prompt and both responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+MIN_SAVING = 0.1  # fraction of the tokens of a batch below which computing the prompts once gains nothing
+_SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
+# What models raise that cannot do what they are asked to.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """The layout of a batch of pairs in which a row is a prompt followed by the rests of both sequences.
+
+    A token of the second sequence sees the prompt and its own sequence only, and its position continues from the end
+    of the prompt.
+
+    Args:
+        prompts: [pairs] number of tokens that are computed once. All three tensors are on the CPU.
+        first: [pairs] number of further tokens of the first sequence.
+        second: [pairs] number of further tokens of the second sequence.
+    """
+
+    prompts: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """[pairs] number of tokens of each row."""
+        return self.prompts + self.first + self.second
+
+    def inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
+        """Return the arguments of the trunk for some pairs.
+
+        Args:
+            input_ids: [2 * all pairs, time] token ids, padded on the right: the first sequences, then the second ones.
+            pairs: [pairs] the pairs to compute.
+            width: Number of tokens of the longest row among them.
+        """
+        device = input_ids.device
+        prompts, first, pairs = (x.to(device) for x in (self.prompts[pairs, None], self.first[pairs, None], pairs))
+        token = torch.arange(width, device=device)
+        is_second = token >= prompts + first
+        position = torch.where(is_second, token - first, token).clamp(max=input_ids.shape[1] - 1)
+        row = torch.where(is_second, pairs[:, None] + len(self.prompts), pairs[:, None])
+        in_first = (token >= prompts) & ~is_second
+        visible = (token <= token[:, None]) & ~(is_second[:, :, None] & in_first[:, None, :])
+        return {"input_ids": input_ids[row, position], "position_ids": position, "attention_mask": visible[:, None]}
+
+    def columns(self, time: int) -> Tensor:
+        """Return where the token of each row and position of the batch is in the row of its pair.
+
+        Args:
+            time: Width of the batch.
+
+        Returns:
+            [2 * pairs, time] positions; undefined at padding.
+        """
+        token = torch.arange(time).expand(len(self.prompts), -1)
+        shifted = torch.where(token < self.prompts[:, None], token, token + self.first[:, None])
+        return torch.cat([token, shifted])
+
+
+def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequence[int]) -> SharedPrompts | None:
+    """Return the layout of a batch of pairs; None if the architecture does not allow it, or if it saves too little.
+
+    Args:
+        trunk: A causal model without its output layer.
+        lengths: Number of tokens of each sequence: those of the first ones, then those of the second ones.
+        shared_tokens: Number of leading tokens that both sequences of a pair have in common, for each sequence.
+    """
+    pairs = len(lengths) // 2
+    shared = shared_tokens[:pairs]
+    if sum(shared) < MIN_SAVING * sum(lengths) or not allows_shared_prompts(trunk):
+        return None
+    prompts = torch.tensor(shared)
+    first, second = torch.tensor(lengths).view(2, pairs) - prompts
+    return SharedPrompts(prompts, first, second)
+
+
+def allows_shared_prompts(trunk: Any) -> bool:
+    """Return whether a model computes both sequences of a row as if each was alone. The answer is known after one call.
+
+    Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
+    """
+    if trunk not in _SUPPORTED:
+        _SUPPORTED[trunk] = _has_full_attention(trunk) and _probe(trunk)
+    return _SUPPORTED[trunk]
+
+
+def _has_full_attention(trunk: Any) -> bool:
+    """Return whether every layer attends to all earlier tokens, which a short probe would not find out."""
+    config = trunk.config.get_text_config()
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kinds = getattr(config, "layer_types", None) or ()
+    return config._attn_implementation == "sdpa" and not window and set(kinds) <= {"full_attention"}
+
+
+@torch.no_grad()
+def _probe(trunk: Any) -> bool:
+    """Compare the hidden states of a short pair with those of its two sequences."""
+    prompt, first, second = _PROBE
+    device, was_training = trunk.device, trunk.training
+    tokens = torch.arange(1, 1 + prompt + first + second, device=device) % trunk.config.get_text_config().vocab_size
+    sequences = [tokens[: prompt + first], torch.cat([tokens[:prompt], tokens[prompt + first :]])]
+    batch = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    layout = SharedPrompts(*torch.tensor(_PROBE).view(3, 1))
+    trunk.eval()
+    try:
+        inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
+        found = trunk(**inputs, use_cache=False).last_hidden_state[0]
+        expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
+    except _FAILURES:
+        return False
+    finally:
+        trunk.train(was_training)
+    columns = layout.columns(batch.shape[1]).to(device)
+    return all(_close(found[columns[i, : len(row)]], row) for i, row in enumerate(expected))
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding errors of their precision."""
+    is_float32 = found.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
+    tolerance = 1e-4 if is_float32 else 0.02
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())

@@ -1,0 +1,160 @@
+"""Last hidden states of a batch: which rows are computed together, and where the state of each token is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf.models.shared_prompts import shared_prompts
+from rlhf.speed import speed_settings
+
+GROUP_TOKENS = 64  # tokens whose computation takes about as long as the overhead of another forward pass
+
+
+def skip_padding_check(trunk: Any) -> None:
+    """Let a model not look for padding tokens when it is called without an attention mask, as GPT-2 does.
+
+    The host would wait for the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
+
+    Args:
+        trunk: A causal model without its output layer.
+    """
+    if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
+        trunk.warn_if_padding_and_no_attention_mask = _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """Do nothing."""
+
+
+@dataclass
+class HiddenStates:
+    """Last hidden states of the tokens of a batch.
+
+    Args:
+        states: [computed tokens, width] the states.
+        index: [batch, time] where the state of each token is among them; undefined at padding.
+    """
+
+    states: Tensor
+    index: Tensor
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """States of some tokens: [tokens, width].
+
+        Args:
+            rows: [tokens] row of each token.
+            columns: [tokens] position of each token in its row.
+        """
+        return self.states.index_select(0, self.index[rows, columns])
+
+    def before(self, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """States from which tokens are predicted (the next-token shift): [tokens, width], in the order of the tokens.
+
+        A causal model predicts token t from the state at position t - 1. Every shift in this project goes through this
+        method.
+
+        Args:
+            positions: Rows and columns of the tokens to predict, as ``true_positions`` gives them. They must not be in
+                column 0, because nothing precedes the first token.
+        """
+        rows, columns = positions
+        return self.at(rows, columns - 1)
+
+
+def hidden_states(
+    trunk: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    lengths: Sequence[int] | None = None,
+    shared_tokens: Sequence[int] = (),
+) -> HiddenStates:
+    """Last hidden state of every token, independent of padding, batch size and the other rows of the batch.
+
+    The trunk only sees right-padded rows, where causality alone keeps padding away from real tokens. It therefore needs
+    no attention mask, which attention and state-space models interpret differently, and positions are counted from the
+    first real token.
+
+    Args:
+        trunk: A causal model without its output layer.
+        input_ids: [batch, time] token ids.
+        attention_mask: [batch, time] bool, True on real tokens. They must be contiguous; padding may be on either side.
+        lengths: Number of real tokens of each row, if all padding is on the right. None: unknown.
+        shared_tokens: Number of leading tokens that each row of the first half has in common with the same row of the
+            second half, for each row of the batch. They are computed once where ``SharedPrompts`` applies. Empty:
+            nothing is known to be in common.
+    """
+    if lengths is None and attention_mask.is_cpu and bool(attention_mask[:, 0].all()):
+        lengths = attention_mask.sum(dim=1).tolist()
+    if lengths is None:
+        return _left_padded(trunk, input_ids, attention_mask)
+    settings, layout, device = speed_settings(), None, input_ids.device
+    is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())  # Ranks must make the same calls.
+    if settings.shared_prompts and shared_tokens and not is_sharded:
+        layout = shared_prompts(trunk, lengths, shared_tokens)
+    row_lengths = lengths if layout is None else layout.lengths.tolist()
+    groups = split_by_length(row_lengths, settings.row_groups if input_ids.is_cpu and not is_sharded else 1)
+    states = []
+    for rows, width in groups:
+        inputs = layout.inputs(input_ids, rows, width) if layout else {"input_ids": input_ids[rows.to(device), :width]}
+        states.append(trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1))
+    starts, time = _row_starts(groups), input_ids.shape[1]
+    index = starts[:, None] + torch.arange(time) if layout is None else starts.repeat(2)[:, None] + layout.columns(time)
+    index = index.clamp(max=sum(map(len, states)) - 1).to(device)
+    return HiddenStates(torch.cat(states) if len(states) > 1 else states[0], index)
+
+
+def _left_padded(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HiddenStates:
+    """Move all padding to the right, whatever its place, without reading anything on the host."""
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    start = attention_mask.to(torch.int8).argmax(dim=1, keepdim=True)
+    rolled = input_ids.gather(1, (columns + start) % len(columns))
+    states = trunk(input_ids=rolled, use_cache=False).last_hidden_state
+    row_starts = torch.arange(len(input_ids), device=input_ids.device)[:, None] * len(columns)
+    return HiddenStates(states.flatten(0, 1), row_starts + (columns - start) % len(columns))
+
+
+def split_by_length(lengths: Sequence[int], max_groups: int) -> list[tuple[Tensor, int]]:
+    """Split rows into groups of like length such that few padding tokens are computed.
+
+    Args:
+        lengths: Number of tokens of each row.
+        max_groups: Largest number of groups.
+
+    Returns:
+        The row indices of each group, and the length of its longest row.
+    """
+    count = len(lengths)
+    if max_groups == 1 or count == 1:
+        return [(torch.arange(count), max(lengths))]
+    ordered, order = torch.tensor(lengths).sort(stable=True)
+    # cost[i, j]: tokens of a group of the rows from i to j - 1, and the overhead of a group.
+    ends = torch.arange(count + 1)
+    cost = (ends - ends[:, None]) * torch.cat([ordered[:1], ordered]) + GROUP_TOKENS
+    cost = torch.where(ends > ends[:, None], cost, torch.iinfo(torch.long).max // 2)
+    best, starts = cost[0], []
+    for _ in range(max_groups - 1):  # ``best`` is the lowest cost of the rows before j with at most so many groups.
+        extended, start = (best[:, None] + cost).min(dim=0)
+        start = torch.where(extended < best, start, -1)
+        best = torch.minimum(best, extended)
+        starts.append(start)
+    end, groups = count, []
+    for start in reversed(starts):
+        if (cut := int(start[end])) >= 0:
+            groups.append((order[cut:end], int(ordered[end - 1])))
+            end = cut
+    return [(order[:end], int(ordered[end - 1])), *reversed(groups)]
+
+
+def _row_starts(groups: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Return where the first token of each row is among the tokens of all groups: [rows]."""
+    starts = torch.empty(sum(len(rows) for rows, _ in groups), dtype=torch.long)
+    computed = 0
+    for rows, width in groups:
+        starts[rows] = computed + width * torch.arange(len(rows))
+        computed += width * len(rows)
+    return starts

@@ -1,0 +1,179 @@
+"""Which rows are computed together changes hidden states, log-probs and gradients by rounding only."""
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from rlhf.models import Policy, hidden_states
+from rlhf.models.shared_prompts import allows_shared_prompts
+from rlhf.models.trunk import GROUP_TOKENS, HiddenStates, split_by_length
+from rlhf.speed import speed
+
+SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1)
+GPT2 = GPT2Config(vocab_size=60, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+MAMBA2 = Mamba2Config(
+    vocab_size=60, hidden_size=16, state_size=8, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1, chunk_size=4
+)
+# Prompts of 9, 2 and 5 tokens, each with two responses.
+PAIRS = [(9, 3, 12), (2, 7, 1), (5, 4, 4)]
+WITH_SHARING = {"llama": LLAMA, "gpt2": GPT2, "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)}
+WITHOUT_SHARING = {
+    "mamba": MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=2),
+    "mamba2": MAMBA2,
+    "sliding window": MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=4),
+    "ALiBi": BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2),
+}
+
+
+def model(config: Any) -> PreTrainedModel:
+    """A model without dropout, with random weights large enough that every token matters."""
+    torch.manual_seed(0)
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return lm
+
+
+def pair_batch() -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+    """Input ids, attention mask, response mask, lengths and shared tokens of ``PAIRS``, padded on the right."""
+    torch.manual_seed(1)
+    prompts = [torch.randint(60, (prompt,)) for prompt, _, _ in PAIRS]
+    rows = [
+        torch.cat([tokens, torch.randint(60, (pair[1 + half],))])
+        for half in (0, 1)
+        for tokens, pair in zip(prompts, PAIRS, strict=True)
+    ]
+    lengths, starts = [len(row) for row in rows], torch.tensor([prompt for prompt, _, _ in PAIRS] * 2)
+    time = torch.arange(max(lengths))
+    mask = time < torch.tensor(lengths)[:, None]
+    return nn.utils.rnn.pad_sequence(rows, True), mask, mask & (time >= starts[:, None]), lengths, starts.tolist()
+
+
+def loss_and_gradients(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs of the batch of pairs, and the gradients of a loss in which each token has another weight."""
+    tokens, mask, response, lengths, starts = pair_batch()
+    policy.zero_grad()
+    output = policy(tokens, mask, response, lengths=lengths, shared_tokens=starts if shared else ())
+    weights = torch.linspace(-1, 1, output.logprobs.numel()).view_as(output.logprobs)
+    (output.logprobs * weights).sum().backward()
+    return output.logprobs.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def count_tokens(lm: PreTrainedModel) -> list[int]:
+    """Return a list to which every forward pass of the trunk adds its number of tokens."""
+    counts: list[int] = []
+    lm.base_model.register_forward_pre_hook(
+        lambda module, args, keys: counts.append(keys["input_ids"].numel()), with_kwargs=True
+    )
+    return counts
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, MAMBA2], ids=lambda config: config.model_type)
+def test_groups_of_like_length_change_nothing(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
+    lm = model(config)
+    policy = Policy(lm)
+    with speed(row_groups=1):
+        expected = loss_and_gradients(policy, shared=False)
+    counts = count_tokens(lm)
+    with speed(row_groups=3):
+        found = loss_and_gradients(policy, shared=False)
+    assert len(counts) == 3
+    assert sum(counts) < 6 * 21
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", WITH_SHARING)
+def test_prompts_that_are_computed_once_change_nothing(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
+    lm = model(WITH_SHARING[name])
+    policy = Policy(lm)
+    assert allows_shared_prompts(lm.base_model)
+    with speed(row_groups=1, shared_prompts=False):
+        expected = loss_and_gradients(policy, shared=True)
+    counts = count_tokens(lm)
+    with speed(row_groups=groups):
+        found = loss_and_gradients(policy, shared=True)
+    assert sum(counts) == (3 * 24 if groups == 1 else 24 + 2 * 13)  # rows of 24, 10 and 13 tokens
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SHARING)
+def test_other_architectures_compute_prompts_twice(name: str) -> None:
+    lm = model(WITHOUT_SHARING[name])
+    policy = Policy(lm)
+    assert not allows_shared_prompts(lm.base_model)
+    with speed(row_groups=1):
+        expected = loss_and_gradients(policy, shared=False)
+        counts = count_tokens(lm)
+        found = loss_and_gradients(policy, shared=True)
+    assert counts == [6 * 21]
+    assert torch.equal(found[0], expected[0])
+
+
+def test_eager_attention_computes_prompts_twice() -> None:
+    lm = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager")
+    assert not allows_shared_prompts(lm.base_model)
+
+
+def test_short_prompts_are_computed_twice() -> None:
+    """Sharing saves less than a tenth of the tokens."""
+    lm, (tokens, mask, _, lengths, _) = model(LLAMA), pair_batch()
+    counts = count_tokens(lm)
+    with speed(row_groups=1):
+        hidden_states(lm.base_model, tokens, mask, lengths=lengths, shared_tokens=[1] * 6)
+    assert counts == [6 * 21]
+
+
+def test_dropout_of_the_probe_is_off_and_training_goes_on() -> None:
+    lm = model(GPT2).train()
+    assert allows_shared_prompts(lm.base_model)
+    assert lm.base_model.training
+
+
+def test_before_is_the_next_token_shift() -> None:
+    """The state before token t is that of token t - 1, wherever the states are."""
+    hidden = HiddenStates(torch.tensor([[10.0], [0.0], [1.0], [11.0]]), torch.tensor([[1, 2], [0, 3]]))
+    positions = (torch.tensor([0, 1]), torch.tensor([1, 1]))
+    assert hidden.before(positions)[:, 0].tolist() == [0, 10]
+    assert hidden.at(*positions)[:, 0].tolist() == [1, 11]
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 500, 2, 480, 3, 300], list(range(1, 200, 9))])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_groups_are_the_cheapest_ones(lengths: list[int], groups: int) -> None:
+    """Compared with every way to cut the sorted rows."""
+    ordered = sorted(lengths)
+
+    def cost(cuts: tuple[int, ...]) -> int:
+        ends = [*cuts, len(ordered)]
+        return sum((b - a) * ordered[b - 1] + GROUP_TOKENS for a, b in zip([0, *cuts], ends, strict=True))
+
+    cheapest = min(cost(cuts) for k in range(groups) for cuts in combinations(range(1, len(ordered)), k))
+    found = split_by_length(lengths, groups)
+    assert sorted(torch.cat([rows for rows, _ in found]).tolist()) == list(range(len(lengths)))
+    assert all(width == max(lengths[row] for row in rows) for rows, width in found)
+    assert sum(len(rows) * width + GROUP_TOKENS for rows, width in found) == cheapest
