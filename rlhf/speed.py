@@ -28,7 +28,7 @@ class SpeedSettings:
 
     keep_heap: bool = True
     fused_logprobs: bool = True
-    row_groups: PositiveInt = 4
+    row_groups: PositiveInt = 8
     shared_prompts: bool = True
     lean_decoding: bool = True
 

@@ -1,8 +1,9 @@
 """Data of all stages: files to records, records to token ids, token ids to batches of similar length."""
 
-from rlhf.data.batches import Batch, PairBatch, PromptBatch, RatingBatch, SequenceBatch, UnpairedBatch
+from rlhf.data.batches import Batch, PromptBatch, SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
+from rlhf.data.labeled_batches import PairBatch, RatingBatch, UnpairedBatch
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule
 from rlhf.data.prompts import PromptDataModule

@@ -126,6 +126,7 @@ class BatchLoader:
         if indices:
             batch = self.collate([self.rows[i] for i in indices])
             batch.rows = [self.row_numbers[i] for i in indices] if self.row_numbers else []
+            batch.indices = indices
             return batch
         # The other ranks have a batch here, and wait for this rank in collective operations.
         shortest = int(self.batch_sampler.lengths.argmin())

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from rlhf.data.batches import PairBatch, SequenceBatch
+from rlhf.data.batches import SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder
+from rlhf.data.labeled_batches import PairBatch
 from rlhf.data.records import Preference, Record
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from rlhf.data.batches import SequenceBatch, UnpairedBatch
+from rlhf.data.batches import SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
+from rlhf.data.labeled_batches import UnpairedBatch
 from rlhf.data.records import Preference, UnpairedPreference
 from rlhf.errors import DataError
 from rlhf.schema import PositiveInt

@@ -1,29 +1,25 @@
 """Base class of the modules that train on preferences."""
 
-import gc
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from rlhf.check import Check
-from rlhf.data import Batch, RecordDataModule, SequenceBatch
+from rlhf.data import RecordDataModule, SequenceBatch
+from rlhf.data.labeled_batches import LabeledBatch
 from rlhf.declared import declared_arguments
 from rlhf.dpo.metrics import MetricGroup
 from rlhf.dpo.objective import response_lengths
 from rlhf.dpo.preflight import checks
-from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
+from rlhf.dpo.reference import ReferenceModule
 from rlhf.dpo.samples import sample_responses
 from rlhf.errors import ConfigError
-from rlhf.models import Frozen, ModelSource, Policy, disable_dropout, open_reference
+from rlhf.models import ModelSource, Policy, disable_dropout
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import (
     FractionBelowOne,
@@ -34,16 +30,15 @@ from rlhf.schema import (
     accepts,
     out_of_range,
 )
-from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage import Mean, Metrics, Result
 from rlhf.stage.optimizer import Schedule
-from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
 
 log = logging.getLogger(__name__)
 
 
-class PreferenceModule(StageModule):
+class PreferenceModule(ReferenceModule):
     """Trains a policy on preference data, by default regularized towards a frozen reference model.
 
     Args:
@@ -54,10 +49,12 @@ class PreferenceModule(StageModule):
         reference_free: Train without a reference model. The loss then reads log-probs instead of log-ratios.
         length_normalized: Average log-probs over the tokens of a response instead of summing them.
         sft_coef: Weight of the SFT term, the negative log-likelihood per token of the chosen responses.
-        precompute_ref_logprobs: Compute the reference model's log-probs of all responses once, before training, instead
-            of at every step, and then free the memory of the reference model. This needs a ``RecordDataModule``.
-        ref_logprobs_cache: Directory where precomputed log-probs are stored, keyed by model and data, so that the runs
-            of a sweep compute them once. null: they are not stored.
+        precompute_ref_logprobs: When the reference model's log-probs of the data are computed. ``lazy``: together with
+            the first batch that needs them, and then no more. true: those of all rows before training. In both cases,
+            the memory of the reference model is then freed, and the data must be a ``RecordDataModule``. false: at
+            every step.
+        ref_logprobs_cache: Directory where these log-probs are stored, keyed by model and data, so that the runs of a
+            sweep compute them once. null: they are not stored.
         samples: Number of validation prompts to which responses are sampled after each validation and after training,
             greedily. TensorBoard and the log show them with their implicit rewards. If the reference model has been
             freed, it is opened again for each table. 0 disables it.
@@ -70,8 +67,6 @@ class PreferenceModule(StageModule):
     """
 
     monitor = "val/rewards/accuracies"
-    policy: Policy
-    reference: Frozen | None  # None without a reference model, and after its memory has been freed
 
     def __init__(
         self,
@@ -82,7 +77,7 @@ class PreferenceModule(StageModule):
         reference_free: bool = False,
         length_normalized: bool = False,
         sft_coef: NonNegativeFloat = 0.0,
-        precompute_ref_logprobs: bool = True,
+        precompute_ref_logprobs: bool | Literal["lazy"] = "lazy",
         ref_logprobs_cache: str | None = None,
         samples: NonNegativeInt = 4,
         max_new_tokens: PositiveInt = 64,
@@ -156,74 +151,7 @@ class PreferenceModule(StageModule):
     def open_models(self) -> None:
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
         if not self.reference_free:
-            self.reference = self._open_reference()
-
-    def _open_reference(self) -> Frozen:
-        return Frozen(open_reference(self.source, self.tokenizer, self.policy))
-
-    # Reference model
-
-    def on_fit_start(self) -> None:
-        """Precompute the reference log-probs of the data, and free the reference model."""
-        data = getattr(self.trainer, "datamodule", None)
-        if self.reference is None or not self.precompute_ref_logprobs or not isinstance(data, RecordDataModule):
-            return
-        self._precompute(data, self.reference)
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # A sharded model cannot be opened again.
-            self.reference = None
-            gc.collect()
-
-    def _precompute(self, data: RecordDataModule, reference: Frozen) -> None:
-        """Store reference log-probs in the datamodule's rows, from which its ``collate`` copies them into batches."""
-        directory, key = None, ""
-        if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            arithmetic = f"{self.trainer.precision} on {self.device.type}"
-            model: Any = reference.model
-            directory, key = Path(self.ref_logprobs_cache), model_key(model.lm, arithmetic)
-        ref_logprobs = ReferenceLogprobs(self.compute_ref_logprobs, data.eval_batch_size, directory, key)
-        for split in ("train", "val"):
-            if data.records(split):
-                ref_logprobs.fill(data.encoded(split), split)
-
-    @contextmanager
-    def opened_reference(self) -> Iterator[Frozen]:
-        """Give access to the reference model. If it has been freed, it is opened again until the context ends."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        plugin: Any = self.trainer.precision_plugin
-        with separate_random_state(0), torch.device("cpu"):
-            reference = self._open_reference()
-        if (dtype := autocast_dtype(plugin)) is not None:
-            reference.cast_matrices(dtype)
-        yield plugin.convert_module(reference).to(self.device)
-
-    def ref_logprobs(self, sequences: SequenceBatch, precomputed: Tensor | None) -> Tensor | None:
-        """Return the summed log-probs of responses under the reference model, or None if the loss reads none.
-
-        Args:
-            sequences: The responses.
-            precomputed: [batch] their precomputed log-probs, in nats. None: they are computed now.
-        """
-        if self.reference_free or precomputed is not None:
-            return precomputed
-        return self.compute_ref_logprobs(sequences)
-
-    @torch.no_grad()
-    def compute_ref_logprobs(self, sequences: SequenceBatch) -> Tensor:
-        """Compute the summed log-probs of responses under the reference model: [batch], in nats."""
-        if self.reference is None:
-            raise ConfigError(
-                "stage.precompute_ref_logprobs must be false for these data: the reference model was freed when its "
-                "log-probs of the training data were known, and these data are others.",
-                "Set stage.precompute_ref_logprobs=false.",
-            )
-        sequences = sequences.to(self.device)
-        with self.trainer.precision_plugin.forward_context():
-            tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-            output = self.reference(*tokens, response_tokens=sequences.terms, **sequences.layout)
-            logprobs: Tensor = output.logprobs.sum(dim=1)
-            return logprobs
+            self.reference = self.open_reference()
 
     # Loss
 
@@ -231,7 +159,8 @@ class PreferenceModule(StageModule):
     def loss_and_metrics(self, batch: Any) -> tuple[Tensor, Tensor, list[MetricGroup]]:
         """Compute the preference loss and the SFT term of a batch, which are scalars, and the metrics to log."""
 
-    def training_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def training_loss(self, batch: LabeledBatch) -> tuple[Tensor, Metrics]:
+        self.fill_ref_logprobs(batch, "train")
         loss, nll, groups = self.loss_and_metrics(batch)
         # The two means have their own weights: one runs over pairs or responses, the other over tokens. The weight of
         # the metric is that of the first, so the second one is rescaled.
@@ -241,19 +170,21 @@ class PreferenceModule(StageModule):
             metrics |= {name: Mean(value, terms) for name, value in values.items()}
         return loss * batch.loss_weight + self.sft_coef * nll * batch.sft_loss_weight, metrics
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: LabeledBatch, batch_idx: int) -> None:
+        self.fill_ref_logprobs(batch, "val")
         loss, nll, groups = self.loss_and_metrics(batch)
         self.log_val({"loss": loss + self.sft_coef * nll}, batch.loss_terms)
         for terms, values in self._terms_and_values(batch, nll, groups):
             self.log_val(values, terms)
 
-    def _terms_and_values(self, batch: Batch, nll: Tensor, groups: list[MetricGroup]) -> list[MetricGroup]:
+    def _terms_and_values(self, batch: LabeledBatch, nll: Tensor, groups: list[MetricGroup]) -> list[MetricGroup]:
         groups = [MetricGroup(batch.sft_terms, {"nll": nll}), *groups]
         return [MetricGroup(0 if batch.is_filler else terms, values) for terms, values in groups]
 
     # Samples
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if not self.trainer.sanity_checking:
             self._show_samples()
 

@@ -42,8 +42,9 @@ class KTOModule(PreferenceModule):
         )
 
     def loss_and_metrics(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
+        self.fill_ref_logprobs(batch)
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        scores = self.response_scores(logprobs, self.ref_logprobs(batch.sequences, batch.ref_logprobs), batch.sequences)
+        scores = self.response_scores(logprobs, batch.ref_logprobs, batch.sequences)
         kl, desirable = self.kl_baseline(batch), batch.desirable
         loss = call_declared(self.loss, log_ratios=scores, desirable=desirable, kl=kl, beta=self.beta)
         lengths = response_lengths(batch.sequences.response_mask)
@@ -63,10 +64,10 @@ class KTOModule(PreferenceModule):
 
         Reference: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
         """
+        self.fill_ref_logprobs(batch)
         sequences = batch.mismatched
         logprobs, _ = self.response_logprobs(sequences)
-        ref_logprobs = self.ref_logprobs(sequences, batch.mismatched_ref_logprobs)
-        scores = self.response_scores(logprobs, ref_logprobs, sequences)
+        scores = self.response_scores(logprobs, batch.mismatched_ref_logprobs, sequences)
         if batch.is_filler:
             scores = scores[:0]
         total, count = sum_over_ranks(torch.stack([scores.sum(), torch.ones_like(scores).sum()]))

@@ -24,8 +24,9 @@ class DPOModule(PreferenceModule):
         super().__init__(loss=loss, **keys)
 
     def loss_and_metrics(self, batch: PairBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
+        self.fill_ref_logprobs(batch)
         logprobs, entropy = self.response_logprobs(batch.sequences)
-        scores = self.response_scores(logprobs, self.ref_logprobs(batch.sequences, batch.ref_logprobs), batch.sequences)
+        scores = self.response_scores(logprobs, batch.ref_logprobs, batch.sequences)
         chosen, rejected = batch.halves(scores)
         chosen_lengths, rejected_lengths = batch.halves(response_lengths(batch.sequences.response_mask))
         loss = call_declared(

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ReferenceLogprobs:
-    """Computes log-probs of responses under the reference model, or reads them from the cache of an earlier run.
+    """Log-probs of the data's responses under the reference model, on disk by model and data.
+
+    They are computed before training (``fill``), or together with the batches that need them (``attach``, ``add`` and
+    ``share``). Those that an earlier run has stored are read from its file.
 
     Args:
         compute: Function from sequences to [batch] summed log-probs of their responses, in nats.
-        batch_size: Responses per forward pass.
+        batch_size: Responses per forward pass of ``fill``.
         directory: Directory of the cache, with one file per split. None: nothing is cached.
         model_key: Identifies the reference model, see ``model_key``.
     """
@@ -39,35 +43,29 @@ class ReferenceLogprobs:
     directory: Path | None = None
     model_key: str = ""
 
+    def __post_init__(self) -> None:
+        self._rows: dict[str, Sequence[Any]] = {}
+        self._values: dict[str, Tensor] = {}  # [rows, responses of a row] of each split; NaN: unknown
+        self._paths: dict[str, Path | None] = {}
+        self._new: list[tuple[str, list[int], Tensor]] = []
+
+    # Before training
+
     def fill(self, rows: Sequence[Any], split: str) -> None:
         """Set ``ref_logprobs`` of each encoded row to the log-probs of its ``responses``.
 
         The rows are the ones that the datamodule keeps, so its ``collate`` copies the values into every later batch.
+        All ranks call this method with the same rows. Each computes its share, and all get the same values.
         """
+        self.attach(rows, split)
+        known = self._values[split].flatten()
+        unknown = known.isnan().nonzero()[:, 0].tolist()
+        if not unknown:
+            return
         responses = [response for row in rows for response in row.responses]
-        values = iter(self.logprobs(responses, split).tolist())
-        for row in rows:
-            row.ref_logprobs = tuple(next(values) for _ in row.responses)
-
-    def logprobs(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
-        """Return the log-probs of responses, from the cache if possible: [responses], in nats.
-
-        All ranks call this method with the same responses. Each computes its share, and all return the same values.
-        """
-        path = None
-        if self.directory is not None and is_rank_zero():
-            path = self.directory / f"{self._key(responses)}.pt"
-        # Only rank 0 reads the file, so that all ranks agree on whether there is a valid one.
-        cached = gather_objects(None if path is None else _read(path, len(responses)))[0]
-        if cached is not None:
-            log.info("Reference log-probs of %s: read from %s", split, path)
-            return cached
-        logprobs = self._compute(responses, split)
-        if path is not None:
-            # Parallel jobs of a sweep may write the same file.
-            atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
-            log.info("Reference log-probs of %s: computed and stored in %s", split, path)
-        return logprobs
+        known[unknown] = self._compute([responses[i] for i in unknown], split)
+        self._set(split, range(len(rows)))
+        self._write(split)
 
     def _compute(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
         # The longest sequences come first, so that a batch that does not fit into memory fails at once.
@@ -85,10 +83,79 @@ class ReferenceLogprobs:
         total: Tensor = torch.stack(gather_objects(logprobs)).sum(dim=0)
         return total
 
-    def _key(self, responses: Sequence[EncodedResponse]) -> str:
+    # During training
+
+    def attach(self, rows: Sequence[Any], split: str, state: Tensor | None = None) -> None:
+        """Set ``ref_logprobs`` of the encoded rows whose log-probs are known.
+
+        Args:
+            rows: The encoded rows of a split.
+            split: Its name.
+            state: Log-probs from a checkpoint, as ``state_dict`` returns them.
+        """
+        counts = len(rows), len(rows[0].responses)
+        self._rows[split], self._paths[split], stored = rows, None, None
+        if self.directory is not None:
+            path = self._paths[split] = self.directory / f"{self._key(rows)}.pt"
+            # Only rank 0 reads the file, so that all ranks agree on what is known.
+            stored = gather_objects(_read(path, counts[0] * counts[1]) if is_rank_zero() else None)[0]
+            if stored is not None:
+                log.info("Reference log-probs of %s: read from %s", split, path)
+        values = torch.full(counts, torch.nan) if stored is None else stored.view(counts).clone()
+        if state is not None and state.shape == values.shape:
+            values = torch.where(state.isnan(), values, state)
+        self._values[split] = values
+        self._set(split, (~values.isnan().any(dim=1)).nonzero()[:, 0].tolist())
+
+    def add(self, split: str, rows: Sequence[int], values: Tensor) -> None:
+        """Remember log-probs that have been computed for a batch. ``share`` makes them known.
+
+        Args:
+            split: Name of the split.
+            rows: Indices of the rows of the batch.
+            values: [rows, responses of a row] the log-probs, in nats, on any device.
+        """
+        if split in self._rows and rows:
+            self._new.append((split, list(rows), values.detach()))
+
+    def share(self) -> None:
+        """Give all ranks the log-probs that each of them has added, and store them. All ranks call this method."""
+        own = [(split, rows, values.float().cpu()) for split, rows, values in self._new]
+        self._new = []
+        changed: dict[str, list[int]] = {}
+        for split, rows, values in chain.from_iterable(gather_objects(own)):
+            self._values[split][rows] = values
+            changed.setdefault(split, []).extend(rows)
+        for split, rows in changed.items():
+            self._set(split, rows)
+            self._write(split)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the log-probs of all rows are known."""
+        return not any(bool(values.isnan().any()) for values in self._values.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the known log-probs of each split: [rows, responses of a row], NaN where they are unknown."""
+        return dict(self._values)
+
+    def _set(self, split: str, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._rows[split][index].ref_logprobs = tuple(self._values[split][index].tolist())
+
+    def _write(self, split: str) -> None:
+        path, logprobs = self._paths[split], self._values[split].flatten()
+        if path is None or not is_rank_zero():
+            return
+        # Parallel jobs of a sweep may write the same file.
+        atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
+        known = int((~logprobs.isnan()).sum())
+        log.info("Reference log-probs of %s: %d of %d stored in %s", split, known, len(logprobs), path)
+
+    def _key(self, rows: Sequence[Any]) -> str:
         """Return the SHA-256 of the model and the token ids. It depends on their content, not on file paths."""
         digest = hashlib.sha256(self.model_key.encode())
-        for response in responses:
+        for response in (response for row in rows for response in row.responses):
             digest.update(array("q", [len(response.input_ids), response.start, *response.input_ids]).tobytes())
         return digest.hexdigest()
 
@@ -111,12 +178,12 @@ def model_key(lm: PreTrainedModel, arithmetic: str) -> str:
 
 
 def _read(path: Path, count: int) -> Tensor | None:
-    """Read log-probs from a cache file; None if there is no such file or it is invalid."""
+    """Read log-probs from a cache file, NaN where they are unknown; None if there is no such file or it is invalid."""
     if not path.is_file():
         return None
     try:
         logprobs: Tensor = torch.load(path, weights_only=True)["logprobs"]
-        if logprobs.shape != (count,) or not bool(logprobs.isfinite().all()):
+        if logprobs.shape != (count,) or bool(logprobs.isinf().any()):
             raise ValueError(f"expected {count} finite values")
     except Exception as error:  # torch.load raises many types of exceptions for invalid files.
         log.warning(

@@ -126,7 +126,7 @@ def test_only_training_code_imports_lightning() -> None:
         "loader",
         "runner",
         "prompts",
-        "ref_logprobs",
+        "reference",
         "loggers",
         "hyperparameters",
         "reporting",

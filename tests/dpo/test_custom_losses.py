@@ -63,8 +63,8 @@ class FixedLogprobs(DPOModule):
     def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         return self.logprobs, torch.tensor(0.0)
 
-    def ref_logprobs(self, sequences: SequenceBatch, precomputed: Tensor | None) -> Tensor:
-        return torch.zeros_like(self.logprobs)
+    def fill_ref_logprobs(self, batch: Any, split: str | None = None) -> None:
+        batch.ref_logprobs = torch.zeros_like(self.logprobs)
 
 
 def loss_by_module(loss: Callable[..., Tensor] | nn.Module) -> float:

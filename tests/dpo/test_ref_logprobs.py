@@ -4,6 +4,7 @@ import json
 import logging
 import weakref
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from harness import EXACT, PAIRS, FakeSource, TinyRun, run_train
 from ranks import in_ranks
 from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.dpo.base import PreferenceModule
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.errors import ConfigError
 from rlhf.export import save_result
@@ -23,6 +25,18 @@ from rlhf.stage import Result
 
 RESPONSES = [EncodedResponse([1, 5, 6, 2], 2), EncodedResponse([1, 7, 8, 9, 2], 3), EncodedResponse([1, 5, 2], 1)]
 one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
+
+
+@dataclass
+class Row:
+    """An encoded row with one response."""
+
+    response: EncodedResponse
+    ref_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def responses(self) -> tuple[EncodedResponse]:
+        return (self.response,)
 
 
 class Scorer:
@@ -40,9 +54,9 @@ def compute(
     directory: Path | None, responses: list[EncodedResponse] = RESPONSES, key: str = "model"
 ) -> tuple[list[float], int]:
     """The log-probs of the responses, and how many were computed rather than read from the cache."""
-    scorer = Scorer()
-    cache = ReferenceLogprobs(scorer, batch_size=2, directory=directory, model_key=key)
-    return cache.logprobs(responses, "train").tolist(), scorer.count
+    scorer, rows = Scorer(), [Row(response) for response in responses]
+    ReferenceLogprobs(scorer, batch_size=2, directory=directory, model_key=key).fill(rows, "train")
+    return [row.ref_logprobs[0] for row in rows], scorer.count
 
 
 def test_log_probs_are_in_the_order_of_the_responses() -> None:
@@ -90,7 +104,7 @@ def test_another_model_does_not_read_the_cache(tmp_path: Path) -> None:
         b"",
         b"not an archive",
         {"logprobs": torch.zeros(2)},
-        {"logprobs": torch.full((3,), torch.nan)},
+        {"logprobs": torch.full((3,), torch.inf)},
         {"something": 1},
         {"logprobs": Scorer},
     ],
@@ -212,9 +226,79 @@ def test_a_resumed_run_frees_the_reference_model_and_ends_with_the_same_weights(
 
 @one_architecture
 def test_data_without_precomputed_log_probs_are_rejected_after_the_model_is_freed(tiny_run: TinyRun) -> None:
-    run = tiny_run.train("dpo", trainer={"max_steps": 1})
+    run = tiny_run.train("dpo", precompute_ref_logprobs=True, trainer={"max_steps": 1})
     with pytest.raises(ConfigError, match=r"Set stage\.precompute_ref_logprobs=false"):
         run.trainer.validate(run.module, tiny_run.datamodule("dpo", val=tiny_run.write("other", PAIRS)), verbose=False)
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_log_probs_are_computed_with_the_first_batch_that_needs_them(
+    tiny_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second epoch computes none, and training is the same as with log-probs that are computed at each step."""
+    counts: list[int] = []
+    compute = PreferenceModule.compute_ref_logprobs
+
+    def count(module: Any, sequences: SequenceBatch) -> torch.Tensor:
+        counts.append(len(sequences.input_ids))
+        return compute(module, sequences)
+
+    monkeypatch.setattr(PreferenceModule, "compute_ref_logprobs", count)
+    keys = {"trainer": {"max_epochs": 2}, "data": {"val": tiny_run.write("val", PAIRS[:3])}}
+    found = tiny_run.train(stage, **keys)
+    assert sum(counts) == sum(
+        len(row.responses) for split in ("train", "val") for row in found.datamodule.encoded(split)
+    )
+    assert found.module.reference is None
+    expected = tiny_run.train(stage, precompute_ref_logprobs=False, **keys)
+    assert found.curve("train/loss") == pytest.approx(expected.curve("train/loss"), rel=1e-4)
+
+
+@one_architecture
+def test_a_run_that_is_resumed_within_an_epoch_computes_only_the_rest(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The checkpoint contains the log-probs of two of four batches; the other two are computed after resuming."""
+    path = tmp_path / "step2.ckpt"
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(path)
+
+    keys = {"trainer": {"max_epochs": 2}}
+    whole = tiny_run.train("dpo", callbacks=[Save()], **keys)
+    stored = torch.load(path, weights_only=True)["ref_logprobs"]["train"]
+    assert int(stored.isnan().any(dim=1).sum()) == len(stored) // 2
+    second = tiny_run.train("dpo", resume=path, **keys)
+    torch.testing.assert_close(second.weights, whole.weights, **EXACT)
+
+
+@one_architecture
+def test_other_validation_data_do_not_change_what_is_known(tiny_run: TinyRun) -> None:
+    run = tiny_run.train("dpo", trainer={"max_steps": 1}, data={"val": tiny_run.write("val", PAIRS[:3])})
+    before = run.module._known.state_dict()["val"].clone()
+    other = tiny_run.datamodule("dpo", val=tiny_run.write("other", PAIRS[3:6]))
+    run.trainer.validate(run.module, other, verbose=False)
+    torch.testing.assert_close(run.module._known.state_dict()["val"], before, rtol=0, atol=0, equal_nan=True)
+
+
+def add_on_a_rank(rank: int, directory: Path) -> list[float]:
+    """Each rank adds the log-prob of one of three rows; the third one stays unknown."""
+    rows = [Row(response) for response in RESPONSES]
+    known = ReferenceLogprobs(Scorer(), batch_size=2, directory=directory, model_key="model")
+    known.attach(rows, "train")
+    known.add("train", [rank], torch.tensor([[-10.0 - rank]]))
+    known.share()
+    assert not known.complete
+    return [torch.nan if row.ref_logprobs is None else row.ref_logprobs[0] for row in rows]
+
+
+def test_ranks_share_what_they_have_computed(tmp_path: Path) -> None:
+    """What was stored is not computed again: of three rows, one is missing."""
+    for values in in_ranks(add_on_a_rank, tmp_path / "cache"):
+        assert values[:2] == [-10.0, -11.0]
+        assert values[2] != values[2]
+    assert compute(tmp_path / "cache") == ([-10.0, -11.0, -7.0], 1)
 
 
 def compute_on_a_rank(rank: int, directory: Path) -> list[tuple[list[float], int]]:
@@ -259,4 +343,4 @@ def test_a_sweep_over_losses_computes_once(repo: Path, tmp_path: Path, tokenizer
     assert {loss.rsplit(".", 1)[1] for loss in losses} == {"sigmoid_loss", "ipo_loss", "hinge_loss"}
     assert len(list((tmp_path / "rlhf" / "ref_logprobs").iterdir())) == 2
     logs = "".join((path.parent / "dpo.log").read_text() for path in results)
-    assert (logs.count(": computed and stored in "), logs.count(": read from ")) == (2, 4)
+    assert logs.count(": read from ") == 4  # train and val of the second and third job
