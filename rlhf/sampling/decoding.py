@@ -1,9 +1,11 @@
 """Token-by-token decoding: the cached forward pass and the choice of the next token."""
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -13,33 +15,52 @@ from rlhf.sampling.params import SamplingParams
 from rlhf.tensors import pad_right
 
 INVALID_TOKEN = -1  # stands for a token whose logits were NaN or infinite
-SMALLEST_NOISE = 2**-24  # Float32 generators resolve no smaller values: on some devices, they return 0 instead.
+BLOCK = 128  # tokens whose probabilities are summed first in a draw
 
 
 class DecodingBatch:
-    """The unfinished rows of a batch and the model's cache for them.
+    """The rows of a batch that are being decoded, and the cache of transformers for them.
 
     Prompts are padded on the left, so that the next token of every row has the same index. Positions count from the
     first real token.
 
     Args:
         lm: Causal language model.
-        prompts: Token ids of each prompt, at least one per prompt.
+        places: Number of rows.
+        capacity: Largest number of tokens of a row, which this class does not need to know.
     """
 
-    def __init__(self, lm: PreTrainedModel, prompts: list[list[int]]) -> None:
+    can_refill = False  # Whether a prompt can take the place of a finished row.
+
+    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
         self.lm = lm
-        reversed_ids, reversed_mask = pad_right([prompt[::-1] for prompt in prompts])
-        self.input_ids = reversed_ids.flip(1).to(lm.device)
-        self.attention_mask = reversed_mask.flip(1).to(lm.device)
-        self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.arguments = signature(lm.forward).parameters
         self.cache_name = cache_name(lm)
+        self.count = places
         self.cache: Any = None
 
-    def next_logits(self) -> Tensor:
-        """Compute the logits of each row's next token: [rows, vocabulary]."""
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Compute the prompts of all rows and return the logits of the first token of each response.
+
+        Args:
+            rows: All rows.
+            prompts: Token ids of each prompt, at least one per prompt.
+        """
+        reversed_ids, reversed_mask = pad_right([list(prompt[::-1]) for prompt in prompts])
+        self.input_ids = reversed_ids.flip(1).to(self.lm.device)
+        self.attention_mask = reversed_mask.flip(1).to(self.lm.device)
+        self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.padded = len({len(prompt) for prompt in prompts}) > 1
+        return self._next_logits()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Append one token to each row and return the logits of the next one: [rows] to [rows, vocabulary]."""
+        self.input_ids = tokens[:, None]
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+        return self._next_logits()
+
+    def _next_logits(self) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": True, self.cache_name: self.cache}
         # Attention needs the mask of all cached tokens at every step. A recurrent state contains no padding after the
         # prompt, and Mamba-1 and Falcon-Mamba would broadcast the longer mask against the single new token.
@@ -70,23 +91,21 @@ class DecodingBatch:
         """Return the layers of the cache that contain keys and values; hybrid models have recurrent layers as well."""
         return [layer for layer in self.cache.layers if isinstance(layer, CacheLayerMixin)]
 
-    def keep(self, rows: Tensor) -> None:
-        """Remove all other rows from the batch and from the cache."""
-        self.cache.reorder_cache(rows)
-        self.attention_mask, self.position_ids = self.attention_mask[rows], self.position_ids[rows]
-
-    def append(self, tokens: Tensor) -> None:
-        """Append one token to each row: [rows] token ids. Only these are read in the next step."""
-        self.input_ids = tokens[:, None]
-        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
-        self.position_ids = self.position_ids[:, -1:] + 1
+    def remove(self, rows: Sequence[int]) -> list[int]:
+        """Remove rows from the batch and from the cache, and return the former indices of those that are left."""
+        order = sorted(set(range(self.count)) - set(rows))
+        index = torch.tensor(order, device=self.lm.device)
+        self.cache.reorder_cache(index)
+        self.attention_mask, self.position_ids = self.attention_mask[index], self.position_ids[index]
+        self.count = len(order)
+        return order
 
 
 def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
     """Draw one token per row, without reading anything on the host.
 
-    The draw is an exponential race: token v gets the arrival time E_v / p_v, where E_v is exponential noise of rate 1,
-    and the token that arrives first has distribution p.
+    The draw inverts the cumulative distribution, first that of blocks of tokens and then that of the tokens in the
+    block. Probabilities are counted in integers, because a GPU has no deterministic cumulative sum of floats.
 
     Args:
         logits: [rows, vocabulary] next-token logits.
@@ -101,9 +120,27 @@ def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generat
         return torch.where(valid, logits.argmax(dim=-1), INVALID_TOKEN)
     logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
     probabilities = logits.softmax(dim=-1)
-    # With noise of exactly 0, which is not rare in a large vocabulary, even the least likely token would win.
-    noise = torch.empty_like(probabilities).exponential_(generator=generator).clamp_(min=SMALLEST_NOISE)
-    return torch.where(valid, probabilities.div_(noise).argmax(dim=-1), INVALID_TOKEN)
+    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).view(len(logits), -1, BLOCK)
+    random = torch.randint(2**62, (2, len(logits)), device=logits.device, generator=generator)
+    block = _choose(blocks.sum(dim=-1), random[0])
+    within = _choose(blocks[torch.arange(len(logits), device=logits.device), block], random[1])
+    return torch.where(valid, block * BLOCK + within, INVALID_TOKEN)
+
+
+def _choose(weights: Tensor, random: Tensor) -> Tensor:
+    """Choose an index per row with probabilities in proportion to its weights.
+
+    Args:
+        weights: [rows, choices] weights of at least 0. The result is undefined in rows with NaN.
+        random: [rows] random integers below 2^62, of which the remainder after division is as good as uniform.
+
+    Returns:
+        [rows] indices. A weight of 0 is never chosen.
+    """
+    relative = (weights / weights.amax(dim=-1, keepdim=True)).nan_to_num()
+    cumulative = (relative * 2**40).long().cumsum(dim=-1)
+    target = random % cumulative[:, -1].clamp(min=1)
+    return (cumulative <= target[:, None]).sum(dim=-1).clamp(max=weights.shape[1] - 1)
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:

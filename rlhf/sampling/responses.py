@@ -1,6 +1,6 @@
 """Responses in the making: one decoding step after the other, for ``sample`` and ``stream`` alike."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,10 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError, UserError
 from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
+from rlhf.sampling.lean import LeanBatch, has_lean_decoder
 from rlhf.sampling.params import SamplingParams
+
+REFILL = 8  # The next prompts are computed when one in this many rows is free.
 
 
 class Decoding:
@@ -21,6 +24,8 @@ class Decoding:
         stop_ids: Ids of the tokens that end a response.
         vocab_size: Number of token ids that may be drawn.
         interval: Number of steps after which finished responses leave the batch.
+        places: Largest number of responses that are decoded at once. The next prompts take the places of finished
+            responses. It has no effect for models without a lean decoder.
         generator: Random state of the draws, on the device of the model. None: the global random state of torch.
 
     Raises:
@@ -36,17 +41,26 @@ class Decoding:
         stop_ids: Collection[int],
         vocab_size: int,
         interval: int,
+        places: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _check_positions(lm, max(map(len, prompts)) + params.max_new_tokens)
-        self.params, self.stop_ids, self.vocab_size, self.interval = params, set(stop_ids), vocab_size, interval
-        self.generator = generator
-        self.batch = DecodingBatch(lm, prompts)
+        capacity = max(map(len, prompts)) + params.max_new_tokens
+        _check_positions(lm, capacity)
+        self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
+        self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
+        batch: type[LeanBatch | DecodingBatch] = LeanBatch if has_lean_decoder(lm) else DecodingBatch
+        places = min(places or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
+        self.batch = batch(lm, places, capacity + interval)  # A finished row goes on until the end of an interval.
         self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)
-        self.unfinished = torch.arange(len(prompts), device=lm.device)  # index of the prompt of each row of the batch
-        self.finished = torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
-        self.drawn = torch.zeros(len(prompts), params.max_new_tokens, dtype=torch.long, device=lm.device)
+        # Of each row: the index of its prompt, the number of drawn tokens, the last one, and whether it is finished.
+        self.prompt = torch.zeros(places, dtype=torch.long, device=lm.device)
+        self.drawn_count, self.token = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
+        self.finished = torch.zeros(places, dtype=torch.bool, device=lm.device)
+        # Of each prompt: the drawn tokens. The last column is for what rows draw after their last token.
+        self.drawn = torch.zeros(len(prompts), params.max_new_tokens + 1, dtype=torch.long, device=lm.device)
+        self.started = 0  # number of prompts that have been computed
         self.steps = 0
+        self.steps_left = 0  # number of steps after which all rows are finished
         self.is_done = False
 
     def step(self) -> None:
@@ -54,34 +68,67 @@ class Decoding:
 
         ``is_done`` is True after the last step.
         """
-        # 1. Compute the next-token logits: of the whole prompt first, then of one new token.
-        logits = self.batch.next_logits()[:, : self.vocab_size]
-
-        # 2. Draw one token per row. A finished row is continued until it leaves the batch.
-        tokens = draw_tokens(logits, self.params, self.generator)
-        self.drawn[self.unfinished, self.steps] = tokens
-        self.finished |= (tokens[:, None] == self.ends).any(dim=1)
+        if self.steps == 0:
+            self._start(range(len(self.prompt)))
+        else:
+            self._draw(slice(self.batch.count), self.batch.decode(self.token[: self.batch.count]))
+            self.steps_left -= 1
         self.steps += 1
-
-        # 3. Remove the finished rows. Only here, the host waits for the device.
-        if self.steps == self.params.max_new_tokens:
+        # Only here, the host waits for the device.
+        if self.started < len(self.prompts) or self.steps_left:
+            if self.steps % self.interval == 0:
+                self._release()
+        else:
             self.is_done = True
-            return
-        if self.steps % self.interval == 0:
-            rows = (~self.finished).cpu().nonzero()[:, 0]
-            if not len(rows):
-                self.is_done = True
-                return
-            if len(rows) < len(self.finished):
-                rows = rows.to(tokens.device)
-                self.batch.keep(rows)
-                self.unfinished, self.finished, tokens = self.unfinished[rows], self.finished[rows], tokens[rows]
 
-        # 4. Feed the new tokens to the next step.
-        self.batch.append(tokens.clamp(min=0))
+    def _start(self, rows: Sequence[int]) -> None:
+        """Compute the next prompts in the given rows, and draw the first token of each response."""
+        numbers = range(self.started, self.started + len(rows))
+        self.started = numbers.stop
+        index = torch.tensor(rows, device=self.prompt.device)
+        self.prompt[index] = torch.tensor(numbers, device=self.prompt.device)
+        self.drawn_count[index] = 0
+        self.finished[index] = False
+        self._draw(index, self.batch.prefill(rows, [self.prompts[number] for number in numbers]))
+        self.steps_left = self.params.max_new_tokens - 1
+
+    def _draw(self, rows: Tensor | slice, logits: Tensor) -> None:
+        """Draw a token for each of the given rows."""
+        tokens = draw_tokens(logits[:, : self.vocab_size], self.params, self.generator)
+        count = self.drawn_count[rows]
+        self.drawn[self.prompt[rows], count.clamp(max=self.params.max_new_tokens)] = torch.where(
+            self.finished[rows], 0, tokens
+        )
+        ends = (tokens[:, None] == self.ends).any(dim=1) | (count + 1 >= self.params.max_new_tokens)
+        self.finished[rows] = self.finished[rows] | ends
+        self.drawn_count[rows] = count + 1
+        self.token[rows] = tokens.clamp(min=0)
+
+    def _release(self) -> None:
+        """Give the places of finished rows to the next prompts, or remove these rows."""
+        count = self.batch.count
+        rows: list[int] = self.finished[:count].nonzero()[:, 0].tolist()
+        if not rows:
+            return
+        waiting = len(self.prompts) - self.started
+        if waiting and isinstance(self.batch, LeanBatch):
+            if len(rows) < min(waiting, -(-count // REFILL)):  # Several prompts at once are computed faster.
+                self.batch.rewind(rows)
+                return
+            self._start(rows[:waiting])
+            rows = rows[waiting:]
+        if len(rows) == count:
+            self.is_done = True
+        elif rows:
+            order = torch.tensor(self.batch.remove(rows), device=self.prompt.device)
+            for values in (self.prompt, self.drawn_count, self.token, self.finished):
+                values[: len(order)] = values[order]
 
     def last_tokens(self) -> Tensor:
-        """[prompts] the tokens that the last step has drawn; undefined for responses that were finished before."""
+        """[prompts] the tokens that the last step has drawn; undefined for responses that were finished before.
+
+        Only if all responses have been started in the first step.
+        """
         return self.drawn[:, self.steps - 1]
 
     def responses(self) -> list[list[int]]:
@@ -90,7 +137,7 @@ class Decoding:
         Raises:
             UserError: The logits of a token were NaN or infinite.
         """
-        return [_response(tokens, self.stop_ids) for tokens in self.drawn.tolist()]
+        return [_response(tokens, self.stop_ids) for tokens in self.drawn[:, :-1].tolist()]
 
 
 def _response(tokens: list[int], stop_ids: set[int]) -> list[int]:

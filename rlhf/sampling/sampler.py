@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.errors import ConfigError
 from rlhf.models import gathered
 from rlhf.sampling.decoding import INVALID_TOKEN
+from rlhf.sampling.lean import has_lean_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
@@ -49,15 +50,23 @@ class LocalSampler(Sampler):
     Args:
         stop_interval: Number of decoding steps after which finished responses leave the batch. Each time, the host
             waits for the device. null: 1 on the CPU, 8 elsewhere. Responses end at their stop token in any case.
+        batch_size: Number of responses to sample at once, which limits the memory of sampling. In models that have a
+            lean decoder (``speed.lean_decoding``), the next prompt takes the place of a finished response. null: all.
     """
 
-    def __init__(self, *, stop_interval: PositiveInt | None = None) -> None:
+    def __init__(self, *, stop_interval: PositiveInt | None = None, batch_size: PositiveInt | None = None) -> None:
         if stop_interval is not None and stop_interval < 1:
             raise ConfigError(
                 f"stage.sampler.stop_interval must be at least 1 or null, got {stop_interval}.",
                 "Set stage.sampler.stop_interval=8.",
             )
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(
+                f"stage.sampler.batch_size must be at least 1 or null, got {batch_size}.",
+                "Set stage.sampler.batch_size=32.",
+            )
         self.stop_interval = stop_interval
+        self.batch_size = batch_size
         self.policy: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -68,10 +77,13 @@ class LocalSampler(Sampler):
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
         with self._ready() as lm:
-            decoding = self._decoding(lm, prompts, params)
-            while not decoding.is_done:
-                decoding.step()
-            responses = decoding.responses()
+            size = len(prompts) if self.batch_size is None or has_lean_decoder(lm) else self.batch_size
+            responses = []
+            for start in range(0, len(prompts), size):
+                decoding = self._decoding(lm, prompts[start : start + size], params, places=self.batch_size)
+                while not decoding.is_done:
+                    decoding.step()
+                responses += decoding.responses()
         return Rollout.from_responses(prompts, responses, decoding.stop_ids, lm.device)
 
     @torch.no_grad()
@@ -130,6 +142,7 @@ class LocalSampler(Sampler):
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         generator: torch.Generator | None = None,
+        places: int | None = None,
     ) -> Decoding:
         assert self.tokenizer is not None, "sync sets the policy and the tokenizer"
         return Decoding(
@@ -139,6 +152,7 @@ class LocalSampler(Sampler):
             stop_ids=params.stop_ids(self.tokenizer),
             vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
             interval=self.stop_interval or (1 if lm.device.type == "cpu" else 8),
+            places=places,
             generator=generator,
         )
 

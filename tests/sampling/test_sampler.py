@@ -22,6 +22,7 @@ from transformers import (
 from rlhf.errors import ConfigError, UserError
 from rlhf.models import Mamba, ModelSource, Transformer
 from rlhf.sampling import LocalSampler, Rollout, SamplingParams
+from rlhf.speed import speed
 
 EOS = 2
 PROMPTS = [[1, 5, 260, 17, 3, 99, 41, 7, 20], [1, 30], [9], [1, 270, 281, 33, 12]]
@@ -173,7 +174,8 @@ def test_attention_mask_per_decoding_step(
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", spy)
-    sample(model, PROMPTS, SamplingParams(max_new_tokens=4, temperature=0.0))
+    with speed(lean_decoding=False):
+        sample(model, PROMPTS, SamplingParams(max_new_tokens=4, temperature=0.0))
     state_space = architecture in ("mamba", "mamba1", "falcon_mamba")
     assert widths == ([9, None, None, None] if state_space else [9, 10, 11, 12])
 
