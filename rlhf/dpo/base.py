@@ -19,7 +19,7 @@ from rlhf.dpo.preflight import checks
 from rlhf.dpo.reference import ReferenceModule
 from rlhf.dpo.samples import sample_responses
 from rlhf.errors import ConfigError
-from rlhf.models import ModelSource, Policy, disable_dropout
+from rlhf.models import ModelSource, Policy, allows_shared_prompts, disable_dropout
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import (
     FractionBelowOne,
@@ -150,6 +150,7 @@ class PreferenceModule(ReferenceModule):
 
     def open_models(self) -> None:
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
+        allows_shared_prompts(self.policy.lm.base_model)
         if not self.reference_free:
             self.reference = self.open_reference()
 

@@ -14,7 +14,7 @@ from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.data.labeled_batches import LabeledBatch
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.errors import ConfigError
-from rlhf.models import Frozen, Policy, open_reference
+from rlhf.models import Frozen, Policy, allows_shared_prompts, open_reference
 from rlhf.stage import StageModule
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import separate_random_state
@@ -44,7 +44,9 @@ class ReferenceModule(StageModule):
 
     def open_reference(self) -> Frozen:
         """Open the reference model."""
-        return Frozen(open_reference(self.source, self.tokenizer, self.policy))
+        reference = open_reference(self.source, self.tokenizer, self.policy)
+        allows_shared_prompts(reference.lm.base_model)
+        return Frozen(reference)
 
     @contextmanager
     def opened_reference(self) -> Iterator[Frozen]:

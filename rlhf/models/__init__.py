@@ -9,6 +9,7 @@ from rlhf.models.logits import cache_name
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
+from rlhf.models.shared_prompts import allows_shared_prompts
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
 from rlhf.models.token_statistics import EntropyMode
 from rlhf.models.tokenizer import chat_template, train_tokenizer
@@ -33,6 +34,7 @@ __all__ = [
     "Transformer",
     "WithAdapter",
     "adapter_of",
+    "allows_shared_prompts",
     "base_weights",
     "cache_name",
     "cast_frozen_matrices",

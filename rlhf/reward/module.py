@@ -15,7 +15,7 @@ from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
 from rlhf.distributed import gather_objects, sum_over_ranks
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
-from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout
+from rlhf.models import ModelSource, ScalarHead, ScalarModel, allows_shared_prompts, disable_dropout
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
 from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
@@ -117,6 +117,7 @@ class RewardModule(StageModule):
                 f"stage.input_dim must be {width}, the width of the model's hidden states, got {self.input_dim}.",
                 f"Set stage.input_dim={width} or stage.input_dim=null.",
             )
+        allows_shared_prompts(lm.base_model)
         self.model = ScalarModel(lm.base_model, ScalarHead(width, **self.head_settings))
 
     # Training

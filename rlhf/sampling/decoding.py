@@ -101,7 +101,9 @@ class DecodingBatch:
         return order
 
 
-def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+def draw_tokens(
+    logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None, ranks: Tensor | None = None
+) -> Tensor:
     """Draw one token per row, without reading anything on the host.
 
     The draw inverts the cumulative distribution, first that of blocks of tokens and then that of the tokens in the
@@ -111,6 +113,7 @@ def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generat
         logits: [rows, vocabulary] next-token logits.
         params: Temperature and filters.
         generator: Random state, on the device of the logits. None: the global random state of torch.
+        ranks: [rows] which of the random numbers each row gets. None: in order.
 
     Returns:
         [rows] token ids; ``INVALID_TOKEN`` in rows whose largest logit is NaN or infinite.
@@ -121,7 +124,8 @@ def draw_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generat
     logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
     probabilities = logits.softmax(dim=-1)
     blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).view(len(logits), -1, BLOCK)
-    random = torch.randint(2**62, (2, len(logits)), device=logits.device, generator=generator)
+    random = torch.randint(2**30, (2, len(logits)), device=logits.device, generator=generator)
+    random = random if ranks is None else random[:, ranks]
     block = _choose(blocks.sum(dim=-1), random[0])
     within = _choose(blocks[torch.arange(len(logits), device=logits.device), block], random[1])
     return torch.where(valid, block * BLOCK + within, INVALID_TOKEN)
@@ -132,14 +136,16 @@ def _choose(weights: Tensor, random: Tensor) -> Tensor:
 
     Args:
         weights: [rows, choices] weights of at least 0. The result is undefined in rows with NaN.
-        random: [rows] random integers below 2^62, of which the remainder after division is as good as uniform.
+        random: [rows] random integers below 2^30.
 
     Returns:
         [rows] indices. A weight of 0 is never chosen.
     """
     relative = (weights / weights.amax(dim=-1, keepdim=True)).nan_to_num()
     cumulative = (relative * 2**40).long().cumsum(dim=-1)
-    target = random % cumulative[:, -1].clamp(min=1)
+    total = cumulative[:, -1]
+    # random / 2^30 * total, rounded down. Its parts do not overflow, and rounding errors of weights change it little.
+    target = (total >> 30) * random + ((total & (2**30 - 1)) * random >> 30)
     return (cumulative <= target[:, None]).sum(dim=-1).clamp(max=weights.shape[1] - 1)
 
 

@@ -94,7 +94,9 @@ class Decoding:
 
     def _draw(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Draw a token for each of the given rows."""
-        tokens = draw_tokens(logits[:, : self.vocab_size], self.params, self.generator)
+        # Random numbers go to responses in the order of their prompts, wherever their rows are.
+        ranks = self.prompt[rows].argsort().argsort()
+        tokens = draw_tokens(logits[:, : self.vocab_size], self.params, self.generator, ranks)
         count = self.drawn_count[rows]
         self.drawn[self.prompt[rows], count.clamp(max=self.params.max_new_tokens)] = torch.where(
             self.finished[rows], 0, tokens
@@ -107,7 +109,7 @@ class Decoding:
     def _release(self) -> None:
         """Give the places of finished rows to the next prompts, or remove these rows."""
         count = self.batch.count
-        rows: list[int] = self.finished[:count].nonzero()[:, 0].tolist()
+        rows: list[int] = self.finished[:count].cpu().nonzero()[:, 0].tolist()
         if not rows:
             return
         waiting = len(self.prompts) - self.started

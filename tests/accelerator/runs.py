@@ -17,6 +17,7 @@ from rlhf.data import PromptDataModule
 from rlhf.evaluate import EvaluateModule
 from rlhf.models import ModelSource, Pretrained
 from rlhf.sampling import LocalSampler, SamplingParams
+from rlhf.speed import speed
 
 # Every kind of training: its stage and its keywords.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,11 +34,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """Let runs on the device and on the CPU draw the same random numbers and compute attention the same way.
+    """Let runs on the device and on the CPU draw the same random numbers and compute the same tensors.
 
-    The device has no fused attention.
+    The device has no fused attention, and the CPU does not compute rows in groups of like length.
     """
-    with emulated_device(own_generator=False), sdpa_kernel(SDPBackend.MATH):
+    with emulated_device(own_generator=False), sdpa_kernel(SDPBackend.MATH), speed(row_groups=1):
         yield
 
 

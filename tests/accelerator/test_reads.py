@@ -35,7 +35,8 @@ def test_a_training_step_hardly_reads(runs: DeviceRuns, kind: str) -> None:
     """Forward and backward pass, clipping, the optimizer's step and what Lightning does around them.
 
     In transformers, each forward pass of a model with attention reads once to find packed sequences. PPO has two
-    forward passes, of policy and critic; KTO has two of the policy.
+    forward passes, of policy and critic. DPO has one of the policy and, in the first epoch, one of the reference model;
+    KTO has two of each.
     """
     step_reads = StepReads()
     run = runs.run(kind, callbacks=[step_reads], trainer={"gradient_clip_val": 1.0})
@@ -43,7 +44,7 @@ def test_a_training_step_hardly_reads(runs: DeviceRuns, kind: str) -> None:
     run.fit()
     assert len(step_reads.steps) >= 2
     for reads in step_reads.steps:
-        assert len(reads) <= 3, summarize(reads)
+        assert len(reads) <= (5 if kind == "kto" else 3), summarize(reads)
 
 
 @pytest.mark.parametrize("runs", ["transformer", "mamba", "pretrained"], indirect=True)

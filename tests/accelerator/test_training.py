@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_is_caught_between_two_logged_steps(runs: Devi
     run.trainer.callbacks.remove(run.recorder)
     with pytest.raises(TrainingError, match="optimizer step 2: the loss is nan"):
         run.fit()
-    assert len(reads.steps[0]) <= 3, summarize(reads.steps[0])
+    assert len(reads.steps[0]) <= (5 if kind == "kto" else 3), summarize(reads.steps[0])
     reads.recording.__exit__(None, None, None)
 
 

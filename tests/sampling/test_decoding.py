@@ -54,7 +54,7 @@ def test_draws_from_a_large_vocabulary_pass_a_chi_square_test() -> None:
     assert abs(((found - expected).square() / expected).sum() - 299) < 4 * (2 * 299) ** 0.5
 
 
-@pytest.mark.parametrize("random", [0, 2**62 - 1, 2**40 - 1, 2**40])
+@pytest.mark.parametrize("random", [0, 1, 2**29, 2**30 - 1])
 def test_a_token_that_the_filters_removed_is_never_drawn(monkeypatch: pytest.MonkeyPatch, random: int) -> None:
     """Not even with the smallest and the largest random number. The kept tokens are in different blocks of 128."""
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, random))

@@ -138,6 +138,22 @@ def test_places_are_filled_with_the_next_prompts(batch_size: int, interval: int)
     assert greedy(lm, prompts, stop, batch_size=batch_size, stop_interval=interval) == expected
 
 
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_sampled_responses_do_not_depend_on_the_decoder(temperature: float) -> None:
+    """With the same seed, they are the same, although rows leave the batch at different steps."""
+    lm = model(LEAN["llama"])
+    params = SamplingParams(max_new_tokens=12, temperature=temperature, stop_tokens=[str(t) for t in range(0, 300, 6)])
+    responses = []
+    for lean in (True, False):
+        sampler = LocalSampler()
+        sampler.sync(lm, IdTokenizer())
+        torch.manual_seed(0)
+        with speed(lean_decoding=lean):
+            responses.append(sampler.sample(PROMPTS * 5, params).response_ids())
+    assert len({len(response) for response in responses[0]}) >= 6
+    assert responses[0] == responses[1]
+
+
 def test_other_models_sample_in_chunks() -> None:
     """Five prompts, two at a time: three forward passes over prompts."""
     lm, sizes = model(OTHERS["learned positions"]), []
