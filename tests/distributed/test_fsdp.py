@@ -245,13 +245,17 @@ def resumed(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_checkpoints_continue_on_another_number_of_ranks(resumed: Any, stage: str) -> None:
-    """Directories and files, from 1 rank to 2, from 2 ranks to 1, and from 2 ranks to a run that is not sharded."""
+    """Directories and files, from 1 rank to 2, from 2 ranks to 1, and from 2 ranks to a run that is not sharded.
+
+    In PPO, AdamW turns rounding errors of tiny gradients into larger ones, at a learning rate of 3e-4.
+    """
+    limit = 1e-4 if stage == "ppo" else LIMIT
     runs = {key: value for key, value in resumed.items() if key[0] == stage}
     assert len(runs) == 5
     expected = runs.pop((stage, "plain", 2, 0))
     for key, run in runs.items():
         assert run["steps"] == expected["steps"] == 4, key
-        assert largest_difference(expected["weights"], run["weights"]) <= LIMIT, key
+        assert largest_difference(expected["weights"], run["weights"]) <= limit, key
         states = {name: pytest.approx(state) for name, state in extra_state(expected["weights"]).items()}
         assert extra_state(run["weights"]) == states, key
         assert bool(states) == (stage == "ppo")
