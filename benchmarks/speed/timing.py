@@ -1,0 +1,73 @@
+"""What every side measures: the time, the page faults and the memory of its optimizer steps."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 2  # steps that are not measured
+
+
+class Steps:
+    """Records the end of every step.
+
+    Args:
+        path: File to write after every step.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.steps: list[dict[str, float]] = []
+        self.rows: list[list[int]] = []
+
+    def end(self, sequences: int, tokens: int, rows: list[int] | None = None) -> None:
+        """Record the end of a step.
+
+        Args:
+            sequences: Number of its rows, pairs or episodes.
+            tokens: Number of its real tokens.
+            rows: Numbers of its rows in the data, from 0.
+        """
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.steps.append(
+            {
+                "time": time.perf_counter(),
+                "sequences": sequences,
+                "tokens": tokens,
+                "faults": usage.ru_minflt,
+                "own": usage.ru_utime + usage.ru_stime,
+                "all": _busy_seconds(),
+            }
+        )
+        self.rows.append(rows or [])
+        self.path.write_text(json.dumps({**self.summary(), "rows": self.rows}))
+
+    def summary(self) -> dict[str, float]:
+        """Return means over the measured steps, and the peak memory of the process in MiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if len(self.steps) <= WARM_UP:
+            return {"peak": peak}
+        first, last, count = self.steps[WARM_UP - 1], self.steps[-1], len(self.steps) - WARM_UP
+        seconds = last["time"] - first["time"]
+        others = (last["all"] - first["all"]) - (last["own"] - first["own"])
+        return {
+            "sequences_per_s": sum(step["sequences"] for step in self.steps[WARM_UP:]) / seconds,
+            "tokens_per_s": sum(step["tokens"] for step in self.steps[WARM_UP:]) / seconds,
+            "faults_per_step": (last["faults"] - first["faults"]) / count,
+            "peak": peak,
+            "others": max(others, 0.0) / seconds / (os.cpu_count() or 1),
+        }
+
+
+def _busy_seconds() -> float:
+    """Return the processor time that all processes of the machine have taken."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq = fields[:7]
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def tokens_of(batch: Any) -> int:
+    """Return the number of real tokens of one of our batches."""
+    return int(batch.token_count)
