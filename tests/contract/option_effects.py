@@ -144,6 +144,7 @@ ELSEWHERE = {
     "stage.sample_interval": "only shown: tests/rl",
     "stage.max_new_tokens": "of the samples that are shown",
     "stage.sampler.stop_interval": "speed: tests/sampling/test_sampler.py shows equal responses",
+    "stage.sampler.batch_size": "memory: tests/sampling/test_lean.py shows equal responses",
     "stage.gradient_checkpointing": "memory: tests/models/test_checkpointing.py shows equal gradients",
     "stage.on_nonfinite": "needs a value that is not finite: tests/test_nonfinite.py shows what it changes",
     "stage.max_nonfinite_steps": "needs values that are not finite: tests/test_nonfinite.py shows what it changes",
