@@ -1,4 +1,4 @@
-"""Measures the speed of this project beside TRL and beside a careful loop in plain PyTorch, on the CPU.
+"""Measures the speed of this project compared with TRL and with a careful loop in plain PyTorch, on the CPU.
 
     python benchmarks/speed/run.py --demonstrations FILE --pairs FILE --solutions FILE --make-trl DIR
 

@@ -1,4 +1,4 @@
-"""Measures sampling: ``LocalSampler`` beside ``generate`` of transformers, in turns, in one process.
+"""Measures sampling: ``LocalSampler`` compared with ``generate`` of transformers, in turns, in one process.
 
     python benchmarks/speed/sampling.py WORK/T/lm --rows 1 32 128 --lengths FILE
 
