@@ -51,6 +51,14 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object], *, concurrent
     _sync_directory(path.parent)
 
 
+def replace_part(part: Path, path: Path) -> None:
+    """Flush a file that has been written under another name to disk, and give it its final name."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    _sync_directory(path.parent)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file with ``atomic_write``."""
     data = (json.dumps(content, indent=2) + "\n").encode()

@@ -61,7 +61,7 @@ def test_csv_has_samples_and_figures_as_files(tmp_path: Path) -> None:
     for step in (1, 2):
         log_table([logger], HEADER, ROWS, name="samples", step=step)
     log_figure([logger], "report", plot, step=2)
-    rows = [json.loads(line) for line in (tmp_path / "csv" / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "csv" / "samples.jsonl").open(newline="\n")]
     assert rows[:2] == [
         {"step": 1, "prompt": "It rains.", "score": 0.123456},
         {"step": 1, "prompt": "a\nb", "score": -2.0},

@@ -25,6 +25,7 @@ from rlhf.data import EncodedResponse, Encoder, SequenceBatch
 from rlhf.errors import UserError
 from rlhf.export import Export, save_result
 from rlhf.models import Pretrained
+from rlhf.models.trunk import HiddenStates
 from rlhf.preflight import PreflightFailed
 from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
 from rlhf.sft import SFTModule
@@ -230,9 +231,12 @@ def test_leaking_padding_is_found(tiny_run: TinyRun, stage: str, monkeypatch: py
 
     correct = backbone.hidden_states
 
-    def leaky(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = correct(trunk, input_ids, attention_mask)
-        return hidden + hidden.mean(dim=1, keepdim=True)
+    def leaky(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, **layout: Any) -> HiddenStates:
+        embedding: Any = trunk.get_input_embeddings()
+        mean = embedding(input_ids).mean(dim=1, keepdim=True).expand(*input_ids.shape, -1).flatten(0, 1)
+        hidden = correct(trunk, input_ids, attention_mask, **layout)
+        states = hidden.at(*torch.ones_like(input_ids).nonzero(as_tuple=True))
+        return HiddenStates(states + mean, torch.arange(input_ids.numel()).view_as(input_ids))
 
     for name in ("backbone", "scalar"):
         monkeypatch.setattr(f"rlhf.models.{name}.hidden_states", leaky)

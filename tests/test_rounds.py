@@ -99,7 +99,7 @@ def test_a_round_of_every_kind_runs(repo: Path, tmp_path: Path, architecture: st
     ]
     run_train(repo, tmp_path, *command)
     run = tmp_path / "rlhf"
-    rows = [json.loads(line) for line in (run / "round_1" / "collect" / "preferences.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "round_1" / "collect" / "preferences.jsonl").open(newline="\n")]
     assert 0 < len(rows) <= 16
     assert all(row["chosen_score"] > row["rejected_score"] for row in rows)
     metrics = json.loads((run / "round_1" / "evaluate" / "metrics.json").read_text())

@@ -38,7 +38,7 @@ from cases import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data import PreferenceDataModule, SequenceBatch, UnpairedDataModule, replace_response
+from rlhf.data import EncodedResponse, PreferenceDataModule, SequenceBatch, UnpairedDataModule, replace_response
 from rlhf.dpo import DPOModule, KTOModule, objective
 from rlhf.models import Pretrained
 from rlhf.ppo import PPOModule
@@ -120,14 +120,17 @@ def in_file_order(datamodule: type) -> type:
         def train_dataloader(self) -> Any:
             return self.loader("train")
 
-        def encoded(self, split: str) -> list[Any]:
+        def encoded(self, split: str) -> Any:
             rows = super().encoded(split)
             if datamodule is UnpairedDataModule:
-                for first in range(0, len(rows), BATCH_SIZE):
-                    batch = rows[first : first + BATCH_SIZE]
-                    for row, previous in zip(batch, [batch[-1], *batch], strict=False):
-                        bos = self.tokenizer.bos_token_id
-                        row.mismatched = replace_response(row.text, previous.text, MAX_LENGTH, bos)
+                bos, last = self.tokenizer.bos_token_id, len(rows) - 1
+
+                def mismatched(index: int) -> EncodedResponse:
+                    first = index - index % BATCH_SIZE
+                    previous = index - 1 if index > first else min(first + BATCH_SIZE - 1, last)
+                    return replace_response(rows.value(index, "text"), rows.value(previous, "text"), MAX_LENGTH, bos)
+
+                rows.extend("mismatched", mismatched)
             return rows
 
     return InFileOrder

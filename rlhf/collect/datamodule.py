@@ -1,9 +1,11 @@
 """Prompts to collect preferences for."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data import PromptDataModule
+from rlhf.data.reading import select
 from rlhf.schema import PositiveInt
 
 
@@ -19,11 +21,11 @@ class CollectDataModule(PromptDataModule):
         super().__init__(**keys)
         self.num_prompts = num_prompts
 
-    def records(self, split: str) -> list[Any]:
+    def records(self, split: str) -> Sequence[Any]:
         records = super().records(split)
         if split == "train" and self.num_prompts is not None and len(records) > self.num_prompts:
             chosen = sorted(random.Random(self.seed).sample(range(len(records)), self.num_prompts))
-            self._records["train"] = records = [records[index] for index in chosen]
+            self._records["train"] = records = select(records, chosen)
         return records
 
     def setup(self, stage: str) -> None:

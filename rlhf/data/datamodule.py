@@ -2,20 +2,23 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batches import Batch
+from rlhf.data.cache import DataCache
 from rlhf.data.encode import Encoder
+from rlhf.data.encode_split import encode_split
 from rlhf.data.files import locations
 from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
-from rlhf.data.records import Message, Prompt, Record, prompt_of
+from rlhf.data.records import Prompt, Record, prompt_of
 from rlhf.data.report import report_encoded
+from rlhf.data.rows import Rows
 from rlhf.errors import ConfigError
 from rlhf.models.tokenizer import chat_template
 from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed
@@ -23,8 +26,6 @@ from rlhf.tokenizer_probe import check_template
 
 log = logging.getLogger(__name__)
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
-PROGRESS_BAR_RECORDS = 2000  # fewer records are encoded within seconds
-ENCODED_RECORDS = 256  # records that are encoded at once
 
 
 class RecordDataModule(lightning.LightningDataModule):
@@ -51,6 +52,8 @@ class RecordDataModule(lightning.LightningDataModule):
         eval_batch_size: Rows per validation or test batch and device.
         on_error: What to do with rows that are not valid records: ``stop``, or ``skip`` and count them.
         seed: Seed of the batch order and of the held-out records.
+        cache_dir: Directory where the token ids of 2,000 rows or more are stored, by the content of the data and of the
+            tokenizer, so that the next run reads them; null: they are not stored.
         tokenizer: Tokenizer that encodes the records; None for the tokenizer of the LightningModule.
     """
 
@@ -75,6 +78,7 @@ class RecordDataModule(lightning.LightningDataModule):
         eval_batch_size: PositiveInt = 64,
         on_error: Literal["stop", "skip"] = "stop",
         seed: Seed = 0,
+        cache_dir: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -92,10 +96,11 @@ class RecordDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.tokenizer = tokenizer
-        self._records: dict[str, list[Any]] = {}
-        self._rows: dict[str, list[Any]] = {}
-        self._row_numbers: dict[str, list[int | None]] = {}  # where each of these rows is in the data, from 0
+        self.cache = DataCache(Path(cache_dir)) if cache_dir is not None else None
+        self._records: dict[str, Sequence[Any]] = {}
+        self._rows: dict[str, Rows] = {}
         self._loader_state: dict[str, int] | None = None  # of the checkpoint that training resumes from
+        self._common_attributes = set(vars(self))
 
     @staticmethod
     def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -131,13 +136,15 @@ class RecordDataModule(lightning.LightningDataModule):
 
     # Records
 
-    def records(self, split: str) -> list[Any]:
+    def records(self, split: str) -> Sequence[Any]:
         """Return the records of ``train``, ``val`` or ``test`` in file order; an empty list if there are no data."""
         if split == "val" and self.paths["val"] is None:
             self.records("train")  # holds out the validation records
         if split not in self._records:
             path = self.paths[split]
-            self._records[split] = self.reader.read(path, split, self.record_types) if path is not None else []
+            self._records[split] = (
+                self.reader.read(path, split, self.record_types, self.cache) if path is not None else []
+            )
             if split == "train" and self._records[split] and self.paths["val"] is None and self.val_fraction > 0:
                 train, val = hold_out(self._records["train"], self.val_fraction, self.seed)
                 self._records.update(train=train, val=val)
@@ -183,22 +190,21 @@ class RecordDataModule(lightning.LightningDataModule):
         check_template(self.tokenizer)
         return Encoder(self.tokenizer, self.max_length)
 
-    def encoded(self, split: str) -> list[Any]:
+    def encode_settings(self) -> dict[str, Any]:
+        """Return what ``encode`` depends on in addition to the record, the tokenizer and ``max_length``.
+
+        These are the attributes of a subclass whose names do not begin with an underscore. Encoded rows are stored on
+        disk only if all values can be written as JSON.
+        """
+        names = vars(self).keys() - self._common_attributes - {"trainer"}
+        return {name: vars(self)[name] for name in names if not name.startswith("_")}
+
+    def encoded(self, split: str) -> Rows:
         """Return the encoded rows of a split. They are computed once."""
         if split not in self._rows:
-            encoder, records = self.encoder(), self.records(split)
-            quiet = len(records) < PROGRESS_BAR_RECORDS
-            rows: list[Any] = []
-            starts = range(0, len(records), ENCODED_RECORDS)
-            for start in track(starts, f"encoding {split}", transient=True, disable=quiet):
-                chunk = records[start : start + ENCODED_RECORDS]
-                encoder.prepare([pair for record in chunk for pair in _conversations(record)])
-                rows += [self.encode(encoder, record) for record in chunk]
-            self._rows[split] = [row for row in rows if row is not None]
-            used = (record for record, row in zip(records, rows, strict=True) if row is not None)
-            self._row_numbers[split] = [prompt_of(record).row for record in used]
-            if records:
-                report_encoded(self, split, encoder.counts, dropped=len(rows) - len(self._rows[split]))
+            self._rows[split], summary = encode_split(self, split)
+            if self.records(split):
+                report_encoded(self, split, summary)
         return self._rows[split]
 
     def sample_prompts(self, count: int, response_budget: int = 64) -> list[tuple[list[int], Prompt]]:
@@ -226,7 +232,7 @@ class RecordDataModule(lightning.LightningDataModule):
         trainer = self.trainer
         rows = self.encoded(split)
         batches = BucketBatchSampler(
-            [self.length(row) for row in rows],
+            rows.lengths,
             self.batch_size if training else self.eval_batch_size,
             shuffle=training,
             bucket=self.bucket_by_length,
@@ -236,7 +242,7 @@ class RecordDataModule(lightning.LightningDataModule):
             world=trainer.world_size if trainer else 1,
         )
         per_step = trainer.accumulate_grad_batches if trainer and training else 1
-        loader = BatchLoader(rows, self.collate, batches, per_step, self._row_numbers[split])
+        loader = BatchLoader(rows, self.collate, batches, per_step, rows.numbers)
         if training and self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
@@ -265,10 +271,3 @@ class RecordDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loader_state = state["train"]
-
-
-def _conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
-    """Return the messages of a record's prompt with each of its responses, as ``Encoder.prepare`` takes them."""
-    prompt = prompt_of(record)
-    responses = [getattr(record, name) for name in ("response", "chosen", "rejected") if hasattr(record, name)]
-    return [(prompt.messages, response) for response in responses or [None]]

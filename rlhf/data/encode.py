@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,33 @@ class EncodedResponse:
     start: int
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A complete text with its token ids.
+
+    Args:
+        text: The text.
+        input_ids: Its token ids.
+        encoding: What a tokenizer of the ``tokenizers`` library returned for it; None for others.
+        ends: For each token the index in the text where it ends; empty if ``encoding`` has them.
+    """
+
+    text: str
+    input_ids: list[int]
+    encoding: Any = None
+    ends: Sequence[int] = ()
+
+    def first_token(self, position: int) -> int:
+        """Return the index of the first token that ends after a position in the text."""
+        if self.encoding is not None:
+            token: int | None = self.encoding.char_to_token(position)
+            if token is not None:
+                return token
+        # The tokenizer removed the character at this position.
+        ends = self.ends if self.encoding is None else [end for _, end in self.encoding.offsets]
+        return next((i for i, end in enumerate(ends) if end > position), len(self.input_ids))
+
+
 class Encoder:
     """Renders prompts and responses with the tokenizer's chat template and encodes them.
 
@@ -43,10 +71,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.counts: Counter[str] = Counter()
-        self._prepared: dict[tuple[int, str | None], tuple[str, list[int], list[int]]] = {}
-        self._ids: dict[int, int] = {}  # one object for each token id, so that rows take 8 bytes per token, not 36
+        self._prepared: dict[tuple[int, str | None], _Text] = {}
         self._bos: int | None = tokenizer.bos_token_id
-        self._adds_bos = self._bos is not None and self._encode("x", special=True)[0][:1] == [self._bos]
+        self._adds_bos = self._bos is not None and self._encode("x", special=True).input_ids[:1] == [self._bos]
 
     def prepare(self, conversations: Sequence[tuple[Sequence[Message], str | None]]) -> None:
         """Encode many conversations at once, which is faster, for the following calls of this object.
@@ -60,11 +87,8 @@ class Encoder:
         if not self.tokenizer.is_fast or not conversations:
             return
         texts = [self._render(messages, response) for messages, response in conversations]
-        with encoding():
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        columns = zip(conversations, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for (messages, response), text, input_ids, offsets in columns:
-            self._prepared[id(messages), response] = text, input_ids, [end for _, end in offsets]
+        for (messages, response), text in zip(conversations, self._encode_all(texts), strict=True):
+            self._prepared[id(messages), response] = text
 
     def encode_prompt(self, messages: Sequence[Message], *, reserve: int = 0) -> list[int]:
         """Encode a prompt up to the point where the response begins.
@@ -73,8 +97,7 @@ class Encoder:
             messages: The conversation.
             reserve: Number of tokens of ``max_length`` to keep free for the response.
         """
-        _, input_ids, _ = self._rendered(messages, None)
-        input_ids = self._one_bos(self._shared(input_ids))
+        input_ids = self._one_bos(self._rendered(messages, None).input_ids)
         limit = self.max_length - reserve
         self.counts["truncated_prompts"] += len(input_ids) > limit
         return _keep_end(input_ids, limit, self._bos)
@@ -90,7 +113,7 @@ class Encoder:
         the prompt would reveal which of them is the longer one.
         """
         opening = self._render(messages, response=None)
-        pairs = [self._split(opening, *self._rendered(messages, response)) for response in responses]
+        pairs = [self._split(opening, self._rendered(messages, response)) for response in responses]
         longest = max(len(response) for _, response in pairs)
         if longest > self.max_length - 1:
             self.counts["truncated_responses"] += sum(len(response) > self.max_length - 1 for _, response in pairs)
@@ -103,24 +126,17 @@ class Encoder:
             encoded.append(EncodedResponse(prompt + response[: self.max_length - 1], len(prompt)))
         return encoded
 
-    def _split(self, opening: str, text: str, input_ids: list[int], ends: list[int]) -> tuple[list[int], list[int]]:
+    def _split(self, opening: str, complete: _Text) -> tuple[list[int], list[int]]:
         """Split the token ids of a complete text where the response begins."""
+        text = complete.text
         boundary = len(opening) if text.startswith(opening) else _common_prefix_length(opening, text)
-        input_ids = self._shared(input_ids)
-        # A token that spans the boundary counts as part of the response.
-        start = next((i for i, end in enumerate(ends) if end > boundary), len(input_ids))
-        return self._one_bos(input_ids[:start]), self._one_eos(input_ids[start:])
+        start = complete.first_token(boundary)  # A token that spans the boundary counts as part of the response.
+        return self._one_bos(complete.input_ids[:start]), self._one_eos(complete.input_ids[start:])
 
-    def _shared(self, input_ids: list[int]) -> list[int]:
-        return [self._ids.setdefault(token, token) for token in input_ids]
-
-    def _rendered(self, messages: Sequence[Message], response: str | None) -> tuple[str, list[int], list[int]]:
-        """Return the text of a conversation, its token ids, and for each token the index in the text where it ends."""
+    def _rendered(self, messages: Sequence[Message], response: str | None) -> _Text:
+        """Return the text of a conversation with its token ids."""
         prepared = self._prepared.get((id(messages), response))
-        if prepared is None:
-            text = self._render(messages, response)
-            return text, *self._encode(text)
-        return prepared
+        return self._encode(self._render(messages, response)) if prepared is None else prepared
 
     def _render(self, messages: Sequence[Message], response: str | None) -> str:
         conversation = list(messages) if response is None else [*messages, {"role": "assistant", "content": response}]
@@ -140,14 +156,22 @@ class Encoder:
                 'Use another template: data.template="{prompt}\\n"',
             ) from error
 
-    def _encode(self, text: str, special: bool = False) -> tuple[list[int], list[int]]:
-        """Return the token ids of a text, and for each token the index in the text where it ends."""
+    def _encode(self, text: str, special: bool = False) -> _Text:
         if self.tokenizer.is_fast:
-            with encoding():
-                encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-            return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+            return self._encode_all([text], special)[0]
         input_ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        return input_ids, [len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
+        return _Text(
+            text, input_ids, ends=[len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
+        )
+
+    def _encode_all(self, texts: Sequence[str], special: bool = False) -> list[_Text]:
+        """Encode texts at once with a tokenizer of the ``tokenizers`` library, which uses all processors for it."""
+        with encoding():
+            encoded = self.tokenizer(
+                list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+            )
+        columns = zip(texts, encoded["input_ids"], encoded.encodings or (), strict=True)
+        return [_Text(*column) for column in columns]
 
     def _one_bos(self, prompt: list[int]) -> list[int]:
         """Start with exactly one BOS if the tokenizer or the template writes one, and with none otherwise."""
@@ -160,9 +184,10 @@ class Encoder:
     def _one_eos(self, response: list[int]) -> list[int]:
         """End with exactly one EOS. White space that a template writes after it, such as a line feed, is removed."""
         eos = self.tokenizer.eos_token_id
-        last = max((i for i, token in enumerate(response) if token == eos), default=None)
-        if last is not None and not str(self.tokenizer.decode(response[last + 1 :])).strip():
-            return response[: last + 1]
+        if eos in response:
+            end = len(response) - response[::-1].index(eos)
+            if end == len(response) or not str(self.tokenizer.decode(response[end:])).strip():
+                return response[:end]
         return [*response, eos]
 
 

@@ -6,7 +6,8 @@ null incorrectly (apache/arrow#51305), so that a file can crash the process.
 
 import codecs
 import json
-import mmap
+import os
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,16 +27,17 @@ class JsonLines(Sequence[Row]):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with open(path, "rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._starts, self._numbers = array("Q"), array("Q")
-        start = number = 0
-        while line := self._bytes.readline():
-            number += 1
-            if line.removeprefix(codecs.BOM_UTF8).strip():
-                self._starts.append(start)
-                self._numbers.append(number)
-            start += len(line)
+        start = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+        self._end = start
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -53,13 +55,22 @@ class JsonLines(Sequence[Row]):
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        self._bytes.seek(self._starts[index])
-        line = self._bytes.readline().removeprefix(codecs.BOM_UTF8)
+        line = self._read(index).partition(b"\n")[0].removeprefix(codecs.BOM_UTF8)
         try:
             return parse_line(line.decode())
         except UnicodeDecodeError as error:
             reason = f"the line is not UTF-8 ({error.reason} at byte {error.start})"
             raise RecordError(reason, fix=conversion_to_utf8(self.path)) from error
+
+    def _read(self, index: int) -> bytes:
+        """Return the content of the file from a row to the next one."""
+        # A mapped file would count as memory of this process.
+        start, following = self._starts[index], index % len(self) + 1
+        end = self._starts[following] if following < len(self) else self._end
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), end - start, start)
+        self._file.seek(start)  # Windows
+        return self._file.read(end - start)
 
     def line_number(self, index: int) -> int:
         """Return the number of a row's line, from 1. Blank lines count."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf.data.batches import Batch
@@ -30,7 +31,7 @@ class BucketBatchSampler:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         *,
         shuffle: bool,
@@ -40,7 +41,7 @@ class BucketBatchSampler:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.lengths = torch.tensor(lengths)
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size = min(batch_size, max(len(lengths) // world, 1))
         self.shuffle = shuffle
         self.bucket = bucket
@@ -92,7 +93,7 @@ class BatchLoader:
         collate: Makes a batch of a list of rows.
         batches: Yields the row indices of each batch.
         per_step: Batches per optimizer step and rank (``trainer.accumulate_grad_batches``).
-        row_numbers: Where each row is in the data, from 0, for messages.
+        row_numbers: Where each row is in the data, from 0, for messages; -1 if that is not known.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class BatchLoader:
         collate: Callable[[list[Any]], Batch],
         batches: BucketBatchSampler,
         per_step: int = 1,
-        row_numbers: Sequence[int | None] = (),
+        row_numbers: Sequence[int] | np.ndarray = (),
     ) -> None:
         self.rows = rows
         self.collate = collate
@@ -125,7 +126,8 @@ class BatchLoader:
     def _batch(self, indices: list[int]) -> Batch:
         if indices:
             batch = self.collate([self.rows[i] for i in indices])
-            batch.rows = [self.row_numbers[i] for i in indices] if self.row_numbers else []
+            numbers = [int(self.row_numbers[i]) for i in indices] if len(self.row_numbers) else []
+            batch.rows = [None if number < 0 else number for number in numbers]
             batch.indices = indices
             return batch
         # The other ranks have a batch here, and wait for this rank in collective operations.

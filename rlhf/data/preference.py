@@ -1,7 +1,7 @@
 """Data of the stages that train on preference pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder
 from rlhf.data.labeled_batches import PairBatch
 from rlhf.data.records import Preference, Record
+from rlhf.data.row_columns import NOT_STORED
 
 
 @dataclass
@@ -28,7 +29,7 @@ class EncodedPair:
     chosen: EncodedResponse
     rejected: EncodedResponse
     margin: float
-    ref_logprobs: tuple[float, float] | None = None
+    ref_logprobs: tuple[float, float] | None = field(default=None, metadata=NOT_STORED)
 
     @property
     def responses(self) -> tuple[EncodedResponse, EncodedResponse]:
@@ -42,8 +43,8 @@ class PreferenceDataModule(RecordDataModule):
 
     @property
     def has_margins(self) -> bool:
-        """True if a training record has a margin, which only some losses read."""
-        return any(record.margin for record in self.records("train") if isinstance(record, Preference))
+        """True if a preference pair of the training data has a margin, which only some losses read."""
+        return getattr(self.records("train"), "has_margins", False)
 
     def texts_of_record(self, record: Any) -> list[str]:
         return [*(message["content"] for message in record.prompt.messages), record.chosen, record.rejected]

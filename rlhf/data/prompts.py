@@ -1,5 +1,6 @@
 """Data of the stages that sample responses to prompts."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.batches import PromptBatch
@@ -7,6 +8,14 @@ from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import Encoder
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError
+
+
+@dataclass
+class EncodedPrompt:
+    """Token ids of a prompt, with its record."""
+
+    input_ids: list[int]
+    record: Prompt
 
 
 class PromptDataModule(RecordDataModule):
@@ -29,10 +38,13 @@ class PromptDataModule(RecordDataModule):
                 f"{self.max_length}. Prompts share data.max_length with responses.",
                 f"Set data.max_length={2 * budget}.",
             )
-        return encoder.encode_prompt(record.messages, reserve=budget), record
+        return EncodedPrompt(encoder.encode_prompt(record.messages, reserve=budget), record)
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {**super().encode_settings(), "response_budget": self.module.response_budget}
 
     def length(self, row: Any) -> int:
-        return len(row[0])
+        return len(row.input_ids)
 
     def collate(self, rows: list[Any]) -> PromptBatch:
-        return PromptBatch([input_ids for input_ids, _ in rows], [record for _, record in rows])
+        return PromptBatch([row.input_ids for row in rows], [row.record for row in rows])

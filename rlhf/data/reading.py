@@ -2,10 +2,15 @@
 
 import logging
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from hashlib import sha256
+from typing import Any, overload
 
+from rich.progress import track
+
+from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows
 from rlhf.data.parser import RecordError, RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, Row, prompt_of
@@ -13,6 +18,7 @@ from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
 MAX_SHOWN_ERRORS = 5
+PROGRESS_BAR_ROWS = 100_000  # fewer rows are parsed within seconds
 COMMON_FIELDS = ("prompt", "document", "target", "chosen", "rejected")
 
 
@@ -34,38 +40,76 @@ class RecordReader:
     max_rows: int | None = None
     on_error: str = "stop"
 
-    def read(self, path: str, split: str, record_types: Sequence[type[Record]]) -> list[Any]:
+    def read(
+        self, path: str, split: str, record_types: Sequence[type[Record]], cache: DataCache | None = None
+    ) -> "Records":
         """Read one split.
 
         Args:
             path: A file, or the ID of a Hub dataset.
             split: ``train``, ``val`` or ``test``; only used for a Hub dataset.
             record_types: The record types to try. The first one that fits the first row is used for all rows.
+            cache: Where the result of parsing all rows is stored for the next time.
 
         Raises:
             DataError: The data cannot be read, a row is invalid and ``on_error`` is ``stop``, or no row is valid.
         """
         rows = read_rows(path, split=self.splits.get(split, split), subset=self.subset)
         count = len(rows) if self.max_rows is None else min(self.max_rows, len(rows))
-        records: list[Any] = []
+        names = {record_type.__name__: record_type for record_type in record_types}
+        if cache is None or count < CACHED_ROWS:
+            summary = self._parse_all(path, rows, count, record_types)
+        else:
+            key = path, content_key(path, rows), count, self.parser.columns, self.on_error, list(names)
+            summary = cache.summary("records", key, lambda: self._parse_all(path, rows, count, record_types))
+        if summary["error"]:
+            skipped = len(summary["invalid"])
+            log.warning("%s: skipped %d invalid rows; the first one: %s", path, skipped, summary["error"])
+        if summary["empty"]:
+            log.warning(
+                "%s: %d of %d records have an empty chosen or rejected response; the first one: %s",
+                path,
+                summary["empty"],
+                count - len(summary["invalid"]),
+                location(path, summary["first_empty"]),
+            )
+        invalid = set(summary["invalid"])
+        valid = range(count) if not invalid else [index for index in range(count) if index not in invalid]
+        log.info("%s: read %d records, skipped %d invalid rows", path, len(valid), len(invalid))
+        return Records(path, rows, self.parser, names[summary["type"]], valid, summary["has_margins"])
+
+    def _parse_all(
+        self, path: str, rows: Sequence[Row], count: int, record_types: Sequence[type[Record]]
+    ) -> dict[str, Any]:
+        """Parse every row once, and return what is known then."""
         errors: list[tuple[int, RecordError]] = []
         record_type: type[Record] | None = None
-        for index in range(count):
+        empty: list[int] = []
+        has_margins = False
+        quiet = count < PROGRESS_BAR_ROWS
+        for index in track(range(count), f"reading {path}", transient=True, disable=quiet):
             try:
                 row = _row(path, rows, index)
                 record_type = record_type or self._detect(row, record_types)
-                records.append(self.parser.parse(row, record_type))
-                prompt_of(records[-1]).row = index
+                record = self.parser.parse(row, record_type)
             except RecordError as error:
                 errors.append((index, error))
+                continue
+            if isinstance(record, Preference):
+                has_margins = has_margins or bool(record.margin)
+                empty += [] if record.chosen.strip() and record.rejected.strip() else [index]
         record_type = record_type or record_types[0]
-        if errors:
-            self._report(path, rows, errors, record_type)
-        _warn_about_empty_responses(path, records)
-        if not records:
+        first_error = self._report(path, rows, errors, record_type) if errors else None
+        if len(errors) == count:
             raise DataError(f"{path}: the data contain no valid record.", f"Expected: {EXPECTED[record_type]}")
-        log.info("%s: read %d records, skipped %d invalid rows", path, len(records), len(errors))
-        return records
+        return {
+            "type": record_type.__name__,
+            "invalid": [index for index, _ in errors],
+            "error": first_error,
+            "empty": len(empty),
+            "first_empty": empty[0] if empty else None,
+            "has_margins": has_margins,
+        }
 
     def _detect(self, row: Row, record_types: Sequence[type[Record]]) -> type[Record]:
         """Return the first type that fits a row; if there is none, the first one of which no field is missing."""
@@ -80,12 +124,11 @@ class RecordReader:
 
     def _report(
         self, path: str, rows: Sequence[Row], errors: Sequence[tuple[int, RecordError]], record_type: type[Record]
-    ) -> None:
-        """Log the invalid rows, or raise an error that shows the first ones and how to fix them."""
+    ) -> str:
+        """Return the first error, or raise an error that shows the first ones and how to fix them."""
         shown = [f"{location(path, index)}: {error}." for index, error in errors[:MAX_SHOWN_ERRORS]]
         if self.on_error == "skip":
-            log.warning("%s: skipped %d invalid rows; the first one: %s", path, len(errors), shown[0])
-            return
+            return shown[0]
         if len(errors) > MAX_SHOWN_ERRORS:
             shown.append(f"... and {len(errors) - MAX_SHOWN_ERRORS} more of {len(rows)} rows.")
         index, first = errors[0]
@@ -98,6 +141,60 @@ class RecordReader:
         raise DataError("\n".join(shown), "\n  ".join(fixes))
 
 
+class Records(Sequence[Any]):
+    """Records of a split. A record is parsed when it is accessed, so memory does not depend on their length.
+
+    Args:
+        path: The file or the ID of the Hub dataset.
+        rows: Its rows.
+        parser: Turns rows into records.
+        record_type: The type of the records.
+        indices: Index of the row of each record.
+        has_margins: Whether a preference pair of the data has a margin.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        rows: Sequence[Row],
+        parser: RecordParser,
+        record_type: type[Record],
+        indices: Sequence[int],
+        has_margins: bool = False,
+    ) -> None:
+        self.path, self.record_type, self.has_margins = path, record_type, has_margins
+        self._rows, self._parser = rows, parser
+        self._indices = indices if isinstance(indices, range) else array("Q", indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return a record, or a list of the records of a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = self._indices[index]
+        record = self._parser.parse(_row(self.path, self._rows, number), self.record_type)
+        prompt_of(record).row = number
+        return record
+
+    @property
+    def key(self) -> Any:
+        """What identifies the content of the records, as JSON."""
+        indices = self._indices if isinstance(self._indices, range) else sha256(self._indices.tobytes()).hexdigest()
+        return content_key(self.path, self._rows), self.record_type.__name__, self._parser.columns, str(indices)
+
+    def select(self, indices: Sequence[int]) -> "Records":
+        """Return the records of some indices."""
+        chosen = [self._indices[index] for index in indices]
+        return Records(self.path, self._rows, self._parser, self.record_type, chosen, self.has_margins)
+
+
 def _row(path: str, rows: Sequence[Row], index: int) -> Row:
     try:
         return rows[index]
@@ -107,29 +204,13 @@ def _row(path: str, rows: Sequence[Row], index: int) -> Row:
         raise DataError(f"{location(path, index)}: the row cannot be read ({error}).") from error
 
 
-def _warn_about_empty_responses(path: str, records: Sequence[Any]) -> None:
-    empty = [
-        record
-        for record in records
-        if isinstance(record, Preference) and not (record.chosen.strip() and record.rejected.strip())
-    ]
-    if empty and (row := empty[0].prompt.row) is not None:
-        log.warning(
-            "%s: %d of %d records have an empty chosen or rejected response; the first one: %s",
-            path,
-            len(empty),
-            len(records),
-            location(path, row),
-        )
-
-
 def _likely_column(row: Row) -> str:
     """Guess which column contains a missing field: the last one that is no field of a pair or demonstration."""
     candidates = [name for name, value in row.items() if value is not None and name not in COMMON_FIELDS]
     return candidates[-1] if candidates else "<name>"
 
 
-def hold_out(records: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+def hold_out(records: Sequence[Any], fraction: float, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """Split records at random into those to train on and those held out for validation, both in their old order.
 
     Args:
@@ -138,6 +219,12 @@ def hold_out(records: Sequence[Any], fraction: float, seed: int) -> tuple[list[A
         seed: Seed of the choice. It does not use or change the global random state.
     """
     count = min(int(len(records) * fraction + 0.5), len(records) - 1)
-    chosen = set(random.Random(seed).sample(range(len(records)), count))
-    kept = [record for index, record in enumerate(records) if index not in chosen]
-    return kept, [record for index, record in enumerate(records) if index in chosen]
+    held_out = sorted(random.Random(seed).sample(range(len(records)), count))
+    chosen = set(held_out)
+    kept = [index for index in range(len(records)) if index not in chosen]
+    return select(records, kept), select(records, held_out)
+
+
+def select(records: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    """Return the records of some indices."""
+    return records.select(indices) if isinstance(records, Records) else [records[index] for index in indices]

@@ -1,9 +1,10 @@
 """Data of the stages that train on unpaired preferences: single responses with a label."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 
@@ -12,6 +13,8 @@ from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.labeled_batches import UnpairedBatch
 from rlhf.data.records import Preference, UnpairedPreference
+from rlhf.data.row_columns import NOT_STORED
+from rlhf.data.rows import Rows
 from rlhf.errors import DataError
 from rlhf.schema import PositiveInt
 
@@ -34,8 +37,8 @@ class EncodedUnpaired:
     text: EncodedResponse
     desirable: bool
     prompt: str
-    mismatched: EncodedResponse | None = None
-    ref_logprobs: tuple[float, float] | None = None
+    mismatched: EncodedResponse | None = field(default=None, metadata=NOT_STORED)
+    ref_logprobs: tuple[float, float] | None = field(default=None, metadata=NOT_STORED)
 
     @property
     def responses(self) -> tuple[EncodedResponse, EncodedResponse]:
@@ -64,10 +67,12 @@ class UnpairedDataModule(RecordDataModule):
     @property
     def has_margins(self) -> bool:
         """Whether training records are preference pairs with a margin, which is not used here."""
-        return any(isinstance(record, Preference) and record.margin for record in super().records("train"))
+        return getattr(super().records("train"), "has_margins", False)
 
-    def records(self, split: str) -> list[UnpairedPreference]:
-        return [row for record in super().records(split) for row in _as_unpaired(record)]
+    def records(self, split: str) -> Sequence[UnpairedPreference]:
+        records = super().records(split)
+        is_paired = len(records) > 0 and isinstance(records[0], Preference)
+        return UnpairedRecords(records) if is_paired else records
 
     def texts_of_record(self, record: Any) -> Sequence[str]:
         return [*(message["content"] for message in record.prompt.messages), record.response]
@@ -76,12 +81,12 @@ class UnpairedDataModule(RecordDataModule):
         text = encoder.encode_response(record.prompt.messages, record.response)
         return EncodedUnpaired(text, record.desirable, record.prompt.raw_text)
 
-    def encoded(self, split: str) -> list[Any]:
+    def encoded(self, split: str) -> Rows:
         is_new = split not in self._rows
         rows = super().encoded(split)
         if is_new and rows:
             self._add_mismatched(rows, split)
-            labels = {row.desirable for row in rows}
+            labels = set(rows.column("desirable"))
             if split == "train" and len(labels) == 1:
                 log.warning(
                     "%s: every label is %s, but KTO needs desirable and undesirable responses.",
@@ -90,20 +95,25 @@ class UnpairedDataModule(RecordDataModule):
                 )
         return rows
 
-    def _add_mismatched(self, rows: list[EncodedUnpaired], split: str) -> None:
-        # Few validation rows may have only one prompt. They then use training rows as well.
-        others = rows_of_other_prompts(rows)
+    def _add_mismatched(self, rows: Rows, split: str) -> None:
+        sources = [rows]
+        others = rows_of_other_prompts(*_lengths_and_prompts(sources))
         if None in others and split != "train" and self.paths["train"] is not None:
-            others = rows_of_other_prompts([*rows, *self.encoded("train")])
+            # Few validation rows may have only one prompt. They then use training rows as well.
+            sources.append(self.encoded("train"))
+            others = rows_of_other_prompts(*_lengths_and_prompts(sources))
+        if None in others:
+            raise DataError(
+                f"{self.paths[split] or split}: all rows have the same prompt, but KTO combines each prompt with a "
+                "response to another one.",
+                f"Set data.{split}=<file>",
+            )
         bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
-        for row, other in zip(rows, others, strict=False):
-            if other is None:
-                raise DataError(
-                    f"{self.paths[split] or split}: all rows have the same prompt, but KTO combines each prompt with a "
-                    "response to another one.",
-                    f"Set data.{split}=<file>",
-                )
-            row.mismatched = replace_response(row.text, other.text, self.max_length, bos)
+        texts = _Texts(sources)
+        chosen = array("Q", [other for other in others[: len(rows)] if other is not None])
+        rows.extend(
+            "mismatched", lambda index: replace_response(texts[index], texts[chosen[index]], self.max_length, bos)
+        )
 
     def length(self, row: Any) -> int:
         return len(row.text.input_ids)
@@ -120,26 +130,73 @@ class UnpairedDataModule(RecordDataModule):
         )
 
 
-def rows_of_other_prompts(rows: Sequence[EncodedUnpaired]) -> list[EncodedUnpaired | None]:
+def rows_of_other_prompts(lengths: Sequence[int], prompts: Sequence[Hashable]) -> list[int | None]:
     """Return for each row the next longer row that has another prompt; the shortest rows follow the longest one.
 
     The result contains only None if all rows have the same prompt.
+
+    Args:
+        lengths: Length of each row in tokens.
+        prompts: What identifies its prompt.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].text.input_ids))
-    others: list[EncodedUnpaired | None] = [None] * len(rows)
+    count = len(lengths)
+    order = sorted(range(count), key=lambda i: lengths[i])
+    others: list[int | None] = [None] * count
     other = None
-    for k in reversed(range(2 * len(rows))):  # In the first round, a row does not know the rows after the longest one.
-        row, following = (rows[order[i % len(rows)]] for i in (k, k + 1))
-        if following.prompt != row.prompt:
+    for k in reversed(range(2 * count)):  # In the first round, a row does not know the rows after the longest one.
+        row, following = (order[i % count] for i in (k, k + 1))
+        if prompts[following] != prompts[row]:
             other = following
-        others[order[k % len(rows)]] = other
+        others[row] = other
     return others
 
 
-def _as_unpaired(record: UnpairedPreference | Preference) -> Sequence[UnpairedPreference]:
-    if isinstance(record, UnpairedPreference):
-        return [record]
-    return [
-        UnpairedPreference(record.prompt, record.chosen, True),
-        UnpairedPreference(record.prompt, record.rejected, False),
-    ]
+def _lengths_and_prompts(sources: Sequence[Rows]) -> tuple[list[int], list[int]]:
+    lengths = [length for rows in sources for length in rows.lengths.tolist()]
+    return lengths, [hash(prompt) for rows in sources for prompt in rows.column("prompt")]
+
+
+class _Texts:
+    """The texts of the rows of several splits, one after the other."""
+
+    def __init__(self, sources: Sequence[Rows]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, index: int) -> EncodedResponse:
+        source = 0
+        while index >= len(self._sources[source]):
+            index -= len(self._sources[source])
+            source += 1
+        text: EncodedResponse = self._sources[source].value(index, "text")
+        return text
+
+
+class UnpairedRecords(Sequence[UnpairedPreference]):
+    """Preference pairs as one desirable and one undesirable response each.
+
+    Args:
+        pairs: The pairs.
+    """
+
+    def __init__(self, pairs: Sequence[Preference]) -> None:
+        self._pairs = pairs
+
+    @property
+    def key(self) -> Any:
+        return getattr(self._pairs, "key", None)
+
+    def __len__(self) -> int:
+        return 2 * len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> UnpairedPreference: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[UnpairedPreference]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        pair = self._pairs[index // 2]
+        if index % 2:
+            return UnpairedPreference(pair.prompt, pair.rejected, False)
+        return UnpairedPreference(pair.prompt, pair.chosen, True)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.data.rows import RowList, Rows
 from rlhf.distributed import gather_objects, get_rank, is_rank_zero, world_size
 from rlhf.files import atomic_write
 from rlhf.models import adapter_of
@@ -44,7 +45,7 @@ class ReferenceLogprobs:
     model_key: str = ""
 
     def __post_init__(self) -> None:
-        self._rows: dict[str, Sequence[Any]] = {}
+        self._rows: dict[str, Rows] = {}
         self._values: dict[str, Tensor] = {}  # [rows, responses of a row] of each split; NaN: unknown
         self._paths: dict[str, Path | None] = {}
         self._new: list[tuple[str, list[int], Tensor]] = []
@@ -62,14 +63,14 @@ class ReferenceLogprobs:
         unknown = known.isnan().nonzero()[:, 0].tolist()
         if not unknown:
             return
-        responses = [response for row in rows for response in row.responses]
-        known[unknown] = self._compute([responses[i] for i in unknown], split)
-        self._set(split, range(len(rows)))
+        known[unknown] = self._compute(_Responses(self._rows[split], unknown), split)
+        self._set(split)
         self._write(split)
 
-    def _compute(self, responses: Sequence[EncodedResponse], split: str) -> Tensor:
+    def _compute(self, responses: "_Responses", split: str) -> Tensor:
         # The longest sequences come first, so that a batch that does not fit into memory fails at once.
-        order = sorted(range(len(responses)), key=lambda i: len(responses[i].input_ids), reverse=True)
+        lengths = [len(response.input_ids) for response in responses]
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, steps = get_rank(), range(0, len(chunks), world_size())
         log.info("Reference log-probs of %s: computing them for %d responses", split, len(responses))
@@ -94,9 +95,10 @@ class ReferenceLogprobs:
             state: Log-probs from a checkpoint, as ``state_dict`` returns them.
         """
         counts = len(rows), len(rows[0].responses)
-        self._rows[split], self._paths[split], stored = rows, None, None
+        self._rows[split] = rows if isinstance(rows, Rows) else RowList(list(rows))
+        self._paths[split], stored = None, None
         if self.directory is not None:
-            path = self._paths[split] = self.directory / f"{self._key(rows)}.pt"
+            path = self._paths[split] = self.directory / f"{self._key(split)}.pt"
             # Only rank 0 reads the file, so that all ranks agree on what is known.
             stored = gather_objects(_read(path, counts[0] * counts[1]) if is_rank_zero() else None)[0]
             if stored is not None:
@@ -105,7 +107,7 @@ class ReferenceLogprobs:
         if state is not None and state.shape == values.shape:
             values = torch.where(state.isnan(), values, state)
         self._values[split] = values
-        self._set(split, (~values.isnan().any(dim=1)).nonzero()[:, 0].tolist())
+        self._set(split)
 
     def add(self, split: str, rows: Sequence[int], values: Tensor) -> None:
         """Remember log-probs that have been computed for a batch. ``share`` makes them known.
@@ -122,12 +124,12 @@ class ReferenceLogprobs:
         """Give all ranks the log-probs that each of them has added, and store them. All ranks call this method."""
         own = [(split, rows, values.float().cpu()) for split, rows, values in self._new]
         self._new = []
-        changed: dict[str, list[int]] = {}
+        changed: dict[str, None] = {}  # splits, in an order that is the same on all ranks
         for split, rows, values in chain.from_iterable(gather_objects(own)):
             self._values[split][rows] = values
-            changed.setdefault(split, []).extend(rows)
-        for split, rows in changed.items():
-            self._set(split, rows)
+            changed[split] = None
+        for split in changed:
+            self._set(split)
             self._write(split)
 
     @property
@@ -139,9 +141,14 @@ class ReferenceLogprobs:
         """Return the known log-probs of each split: [rows, responses of a row], NaN where they are unknown."""
         return dict(self._values)
 
-    def _set(self, split: str, indices: Iterable[int]) -> None:
-        for index in indices:
-            self._rows[split][index].ref_logprobs = tuple(self._values[split][index].tolist())
+    def _set(self, split: str) -> None:
+        values = self._values[split]
+
+        def known(index: int) -> tuple[float, ...] | None:
+            logprobs = values[index].tolist()
+            return None if any(map(math.isnan, logprobs)) else tuple(logprobs)
+
+        self._rows[split].extend("ref_logprobs", known)
 
     def _write(self, split: str) -> None:
         path, logprobs = self._paths[split], self._values[split].flatten()
@@ -152,12 +159,31 @@ class ReferenceLogprobs:
         known = int((~logprobs.isnan()).sum())
         log.info("Reference log-probs of %s: %d of %d stored in %s", split, known, len(logprobs), path)
 
-    def _key(self, rows: Sequence[Any]) -> str:
+    def _key(self, split: str) -> str:
         """Return the SHA-256 of the model and the token ids. It depends on their content, not on file paths."""
         digest = hashlib.sha256(self.model_key.encode())
-        for response in (response for row in rows for response in row.responses):
-            digest.update(array("q", [len(response.input_ids), response.start, *response.input_ids]).tobytes())
+        for part in self._rows[split].content():
+            digest.update(part)
         return digest.hexdigest()
+
+
+class _Responses(Sequence[EncodedResponse]):
+    """Some of the responses of all rows.
+
+    Args:
+        rows: The rows, each with the same number of responses.
+        indices: Indices into the responses of all rows, one row after the other.
+    """
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        self._rows, self._indices, self._per_row = rows, indices, len(rows[0].responses)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        row, place = divmod(self._indices[index], self._per_row)
+        return self._rows[row].responses[place]
 
 
 def model_key(lm: PreTrainedModel, arithmetic: str) -> str:

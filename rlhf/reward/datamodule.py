@@ -1,6 +1,6 @@
 """Preference pairs or ratings as batches, and demonstrations to center the scores on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -49,7 +49,7 @@ class RewardDataModule(PreferenceDataModule):
         super().__init__(**keys)
         self.demonstrations = demonstrations
         self.demonstration_rows = demonstration_rows
-        self._demonstrations: list[Demonstration] | None = None
+        self._demonstrations: Sequence[Demonstration] | None = None
 
     def texts_of_record(self, record: Any) -> list[str]:
         if isinstance(record, Preference):
@@ -78,12 +78,12 @@ class RewardDataModule(PreferenceDataModule):
     def report_batches(self) -> Iterator[Any]:
         """Yield this rank's share of the validation rows in batches, up to ``trainer.limit_val_batches``."""
         rows = self.encoded("val")
-        batches = self._share(rows, [self.length(row) for row in rows], self.collate)
+        batches = self._share(rows, rows.lengths, self.collate)
         trainer: Any = self.trainer
         limit = trainer.limit_val_batches
         return islice(batches, (limit if isinstance(limit, int) else int(limit * len(batches))) if rows else 0)
 
-    def _share(self, rows: list[Any], lengths: list[int], collate: Callable[[list[Any]], Any]) -> BatchLoader:
+    def _share(self, rows: Sequence[Any], lengths: Any, collate: Callable[[list[Any]], Any]) -> BatchLoader:
         """Return a loader of this rank's share of rows, in order of length."""
         trainer: Any = self.trainer
         rank, world = trainer.global_rank, trainer.world_size
@@ -95,7 +95,7 @@ class RewardDataModule(PreferenceDataModule):
         if stage == "fit":
             self.demonstration_records()  # They are needed after training, and invalid ones are reported before it.
 
-    def demonstration_records(self) -> list[Demonstration]:
+    def demonstration_records(self) -> Sequence[Demonstration]:
         """Return the demonstrations to center the scores on; an empty list if there is no file of them."""
         if self._demonstrations is None and self.demonstrations is not None:
             reader = replace(self.reader, max_rows=self.demonstration_rows, subset=None)

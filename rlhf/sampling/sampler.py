@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.errors import ConfigError
 from rlhf.models import gathered
 from rlhf.sampling.decoding import INVALID_TOKEN
-from rlhf.sampling.lean import has_lean_decoder
+from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
@@ -77,7 +77,7 @@ class LocalSampler(Sampler):
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
         with self._ready() as lm:
-            size = len(prompts) if self.batch_size is None or has_lean_decoder(lm) else self.batch_size
+            size = len(prompts) if self.batch_size is None or lean_decoder(lm) else self.batch_size
             responses = []
             for start in range(0, len(prompts), size):
                 decoding = self._decoding(lm, prompts[start : start + size], params, places=self.batch_size)

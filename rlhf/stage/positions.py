@@ -20,7 +20,7 @@ def check_positions(module: nn.Module, datamodule: Any) -> None:
     if not limits or not isinstance(datamodule, RecordDataModule):
         return
     splits = ("train", "val") if datamodule.paths["train"] else ("val",)
-    longest = max((datamodule.length(row) for split in splits for row in datamodule.encoded(split)), default=0)
+    longest = max(int(datamodule.encoded(split).lengths.max(initial=0)) for split in splits)
     if longest > min(limits):
         raise ConfigError(
             f"data.max_length={datamodule.max_length} allows sequences of {longest} tokens, but the model has position "

@@ -95,8 +95,9 @@ def test_scores_equal_those_of_evaluation(
 
 
 def test_responses_do_not_depend_on_the_other_models(opened: OpenChat) -> None:
-    both = finish(opened())
-    alone = [finish(opened(models=[name])) for name in ("sft", "ppo")]
+    keys = {"sampling": SamplingParams(max_new_tokens=30, temperature=5.0)}
+    both = finish(opened(**keys))
+    alone = [finish(opened(models=[name], **keys)) for name in ("sft", "ppo")]
     assert texts(both) == [texts(turn)[0] for turn in alone]
     assert texts(both)[0] != texts(both)[1], "the models differ"
 

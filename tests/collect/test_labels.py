@@ -76,7 +76,7 @@ def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> No
     watcher.join()
     files = [tmp_path / "rlhf" / f"round_{number}" / "collect" / "preferences.jsonl" for number in (1, 2)]
     for file in files:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in file.open(newline="\n")]
         assert rows
         assert all(len(row["chosen"]) > len(row["rejected"]) for row in rows)
     data = ["data=jsonl", f"data.train={files[-1]}", "data.template='{prompt}\\nSummary:'", "data.batch_size=4"]

@@ -67,7 +67,7 @@ class Collection:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.output.read_text().splitlines()]
+        return [json.loads(line) for line in self.output.open(newline="\n")]
 
 
 @pytest.fixture

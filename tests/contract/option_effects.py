@@ -158,6 +158,7 @@ ELSEWHERE = {
     "data.splits": "of hub data sets: tests/data/test_files.py",
     "data.subset": "of hub data sets: tests/data/test_files.py",
     "data.columns*": "tests/data/test_records.py",
+    "data.cache_dir": "does not change a result: tests/data/test_cache.py",
     "data.on_error": "needs an invalid record: tests/data/test_datamodule.py",
     "model.chunk_size": "speed: tests/models/test_backbone.py",
     "model.max_length": "a limit: tests/sampling/test_sampler.py",

@@ -223,9 +223,9 @@ def test_prompts_are_read_from_records_of_any_kind(write: Write, row: dict[str, 
 def test_prompts_leave_the_response_budget_of_the_module_free(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
     """max_length=20 and a response budget of 12 leave 8 tokens for the prompt: BOS and its last 7."""
     data = PromptDataModule(train=write({"prompt": "x" * 50}), val_fraction=0, max_length=20, tokenizer=tokenizer)
-    ((ids, _),) = attach_module(data, response_budget=12).encoded("train")
+    (row,) = attach_module(data, response_budget=12).encoded("train")
     complete = tokenizer("<bos>" + "x" * 50 + "\nSummary:", add_special_tokens=False)["input_ids"]
-    assert ids == [BOS, *complete[-7:]]
+    assert row.input_ids == [BOS, *complete[-7:]]
 
 
 def test_a_response_budget_without_room_for_a_prompt_is_rejected(

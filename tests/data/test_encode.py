@@ -218,15 +218,3 @@ def test_prepared_conversations_are_encoded_as_others(tokenizer: PreTrainedToken
     assert [at_once.encode_responses(prompt, responses) for prompt in messages] == expected
     assert [at_once.encode_prompt(prompt) for prompt in messages] == prompts
     assert at_once.counts == one_by_one.counts
-
-
-def test_token_ids_are_stored_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Equal ids of different rows are one object: a row takes 8 bytes per token. Python itself shares ids up to 256."""
-    large = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", chat_template=tokenizer.chat_template
-    )
-    large.add_tokens([f"<{i}>" for i in range(300)])
-    encoder = Encoder(large, 200)
-    rows = [encoder.encode_response(user(prompt), "<290>") for prompt in ("x", "y")]
-    (one,), (other,) = ([token for token in row.input_ids if token > 300] for row in rows)
-    assert one is other

@@ -24,7 +24,7 @@ QUESTION = Prompt([{"role": "user", "content": "Q"}], "Q")
 
 
 def test_records_are_in_file_order(write: Write, demonstrations: Demonstrations) -> None:
-    assert READER.read(write(*demonstrations(3)), "train", (Demonstration,)) == [
+    assert list(READER.read(write(*demonstrations(3)), "train", (Demonstration,))) == [
         Demonstration(Prompt([{"role": "user", "content": f"Q{i}"}], f"Q{i}"), f"A{i}") for i in range(3)
     ]
 
@@ -56,7 +56,7 @@ def test_conversations_of_sharegpt_are_suggested_as_messages(write: Write) -> No
     with pytest.raises(DataError, match=r"data\.columns\.messages=conversations"):
         READER.read(write(row), "train", (Demonstration,))
     reader = RecordReader(RecordParser({"messages": "conversations"}))
-    assert reader.read(write(row), "train", (Demonstration,)) == [Demonstration(QUESTION, "A")]
+    assert list(reader.read(write(row), "train", (Demonstration,))) == [Demonstration(QUESTION, "A")]
 
 
 @pytest.mark.parametrize("empty", ["chosen", "rejected"])
@@ -76,7 +76,7 @@ def test_the_suggested_column_is_not_empty(write: Write) -> None:
 
 def test_the_suggested_column_fixes_the_error(write: Write) -> None:
     reader = RecordReader(RecordParser({"rejected": "loser"}))
-    assert reader.read(write(LOSER_COLUMN), "train", (Preference,)) == [Preference(QUESTION, "A", "B")]
+    assert list(reader.read(write(LOSER_COLUMN), "train", (Preference,))) == [Preference(QUESTION, "A", "B")]
 
 
 @pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])
@@ -98,7 +98,7 @@ def test_the_suggested_override_works_on_the_command_line(write: Write, stage: s
     assert suggested is not None
     assert suggested.group() == "data.columns.rejected=loser"
     datamodule = instantiate(compose_config(*overrides, suggested.group()).data, train=path)
-    assert datamodule.records("train") == [Preference(QUESTION, "A", "B")]
+    assert list(datamodule.records("train")) == [Preference(QUESTION, "A", "B")]
 
 
 def test_five_invalid_rows_are_shown_and_all_are_counted(write: Write, demonstrations: Demonstrations) -> None:

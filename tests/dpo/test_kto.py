@@ -96,11 +96,10 @@ def unpaired_rows(*prompts: str) -> list[EncodedUnpaired]:
 
 def test_mismatched_responses_belong_to_other_prompts() -> None:
     """Each row gets the next longer one with another prompt: a1 -> b, a2 -> b, b -> a3, a3 -> c and c -> a1."""
-    a1, a2, b, a3, c = rows = unpaired_rows("a", "a", "b", "a", "c")
-    assert [id(row) for row in rows_of_other_prompts(rows)] == [id(row) for row in (b, b, a3, c, a1)]
-    shuffled = [b, c, a2, a3, a1]
-    assert [id(row) for row in rows_of_other_prompts(shuffled)] == [id(row) for row in (a3, a1, b, c, b)]
-    assert rows_of_other_prompts(unpaired_rows("a", "a")) == [None, None]
+    assert rows_of_other_prompts([2, 3, 4, 5, 6], "aabac") == [2, 2, 3, 4, 0]
+    b, c, _, a3, a1 = range(5)
+    assert rows_of_other_prompts([4, 6, 3, 5, 2], "bcaaa") == [a3, a1, b, c, b]
+    assert rows_of_other_prompts([2, 3], "aa") == [None, None]
 
 
 @one_architecture
@@ -226,7 +225,7 @@ def test_a_pair_equals_two_unpaired_rows(tiny_run: TinyRun) -> None:
     rows = [{"prompt": "Who won?", "completion": text, "label": text == "May"} for text in ("May", "A")]
     rows += [other, {**other, "completion": "No", "label": False}]
     data = tiny_run.datamodule("kto", train=tiny_run.write("rows", rows))
-    assert data.encoded("train") == from_pair
+    assert list(data.encoded("train")) == list(from_pair)
     assert [row.desirable for row in from_pair] == [True, False, True, False]
     assert list(data.training_texts())[:4] == ["Who won?", "May", "Who won?", "A"]
 

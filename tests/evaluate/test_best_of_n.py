@@ -125,7 +125,7 @@ class Evaluation:
         return module
 
     def samples(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "out" / "samples.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / "out" / "samples.jsonl").open(newline="\n")]
 
 
 @pytest.fixture

@@ -283,7 +283,7 @@ def test_responses_survive_a_gold_function_that_raises(
     gold.write_text("def score(prompts, responses): return [1 / (len(responses) - 2) for _ in responses]")
     with pytest.raises(ZeroDivisionError):
         evaluation.run(models={"sft": policy}, gold=f"{gold}:score", sampler=FakeSampler())
-    written = [json.loads(line) for line in (tmp_path / "out" / "unscored_samples.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "out" / "unscored_samples.jsonl").open(newline="\n")]
     prompts = [row["prompt"] for row in DEMONSTRATIONS]
     assert sorted((row["model"], row["prompt"]) for row in written) == sorted(("sft", prompt) for prompt in prompts)
     assert all(row["response"] for row in written)

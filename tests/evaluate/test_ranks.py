@@ -34,7 +34,7 @@ def evaluate(
     )
     files = sorted(path.name for path in (evaluation.folder / "out").glob("*"))
     samples = evaluation.folder / "out" / "samples.jsonl"
-    lines = [json.loads(line) for line in samples.read_text().splitlines()] if files else []
+    lines = [json.loads(line) for line in samples.open(newline="\n")] if files else []
     return {"metrics": module.metrics, "monitored": module.monitored, "files": files, "samples": lines}
 
 

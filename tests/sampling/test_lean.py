@@ -11,6 +11,8 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -18,7 +20,8 @@ from transformers import (
 )
 
 from rlhf.sampling import LocalSampler, SamplingParams
-from rlhf.sampling.lean import LeanBatch, has_lean_decoder
+from rlhf.sampling.lean import LeanBatch
+from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.speed import speed
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -34,6 +37,16 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+GPT2 = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+MAMBA2 = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "head_dim": 16,
+    "state_size": 8,
+    "n_groups": 1,
+}
 LEAN = {
     "llama": LlamaConfig(**SIZES, num_attention_heads=4),
     "tied embeddings, grouped queries": LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True),
@@ -45,6 +58,10 @@ LEAN = {
     "mistral": MistralConfig(**SIZES, **HEADS, sliding_window=None, head_dim=12),
     "qwen2": Qwen2Config(**SIZES, **HEADS),
     "qwen3": Qwen3Config(**SIZES, **HEADS, head_dim=12),
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2, scaled by layer": GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
+    "mamba2": Mamba2Config(**MAMBA2),
+    "mamba2, groups and biases": Mamba2Config(**{**MAMBA2, "n_groups": 2}, use_bias=True, chunk_size=4),
 }
 OTHERS = {
     "sliding window": MistralConfig(**SIZES, **HEADS, sliding_window=4),
@@ -53,7 +70,9 @@ OTHERS = {
     ),
     "positions that depend on the length": LlamaConfig(**SIZES, **HEADS, rope_parameters=DYNAMIC),
     "scaled logits": GraniteConfig(**SIZES, **HEADS),
-    "learned positions": GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2),
+    "cross-attention": GPT2Config(**GPT2, add_cross_attention=True),
+    "limits of time steps": Mamba2Config(**MAMBA2, time_step_limit=(0.01, 0.1)),
+    "mamba1": MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 PROMPTS = [[1, 5, 260, 17, 3, 99, 41, 7, 20], [1, 30], [9], [1, 270, 281, 33, 12], [9], [4, 4, 4]]
 
@@ -83,6 +102,12 @@ def plain_logits(lm: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     return torch.stack([lm(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
 
 
+def decoder(lm: PreTrainedModel) -> type[LeanBatch]:
+    found = lean_decoder(lm)
+    assert found is not None
+    return found
+
+
 def assert_close(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
@@ -92,8 +117,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_logits_are_those_of_transformers(name: str) -> None:
     """For rows of different lengths, with equal prompts, after rows have left, and after a place was filled again."""
     lm, rows = model(LEAN[name]), [list(prompt) for prompt in PROMPTS]
-    assert has_lean_decoder(lm)
-    batch = LeanBatch(lm, len(rows), 20)
+    batch = decoder(lm)(lm, len(rows), 20)
     logits = batch.prefill(range(len(rows)), rows)
     assert_close(logits, plain_logits(lm, rows))
 
@@ -124,24 +148,25 @@ def greedy(lm: PreTrainedModel, prompts: list[list[int]], stop: int, **keys: int
 
 @pytest.mark.parametrize("interval", [1, 3, 50])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 40])
-def test_places_are_filled_with_the_next_prompts(batch_size: int, interval: int) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
+def test_places_are_filled_with_the_next_prompts(name: str, batch_size: int, interval: int) -> None:
     """Responses of 1 to 9 tokens: each is the same as that of its prompt alone, decoded by transformers."""
-    lm = model(LEAN["llama"])
+    lm = model(LEAN[name])
     torch.manual_seed(1)
     prompts = [torch.randint(300, (int(length),)).tolist() for length in torch.randint(1, 9, (30,))]
     with speed(lean_decoding=False):
         unlimited = [greedy(lm, [prompt], stop=299)[0] for prompt in prompts]
-        tokens = torch.tensor(unlimited).flatten()
-        stop = int(tokens.bincount().argmax())
+        stop = int(torch.tensor([token for response in unlimited for token in response]).bincount().argmax())
         expected = [greedy(lm, [prompt], stop)[0] for prompt in prompts]
     assert len({len(response) for response in expected}) >= 4
     assert greedy(lm, prompts, stop, batch_size=batch_size, stop_interval=interval) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_sampled_responses_do_not_depend_on_the_decoder(temperature: float) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
+def test_sampled_responses_do_not_depend_on_the_decoder(name: str, temperature: float) -> None:
     """With the same seed, they are the same, although rows leave the batch at different steps."""
-    lm = model(LEAN["llama"])
+    lm = model(LEAN[name])
     params = SamplingParams(max_new_tokens=12, temperature=temperature, stop_tokens=[str(t) for t in range(0, 300, 6)])
     responses = []
     for lean in (True, False):
@@ -156,7 +181,7 @@ def test_sampled_responses_do_not_depend_on_the_decoder(temperature: float) -> N
 
 def test_other_models_sample_in_chunks() -> None:
     """Five prompts, two at a time: three forward passes over prompts."""
-    lm, sizes = model(OTHERS["learned positions"]), []
+    lm, sizes = model(OTHERS["scaled logits"]), []
     lm.register_forward_pre_hook(lambda module, args, keys: sizes.append(keys["input_ids"].shape), with_kwargs=True)
     found = greedy(lm, PROMPTS[:5], 299, batch_size=2)
     assert [shape[0] for shape in sizes if (shape[0] and shape[1] > 1) or len(sizes) == 1][:1] == [2]
@@ -165,26 +190,26 @@ def test_other_models_sample_in_chunks() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_are_decoded_by_transformers(name: str) -> None:
-    assert not has_lean_decoder(model(OTHERS[name]))
+    assert lean_decoder(model(OTHERS[name])) is None
 
 
 def test_the_switch() -> None:
     lm = model(LEAN["llama"])
     with speed(lean_decoding=False):
-        assert not has_lean_decoder(lm)
+        assert lean_decoder(lm) is None
 
 
 @torch.no_grad()
 def test_equal_prompts_are_computed_once() -> None:
     """As GRPO samples them: four responses to each of two prompts."""
     lm, sizes = model(LEAN["llama"]), []
-    lm.base_model.register_forward_pre_hook(
-        lambda module, args, keys: sizes.append(tuple(keys["input_ids"].shape)), with_kwargs=True
-    )
     rows = [[1, 2, 3]] * 4 + [[4, 5]] * 4
-    found = LeanBatch(lm, 8, 10).prefill(range(8), rows)
-    assert sizes == [(2, 3)]
-    assert_close(found, plain_logits(lm, rows))
+    batch, expected = decoder(lm)(lm, 8, 10), plain_logits(lm, rows)
+    lm.base_model.register_forward_pre_hook(
+        lambda module, args, keys: sizes.append(tuple(keys["inputs_embeds"].shape)), with_kwargs=True
+    )
+    assert_close(batch.prefill(range(8), rows), expected)
+    assert sizes == [(2, 3, 32)]
 
 
 @torch.no_grad()
@@ -192,8 +217,7 @@ def test_adapters_are_part_of_the_logits() -> None:
     lm = model(LEAN["llama"])
     before = plain_logits(lm, [[1, 2, 3, 4]])
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False), lm)
-    assert has_lean_decoder(lm)
-    batch = LeanBatch(lm, 1, 10)
+    batch = decoder(lm)(lm, 1, 10)
     batch.prefill([0], [[1, 2, 3]])
     found = batch.decode(torch.tensor([4]))
     assert_close(found, plain_logits(lm, [[1, 2, 3, 4]]))
@@ -202,12 +226,13 @@ def test_adapters_are_part_of_the_logits() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("cached", [False, True])
-def test_logits_under_autocast(cached: bool) -> None:
+@pytest.mark.parametrize("name", ["tied embeddings, grouped queries", "gpt2", "mamba2"])
+def test_logits_under_autocast(name: str, cached: bool) -> None:
     """They differ from those of transformers by the rounding of bfloat16, and not more than a float32 result does."""
-    lm, row = model(LEAN["tied embeddings, grouped queries"]), [1, 5, 260, 17, 3]
+    lm, row = model(LEAN[name]), [1, 5, 260, 17, 3]
     exact = plain_logits(lm, [row])
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
-        batch = LeanBatch(lm, 1, 10)
+        batch = decoder(lm)(lm, 1, 10)
         batch.prefill([0], [row[:-1]])
         found, expected = batch.decode(torch.tensor(row[-1:])), plain_logits(lm, [row])
     assert found.dtype == torch.bfloat16

@@ -1,0 +1,145 @@
+"""Encoded rows of a split: as Python objects, or as columns of Arrow that take 4 bytes per token."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from rlhf.data.row_columns import ColumnReader, leaves, unflatten
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LENGTH, NUMBER = "length", "row"  # columns of a table in addition to the fields of its rows
+BATCH_ROWS = 4096  # rows of each record batch of a table but the last one
+
+
+class Rows(Sequence[Any]):
+    """The encoded rows of a split.
+
+    Attributes:
+        lengths: [rows] length of each row in tokens, by which batches are bucketed.
+        numbers: [rows] where each row is in the data, from 0; -1 if that is not known.
+    """
+
+    lengths: np.ndarray
+    numbers: np.ndarray
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return a row, or a list of the rows of a slice."""
+        if isinstance(index, slice):
+            return [self._row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(index % len(self))
+
+    @abstractmethod
+    def _row(self, index: int) -> Any: ...
+
+    @abstractmethod
+    def value(self, index: int, name: str) -> Any:
+        """Return one field of a row. Fields that ``extend`` sets are not computed for it."""
+
+    @abstractmethod
+    def column(self, name: str) -> Iterable[Any]:
+        """Return the value of a field for each row."""
+
+    @abstractmethod
+    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+        """Set a field of every row that is not known when the rows are encoded.
+
+        Args:
+            name: The field.
+            value: Returns its value for the row of an index.
+        """
+
+    @abstractmethod
+    def content(self) -> Iterator[Any]:
+        """Yield buffers that determine the rows, to compute a hash of them."""
+
+
+class RowList(Rows):
+    """Rows as Python objects of any type."""
+
+    def __init__(self, rows: list[Any], lengths: Sequence[int] = (), numbers: Sequence[int] = ()) -> None:
+        self._rows = rows
+        self.lengths, self.numbers = np.asarray(lengths, dtype=np.int64), np.asarray(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _row(self, index: int) -> Any:
+        return self._rows[index]
+
+    def value(self, index: int, name: str) -> Any:
+        return getattr(self._rows[index], name)
+
+    def column(self, name: str) -> Iterable[Any]:
+        return [getattr(row, name) for row in self._rows]
+
+    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+        for index, row in enumerate(self._rows):
+            setattr(row, name, value(index))
+
+    def content(self) -> Iterator[Any]:
+        for row in self._rows:
+            for response in row.responses:
+                yield array("q", [len(response.input_ids), response.start, *response.input_ids])
+
+
+class RowTable(Rows):
+    """Rows as columns of Arrow, in memory or memory-mapped. A row is made when it is accessed.
+
+    Args:
+        row_type: The dataclass of the rows, see ``rlhf.data.row_columns.leaves``.
+        batches: Record batches of ``BATCH_ROWS`` rows each; the last one may have fewer.
+    """
+
+    def __init__(self, row_type: type, batches: Sequence[pa.RecordBatch]) -> None:
+        self._type, self._batches = row_type, batches
+        self._count: int = sum(batch.num_rows for batch in batches)
+        self._names = [name for name, _ in leaves(row_type)]
+        self._readers = [{name: ColumnReader(batch.column(name)) for name in self._names} for batch in batches]
+        self._extensions: dict[str, Callable[[int], Any]] = {}
+        self.lengths, self.numbers = (self._numeric(name) for name in (LENGTH, NUMBER))
+
+    def _numeric(self, name: str) -> np.ndarray:
+        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _row(self, index: int) -> Any:
+        row = self._stored(index)
+        for name, value in self._extensions.items():
+            setattr(row, name, value(index))
+        return row
+
+    def _stored(self, index: int) -> Any:
+        readers, place = self._readers[index // BATCH_ROWS], index % BATCH_ROWS
+        return unflatten(self._type, {name: reader.read(place) for name, reader in readers.items()})
+
+    def value(self, index: int, name: str) -> Any:
+        return getattr(self._stored(index), name)
+
+    def column(self, name: str) -> Iterable[Any]:
+        for batch in self._batches:
+            yield from batch.column(name).to_pylist()
+
+    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+        self._extensions[name] = value
+
+    def content(self) -> Iterator[Any]:
+        for batch in self._batches:
+            for name in self._names:
+                yield from (buffer for buffer in batch.column(name).buffers() if buffer is not None)

@@ -1,0 +1,224 @@
+"""Decoder layers of transformers as functions of one token per row, without their modules."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.activations import SiLUActivation
+from transformers.pytorch_utils import Conv1D
+
+Function: TypeAlias = Callable[[Tensor], Tensor]
+Position: TypeAlias = Any  # index of the next token: an int for all rows, or [rows]
+ROTARY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # positions are encoded independently of the length
+
+
+def has_attention_decoder(lm: Any) -> bool:
+    """Return whether ``attention_decoder`` supports a model."""
+    config = lm.config
+    if type(lm) is GPT2LMHeadModel:
+        return not config.add_cross_attention and not config.reorder_and_upcast_attn
+    if type(lm) not in ROTARY:
+        return False
+    has_full_attention = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return has_full_attention and not window and config.rope_parameters["rope_type"] in ROTARY_TYPES
+
+
+def attention_decoder(lm: Any, capacity: int) -> "Decoder":
+    """Return the functions of a model.
+
+    Args:
+        lm: A model for which ``has_attention_decoder`` is True.
+        capacity: Largest number of tokens of a row.
+    """
+    return _GPT2(lm) if type(lm) is GPT2LMHeadModel else _Rotary(lm, capacity)
+
+
+class DecoderLayer(Protocol):
+    """The functions of a decoder layer.
+
+    Attributes:
+        head_width: Width of an attention head.
+        scale: Factor of the products of queries and keys.
+    """
+
+    head_width: int
+    scale: float
+
+    def projections(self, hidden: Tensor, positions: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of one token per row: [rows, heads, width] each.
+
+        Args:
+            hidden: [rows, width] input of the layer.
+            positions: What ``Decoder.start`` returned.
+        """
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the output of the layer: [rows, width].
+
+        Args:
+            hidden: [rows, width] input of the layer.
+            attended: [rows, heads * width of a head] output of attention.
+        """
+
+
+class Decoder(Protocol):
+    """The functions of a model with attention.
+
+    Attributes:
+        layers: Its decoder layers.
+        norm: The norm after the last layer.
+    """
+
+    layers: Sequence[DecoderLayer]
+    norm: Function
+
+    def start(self, tokens: Tensor, position: Position) -> tuple[Tensor, Any]:
+        """Return the input of the first layer, [rows, width], and what ``projections`` of each layer needs."""
+
+
+class _Rotary(Decoder):
+    """Models of the Llama family: rotary positions, RMS norms and gated MLPs."""
+
+    def __init__(self, lm: Any, capacity: int) -> None:
+        trunk = lm.model
+        self.layers = [_RotaryLayer.of(layer) for layer in trunk.layers]
+        self.norm = rms_norm(trunk.norm)
+        self.embedding = trunk.embed_tokens
+        positions = torch.arange(capacity, device=lm.device)[None]
+        cos, sin = trunk.rotary_emb(self.embedding(positions[:, :1]), position_ids=positions)
+        half = sin.shape[-1] // 2
+        self.cos, self.sin = cos[0, :, None], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]
+
+    def start(self, tokens: Tensor, position: Position) -> tuple[Tensor, Any]:
+        return self.embedding(tokens), (self.cos[position], self.sin[position])
+
+
+@dataclass
+class _RotaryLayer(DecoderLayer):
+    attention_norm: Function
+    query: Function
+    key: Function
+    value: Function
+    query_norm: Function | None
+    key_norm: Function | None
+    attention_output: Function
+    mlp_norm: Function
+    gate: Function
+    up: Function
+    down: Function
+    activation: Function
+    head_width: int
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "_RotaryLayer":
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            attention_norm=rms_norm(layer.input_layernorm),
+            query=linear(attention.q_proj),
+            key=linear(attention.k_proj),
+            value=linear(attention.v_proj),
+            query_norm=rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            key_norm=rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            attention_output=linear(attention.o_proj),
+            mlp_norm=rms_norm(layer.post_attention_layernorm),
+            gate=linear(mlp.gate_proj),
+            up=linear(mlp.up_proj),
+            down=linear(mlp.down_proj),
+            activation=F.silu if isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) else mlp.act_fn,
+            head_width=attention.head_dim,
+            scale=attention.scaling,
+        )
+
+    def projections(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = positions
+        normed = self.attention_norm(hidden)
+        query, key, value = (
+            f(normed).view(len(hidden), -1, self.head_width) for f in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        both = torch.cat([query, key], dim=1)
+        both = torch.addcmul(both * cos, both.roll(self.head_width // 2, dims=-1), sin)
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
+        return query, key, value
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.attention_output(attended)
+        normed = self.mlp_norm(hidden)
+        return hidden + self.down(self.activation(self.gate(normed)) * self.up(normed))
+
+
+class _GPT2(Decoder):
+    """GPT-2: learned positions, layer norms and one projection for queries, keys and values."""
+
+    def __init__(self, lm: Any) -> None:
+        trunk = lm.transformer
+        self.layers = [_GPT2Layer.of(layer) for layer in trunk.h]
+        self.norm, self.tokens, self.positions = trunk.ln_f, trunk.wte, trunk.wpe
+
+    def start(self, tokens: Tensor, position: Position) -> tuple[Tensor, Any]:
+        # A finished row that goes on until the end of an interval may have no position left.
+        last = self.positions.num_embeddings - 1
+        position = min(position, last) if isinstance(position, int) else position.clamp(max=last)
+        return self.tokens(tokens) + self.positions.weight[position], None
+
+
+@dataclass
+class _GPT2Layer(DecoderLayer):
+    attention_norm: Function
+    projection: Function
+    attention_output: Function
+    mlp_norm: Function
+    up: Function
+    down: Function
+    activation: Function
+    head_width: int
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "_GPT2Layer":
+        attention, mlp = layer.attn, layer.mlp
+        return cls(
+            attention_norm=layer.ln_1,
+            projection=linear(attention.c_attn),
+            attention_output=linear(attention.c_proj),
+            mlp_norm=layer.ln_2,
+            up=linear(mlp.c_fc),
+            down=linear(mlp.c_proj),
+            activation=mlp.act,
+            head_width=attention.head_dim,
+            scale=attention.scaling,
+        )
+
+    def projections(self, hidden: Tensor, positions: None) -> tuple[Tensor, Tensor, Tensor]:
+        projected = self.projection(self.attention_norm(hidden))
+        query, key, value = projected.view(len(hidden), 3, -1, self.head_width).unbind(dim=1)
+        return query, key, value
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.attention_output(attended)
+        return hidden + self.down(self.activation(self.up(self.mlp_norm(hidden))))
+
+
+def linear(module: Any) -> Function:
+    """Return a plain linear layer as a function. Other layers, such as those with an adapter, are returned."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return module  # type: ignore[no-any-return]
+    if type(module) is Conv1D:
+        return lambda hidden: torch.addmm(module.bias, hidden, module.weight)
+    if type(module) is not nn.Linear:
+        return module  # type: ignore[no-any-return]
+    return partial(F.linear, weight=module.weight, bias=module.bias)
+
+
+def rms_norm(module: Any) -> Function:
+    """Return an RMS norm of transformers as a function."""
+    return partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon)

@@ -1,0 +1,130 @@
+"""Decoding of Mamba-2 with a preallocated state and without the modules of transformers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Mamba2ForCausalLM, PreTrainedModel
+
+from rlhf.models import cache_name
+from rlhf.sampling.lean import LeanBatch
+from rlhf.sampling.lean_layers import Function, linear, rms_norm
+from rlhf.tensors import pad_right
+
+
+def has_mamba_decoder(lm: Any) -> bool:
+    """Return whether ``MambaBatch`` supports a model."""
+    return type(lm) is Mamba2ForCausalLM and tuple(lm.config.time_step_limit) == (0.0, math.inf)
+
+
+class MambaBatch(LeanBatch):
+    """Decoding of Mamba-2, see ``has_mamba_decoder``."""
+
+    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
+        super().__init__(lm, places, capacity)
+        trunk = self.lm.backbone
+        self.layers = [_Layer.of(block) for block in trunk.layers]
+        self.norm, self.embedding = rms_norm(trunk.norm_f), trunk.embeddings
+        self.inputs: list[Tensor] = []  # [places, kernel, channels] the last inputs of each layer's convolution
+        self.states: list[Tensor] = []  # [places, heads, width of a head, state size]
+
+    def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
+        if not self.lm.config.use_bias:
+            return self._fill_padded(rows, source, prompts)
+        # transformers masks the input of the projection, whose bias would reach the state from padding.
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        parts, order = [], []
+        for length in lengths.unique().tolist():
+            chosen, mine = (lengths == length).nonzero()[:, 0], lengths[source] == length
+            same = [prompts[i] for i in chosen.tolist()]
+            parts.append(self._fill_padded(rows[mine], torch.searchsorted(chosen, source[mine]), same))
+            order.append(chosen)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _fill_padded(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
+        # Padding is on the left, where the mask keeps it out of the state.
+        reversed_ids, reversed_mask = pad_right([prompt[::-1] for prompt in prompts])
+        input_ids, mask = (tensor.flip(1).to(self.device) for tensor in (reversed_ids, reversed_mask))
+        keys = {"attention_mask": mask.long()} if len({len(prompt) for prompt in prompts}) > 1 else {}
+        output = self.lm.backbone(input_ids, use_cache=True, **keys)
+        layers = getattr(output, cache_name(self.lm)).layers
+        cache = [(layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0]) for layer in layers]
+        if not self.states:
+            for inputs, state in cache:
+                self.inputs.append(inputs.new_zeros(self.places, *inputs.shape[1:]))
+                self.states.append(state.new_zeros(self.places, *state.shape[1:]))
+        for (inputs, state), all_inputs, all_states in zip(cache, self.inputs, self.states, strict=True):
+            all_inputs[rows], all_states[rows] = inputs[source], state[source]
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, -1]
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        for layer, inputs, states in zip(self.layers, self.inputs, self.states, strict=True):
+            hidden = layer.output(hidden, inputs[: self.count], states[: self.count])
+        return self.head(self.norm(hidden))
+
+    def _move(self, source: int, target: int) -> None:
+        for cache in (*self.inputs, *self.states):
+            cache[target] = cache[source]
+
+
+@dataclass
+class _Layer:
+    norm: Function
+    projection: Function
+    kernel: Tensor  # [kernel, channels]
+    bias: Tensor | None
+    decay: Tensor  # [heads]
+    step_bias: Tensor
+    skip: Tensor  # [heads, 1]
+    gated_norm: Any
+    projection_back: Function
+    sizes: Sequence[int]
+    groups: int
+    state_size: int
+
+    @classmethod
+    def of(cls, block: Any) -> "_Layer":
+        mixer = block.mixer
+        return cls(
+            norm=rms_norm(block.norm),
+            projection=linear(mixer.in_proj),
+            kernel=mixer.conv1d.weight[:, 0].T.contiguous(),
+            bias=mixer.conv1d.bias,
+            decay=-mixer.A_log.float().exp(),
+            step_bias=mixer.dt_bias,
+            skip=mixer.D[:, None],
+            gated_norm=mixer.norm,
+            projection_back=linear(mixer.out_proj),
+            sizes=(mixer.intermediate_size, mixer.conv_dim, mixer.num_heads),
+            groups=mixer.n_groups,
+            state_size=mixer.ssm_state_size,
+        )
+
+    def output(self, hidden: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
+        """Return the output of the layer for one token per row, and update the last inputs and the state.
+
+        Equation 16 and section 6 of Dao and Gu 2024 (arXiv:2405.21060): h = exp(step * decay) h + step * B x and
+        y = C h + skip * x, with step, x, B and C computed from the token.
+        """
+        rows, heads = len(hidden), self.sizes[2]
+        gate, new, step = self.projection(self.norm(hidden)).split(self.sizes, dim=-1)
+        inputs.copy_(torch.cat([inputs[:, 1:], new[:, None]], dim=1))
+        convolved = (inputs * self.kernel).sum(dim=1)
+        convolved = F.silu(convolved if self.bias is None else convolved + self.bias)
+        x, b, c = convolved.split([self.sizes[0], *[self.groups * self.state_size] * 2], dim=-1)
+        x = x.reshape(rows, heads, -1)
+        step = F.softplus(step + self.step_bias).float()
+        # Heads of a group share B and C.
+        grouped = state.view(rows, self.groups, -1, self.state_size)
+        state.mul_((step * self.decay).exp()[:, :, None, None])
+        scaled = (step[:, :, None] * x).view(rows, self.groups, -1, 1)
+        grouped.addcmul_(scaled, b.reshape(rows, self.groups, 1, -1))
+        y = torch.matmul(grouped, c.reshape(rows, self.groups, -1, 1).to(state.dtype)).view(rows, heads, -1)
+        y = y.to(x.dtype) + self.skip * x
+        return hidden + self.projection_back(self.gated_norm(y.reshape(rows, -1), gate).to(hidden.dtype))

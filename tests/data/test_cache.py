@@ -1,0 +1,248 @@
+"""Rows as columns of Arrow, and their cache: the same rows as without it, read again only for the same content."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from harness import EXACT, TinyRun
+from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
+from rlhf.data.rows import RowList, RowTable
+from rlhf.errors import ConfigError
+from rlhf.sft import SFTDataModule
+
+Write = Callable[..., str]
+one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
+ALL_STAGES = ("sft", "reward", "dpo", "kto", "ppo")
+
+
+@pytest.fixture
+def always_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat few rows as many: 3 rows per record batch."""
+    for name, value in {
+        "reading.CACHED_ROWS": 1,
+        "encode_split.CACHED_ROWS": 1,
+        "encode_split.ENCODED_RECORDS": 4,
+        "rows.BATCH_ROWS": 3,
+        "row_files.BATCH_ROWS": 3,
+    }.items():
+        monkeypatch.setattr(f"rlhf.data.{name}", value)
+
+
+@pytest.fixture
+def fails_to_encode(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after which encoding more than the one record that determines the type of the rows fails."""
+
+    def forbid() -> None:
+        monkeypatch.setattr(Encoder, "prepare", lambda *_: pytest.fail("the records were encoded again"))
+
+    return forbid
+
+
+def sft(write: Write, tokenizer: PreTrainedTokenizerFast, cache: Path | None, **keys: Any) -> SFTDataModule:
+    rows = [{"prompt": f"Q{i}" * (i + 1), "completion": f"A{i}"} for i in range(8)]
+    keys = {"val_fraction": 0.25, "cache_dir": None if cache is None else str(cache), **keys}
+    return SFTDataModule(train=keys.pop("train", None) or write(*rows), tokenizer=tokenizer, **keys)
+
+
+def content(batch: Any) -> Any:
+    """The fields of a batch as objects that can be compared."""
+    fields = vars(batch).items()
+    return {
+        name: value.tolist()
+        if isinstance(value, torch.Tensor)
+        else content(value)
+        if hasattr(value, "indices")
+        else value
+        for name, value in fields
+    }
+
+
+def batches(tiny_run: TinyRun, stage: str, **keys: Any) -> tuple[RecordDataModule, list[Any]]:
+    run = tiny_run.build(stage, data={"batch_size": 2, "cache_dir": None, **keys})
+    run.trainer.strategy.connect(run.module)
+    run.datamodule.trainer = run.trainer
+    return run.datamodule, [content(batch) for batch in run.datamodule.loader("train", training=True)]
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ALL_STAGES)
+def test_batches_are_the_same_with_columns(
+    tiny_run: TinyRun, stage: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """As objects, as columns in memory, as columns that are written to disk, and as columns that are read from it."""
+    data, expected = batches(tiny_run, stage)
+    assert isinstance(data.encoded("train"), RowList)
+    request.getfixturevalue("always_cached")
+    request.getfixturevalue("fails_to_encode")
+    in_memory, found = batches(tiny_run, stage)
+    assert isinstance(in_memory.encoded("train"), RowTable)
+    assert found == expected
+    for attempt in range(2):
+        if attempt == 1:
+            request.getfixturevalue("fails_to_encode")()
+        _, found = batches(tiny_run, stage, cache_dir=str(tmp_path / "cache"))
+        assert found == expected
+    assert len(list((tmp_path / "cache").glob("rows-*.arrow"))) == 1
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_slices_and_negative_indices(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = sft(write, tokenizer, None, val_fraction=0.0).encoded("train")
+    every = list(rows)
+    assert (rows[-1], rows[1:7:2], len(rows)) == (every[7], every[1:7:2], 8)
+    assert rows.numbers.tolist() == list(range(8))
+    with pytest.raises(IndexError, match="row 8 of 8"):
+        rows[8]
+
+
+@pytest.mark.usefixtures("always_cached")
+@pytest.mark.parametrize(
+    "change", [{"max_length": 12}, {"template": "{prompt}?"}, {"loss_on": "all"}, {"seed": 1}, {"train": "other"}]
+)
+def test_other_settings_are_encoded_again(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Among them another file, and another choice of held-out rows."""
+    if "train" in change:
+        change = {"train": write(*({"prompt": f"Q{i}", "completion": "B"} for i in range(8)), name="other.jsonl")}
+    before = list(sft(write, tokenizer, tmp_path / "cache").encoded("train"))
+    again = list(sft(write, tokenizer, tmp_path / "cache").encoded("train"))
+    after = list(sft(write, tokenizer, tmp_path / "cache", **change).encoded("train"))
+    assert before == again
+    assert after == list(sft(write, tokenizer, None, **change).encoded("train"))
+    assert after != before
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_another_tokenizer_is_encoded_again(write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    before = list(sft(write, tokenizer, tmp_path / "cache").encoded("train"))
+    tokenizer.add_tokens(["Q1"])
+    assert list(sft(write, tokenizer, tmp_path / "cache").encoded("train")) != before
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_what_the_log_reports_is_stored(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invalid rows, empty responses, special tokens and truncated rows are reported at every start."""
+    rows = [
+        {"prompt": "Q<eos>", "chosen": "A" * 30, "rejected": ""},
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {},
+    ]
+    path, logs = write(*rows), []
+    for _ in range(2):
+        data = PreferenceDataModule(
+            train=path,
+            val_fraction=0.0,
+            max_length=20,
+            on_error="skip",
+            tokenizer=tokenizer,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="rlhf"):
+            data.encoded("train")
+        logs.append([record.message for record in caplog.records if "Encoded rows:" not in record.message])
+    assert logs[0] == logs[1]
+    for part in (
+        "skipped 1 invalid rows",
+        "1 of 2 records have an empty",
+        "contain a special token",
+        "1 responses trunc",
+    ):
+        assert any(part in message for message in logs[1]), part
+
+
+@pytest.mark.usefixtures("always_cached")
+@pytest.mark.parametrize("pattern", ["rows-*.arrow", "rows-*.json", "records-*.json"])
+def test_damaged_files_are_written_again(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    expected = list(sft(write, tokenizer, tmp_path / "cache", val_fraction=0.0).encoded("train"))
+    (path,) = (tmp_path / "cache").glob(pattern)
+    path.write_bytes(path.read_bytes()[:20])
+    assert list(sft(write, tokenizer, tmp_path / "cache", val_fraction=0.0).encoded("train")) == expected
+    assert f"{path} is not a valid file" in caplog.text
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_a_failure_leaves_no_rows(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(SFTDataModule, "length", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        sft(write, tokenizer, tmp_path / "cache").encoded("train")
+    assert not [
+        path for path in (tmp_path / "cache").iterdir() if path.name.startswith("rows") and path.suffix != ".lock"
+    ]
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_a_cache_that_cannot_be_written_is_an_error(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*cannot be used.*\n.*data\.cache_dir=null"):
+        sft(write, tokenizer, tmp_path / "cache").encoded("train")
+
+
+@dataclass
+class Pair:
+    """A row with a field that has no column."""
+
+    parts: tuple[list[int], list[int]]
+
+
+class WithPairs(SFTDataModule):
+    def encode(self, encoder: Encoder, record: Any) -> Any:
+        row = super().encode(encoder, record)
+        return Pair((row.input_ids[: row.start], row.input_ids[row.start :]))
+
+    def length(self, row: Any) -> int:
+        return len(row.parts[0])
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_rows_of_other_types_stay_objects(write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write({"prompt": "Q", "completion": "A"})
+    data = WithPairs(train=path, val_fraction=0.0, tokenizer=tokenizer, cache_dir=str(tmp_path / "cache"))
+    assert isinstance(data.encoded("train"), RowList)
+    (row,) = SFTDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer).encoded("train")
+    (pair,) = data.encoded("train")
+    assert [*pair.parts[0], *pair.parts[1]] == row.input_ids
+
+
+@pytest.mark.usefixtures("always_cached")
+@one_architecture
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_training_with_columns_is_the_same(
+    tiny_run: TinyRun, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference log-probs, computed with the first epoch, reach the rows of the second one."""
+    keys = {"trainer": {"max_epochs": 2}}
+    columns = tiny_run.train(stage, data={"cache_dir": str(tmp_path / "cache")}, **keys)
+    assert isinstance(columns.datamodule.encoded("train"), RowTable)
+    assert columns.module.reference is None
+    monkeypatch.setattr("rlhf.data.encode_split.CACHED_ROWS", 1000)
+    objects = tiny_run.train(stage, **keys)
+    torch.testing.assert_close(columns.weights, objects.weights, **EXACT)
+
+
+def test_rows_of_json_lines_are_read_where_they_are(tmp_path: Path) -> None:
+    """Blank lines, carriage returns and a missing line feed at the end do not matter."""
+    from rlhf.data.json_files import JsonLines
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\n{"a": 1}\r\n\n  \n{"a": "\xc3\xbc"}\n{"a": 3}')
+    rows = JsonLines(str(path))
+    assert [rows[index] for index in (2, 0, 1, -1)] == [{"a": 3}, {"a": 1}, {"a": "ü"}, {"a": 3}]
