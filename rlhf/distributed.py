@@ -52,6 +52,12 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
+def disconnect() -> None:
+    """Close the connection between the ranks, if there is one. Otherwise, a process may be aborted when it exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait until all ranks have called this function."""
     if world_size() > 1:

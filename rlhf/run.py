@@ -1,5 +1,6 @@
 """One stage from configuration to result: seed, build, fit, export."""
 
+import atexit
 import logging
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from rlhf.artifacts import (
 from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
 from rlhf.command import command_line
 from rlhf.config import check_values
-from rlhf.distributed import is_rank_zero
+from rlhf.distributed import disconnect, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.fsdp import check_loadable, without_sharding
 from rlhf.heap import keep_heap, release_heap
@@ -57,6 +58,7 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
     output = Path(cfg.paths.output)
     check_values(cfg)
     set_speed(instantiate(cfg.speed))
+    atexit.register(disconnect)  # Lightning does so for NCCL only.
     if cfg.speed.keep_heap:
         keep_heap()
     check_start(cfg, output)

@@ -8,6 +8,7 @@ import torch
 
 from harness import TinyRun
 from pitfalls.settings import ONE_STEP
+from rlhf.distributed import disconnect
 from rlhf.models import Pretrained
 from rlhf.sampling import SamplingParams
 
@@ -37,3 +38,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for architecture in ("transformer", "mamba"):
         main(Path(sys.argv[1]) / architecture, int(os.environ["LOCAL_RANK"]))
+    disconnect()
