@@ -24,6 +24,8 @@ class SpeedSettings:
             and if this saves tokens. false: compute it twice.
         lean_decoding: Decode with a preallocated cache and without the modules of transformers, for architectures that
             have such a decoder. false: decode with the model and the cache of transformers.
+        scan_chunk: On the CPU, let Mamba-2 scan at most this many tokens at once. null: ``chunk_size`` of the model,
+            which is 256 in most pretrained models.
     """
 
     keep_heap: bool = True
@@ -31,6 +33,7 @@ class SpeedSettings:
     row_groups: PositiveInt = 8
     shared_prompts: bool = True
     lean_decoding: bool = True
+    scan_chunk: PositiveInt | None = 64
 
 
 _current = SpeedSettings()
@@ -48,7 +51,7 @@ def set_speed(settings: SpeedSettings) -> None:
 
 
 @contextmanager
-def speed(**changes: bool | int) -> Iterator[None]:
+def speed(**changes: bool | int | None) -> Iterator[None]:
     """Change some settings inside of this context.
 
     Args:

@@ -8,6 +8,7 @@ from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, fr
 from rlhf.models.logits import cache_name
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
+from rlhf.models.scan import limit_scan_chunks
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
 from rlhf.models.shared_prompts import allows_shared_prompts
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
@@ -50,6 +51,7 @@ __all__ = [
     "hidden_states",
     "is_sharded",
     "kl_divergence",
+    "limit_scan_chunks",
     "local_tensor",
     "open_reference",
     "shard",

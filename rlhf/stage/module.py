@@ -20,6 +20,7 @@ from rlhf.models import (
     cast_frozen_matrices,
     check_complete,
     enable_gradient_checkpointing,
+    limit_scan_chunks,
     shard,
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -181,6 +182,8 @@ class StageModule(ReportingModule):
             self.open_models()
         if self._trainer is not None:
             check_positions(self, getattr(self._trainer, "datamodule", None))
+            if self._trainer.strategy.root_device.type == "cpu":
+                limit_scan_chunks(self)
         self._models_opened = True
         self.strict_loading = not base_weights(self)  # Checkpoints leave out the frozen base of adapters.
         if self.gradient_checkpointing:
