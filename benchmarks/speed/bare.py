@@ -70,7 +70,7 @@ def encode(rows: list[dict[str, str]], tokenizer: Any, max_length: int = 512) ->
 
 
 def states(lm: Any, batch: SequenceBatch) -> Tensor:
-    hidden: Tensor = lm.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden: Tensor = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden
 
 

@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+)
 
 from rlhf.models import train_tokenizer
 
@@ -37,7 +43,7 @@ def make(work: Path, demonstrations: Path, pairs: Path, solutions: Path, sizes: 
     texts = [text for row in [*shown, *read(pairs)] for text in row.values() if isinstance(text, str)]
     for size in sizes:
         layers, width, vocabulary = SIZES[size]
-        if (work / size / "lm").exists():
+        if (work / size / "mamba").exists():
             continue
         tokenizer = train_tokenizer(texts, vocabulary)
         config = LlamaConfig(
@@ -52,8 +58,21 @@ def make(work: Path, demonstrations: Path, pairs: Path, solutions: Path, sizes: 
             num_labels=1,
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
         )
+        mamba = Mamba2Config(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_heads=width // 32,
+            n_groups=1,
+            tie_word_embeddings=False,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        )
         torch.manual_seed(0)
-        for name, model in (("lm", LlamaForCausalLM(config)), ("reward", LlamaForSequenceClassification(config))):
+        for name, model in (
+            ("lm", LlamaForCausalLM(config)),
+            ("reward", LlamaForSequenceClassification(config)),
+            ("mamba", Mamba2ForCausalLM(mamba)),
+        ):
             model.save_pretrained(work / size / name)
             tokenizer.save_pretrained(work / size / name)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TRL_PACKAGES = ("torch==2.13.0", "transformers==5.24.0", "trl==1.16.0")
+PPO_PACKAGES = (*TRL_PACKAGES[:2], "trl==1.12.0")  # the last version whose PPO trainer has a separate value model
 BUSY = 0.05  # share of the processors that other processes may take
 
 
@@ -35,6 +36,7 @@ class Cell:
         batch_size: Rows per step, for each size of the model.
         steps: Optimizer steps, for each size of the model.
         overrides: Overrides of our command.
+        model: Name of the language model in the work directory.
     """
 
     stage: str
@@ -43,6 +45,7 @@ class Cell:
     batch_size: dict[str, int]
     steps: dict[str, int]
     overrides: tuple[str, ...] = field(default=())
+    model: str = "lm"
 
 
 PAIRS, LONG = "pairs.jsonl", "long_prompts.jsonl"
@@ -50,13 +53,24 @@ PAIRS, LONG = "pairs.jsonl", "long_prompts.jsonl"
 BEFORE = ("stage.precompute_ref_logprobs=true", "data.max_rows=200")
 LIVE = ("stage.precompute_ref_logprobs=false",)
 FEW = {"T": 10, "S": 5}
+# Iterations of 32 responses to prompts of at most 64 tokens, with four passes of four minibatches.
+PPO = (
+    *("stage.sampling.max_new_tokens=64", "data.max_length=128", "stage.minibatch_size=8"),
+    *("stage.ppo_epochs=4", "data.max_rows=2000"),
+)
 CELLS = {
     "sft": Cell("sft", "demonstrations.jsonl", "tokens_per_s", {"T": 16, "S": 8}, {"T": 22, "S": 6}),
+    "mamba": Cell("sft", "demonstrations.jsonl", "tokens_per_s", {"T": 16, "S": 8}, FEW, model="mamba"),
     "reward-pairs": Cell("reward", PAIRS, "sequences_per_s", {"T": 8, "S": 4}, FEW),
     "reward-long-prompts": Cell("reward", LONG, "sequences_per_s", {"T": 8, "S": 4}, FEW),
     "dpo-pairs": Cell("dpo", PAIRS, "sequences_per_s", {"T": 8, "S": 4}, FEW, BEFORE),
     "dpo-pairs-live": Cell("dpo_live", PAIRS, "sequences_per_s", {"T": 8, "S": 4}, FEW, LIVE),
     "dpo-long-prompts": Cell("dpo", LONG, "sequences_per_s", {"T": 8, "S": 4}, FEW, BEFORE),
+    "ppo": Cell("ppo", "demonstrations.jsonl", "sequences_per_s", {"T": 32, "S": 32}, {"T": 6, "S": 3}, PPO),
+    "ppo-shared-critic": Cell(
+        *("ppo", "demonstrations.jsonl", "sequences_per_s", {"T": 32, "S": 32}, {"T": 6, "S": 3}),
+        (*PPO, "stage.critic=shared"),
+    ),
     "dpo-long-prompts-live": Cell("dpo_live", LONG, "sequences_per_s", {"T": 8, "S": 4}, FEW, LIVE),
 }
 
@@ -67,7 +81,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="JSON Lines with prompt, chosen and rejected")
     parser.add_argument("--solutions", type=Path, required=True, help="pairs about the documents of --demonstrations")
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL 1.16")
-    parser.add_argument("--make-trl", type=Path, help="make that environment in this directory")
+    parser.add_argument("--ppo-python", help="interpreter of an environment with TRL 1.12, for PPO")
+    parser.add_argument("--make-trl", type=Path, help="make these environments in this directory")
     parser.add_argument("--work", type=Path, help="directory that is kept; default: a temporary one")
     parser.add_argument("--only", nargs="*", default=list(CELLS), choices=CELLS)
     parser.add_argument("--sizes", nargs="*", default=["T"], choices=["T", "S"])
@@ -82,7 +97,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.make_trl:
-        options.trl_python = make_environment(options.make_trl)
+        options.trl_python = make_environment(options.make_trl / "trl", TRL_PACKAGES)
+        options.ppo_python = make_environment(options.make_trl / "ppo", PPO_PACKAGES)
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         from inputs import make  # imported here, because --help should not load torch
@@ -94,12 +110,12 @@ def main() -> None:
                 sys.stdout.flush()
 
 
-def make_environment(directory: Path) -> str:
-    """Make the environment of TRL unless it exists, and return its interpreter."""
+def make_environment(directory: Path, packages: tuple[str, ...]) -> str:
+    """Make an environment unless it exists, and return its interpreter."""
     python = directory / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *TRL_PACKAGES], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
     return str(python)
 
 
@@ -109,7 +125,7 @@ def measure(cell: Cell, size: str, work: Path, options: Any) -> dict[str, list[d
     results: dict[str, list[dict[str, float]]] = defaultdict(list)
     rows = work / "rows.json"
     for repeat in range(options.repeats):
-        for side in [*options.sides, *variants]:
+        for side in [*(side for side in options.sides if cell.stage != "ppo" or side in ("ours", "trl")), *variants]:
             path = work / "result.json"
             path.unlink(missing_ok=True)
             if side == "ours" or side in variants:
@@ -129,12 +145,16 @@ def ours(cell: Cell, size: str, work: Path, path: Path, overrides: list[str]) ->
     shutil.rmtree(output, ignore_errors=True)
     return [
         *(sys.executable, str(HERE.parents[1] / "train.py"), f"stage={cell.stage.split('_')[0]}", "trainer=cpu"),
-        *("model=pretrained", f"model.path={work / size / 'lm'}", "data=jsonl", "data.val_fraction=0"),
+        *("model=pretrained", f"model.path={work / size / cell.model}", "data=jsonl", "data.val_fraction=0"),
         *(f"data.train={work / cell.data}", "data.max_length=512", 'data.template="{prompt}\\n"', "data.seed=1"),
         *(f"data.batch_size={cell.batch_size[size]}", f"trainer.max_steps={cell.steps[size]}"),
         *(f"paths.root={output}", "callbacks.checkpoint=null", "+callbacks.speed._target_=ours.RecordSteps"),
         f"+callbacks.speed.path={path}",
         *(["stage.samples=0"] if not cell.stage.startswith("reward") else ["data.demonstrations=null"]),
+        *(
+            [f"stage.policy={work / size / 'lm'}", f"stage.reward_model={work / size / 'reward'}"]
+            * (cell.stage == "ppo")
+        ),
         *cell.overrides,
         *overrides,
     ]
@@ -142,20 +162,33 @@ def ours(cell: Cell, size: str, work: Path, path: Path, overrides: list[str]) ->
 
 def theirs(side: str, cell: Cell, size: str, work: Path, path: Path, rows: Path, options: Any) -> list[str]:
     """Return the command of another side."""
-    model = work / size / ("reward" if cell.stage == "reward" and side != "bare" else "lm")
+    model = work / size / ("reward" if cell.stage == "reward" and side != "bare" else cell.model)
     python, script = (sys.executable, "bare.py") if side == "bare" else (options.trl_python, "trl_side.py")
+    if cell.stage == "ppo":
+        python, script = options.ppo_python, "trl_ppo.py"
     if python is None:
-        sys.exit(f"The side {side} needs --trl-python or --make-trl.")
-    order = [] if side == "trl-own" else ["--rows", str(rows)]
+        sys.exit(f"The side {side} needs --trl-python and --ppo-python, or --make-trl.")
+    order = [] if side.startswith("trl-own") or cell.stage == "ppo" else ["--rows", str(rows)]
+    bf16 = ["--bf16"] if side.endswith("-bf16") else []
     counts = ["--batch-size", str(cell.batch_size[size]), "--steps", str(cell.steps[size])]
-    return [python, str(HERE / script), cell.stage, str(model), str(work / cell.data), str(path), *order, *counts]
+    return [
+        python,
+        str(HERE / script),
+        cell.stage,
+        str(model),
+        str(work / cell.data),
+        str(path),
+        *order,
+        *counts,
+        *bf16,
+    ]
 
 
 def start(command: list[str], options: Any) -> None:
     """Run a command without output, and stop with its output if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    if command[0] == options.trl_python:
+    if command[0] in (options.trl_python, options.ppo_python):
         environment["PYTHONPATH"] = str(HERE)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
