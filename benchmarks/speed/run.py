@@ -34,7 +34,7 @@ class Cell:
         data: File in the work directory.
         unit: ``tokens_per_s`` or ``sequences_per_s``.
         batch_size: Rows per step, for each size of the model.
-        steps: Optimizer steps, for each size of the model.
+        steps: Optimizer steps, or iterations of PPO, for each size of the model.
         overrides: Overrides of our command.
         model: Name of the language model in the work directory.
     """
@@ -142,12 +142,13 @@ def measure(cell: Cell, size: str, work: Path, options: Any) -> dict[str, list[d
 def ours(cell: Cell, size: str, work: Path, path: Path, overrides: list[str]) -> list[str]:
     """Return the command of a real run."""
     output = work / "outputs"
+    optimizer_steps = cell.steps[size] * (16 if cell.stage == "ppo" else 1)
     shutil.rmtree(output, ignore_errors=True)
     return [
         *(sys.executable, str(HERE.parents[1] / "train.py"), f"stage={cell.stage.split('_')[0]}", "trainer=cpu"),
         *("model=pretrained", f"model.path={work / size / cell.model}", "data=jsonl", "data.val_fraction=0"),
         *(f"data.train={work / cell.data}", "data.max_length=512", 'data.template="{prompt}\\n"', "data.seed=1"),
-        *(f"data.batch_size={cell.batch_size[size]}", f"trainer.max_steps={cell.steps[size]}"),
+        *(f"data.batch_size={cell.batch_size[size]}", f"trainer.max_steps={optimizer_steps}"),
         *(f"paths.root={output}", "callbacks.checkpoint=null", "+callbacks.speed._target_=ours.RecordSteps"),
         f"+callbacks.speed.path={path}",
         *(["stage.samples=0"] if not cell.stage.startswith("reward") else ["data.demonstrations=null"]),
