@@ -11,14 +11,15 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordError
 from rlhf.data.records import FIELDS, Row
 from rlhf.errors import DataError
 
 
-class JsonLines(Sequence[Row]):
+class JsonLines(LazySequence[Row]):
     """Rows of a JSON Lines file. A line is parsed when its row is accessed, so memory holds 16 bytes per row.
 
     Args:
@@ -42,19 +43,12 @@ class JsonLines(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+    def item(self, index: int) -> Row:
         """Return a row.
 
         Raises:
             RecordError: The line is not a JSON object.
         """
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         line = self._read(index).partition(b"\n")[0].removeprefix(codecs.BOM_UTF8)
         try:
             return parse_line(line.decode())
@@ -65,7 +59,7 @@ class JsonLines(Sequence[Row]):
     def _read(self, index: int) -> bytes:
         """Return the content of the file from a row to the next one."""
         # A mapped file would count as memory of this process.
-        start, following = self._starts[index], index % len(self) + 1
+        start, following = self._starts[index], index + 1
         end = self._starts[following] if following < len(self) else self._end
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), end - start, start)

@@ -6,12 +6,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, overload
+from typing import Any
 
 from rich.progress import track
 
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows
+from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordError, RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, Row, prompt_of
 from rlhf.errors import DataError
@@ -141,7 +142,7 @@ class RecordReader:
         raise DataError("\n".join(shown), "\n  ".join(fixes))
 
 
-class Records(Sequence[Any]):
+class Records(LazySequence[Any]):
     """Records of a split. A record is parsed when it is accessed, so memory does not depend on their length.
 
     Args:
@@ -169,15 +170,7 @@ class Records(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """Return a record, or a list of the records of a slice."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Any:
         number = self._indices[index]
         record = self._parser.parse(_row(self.path, self._rows, number), self.record_type)
         prompt_of(record).row = number

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf.data.lazy import LazySequence
 from rlhf.data.row_columns import ColumnReader, leaves, unflatten
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ LENGTH, NUMBER = "length", "row"  # columns of a table in addition to the fields
 BATCH_ROWS = 4096  # rows of each record batch of a table but the last one
 
 
-class Rows(Sequence[Any]):
+class Rows(LazySequence[Any]):
     """The encoded rows of a split.
 
     Attributes:
@@ -28,22 +29,6 @@ class Rows(Sequence[Any]):
 
     lengths: np.ndarray
     numbers: np.ndarray
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """Return a row, or a list of the rows of a slice."""
-        if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self._row(index % len(self))
-
-    @abstractmethod
-    def _row(self, index: int) -> Any: ...
 
     @abstractmethod
     def value(self, index: int, name: str) -> Any:
@@ -77,7 +62,7 @@ class RowList(Rows):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _row(self, index: int) -> Any:
+    def item(self, index: int) -> Any:
         return self._rows[index]
 
     def value(self, index: int, name: str) -> Any:
@@ -119,7 +104,7 @@ class RowTable(Rows):
     def __len__(self) -> int:
         return self._count
 
-    def _row(self, index: int) -> Any:
+    def item(self, index: int) -> Any:
         row = self._stored(index)
         for name, value in self._extensions.items():
             setattr(row, name, value(index))

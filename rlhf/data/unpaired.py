@@ -4,7 +4,7 @@ import logging
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -12,6 +12,7 @@ from rlhf.data.batches import SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import EncodedResponse, Encoder, replace_response
 from rlhf.data.labeled_batches import UnpairedBatch
+from rlhf.data.lazy import LazySequence
 from rlhf.data.records import Preference, UnpairedPreference
 from rlhf.data.row_columns import NOT_STORED
 from rlhf.data.rows import Rows
@@ -171,7 +172,7 @@ class _Texts:
         return text
 
 
-class UnpairedRecords(Sequence[UnpairedPreference]):
+class UnpairedRecords(LazySequence[UnpairedPreference]):
     """Preference pairs as one desirable and one undesirable response each.
 
     Args:
@@ -188,14 +189,7 @@ class UnpairedRecords(Sequence[UnpairedPreference]):
     def __len__(self) -> int:
         return 2 * len(self._pairs)
 
-    @overload
-    def __getitem__(self, index: int) -> UnpairedPreference: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[UnpairedPreference]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> UnpairedPreference:
         pair = self._pairs[index // 2]
         if index % 2:
             return UnpairedPreference(pair.prompt, pair.rejected, False)

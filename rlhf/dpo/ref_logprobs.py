@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data import EncodedResponse, SequenceBatch
+from rlhf.data.lazy import LazySequence
 from rlhf.data.rows import RowList, Rows
 from rlhf.distributed import gather_objects, get_rank, is_rank_zero, world_size
 from rlhf.files import atomic_write
@@ -167,7 +168,7 @@ class ReferenceLogprobs:
         return digest.hexdigest()
 
 
-class _Responses(Sequence[EncodedResponse]):
+class _Responses(LazySequence[EncodedResponse]):
     """Some of the responses of all rows.
 
     Args:
@@ -181,9 +182,10 @@ class _Responses(Sequence[EncodedResponse]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: Any) -> Any:
+    def item(self, index: int) -> EncodedResponse:
         row, place = divmod(self._indices[index], self._per_row)
-        return self._rows[row].responses[place]
+        response: EncodedResponse = self._rows[row].responses[place]
+        return response
 
 
 def model_key(lm: PreTrainedModel, arithmetic: str) -> str:

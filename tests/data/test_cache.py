@@ -97,7 +97,7 @@ def test_slices_and_negative_indices(write: Write, tokenizer: PreTrainedTokenize
     every = list(rows)
     assert (rows[-1], rows[1:7:2], len(rows)) == (every[7], every[1:7:2], 8)
     assert rows.numbers.tolist() == list(range(8))
-    with pytest.raises(IndexError, match="row 8 of 8"):
+    with pytest.raises(IndexError, match="index 8 of 8 items"):
         rows[8]
 
 
