@@ -83,7 +83,8 @@ def test_precomputing_ref_logprobs_does_not_change_training(train: Train) -> Non
     keys = {"eps": 1.0, "learning_rate": 0.1, "trainer": {"max_epochs": 2}}
     before, during = (train(precompute_ref_logprobs=switch, **keys) for switch in (True, False))
     for name in ("train/loss", "kto/kl", "rewards/accuracies"):
-        assert before.curve(name) == pytest.approx(during.curve(name), rel=1e-4, abs=1e-5), name
+        first = 1 if name == "rewards/accuracies" else 0  # At the first step, every reward is 0 up to rounding.
+        assert before.curve(name)[first:] == pytest.approx(during.curve(name)[first:], rel=1e-4, abs=1e-5), name
     assert len(set(during.curve("kto/kl"))) > 1
     assert before.module.reference is None
 
