@@ -58,6 +58,8 @@ PPO = (
     *("stage.sampling.max_new_tokens=64", "data.max_length=128", "stage.minibatch_size=8"),
     *("stage.ppo_epochs=4", "data.max_rows=2000"),
 )
+TRAINED = ("stage.sampling.max_new_tokens=192", "data.max_length=384", *PPO[2:])
+TRAINED_STEPS = 200  # of the SFT that teaches the model ``trained`` to end its responses
 CELLS = {
     "sft": Cell("sft", "demonstrations.jsonl", "tokens_per_s", {"T": 16, "S": 8}, {"T": 22, "S": 6}),
     "mamba": Cell("sft", "demonstrations.jsonl", "tokens_per_s", {"T": 16, "S": 8}, FEW, model="mamba"),
@@ -67,6 +69,9 @@ CELLS = {
     "dpo-pairs-live": Cell("dpo_live", PAIRS, "sequences_per_s", {"T": 8, "S": 4}, FEW, LIVE),
     "dpo-long-prompts": Cell("dpo", LONG, "sequences_per_s", {"T": 8, "S": 4}, FEW, BEFORE),
     "ppo": Cell("ppo", "demonstrations.jsonl", "sequences_per_s", {"T": 32, "S": 32}, {"T": 6, "S": 3}, PPO),
+    "ppo-trained": Cell(
+        *("ppo", "demonstrations.jsonl", "sequences_per_s", {"T": 32, "S": 32}, {"T": 5, "S": 3}, TRAINED, "trained"),
+    ),
     "ppo-shared-critic": Cell(
         *("ppo", "demonstrations.jsonl", "sequences_per_s", {"T": 32, "S": 32}, {"T": 6, "S": 3}),
         (*PPO, "stage.critic=shared"),
@@ -103,10 +108,23 @@ def main() -> None:
         work = (options.work or Path(temporary)).resolve()
         from inputs import make  # imported here, because --help should not load torch
 
+        rates = subprocess.run(
+            [sys.executable, str(HERE / "flops.py")],
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        sys.stdout.write(f"peak rate of matrix products in operations per second: {rates.stdout}")
+        options.peak = json.loads(rates.stdout)["float32"]
         make(work, options.demonstrations, options.pairs, options.solutions, options.sizes)
         for size in options.sizes:
             for name in options.only:
-                sys.stdout.write(table(f"{name} {size}", CELLS[name].unit, measure(CELLS[name], size, work, options)))
+                if CELLS[name].model == "trained":
+                    make_trained(size, work, options)
+                sys.stdout.write(
+                    table(f"{name} {size}", CELLS[name].unit, measure(CELLS[name], size, work, options), options.peak)
+                )
                 sys.stdout.flush()
 
 
@@ -117,6 +135,17 @@ def make_environment(directory: Path, packages: tuple[str, ...]) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
     return str(python)
+
+
+def make_trained(size: str, work: Path, options: Any) -> None:
+    """Train a model that ends its responses like the demonstrations do, unless it exists."""
+    path = work / size / "trained"
+    if path.exists():
+        return
+    cell = Cell("sft", "demonstrations.jsonl", "", {size: 16}, {size: TRAINED_STEPS})
+    keys = ["save_hf=true", "stage.learning_rate=1e-3"]
+    start(ours(cell, size, work, work / "result.json", keys), options)
+    shutil.move(next((work / "outputs").glob("*/sft/hf")), path)
 
 
 def measure(cell: Cell, size: str, work: Path, options: Any) -> dict[str, list[dict[str, float]]]:
@@ -153,7 +182,7 @@ def ours(cell: Cell, size: str, work: Path, path: Path, overrides: list[str]) ->
         f"+callbacks.speed.path={path}",
         *(["stage.samples=0"] if not cell.stage.startswith("reward") else ["data.demonstrations=null"]),
         *(
-            [f"stage.policy={work / size / 'lm'}", f"stage.reward_model={work / size / 'reward'}"]
+            [f"stage.policy={work / size / cell.model}", f"stage.reward_model={work / size / 'reward'}"]
             * (cell.stage == "ppo")
         ),
         *cell.overrides,
@@ -172,6 +201,7 @@ def theirs(side: str, cell: Cell, size: str, work: Path, path: Path, rows: Path,
     order = [] if side.startswith("trl-own") or cell.stage == "ppo" else ["--rows", str(rows)]
     bf16 = ["--bf16"] if side.endswith("-bf16") else []
     counts = ["--batch-size", str(cell.batch_size[size]), "--steps", str(cell.steps[size])]
+    counts += ["--response", cell.overrides[0].split("=")[1]] if cell.stage == "ppo" else []
     return [
         python,
         str(HERE / script),
@@ -196,19 +226,20 @@ def start(command: list[str], options: Any) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def table(title: str, unit: str, results: dict[str, list[dict[str, float]]]) -> str:
+def table(title: str, unit: str, results: dict[str, list[dict[str, float]]], peak: float) -> str:
     """Return the lines of a cell: one per side."""
     lines = [
-        f"\n| {title}, {unit} | median | ours / this | faults per step | peak MiB | others | n |",
-        "|---" * 7 + "|",
+        f"\n| {title}, {unit} | median | ours / this | MFU | faults per step | peak MiB | others | n |",
+        "|---" * 8 + "|",
     ]
     for side, runs in results.items():
         speeds = [run[unit] for run in runs]
         ratio = median(our[unit] / run[unit] for our, run in zip(results["ours"], runs, strict=True))
         others = max(run["others"] for run in runs)
         warning = " (busy)" if others > BUSY else ""
+        rate = median(run.get("flops_per_s", 0.0) for run in runs) / peak
         lines.append(
-            f"| {side} | {median(speeds):.4g} | {ratio:.2f} "
+            f"| {side} | {median(speeds):.4g} | {ratio:.2f} | {f'{rate:.0%}' if rate else ''} "
             f"| {median(run['faults_per_step'] for run in runs):.3g} | {median(run['peak'] for run in runs):.0f} "
             f"| {others:.2f}{warning} | {len(runs)} |"
         )

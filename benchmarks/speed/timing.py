@@ -22,13 +22,22 @@ class Steps:
         self.steps: list[dict[str, float]] = []
         self.rows: list[list[int]] = []
 
-    def end(self, sequences: int, tokens: int, rows: list[int] | None = None) -> None:
+    def end(
+        self,
+        sequences: int,
+        tokens: int,
+        rows: list[int] | None = None,
+        flops: float = 0.0,
+        flop_seconds: float | None = None,
+    ) -> None:
         """Record the end of a step.
 
         Args:
             sequences: Number of its rows, pairs or episodes.
             tokens: Number of its real tokens.
             rows: Numbers of its rows in the data, from 0.
+            flops: Useful floating-point operations.
+            flop_seconds: Seconds that they took. None: those of the whole step.
         """
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self.steps.append(
@@ -36,6 +45,8 @@ class Steps:
                 "time": time.perf_counter(),
                 "sequences": sequences,
                 "tokens": tokens,
+                "flops": flops,
+                "flop_seconds": flop_seconds or 0.0,
                 "faults": usage.ru_minflt,
                 "own": usage.ru_utime + usage.ru_stime,
                 "all": _busy_seconds(),
@@ -55,6 +66,8 @@ class Steps:
         return {
             "sequences_per_s": sum(step["sequences"] for step in self.steps[WARM_UP:]) / seconds,
             "tokens_per_s": sum(step["tokens"] for step in self.steps[WARM_UP:]) / seconds,
+            "flops_per_s": sum(step["flops"] for step in self.steps[WARM_UP:])
+            / (sum(step["flop_seconds"] for step in self.steps[WARM_UP:]) or seconds),
             "faults_per_step": (last["faults"] - first["faults"]) / count,
             "peak": peak,
             "others": max(others, 0.0) / seconds / (os.cpu_count() or 1),

@@ -20,8 +20,6 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-PROMPT, RESPONSE = 64, 64  # tokens
-
 
 class RecordSteps(TrainerCallback):
     """Records the end of every iteration.
@@ -46,11 +44,14 @@ def main() -> None:
     parser.add_argument("result")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--response", type=int, default=64, help="tokens of prompts and responses")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     texts = [json.loads(line)["document"] for line in options.data.open(encoding="utf-8", newline="\n")]
-    prompts = [tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"][-PROMPT:] for text in texts[:2000]]
+    prompts = [
+        tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"][-options.response :] for text in texts[:2000]
+    ]
     reward = options.model.parent / "reward"
     with tempfile.TemporaryDirectory() as output:
         trainer = PPOTrainer(
@@ -61,7 +62,7 @@ def main() -> None:
                 num_mini_batches=4,
                 num_ppo_epochs=4,
                 total_episodes=options.batch_size * options.steps,
-                response_length=RESPONSE,
+                response_length=options.response,
                 stop_token="eos",
                 num_sample_generations=0,
                 learning_rate=1e-4,

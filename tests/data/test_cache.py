@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness import EXACT, TinyRun
+from ranks import in_ranks
 from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
 from rlhf.data.rows import RowList, RowTable
 from rlhf.errors import ConfigError
@@ -194,6 +195,25 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*cannot be used.*\n.*data\.cache_dir=null"):
         sft(write, tokenizer, tmp_path / "cache").encoded("train")
+
+
+def encode_on_a_rank(rank: int, folder: Path) -> list[list[int]]:
+    """Encode 3,000 rows, at the same time as the other rank."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    data = SFTDataModule(
+        train=str(folder / "rows.jsonl"), val_fraction=0.0, tokenizer=tokenizer, cache_dir=str(folder / "cache")
+    )
+    return [row.input_ids for row in data.encoded("train")]
+
+
+def test_ranks_share_a_cache(write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write(*({"prompt": f"Q{i}", "completion": "A"} for i in range(3000)))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    one, other = in_ranks(encode_on_a_rank, tmp_path)
+    assert one == other
+    assert len(one) == 3000
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 @dataclass
