@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 SHOWN = 12  # digits of a SHA-256 in messages
 # What the weights depend on. Of the Trainer's flags, most do not affect training.
 COMPARED = ("seed", "stage", "data", "model", "adapter")
+WITHOUT_EFFECT = ("data.cache_dir",)  # on the weights
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")  # Changing one extends a run.
 TRAINER_KEYS = (
     *(key.removeprefix("trainer.") for key in LENGTH),
@@ -93,7 +94,7 @@ def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
     directory = config.get("paths", {}).get("run", "")
     flat = {key: value for name, node in nodes.items() for key, value in _flatten(name, node)}
-    return {key: _relative(value, directory) for key, value in flat.items()}
+    return {key: _relative(value, directory) for key, value in flat.items() if key not in WITHOUT_EFFECT}
 
 
 def _flatten(key: str, node: Any) -> Iterator[tuple[str, Any]]:

@@ -67,7 +67,8 @@ def test_a_halved_batch_gives_the_same_step(
     halved = tiny_run.train(stage, on_out_of_memory="halve", **keys)
     assert sizes[:3] == [8, 4, 4]
     assert set(sizes[1:]) == {4}
-    assert_same_weights(halved.module, whole.module, **CLOSE)
+    # The gradient of the bias of a pairwise reward model is 0 up to rounding, which AdamW amplifies.
+    assert_same_weights(halved.module, whole.module, **{**CLOSE, "atol": 1e-5})
     for one, other in zip(halved.logger.calls, whole.logger.calls, strict=True):
         one, other = ({name: call[name] for name in call if "throughput" not in name} for call in (one, other))
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)

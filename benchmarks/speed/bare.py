@@ -39,6 +39,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([*lm.parameters(), *head.parameters()], lr=1e-4, fused=True)
     known = [summed_logprobs(reference, batch) for batch in batches] if options.stage == "dpo" else None
     steps = Steps(options.result)
+    steps.watch(lm.base_model)
     for number, batch in enumerate(batches):
         if options.stage == "reward":
             scores = head(states(lm, batch)[torch.arange(len(batch.input_ids)), batch.attention_mask.sum(1) - 1])[:, 0]

@@ -21,6 +21,9 @@ class RecordSteps(lightning.Callback):
         self.flops = 0.0
         self.update_started: float | None = None  # of an iteration of PPO, at the end of its first minibatch
 
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.steps.watch(module.policy.lm.base_model if hasattr(module, "policy") else module.model.trunk)
+
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.sequences += batch.row_count if not hasattr(batch, "new_sequences") else batch.new_sequences
         self.tokens += tokens_of(batch)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,12 +158,14 @@ def measure(cell: Cell, size: str, work: Path, options: Any) -> dict[str, list[d
         for side in [*(side for side in options.sides if cell.stage != "ppo" or side in ("ours", "trl")), *variants]:
             path = work / "result.json"
             path.unlink(missing_ok=True)
+            started = time.time()
             if side == "ours" or side in variants:
                 overrides = variants[side].split(",") if side in variants else []
                 start(ours(cell, size, work, path, overrides), options)
             else:
                 start(theirs(side, cell, size, work, path, rows, options), options)
-            results[side].append(json.loads(path.read_text()))
+            result = json.loads(path.read_text())
+            results[side].append({**result, "start": result["first_step"] - started})
             if side == "ours" and repeat == 0:
                 shutil.copy(path, rows)
     return results
@@ -176,7 +179,13 @@ def ours(cell: Cell, size: str, work: Path, path: Path, overrides: list[str]) ->
     return [
         *(sys.executable, str(HERE.parents[1] / "train.py"), f"stage={cell.stage.split('_')[0]}", "trainer=cpu"),
         *("model=pretrained", f"model.path={work / size / cell.model}", "data=jsonl", "data.val_fraction=0"),
-        *(f"data.train={work / cell.data}", "data.max_length=512", 'data.template="{prompt}\\n"', "data.seed=1"),
+        *(
+            f"data.train={work / cell.data}",
+            f"data.cache_dir={work / 'cache'}",
+            "data.max_length=512",
+            'data.template="{prompt}\\n"',
+            "data.seed=1",
+        ),
         *(f"data.batch_size={cell.batch_size[size]}", f"trainer.max_steps={optimizer_steps}"),
         *(f"paths.root={output}", "callbacks.checkpoint=null", "+callbacks.speed._target_=ours.RecordSteps"),
         f"+callbacks.speed.path={path}",
@@ -229,17 +238,20 @@ def start(command: list[str], options: Any) -> None:
 def table(title: str, unit: str, results: dict[str, list[dict[str, float]]], peak: float) -> str:
     """Return the lines of a cell: one per side."""
     lines = [
-        f"\n| {title}, {unit} | median | ours / this | MFU | faults per step | peak MiB | others | n |",
-        "|---" * 8 + "|",
+        f"\n| {title}, {unit} | median | ours / this | MFU | computed / real tokens | first step, s | faults per step "
+        "| peak MiB | others | n |",
+        "|---" * 10 + "|",
     ]
     for side, runs in results.items():
         speeds = [run[unit] for run in runs]
         ratio = median(our[unit] / run[unit] for our, run in zip(results["ours"], runs, strict=True))
         others = max(run["others"] for run in runs)
         warning = " (busy)" if others > BUSY else ""
+        computed = median(run["computed_per_token"] for run in runs)
         rate = median(run.get("flops_per_s", 0.0) for run in runs) / peak
         lines.append(
             f"| {side} | {median(speeds):.4g} | {ratio:.2f} | {f'{rate:.0%}' if rate else ''} "
+            f"| {f'{computed:.2f}' if computed else ''} | {median(run['start'] for run in runs):.1f} "
             f"| {median(run['faults_per_step'] for run in runs):.3g} | {median(run['peak'] for run in runs):.0f} "
             f"| {others:.2f}{warning} | {len(runs)} |"
         )

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 WARM_UP = 2  # steps that are not measured
 
 
@@ -21,6 +23,17 @@ class Steps:
         self.path = Path(path)
         self.steps: list[dict[str, float]] = []
         self.rows: list[list[int]] = []
+        self.computed = 0  # tokens, padding included, that the trunk has processed with gradients in this step
+
+    def watch(self, trunk: Any) -> None:
+        """Count the tokens that a trunk processes with gradients."""
+
+        def count(module: Any, arguments: tuple[Any, ...], keys: dict[str, Any]) -> None:
+            inputs = [value for value in (*arguments, *keys.values()) if hasattr(value, "numel")]
+            if torch.is_grad_enabled() and inputs:
+                self.computed += (keys.get("input_ids") if keys.get("input_ids") is not None else inputs[0]).numel()
+
+        trunk.register_forward_pre_hook(count, with_kwargs=True)
 
     def end(
         self,
@@ -45,6 +58,8 @@ class Steps:
                 "time": time.perf_counter(),
                 "sequences": sequences,
                 "tokens": tokens,
+                "computed": self.computed,
+                "wall": time.time(),
                 "flops": flops,
                 "flop_seconds": flop_seconds or 0.0,
                 "faults": usage.ru_minflt,
@@ -52,6 +67,7 @@ class Steps:
                 "all": _busy_seconds(),
             }
         )
+        self.computed = 0
         self.rows.append(rows or [])
         self.path.write_text(json.dumps({**self.summary(), "rows": self.rows}))
 
@@ -68,6 +84,9 @@ class Steps:
             "tokens_per_s": sum(step["tokens"] for step in self.steps[WARM_UP:]) / seconds,
             "flops_per_s": sum(step["flops"] for step in self.steps[WARM_UP:])
             / (sum(step["flop_seconds"] for step in self.steps[WARM_UP:]) or seconds),
+            "computed_per_token": sum(step["computed"] for step in self.steps[WARM_UP:])
+            / max(sum(step["tokens"] for step in self.steps[WARM_UP:]), 1),
+            "first_step": self.steps[0]["wall"],
             "faults_per_step": (last["faults"] - first["faults"]) / count,
             "peak": peak,
             "others": max(others, 0.0) / seconds / (os.cpu_count() or 1),

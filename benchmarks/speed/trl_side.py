@@ -110,6 +110,7 @@ def train(options: Any, rows: list[dict[str, str]], tokenizer: Any) -> None:
             processing_class=tokenizer,
             callbacks=[callback],
         )
+        callback.steps.watch(trainer.model.base_model)
         trainer.train()
 
 

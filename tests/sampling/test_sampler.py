@@ -310,7 +310,8 @@ def test_finished_rows_leave_the_batch_at_the_stop_interval(monkeypatch: pytest.
             recorder = RowRecorder(lm, context)
             sampler = LocalSampler(stop_interval=interval)
             sampler.sync(lm, IdTokenizer())
-            sampler.sample(PROMPTS, replace(GREEDY, stop_tokens=[str(stop)]))
+            with speed(lean_decoding=False):
+                sampler.sample(PROMPTS, replace(GREEDY, stop_tokens=[str(stop)]))
         seen = [step - step % (interval or 1) for step in range(12)]
         expected = [sum(length > step for length in lengths) if step else len(PROMPTS) for step in seen]
         assert recorder.rows == [rows for rows in expected if rows]
