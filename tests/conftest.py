@@ -69,7 +69,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture  # Not of the session: a module that overrides ``architecture`` would get a cached one.
+@pytest.fixture(scope="module")  # Not of the session: a module that overrides ``architecture`` would get a cached one.
 def source(architecture: str) -> ModelSource:
     """The source of a tiny model of the architecture."""
     return SOURCES[architecture]
