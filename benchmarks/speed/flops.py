@@ -26,7 +26,9 @@ def useful_flops(module: Any, batch: Any) -> float:
         flops += trunk_flops(module.critic.trunk, lengths)
     if hasattr(module, "policy"):
         flops += 2 * lm.config.hidden_size * lm.config.vocab_size * int(sequences.response_mask.sum())
-    return 3 * flops  # The backward pass needs twice as many.
+    computes_reference = hasattr(module, "compute_ref_logprobs") and module.reference is not None
+    # The backward pass needs twice as many. A live reference model has a forward pass only.
+    return (4 if computes_reference else 3) * flops
 
 
 def trunk_flops(lm: Any, lengths: list[int]) -> float:
