@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rlhf.models import cache_name
 from rlhf.sampling.params import SamplingParams
-from rlhf.tensors import pad_right
+from rlhf.tensors import pad_rows_left
 
 INVALID_TOKEN = -1  # stands for a token whose logits were NaN or infinite
 BLOCK = 128  # tokens whose probabilities are summed first in a draw
@@ -46,9 +46,7 @@ class DecodingBatch:
             rows: All rows.
             prompts: Token ids of each prompt, at least one per prompt.
         """
-        reversed_ids, reversed_mask = pad_right([list(prompt[::-1]) for prompt in prompts])
-        self.input_ids = reversed_ids.flip(1).to(self.lm.device)
-        self.attention_mask = reversed_mask.flip(1).to(self.lm.device)
+        self.input_ids, self.attention_mask = (tensor.to(self.lm.device) for tensor in pad_rows_left(prompts))
         self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         return self._next_logits()

@@ -107,6 +107,12 @@ class AttentionBatch(LeanBatch):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        logits = super().prefill(rows, prompts)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.host_lengths[row] = len(prompt)
+        return logits
+
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         input_ids, mask = pad_right(prompts)
         # Padding is on the right, where causality keeps it away from real tokens. GPT-2 would warn about it.
@@ -120,8 +126,6 @@ class AttentionBatch(LeanBatch):
             keys[rows, :, : input_ids.shape[1]] = layer.keys[source].to(keys.dtype)
             values[rows, :, : input_ids.shape[1]] = layer.values[source]
         self.lengths[rows] = last[source] + 1
-        for row, prompt in zip(rows.tolist(), source.tolist(), strict=True):
-            self.host_lengths[row] = len(prompts[prompt])
         hidden: Tensor = output.last_hidden_state
         return hidden[torch.arange(len(prompts), device=self.device), last]
 

@@ -13,7 +13,7 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 from rlhf.models import cache_name
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
-from rlhf.tensors import pad_right
+from rlhf.tensors import pad_rows_left
 
 
 def has_mamba_decoder(lm: Any) -> bool:
@@ -47,8 +47,7 @@ class MambaBatch(LeanBatch):
 
     def _fill_padded(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         # Padding is on the left, where the mask keeps it out of the state.
-        reversed_ids, reversed_mask = pad_right([prompt[::-1] for prompt in prompts])
-        input_ids, mask = (tensor.flip(1).to(self.device) for tensor in (reversed_ids, reversed_mask))
+        input_ids, mask = (tensor.to(self.device) for tensor in pad_rows_left(prompts))
         keys = {"attention_mask": mask.long()} if len({len(prompt) for prompt in prompts}) > 1 else {}
         output = self.lm.backbone(input_ids, use_cache=True, **keys)
         layers = getattr(output, cache_name(self.lm)).layers
