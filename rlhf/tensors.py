@@ -4,8 +4,6 @@ Per-token tensors have shape [batch, time], and entry t belongs to token t. Mask
 masked values, including NaN, affect neither results nor gradients.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,7 +206,7 @@ def pad_right(rows: list[list[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     return input_ids, torch.arange(width) < lengths[:, None]
 
 
-def pad_rows_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad_rows_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids on the left with 0, and return the ids and a mask that is True on real tokens."""
-    reversed_ids, reversed_mask = pad_right([list(row[::-1]) for row in rows])
+    reversed_ids, reversed_mask = pad_right([row[::-1] for row in rows])
     return reversed_ids.flip(1), reversed_mask.flip(1)

@@ -46,7 +46,8 @@ class DecodingBatch:
             rows: All rows.
             prompts: Token ids of each prompt, at least one per prompt.
         """
-        self.input_ids, self.attention_mask = (tensor.to(self.lm.device) for tensor in pad_rows_left(prompts))
+        padded = pad_rows_left([list(prompt) for prompt in prompts])
+        self.input_ids, self.attention_mask = (tensor.to(self.lm.device) for tensor in padded)
         self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         return self._next_logits()
