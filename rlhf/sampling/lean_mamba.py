@@ -30,7 +30,7 @@ class MambaBatch(LeanBatch):
         self.layers = [_Layer.of(block) for block in trunk.layers]
         self.norm, self.embedding = rms_norm(trunk.norm_f), trunk.embeddings
         self.inputs: list[Tensor] = []  # [places, kernel, channels] the last inputs of each layer's convolution
-        self.states: list[Tensor] = []  # [places, heads, width of a head, state size]
+        self.states: list[Tensor] = []  # [places, groups, state size, heads of a group, width of a head]
 
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         if not self.lm.config.use_bias:
@@ -51,7 +51,11 @@ class MambaBatch(LeanBatch):
         keys = {"attention_mask": mask.long()} if len({len(prompt) for prompt in prompts}) > 1 else {}
         output = self.lm.backbone(input_ids, use_cache=True, **keys)
         layers = getattr(output, cache_name(self.lm)).layers
-        cache = [(layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0]) for layer in layers]
+        groups = self.lm.config.n_groups
+        cache = [
+            (layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0].unflatten(1, (groups, -1)).movedim(-1, 2))
+            for layer in layers
+        ]
         if not self.states:
             for inputs, state in cache:
                 self.inputs.append(inputs.new_zeros(self.places, *inputs.shape[1:]))
@@ -119,11 +123,10 @@ class _Layer:
         x, b, c = convolved.split([self.sizes[0], *[self.groups * self.state_size] * 2], dim=-1)
         x = x.reshape(rows, heads, -1)
         step = F.softplus(step + self.step_bias).float()
-        # Heads of a group share B and C.
-        grouped = state.view(rows, self.groups, -1, self.state_size)
-        state.mul_((step * self.decay).exp()[:, :, None, None])
-        scaled = (step[:, :, None] * x).view(rows, self.groups, -1, 1)
-        grouped.addcmul_(scaled, b.reshape(rows, self.groups, 1, -1))
-        y = torch.matmul(grouped, c.reshape(rows, self.groups, -1, 1).to(state.dtype)).view(rows, heads, -1)
+        # Heads of a group share B and C. The state size comes before the heads, so that C h is a fast matrix product.
+        state.mul_((step * self.decay).exp().view(rows, self.groups, 1, -1, 1))
+        grouped = state.flatten(3)
+        grouped.addcmul_(b.reshape(rows, self.groups, -1, 1), (step[:, :, None] * x).reshape(rows, self.groups, 1, -1))
+        y = torch.matmul(c.reshape(rows, self.groups, 1, -1).to(state.dtype), grouped).view(rows, heads, -1)
         y = y.to(x.dtype) + self.skip * x
         return hidden + self.projection_back(self.gated_norm(y.reshape(rows, -1), gate).to(hidden.dtype))

@@ -60,6 +60,7 @@ class Decoding:
         # Of each prompt: the drawn tokens. The last column is for what rows draw after their last token.
         self.drawn = torch.zeros(len(prompts), params.max_new_tokens + 1, dtype=torch.long, device=lm.device)
         self.started = 0  # number of prompts that have been computed
+        self.is_ordered = True  # whether the rows are in the order of their prompts
         self.steps = 0
         self.steps_left = 0  # number of steps after which all rows are finished
         self.is_done = False
@@ -95,15 +96,14 @@ class Decoding:
 
     def _draw(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Draw a token for each of the given rows."""
+        prompt, count, finished = self.prompt[rows], self.drawn_count[rows], self.finished[rows]
         # Random numbers go to responses in the order of their prompts, wherever their rows are.
-        ranks = self.prompt[rows].argsort().argsort()
+        ranks = None if self.is_ordered else prompt.argsort().argsort()
         tokens = draw_tokens(logits[:, : self.vocab_size], self.params, self.generator, ranks)
-        count = self.drawn_count[rows]
-        self.drawn[self.prompt[rows], count.clamp(max=self.params.max_new_tokens)] = torch.where(
-            self.finished[rows], 0, tokens
-        )
+        drawn = tokens.where(~finished, 0)
+        self.drawn[prompt, count.clamp(max=self.params.max_new_tokens)] = drawn
         ends = (tokens[:, None] == self.ends).any(dim=1) | (count + 1 >= self.params.max_new_tokens)
-        self.finished[rows] = self.finished[rows] | ends
+        self.finished[rows] = finished | ends
         self.drawn_count[rows] = count + 1
         self.token[rows] = tokens.clamp(min=0)
 
@@ -118,12 +118,14 @@ class Decoding:
             if len(rows) < min(waiting, -(-count // REFILL)):  # Several prompts at once are computed faster.
                 self.batch.rewind(rows)
                 return
+            self.is_ordered = False
             self._start(rows[:waiting])
             rows = rows[waiting:]
         if len(rows) == count:
             self.is_done = True
         elif rows:
             order = torch.tensor(self.batch.remove(rows), device=self.prompt.device)
+            self.is_ordered = False
             for values in (self.prompt, self.drawn_count, self.token, self.finished):
                 values[: len(order)] = values[order]
 
