@@ -1,6 +1,7 @@
 """Preference pairs whose prompt is computed once: one row with the prompt and both responses."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -8,7 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-MIN_SAVING = 0.1  # fraction of the tokens of a batch below which computing the prompts once gains nothing
+from rlhf.models.pair_attention import pair_attention
+
+MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
 _SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
 # What models raise that cannot do what they are asked to.
@@ -37,14 +40,24 @@ class SharedPrompts:
         """[pairs] number of tokens of each row."""
         return self.prompts + self.first + self.second
 
-    def inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the arguments of the trunk for some pairs.
+    def hidden_states(self, trunk: Any, input_ids: Tensor, pairs: Tensor, width: int) -> Tensor:
+        """Compute the last hidden states of some pairs: [pairs, width, width of a state].
 
         Args:
+            trunk: A causal model without its output layer.
             input_ids: [2 * all pairs, time] token ids, padded on the right: the first sequences, then the second ones.
-            pairs: [pairs] the pairs to compute.
+            pairs: [pairs] the pairs to compute, on the CPU.
             width: Number of tokens of the longest row among them.
         """
+        sizes = list(zip(*(x[pairs].tolist() for x in (self.prompts, self.first, self.second)), strict=True))
+        # Gradient checkpointing recomputes layers outside of the context.
+        is_recomputed = any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
+        with nullcontext() if is_recomputed else pair_attention(trunk, sizes):
+            states: Tensor = trunk(**self._inputs(input_ids, pairs, width), use_cache=False).last_hidden_state
+        return states
+
+    def _inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
+        """Return the arguments of the trunk for some pairs."""
         device = input_ids.device
         prompts, first, pairs = (x.to(device) for x in (self.prompts[pairs, None], self.first[pairs, None], pairs))
         token = torch.arange(width, device=device)
@@ -118,8 +131,7 @@ def _probe(trunk: Any) -> bool:
     layout = SharedPrompts(*torch.tensor(_PROBE).view(3, 1))
     trunk.eval()
     try:
-        inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
-        found = trunk(**inputs, use_cache=False).last_hidden_state[0]
+        found = layout.hidden_states(trunk, batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))[0]
         expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
     except _FAILURES:
         return False

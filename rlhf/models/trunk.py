@@ -100,8 +100,11 @@ def hidden_states(
     groups = split_by_length(row_lengths, settings.row_groups if input_ids.is_cpu and not is_sharded else 1)
     states = []
     for rows, width in groups:
-        inputs = layout.inputs(input_ids, rows, width) if layout else {"input_ids": input_ids[rows.to(device), :width]}
-        states.append(trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1))
+        if layout is None:
+            found = trunk(input_ids=input_ids[rows.to(device), :width], use_cache=False).last_hidden_state
+        else:
+            found = layout.hidden_states(trunk, input_ids, rows, width)
+        states.append(found.flatten(0, 1))
     starts, time = _row_starts(groups), input_ids.shape[1]
     index = starts[:, None] + torch.arange(time) if layout is None else starts.repeat(2)[:, None] + layout.columns(time)
     index = index.clamp(max=sum(map(len, states)) - 1).to(device)

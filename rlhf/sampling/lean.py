@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models import cache_name
-from rlhf.sampling.lean_layers import attention_decoder
+from rlhf.sampling.lean_layers import Function, attention_decoder
 from rlhf.tensors import pad_right
 
 
@@ -33,7 +33,7 @@ class LeanBatch(ABC):
     def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
         self.lm: Any = lm
         self.places, self.capacity, self.device = places, capacity, lm.device
-        self.head = self.lm.get_output_embeddings()
+        self.head: Function = self.lm.get_output_embeddings()
         self.count = 0  # rows in use: the first ones
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
