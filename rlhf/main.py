@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
+from rlhf.precision import resolve_precision
 from rlhf.run_names import check_run_name
 from rlhf.speed import set_speed
 from rlhf.sweep import run_job
@@ -39,6 +40,7 @@ def run_checked(cfg: DictConfig) -> float:
         check_run_name(cfg.run)
         check_choices(cfg)
         warn_about_repeated_keys()
+        resolve_precision(cfg)
         return run_command(cfg) if "command" in cfg else run_stages(cfg)
     finally:
         remove_if_empty(Path(cfg.paths.output), Path(cfg.paths.run))  # Hydra creates it even for a rejected command.

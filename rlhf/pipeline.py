@@ -18,6 +18,7 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED
 from rlhf.output_directory import OutputDirectory
+from rlhf.precision import resolve_precision
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
 from rlhf.resume import check_start, earlier_files
@@ -150,7 +151,9 @@ def step_config(cfg: DictConfig, step: str, directory: Path, of_round: Sequence[
     variant = cfg.pipeline.variants.get(step)
     chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{directory / step}'"]
     own = list(cfg.pipeline.overrides.get(step, []))
-    return compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *of_round, *own])
+    config = compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *of_round, *own])
+    resolve_precision(config)
+    return config
 
 
 def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[str, float]) -> Table:

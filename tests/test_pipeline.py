@@ -87,6 +87,12 @@ def test_the_overrides_of_a_step_win_over_the_command_line() -> None:
         assert step_config(cfg, "sft", Path("/r/rlhf")).data.batch_size == 8
 
 
+def test_the_precision_of_a_step_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.precision.has_bfloat16", lambda accelerator: accelerator == "cpu")
+    with hydra_command("trainer=cpu", "trainer.precision=auto") as cfg:
+        assert step_config(cfg, "dpo", Path("/r/rlhf")).trainer.precision == "bf16-mixed"
+
+
 def test_the_command_line_wins_over_a_variant() -> None:
     """A variant chooses groups and values that the command line may change."""
     variant = "+pipeline.variants.low=['stage=dpo','stage.beta=0.01','loss=ipo']"

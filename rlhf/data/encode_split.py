@@ -82,7 +82,7 @@ class _Encoding:
         quiet = len(records) < CACHED_ROWS
         for start in track(starts, f"encoding {self._split}", transient=True, disable=quiet):
             chunk = records[start : start + ENCODED_RECORDS]
-            encoder.prepare([pair for record in chunk for pair in _conversations(record)])
+            encoder.prepare([pair for record in chunk for pair in conversations(record)])
             for record in chunk:
                 number = prompt_of(record).row
                 place = -1 if number is None else number
@@ -104,7 +104,7 @@ class _Encoding:
         }
 
 
-def _conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
+def conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
     """Return the messages of a record's prompt with each of its responses, as ``Encoder.prepare`` takes them."""
     prompt = prompt_of(record)
     responses = [getattr(record, name) for name in ("response", "chosen", "rejected") if hasattr(record, name)]

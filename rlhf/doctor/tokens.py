@@ -8,6 +8,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import EncodedResponse, Encoder, Preference
+from rlhf.data.encode_split import conversations
 from rlhf.data.records import Prompt, Record
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, prompt_of, responses_of, texts_of
 from rlhf.doctor.forms import Entry, Split
@@ -81,7 +82,7 @@ def encode(
     for start in track(range(0, len(entries), CHUNK), f"encoding {split.path}", transient=True, disable=quiet):
         chunk = entries[start : start + CHUNK]
         try:
-            encoder.prepare([pair for entry in chunk for pair in _conversations(entry.record)])
+            encoder.prepare([pair for entry in chunk for pair in conversations(entry.record)])
         except UserError:
             encoder.prepare([])  # Each row is encoded by itself, and the rejected ones raise again.
         for entry in chunk:
@@ -139,8 +140,3 @@ def _misfits(record: Record, encoded: Sequence[EncodedResponse], limited: Encode
         yield from (kind for kind in ("response", "prompt") if limited.counts[f"truncated_{kind}s"])
     if isinstance(record, Preference) and encoded[0].input_ids == encoded[1].input_ids:
         yield "dropped"
-
-
-def _conversations(record: Record) -> list[tuple[Sequence[dict[str, str]], str | None]]:
-    messages = prompt_of(record).messages
-    return [(messages, response) for response in responses_of(record).values() or [None]]

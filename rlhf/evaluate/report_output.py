@@ -1,6 +1,5 @@
 """Output formats of evaluation: samples.jsonl, and a table for the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from rlhf.evaluate.metrics import TARGET, ModelResponses, point_estimate
 from rlhf.evaluate.responses import ResponseBatch
+from rlhf.files import write_json_lines
 
 
 def write_samples(
@@ -26,18 +26,18 @@ def write_samples(
         targets: Reference response to each prompt; None where there is none.
         responses: Responses of each model by name.
     """
-    with open(path, "w", encoding="utf-8") as file:
-        for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-            of_models = {
-                name: {
-                    "text": model.texts[row],
-                    **{metric: round(values[row], 4) for metric, values in model.metrics.items()},
-                }
-                for name, model in responses.items()
-                if name != TARGET
+    rows = []
+    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        of_models = {
+            name: {
+                "text": model.texts[row],
+                **{metric: round(values[row], 4) for metric, values in model.metrics.items()},
             }
-            sample = {"prompt": prompt, "target": target, "responses": of_models}
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            for name, model in responses.items()
+            if name != TARGET
+        }
+        rows.append({"prompt": prompt, "target": target, "responses": of_models})
+    write_json_lines(path, rows)
 
 
 def write_unscored(path: Path, sampled: Mapping[str, Sequence[ResponseBatch]]) -> None:
@@ -47,12 +47,13 @@ def write_unscored(path: Path, sampled: Mapping[str, Sequence[ResponseBatch]]) -
         path: File to write.
         sampled: Batches of responses of each model by name.
     """
-    with open(path, "w", encoding="utf-8") as file:
-        for name, batches in sampled.items():
-            for batch in batches:
-                for prompt, text in zip(batch.prompts.prompts, batch.texts, strict=True):
-                    row = {"model": name, "prompt": prompt.raw_text, "response": text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = (
+        {"model": name, "prompt": prompt.raw_text, "response": text}
+        for name, batches in sampled.items()
+        for batch in batches
+        for prompt, text in zip(batch.prompts.prompts, batch.texts, strict=True)
+    )
+    write_json_lines(path, rows)
 
 
 def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path, note: str = "") -> Table:

@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
         "main",
         "output_directory",
         "pipeline",
+        "precision",
         "replay",
         "report",
         "resume",

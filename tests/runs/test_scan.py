@@ -74,7 +74,7 @@ def test_a_pickle_that_calls_a_function_is_not_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"text"])
 def test_a_damaged_checkpoint_has_no_step(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
+    with pytest.raises(ValueError, match="is incomplete"):
         checkpoint_step(tmp_path / "last.ckpt")
 
 
