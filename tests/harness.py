@@ -30,6 +30,7 @@ from typing import Any
 
 import lightning
 import torch
+from forked import run_script
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,8 +108,7 @@ def run_train(repo: Path, root: Path, *overrides: str, check: bool = True) -> su
     """Run ``python train.py`` in a new process; with ``check``, its exit code must be 0."""
     # Tables must not depend on the width of the terminal.
     environment = {**os.environ, "COLUMNS": "200"}
-    command = train_command(root, *overrides)
-    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, check=False)
+    done = run_script(["train.py", *overrides, f"paths.root={root}"], repo, environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

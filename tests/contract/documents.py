@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked import run_script
+
 from contract.configs import ROOT
 
 SMALL_MODEL = ["model.hidden_size=32", "model.num_layers=1", "model.vocab_size=400"]
@@ -89,6 +91,8 @@ def budget(command: str) -> list[str]:
 def run_python(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in the clone; a copy of rlhf/ in it takes precedence over the installed package."""
     environment = {**os.environ, "PYTHONPATH": str(clone)}
+    if arguments[0].endswith(".py"):
+        return run_script(arguments, clone, environment)
     return subprocess.run(
         [sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True, check=False
     )
