@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from rlhf.models.pair_attention import pair_attention
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
+SPLIT_WIDTH = (
+    256  # tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row
+)
 _SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
 # What models raise that cannot do what they are asked to.
@@ -52,11 +55,11 @@ class SharedPrompts:
         sizes = list(zip(*(x[pairs].tolist() for x in (self.prompts, self.first, self.second)), strict=True))
         # Gradient checkpointing recomputes layers outside of the context.
         is_recomputed = any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
-        with nullcontext() if is_recomputed else pair_attention(trunk, sizes):
-            states: Tensor = trunk(**self._inputs(input_ids, pairs, width), use_cache=False).last_hidden_state
+        with pair_attention(trunk, sizes) if width > SPLIT_WIDTH and not is_recomputed else nullcontext():
+            states: Tensor = trunk(**self.inputs(input_ids, pairs, width), use_cache=False).last_hidden_state
         return states
 
-    def _inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
+    def inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
         """Return the arguments of the trunk for some pairs."""
         device = input_ids.device
         prompts, first, pairs = (x.to(device) for x in (self.prompts[pairs, None], self.first[pairs, None], pairs))
@@ -102,7 +105,7 @@ def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequ
 def allows_shared_prompts(trunk: Any) -> bool:
     """Return whether a model computes both sequences of a row as if each was alone.
 
-    The first call for a model makes three short forward passes. Stages make it when they open the model, before it is
+    The first call for a model makes four short forward passes. Stages make it when they open the model, before it is
     on a device.
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
@@ -131,14 +134,18 @@ def _probe(trunk: Any) -> bool:
     layout = SharedPrompts(*torch.tensor(_PROBE).view(3, 1))
     trunk.eval()
     try:
-        found = layout.hidden_states(trunk, batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))[0]
+        inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
+        found = trunk(**inputs, use_cache=False).last_hidden_state[0]
+        with pair_attention(trunk, [_PROBE]):
+            split = trunk(**inputs, use_cache=False).last_hidden_state[0]
         expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
     except _FAILURES:
         return False
     finally:
         trunk.train(was_training)
     columns = layout.columns(batch.shape[1]).to(device)
-    return _close(torch.cat([found[columns[i, : len(row)]] for i, row in enumerate(expected)]), torch.cat(expected))
+    positions = torch.cat([columns[i, : len(row)] for i, row in enumerate(expected)])
+    return all(_close(states[positions], torch.cat(expected)) for states in (found, split))
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

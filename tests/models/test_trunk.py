@@ -106,10 +106,14 @@ def test_groups_of_like_length_change_nothing(config: Any, monkeypatch: pytest.M
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("split_width", [0, 256])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", WITH_SHARING)
-def test_prompts_that_are_computed_once_change_nothing(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_are_computed_once_change_nothing(
+    name: str, groups: int, split_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
+    monkeypatch.setattr("rlhf.models.shared_prompts.SPLIT_WIDTH", split_width)
     lm = model(WITH_SHARING[name])
     policy = Policy(lm)
     assert allows_shared_prompts(lm.base_model)
@@ -140,15 +144,16 @@ def test_eager_attention_computes_prompts_twice() -> None:
     assert not allows_shared_prompts(lm.base_model)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("split_width", "recomputed"), [(23, False), (24, False), (23, True)])
 def test_attention_computes_no_products_that_a_mask_would_remove(
-    recomputed: bool, monkeypatch: pytest.MonkeyPatch
+    split_width: int, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of 9 + 3 + 12, 2 + 7 + 1 and 5 + 4 + 4 tokens.
 
-    Attention of the first sequence is causal. The second one attends to the prompt and to itself. Recomputed layers use
-    the mask, because they do not know the sizes.
+    Attention of the first sequence is causal. The second one attends to the prompt and to itself. Short rows use the
+    mask, and so do recomputed layers, because they do not know the sizes.
     """
+    monkeypatch.setattr("rlhf.models.shared_prompts.SPLIT_WIDTH", split_width)
     sizes: list[tuple[int, int]] = []
 
     def recorded(module: Any, query: Tensor, key: Tensor, *others: Any, **keywords: Any) -> Any:
@@ -167,7 +172,7 @@ def test_attention_computes_no_products_that_a_mask_would_remove(
     with speed(row_groups=1):
         assert_same(loss_and_gradients(policy, shared=True), expected)
     of_a_layer = [(12, 12), (12, 21), (9, 9), (1, 3), (9, 9), (4, 9)]
-    assert sizes == ([] if recomputed else 2 * of_a_layer)
+    assert sizes == ([] if recomputed or split_width == 24 else 2 * of_a_layer)
     assert lm.config._attn_implementation == "sdpa"
 
 
