@@ -57,10 +57,8 @@ def _attend_row(module: nn.Module, sizes: Sizes, query: Tensor, key: Tensor, val
         x.split([prompt + first, second, padding], dim=2) for x in (query, key, value)
     )
     attended, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=True, **keywords)
-    next_key, next_value = (
-        torch.cat([key[:, :, :prompt], next_key], 2),
-        torch.cat([value[:, :, :prompt], next_value], 2),
-    )
+    next_key = torch.cat([key[:, :, :prompt], next_key], dim=2)
+    next_value = torch.cat([value[:, :, :prompt], next_value], dim=2)
     visible = torch.ones(1, 1, second, prompt + second, dtype=torch.bool, device=query.device).tril(prompt)
     next_attended, _ = sdpa_attention_forward(module, next_query, next_key, next_value, visible, **keywords)
     return F.pad(torch.cat([attended, next_attended], dim=1), (0, 0, 0, 0, 0, padding))

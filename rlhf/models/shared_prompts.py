@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from rlhf.models.pair_attention import pair_attention
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
-SPLIT_WIDTH = (
-    256  # tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row
-)
+# Tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row.
+SPLIT_WIDTH = 256
 _SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
 # What models raise that cannot do what they are asked to.
