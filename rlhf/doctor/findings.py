@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.data.records import Demonstration, Preference, Prompt, Rating, Record, UnpairedPreference
+from rlhf.data.records import Demonstration, Preference, Rating, Record, UnpairedPreference, prompt_of
 
 ERROR, WARNING = "error", "warning"
 
@@ -44,11 +44,6 @@ class Collector:
 
 
 # Texts of records
-
-
-def prompt_of(record: Record) -> Prompt:
-    """Return the prompt of a record of any form."""
-    return record if isinstance(record, Prompt) else record.prompt
 
 
 def responses_of(record: Record) -> dict[str, str]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import EncodedResponse, Encoder, Preference
 from rlhf.data.encode_split import conversations
-from rlhf.data.records import Prompt, Record
-from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, prompt_of, responses_of, texts_of
+from rlhf.data.records import Prompt, Record, prompt_of
+from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, responses_of, texts_of
 from rlhf.doctor.forms import Entry, Split
 from rlhf.errors import UserError
 

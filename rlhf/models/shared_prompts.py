@@ -1,7 +1,7 @@
 """Preference pairs whose prompt is computed once: one row with the prompt and both responses."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,10 +51,12 @@ class SharedPrompts:
             pairs: [pairs] the pairs to compute, on the CPU.
             width: Number of tokens of the longest row among them.
         """
-        sizes = list(zip(*(x[pairs].tolist() for x in (self.prompts, self.first, self.second)), strict=True))
+        attention: AbstractContextManager[None] = nullcontext()
         # Gradient checkpointing recomputes layers outside of the context.
-        is_recomputed = any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
-        with pair_attention(trunk, sizes) if width > SPLIT_WIDTH and not is_recomputed else nullcontext():
+        if width > SPLIT_WIDTH and not any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules()):
+            sizes = zip(*(x[pairs].tolist() for x in (self.prompts, self.first, self.second)), strict=True)
+            attention = pair_attention(trunk, list(sizes))
+        with attention:
             states: Tensor = trunk(**self.inputs(input_ids, pairs, width), use_cache=False).last_hidden_state
         return states
 
