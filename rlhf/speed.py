@@ -22,6 +22,8 @@ class SpeedSettings:
             own longest row. 1: pad all rows to the longest one of the batch.
         shared_prompts: Compute the prompt of a preference pair once for both responses, if the architecture allows it
             and if this saves tokens. false: compute it twice.
+        partial_last_layer: Let the MLP of the last layer compute only those tokens whose last hidden states are used,
+            if the architecture allows it and if they are less than 80 % of all. false: compute every token.
         lean_decoding: Decode with a preallocated cache and without the modules of transformers, for architectures that
             have such a decoder. false: decode with the model and the cache of transformers.
         scan_chunk: On the CPU, let Mamba-2 scan at most this many tokens at once. null: ``chunk_size`` of the model,
@@ -32,6 +34,7 @@ class SpeedSettings:
     fused_logprobs: bool = True
     row_groups: PositiveInt = 8
     shared_prompts: bool = True
+    partial_last_layer: bool = True
     lean_decoding: bool = True
     scan_chunk: PositiveInt | None = 64
 

@@ -25,7 +25,7 @@ from rlhf.data import EncodedResponse, Encoder, SequenceBatch
 from rlhf.errors import UserError
 from rlhf.export import Export, save_result
 from rlhf.models import Pretrained
-from rlhf.models.trunk import HiddenStates
+from rlhf.models import trunk as trunk_module
 from rlhf.preflight import PreflightFailed
 from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
 from rlhf.sft import SFTModule
@@ -227,18 +227,16 @@ def test_reward_head_missing_from_export_is_found(gpt2_run: TinyRun, monkeypatch
 @pytest.mark.parametrize("stage", STAGES)
 def test_leaking_padding_is_found(tiny_run: TinyRun, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trunk mixes all columns of a row, padding included."""
-    from rlhf.models import backbone
+    correct = trunk_module.hidden_states
 
-    correct = backbone.hidden_states
-
-    def leaky(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, **layout: Any) -> HiddenStates:
+    def leaky(
+        trunk: nn.Module, input_ids: Tensor, mask: Tensor, positions: tuple[Tensor, Tensor], **layout: Any
+    ) -> Tensor:
         embedding: Any = trunk.get_input_embeddings()
-        mean = embedding(input_ids).mean(dim=1, keepdim=True).expand(*input_ids.shape, -1).flatten(0, 1)
-        hidden = correct(trunk, input_ids, attention_mask, **layout)
-        states = hidden.at(*torch.ones_like(input_ids).nonzero(as_tuple=True))
-        return HiddenStates(states + mean, torch.arange(input_ids.numel()).view_as(input_ids))
+        mean = embedding(input_ids).mean(dim=1)
+        return correct(trunk, input_ids, mask, positions, **layout) + mean[positions[0]]
 
-    for name in ("backbone", "scalar"):
+    for name in ("trunk", "scalar"):
         monkeypatch.setattr(f"rlhf.models.{name}.hidden_states", leaky)
     message = failures(build(tiny_run, stage))
     assert "Padding or other sequences affect the values (in a batch, more padding, padding on the left)" in message

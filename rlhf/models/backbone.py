@@ -12,7 +12,7 @@ from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
 from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks
 from rlhf.models.token_statistics import EntropyMode, token_statistics
-from rlhf.models.trunk import hidden_states, skip_padding_check
+from rlhf.models.trunk import prepare_trunk, states_before
 from rlhf.tensors import scatter, true_positions
 
 
@@ -48,7 +48,7 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        skip_padding_check(lm.base_model)
+        prepare_trunk(lm.base_model)
         self.logit_transform = find_logit_transform(lm)
 
     @property
@@ -91,11 +91,11 @@ class Policy(nn.Module):
             lengths: See ``hidden_states``.
             shared_tokens: See ``hidden_states``.
         """
-        hidden = hidden_states(
-            self.lm.base_model, input_ids, attention_mask, lengths=lengths, shared_tokens=shared_tokens
-        )
         positions = true_positions(response_mask, response_tokens)
-        states, targets = hidden.before(positions), input_ids[positions]
+        targets = input_ids[positions]
+        states = states_before(
+            self.lm.base_model, input_ids, attention_mask, positions, lengths=lengths, shared_tokens=shared_tokens
+        )
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             return token_statistics(self._logits(states), targets, temperature, entropy, is_argmax)

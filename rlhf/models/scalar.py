@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
-from rlhf.models.trunk import hidden_states, skip_padding_check
+from rlhf.models.trunk import hidden_states, prepare_trunk, states_before
 from rlhf.tensors import last_true, scatter, true_positions
 
 
@@ -101,7 +101,7 @@ class ScalarModel(nn.Module):
         if isinstance(trunk, PreTrainedModel) and trunk.get_output_embeddings() is not None:
             raise unsupported_architecture(trunk, NO_TRUNK)
         self.trunk = trunk
-        skip_padding_check(trunk)
+        prepare_trunk(trunk)
         self.head = head
         heads = head.settings["num_heads"]
         self.register_buffer("reward_mean", torch.full((heads,) if heads > 1 else (), reward_mean))
@@ -149,9 +149,11 @@ class ScalarModel(nn.Module):
         Returns:
             [batch, heads] scores, in reward units.
         """
-        hidden = hidden_states(self.trunk, input_ids, attention_mask, lengths=lengths, shared_tokens=shared_tokens)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        return self.head.scores(hidden.at(rows, last_true(attention_mask))) - self.reward_mean
+        last = (torch.arange(len(input_ids), device=input_ids.device), last_true(attention_mask))
+        states = hidden_states(
+            self.trunk, input_ids, attention_mask, last, lengths=lengths, shared_tokens=shared_tokens
+        )
+        return self.head.scores(states) - self.reward_mean
 
     def token_values(
         self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, response_tokens: int | None = None
@@ -168,8 +170,8 @@ class ScalarModel(nn.Module):
         Returns:
             [batch, time] values, in reward units; 0 outside the response.
         """
-        hidden = hidden_states(self.trunk, input_ids, attention_mask)
-        states = hidden.before(true_positions(response_mask, response_tokens))
+        positions = true_positions(response_mask, response_tokens)
+        states = states_before(self.trunk, input_ids, attention_mask, positions)
         return scatter(self.values(states), response_mask)
 
     def values(self, hidden: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.pair_attention import pair_attention
+from rlhf.models.probes import FAILURES, are_close
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
 # Tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row.
 SPLIT_WIDTH = 256
 _SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
-# What models raise that cannot do what they are asked to.
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -140,17 +139,10 @@ def _probe(trunk: Any) -> bool:
         with pair_attention(trunk, [_PROBE]):
             split = trunk(**inputs, use_cache=False).last_hidden_state[0]
         expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
-    except _FAILURES:
+    except FAILURES:
         return False
     finally:
         trunk.train(was_training)
     columns = layout.columns(batch.shape[1]).to(device)
     positions = torch.cat([columns[i, : len(row)] for i, row in enumerate(expected)])
-    return all(_close(states[positions], torch.cat(expected)) for states in (found, split))
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding errors of their precision."""
-    is_float32 = found.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
-    tolerance = 1e-4 if is_float32 else 0.02
-    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
+    return all(are_close(states[positions], torch.cat(expected)) for states in (found, split))

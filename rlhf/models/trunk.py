@@ -1,79 +1,48 @@
-"""Last hidden states of a batch: which rows are computed together, and where the state of each token is."""
+"""Last hidden states of tokens: which rows of a batch are computed together, and where the state of a token is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
 from rlhf.models.shared_prompts import shared_prompts
 from rlhf.speed import speed_settings
 
 GROUP_TOKENS = 64  # tokens whose computation takes about as long as the overhead of another forward pass
 
 
-def skip_padding_check(trunk: Any) -> None:
-    """Let a model not look for padding tokens when it is called without an attention mask, as GPT-2 does.
+def prepare_trunk(trunk: Any) -> None:
+    """Find out what the last layer of a model allows, and let the model not look for padding tokens.
 
-    The host would wait for the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
+    Some models, such as GPT-2, look for them when they are called without an attention mask. The host would wait for
+    the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
 
     Args:
         trunk: A causal model without its output layer.
     """
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
+    allows_partial_last_layer(trunk)
 
 
 def _ignore(*args: Any) -> None:
     """Do nothing."""
 
 
-@dataclass
-class HiddenStates:
-    """Last hidden states of the tokens of a batch.
-
-    Args:
-        states: [computed tokens, width] the states.
-        index: [batch, time] where the state of each token is among them; undefined at padding.
-    """
-
-    states: Tensor
-    index: Tensor
-
-    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """States of some tokens: [tokens, width].
-
-        Args:
-            rows: [tokens] row of each token.
-            columns: [tokens] position of each token in its row.
-        """
-        return self.states.index_select(0, self.index[rows, columns])
-
-    def before(self, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """States from which tokens are predicted (the next-token shift): [tokens, width], in the order of the tokens.
-
-        A causal model predicts token t from the state at position t - 1. Every shift in this project goes through this
-        method.
-
-        Args:
-            positions: Rows and columns of the tokens to predict, as ``true_positions`` gives them. They must not be in
-                column 0, because nothing precedes the first token.
-        """
-        rows, columns = positions
-        return self.at(rows, columns - 1)
-
-
 def hidden_states(
     trunk: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
+    positions: tuple[Tensor, Tensor],
     *,
     lengths: Sequence[int] | None = None,
     shared_tokens: Sequence[int] = (),
-) -> HiddenStates:
-    """Last hidden state of every token, independent of padding, batch size and the other rows of the batch.
+) -> Tensor:
+    """Last hidden states of some tokens, independent of padding, batch size and the other rows of the batch.
 
     The trunk only sees right-padded rows, where causality alone keeps padding away from real tokens. It therefore needs
     no attention mask, which attention and state-space models interpret differently, and positions are counted from the
@@ -83,42 +52,80 @@ def hidden_states(
         trunk: A causal model without its output layer.
         input_ids: [batch, time] token ids.
         attention_mask: [batch, time] bool, True on real tokens. They must be contiguous; padding may be on either side.
+        positions: Rows and columns of the tokens, [tokens] each.
         lengths: Number of real tokens of each row, if all padding is on the right. None: unknown.
         shared_tokens: Number of leading tokens that each row of the first half has in common with the same row of the
             second half, for each row of the batch. They are computed once where ``SharedPrompts`` applies. Empty:
             nothing is known to be in common.
+
+    Returns:
+        [tokens, width] states, in the order of ``positions``.
     """
     if lengths is None and attention_mask.is_cpu and bool(attention_mask[:, 0].all()):
         lengths = attention_mask.sum(dim=1).tolist()
-    if lengths is None:
-        return _left_padded(trunk, input_ids, attention_mask)
     settings, layout, device = speed_settings(), None, input_ids.device
     is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())  # Ranks must make the same calls.
+    partial = settings.partial_last_layer and not is_sharded
+    if lengths is None:
+        return _left_padded(trunk, input_ids, attention_mask, positions, partial)
     if settings.shared_prompts and shared_tokens and not is_sharded:
         layout = shared_prompts(trunk, lengths, shared_tokens)
     row_lengths = lengths if layout is None else layout.lengths.tolist()
     groups = split_by_length(row_lengths, settings.row_groups if input_ids.is_cpu and not is_sharded else 1)
-    states = []
-    for rows, width in groups:
-        if layout is None:
-            found = trunk(input_ids=input_ids[rows.to(device), :width], use_cache=False).last_hidden_state
-        else:
-            found = layout.hidden_states(trunk, input_ids, rows, width)
-        states.append(found.flatten(0, 1))
     starts, time = _row_starts(groups), input_ids.shape[1]
     index = starts[:, None] + torch.arange(time) if layout is None else starts.repeat(2)[:, None] + layout.columns(time)
-    index = index.clamp(max=sum(map(len, states)) - 1).to(device)
-    return HiddenStates(torch.cat(states) if len(states) > 1 else states[0], index)
+    used = index.to(device)[positions]  # where the tokens are among those of all groups
+    states, end = [], 0
+    for rows, width in groups:
+        start, end = end, end + len(rows) * width
+        of_group = used if len(groups) == 1 else used[(used >= start) & (used < end)] - start
+        with _last_layer(trunk, of_group, end - start, partial):
+            if layout is None:
+                found = trunk(input_ids=input_ids[rows.to(device), :width], use_cache=False).last_hidden_state
+            else:
+                found = layout.hidden_states(trunk, input_ids, rows, width)
+        states.append(found.flatten(0, 1))
+    return (torch.cat(states) if len(states) > 1 else states[0]).index_select(0, used)
 
 
-def _left_padded(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HiddenStates:
+def states_before(
+    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: tuple[Tensor, Tensor], **layout: Any
+) -> Tensor:
+    """States from which tokens are predicted (the next-token shift): [tokens, width], in the order of the tokens.
+
+    A causal model predicts token t from the state at position t - 1. Every shift in this project is made here.
+
+    Args:
+        trunk: See ``hidden_states``, as for the other arguments.
+        input_ids: [batch, time] token ids.
+        attention_mask: [batch, time] bool, True on real tokens.
+        positions: Rows and columns of the tokens to predict, as ``true_positions`` gives them. They must not be in
+            column 0, because nothing precedes the first token.
+        layout: ``lengths`` and ``shared_tokens``.
+    """
+    rows, columns = positions
+    return hidden_states(trunk, input_ids, attention_mask, (rows, columns - 1), **layout)
+
+
+def _left_padded(
+    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: tuple[Tensor, Tensor], partial: bool
+) -> Tensor:
     """Move all padding to the right, whatever its place, without reading anything on the host."""
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    start = attention_mask.to(torch.int8).argmax(dim=1, keepdim=True)
-    rolled = input_ids.gather(1, (columns + start) % len(columns))
-    states = trunk(input_ids=rolled, use_cache=False).last_hidden_state
-    row_starts = torch.arange(len(input_ids), device=input_ids.device)[:, None] * len(columns)
-    return HiddenStates(states.flatten(0, 1), row_starts + (columns - start) % len(columns))
+    rows, columns = positions
+    time = torch.arange(input_ids.shape[1], device=input_ids.device)
+    start = attention_mask.to(torch.int8).argmax(dim=1)
+    rolled = input_ids.gather(1, (time + start[:, None]) % len(time))
+    used = rows * len(time) + (columns - start[rows]) % len(time)
+    with _last_layer(trunk, used, input_ids.numel(), partial):
+        states: Tensor = trunk(input_ids=rolled, use_cache=False).last_hidden_state
+    return states.flatten(0, 1).index_select(0, used)
+
+
+def _last_layer(trunk: nn.Module, used: Tensor, computed: int, partial: bool) -> AbstractContextManager[None]:
+    """Let the last layer compute some tokens only, if this saves time."""
+    if partial and saves_last_layer(trunk, len(used), computed):
+        return partial_last_layer(trunk, used)
+    return nullcontext()
 
 
 def split_by_length(lengths: Sequence[int], max_groups: int) -> list[tuple[Tensor, int]]:

@@ -325,5 +325,5 @@ def test_positions_count_from_the_first_real_token() -> None:
     trunk = AutoModelForCausalLM.from_config(config).eval().base_model
     alone = trunk(input_ids=ROW).last_hidden_state[0]
     tokens, mask, _ = padded(ROW, 4, 2, lambda count: torch.full((count,), 9))
-    hidden = hidden_states(trunk, tokens, mask)
-    torch.testing.assert_close(hidden.at(torch.zeros(7, dtype=torch.long), torch.arange(4, 11)), alone)
+    positions = (torch.zeros(7, dtype=torch.long), torch.arange(4, 11))
+    torch.testing.assert_close(hidden_states(trunk, tokens, mask, positions), alone)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model, pair_batch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    GPT2Config,
     LlamaConfig,
     Mamba2Config,
     MambaConfig,
@@ -19,19 +19,14 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.models import Policy, hidden_states
+from rlhf.models import Policy
 from rlhf.models.shared_prompts import allows_shared_prompts
-from rlhf.models.trunk import GROUP_TOKENS, HiddenStates, split_by_length
+from rlhf.models.trunk import GROUP_TOKENS, prepare_trunk, split_by_length, states_before
 from rlhf.speed import speed
 
-SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1)
-GPT2 = GPT2Config(vocab_size=60, n_positions=64, n_embd=16, n_layer=2, n_head=2)
 MAMBA2 = Mamba2Config(
     vocab_size=60, hidden_size=16, state_size=8, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1, chunk_size=4
 )
-# Prompts of 9, 2 and 5 tokens, each with two responses.
-PAIRS = [(9, 3, 12), (2, 7, 1), (5, 4, 4)]
 WITH_SHARING = {"llama": LLAMA, "gpt2": GPT2, "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)}
 WITHOUT_SHARING = {
     "mamba": MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=2),
@@ -39,47 +34,6 @@ WITHOUT_SHARING = {
     "sliding window": MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=4),
     "ALiBi": BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2),
 }
-
-
-def model(config: Any) -> PreTrainedModel:
-    """A model without dropout, with random weights large enough that every token matters."""
-    torch.manual_seed(0)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return lm
-
-
-def pair_batch() -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
-    """Input ids, attention mask, response mask, lengths and shared tokens of ``PAIRS``, padded on the right."""
-    torch.manual_seed(1)
-    prompts = [torch.randint(60, (prompt,)) for prompt, _, _ in PAIRS]
-    rows = [
-        torch.cat([tokens, torch.randint(60, (pair[1 + half],))])
-        for half in (0, 1)
-        for tokens, pair in zip(prompts, PAIRS, strict=True)
-    ]
-    lengths, starts = [len(row) for row in rows], torch.tensor([prompt for prompt, _, _ in PAIRS] * 2)
-    time = torch.arange(max(lengths))
-    mask = time < torch.tensor(lengths)[:, None]
-    return nn.utils.rnn.pad_sequence(rows, True), mask, mask & (time >= starts[:, None]), lengths, starts.tolist()
-
-
-def loss_and_gradients(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
-    """Log-probs of the batch of pairs, and the gradients of a loss in which each token has another weight."""
-    tokens, mask, response, lengths, starts = pair_batch()
-    policy.zero_grad()
-    output = policy(tokens, mask, response, lengths=lengths, shared_tokens=starts if shared else ())
-    weights = torch.linspace(-1, 1, output.logprobs.numel()).view_as(output.logprobs)
-    (output.logprobs * weights).sum().backward()
-    return output.logprobs.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]
-
-
-def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    for one, other in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def count_tokens(lm: PreTrainedModel) -> list[int]:
@@ -178,10 +132,11 @@ def test_attention_computes_no_products_that_a_mask_would_remove(
 
 def test_short_prompts_are_computed_twice() -> None:
     """Sharing saves less than one in 25 of the tokens: one of 12, 9, 9, 21, 3 and 9."""
-    lm, (tokens, mask, _, lengths, _) = model(LLAMA), pair_batch()
-    counts = count_tokens(lm)
+    lm, (tokens, mask, response, lengths, _) = model(LLAMA), pair_batch()
+    prepare_trunk(lm.base_model)
+    positions, counts = response.nonzero(as_tuple=True), count_tokens(lm)
     with speed(row_groups=1):
-        hidden_states(lm.base_model, tokens, mask, lengths=lengths, shared_tokens=[1, 0, 0] * 2)
+        states_before(lm.base_model, tokens, mask, positions, lengths=lengths, shared_tokens=[1, 0, 0] * 2)
     assert counts == [6 * 21]
 
 
@@ -192,11 +147,19 @@ def test_dropout_of_the_probe_is_off_and_training_goes_on() -> None:
 
 
 def test_before_is_the_next_token_shift() -> None:
-    """The state before token t is that of token t - 1, wherever the states are."""
-    hidden = HiddenStates(torch.tensor([[10.0], [0.0], [1.0], [11.0]]), torch.tensor([[1, 2], [0, 3]]))
-    positions = (torch.tensor([0, 1]), torch.tensor([1, 1]))
-    assert hidden.before(positions)[:, 0].tolist() == [0, 10]
-    assert hidden.at(*positions)[:, 0].tolist() == [1, 11]
+    """The state before token t is that of token t - 1, in batches that are padded on either side."""
+    trunk, (tokens, mask, response, *_) = model(LLAMA).base_model, pair_batch()
+    alone = [trunk(input_ids=row[known][None]).last_hidden_state[0] for row, known in zip(tokens, mask, strict=True)]
+    expected = torch.cat(
+        [states[len(states) - count - 1 : -1] for states, count in zip(alone, response.sum(1), strict=True)]
+    )
+    for _ in range(2):
+        found = states_before(trunk, tokens, mask, response.nonzero(as_tuple=True))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        tokens, mask, response = (
+            torch.stack([row.roll(tokens.shape[1] - int(known.sum())) for row, known in zip(x, mask, strict=True)])
+            for x in (tokens, mask, response)
+        )
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 500, 2, 480, 3, 300], list(range(1, 200, 9))])
