@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
+from rlhf.garbage import imports
 from rlhf.precision import resolve_precision
 from rlhf.run_names import check_run_name
 from rlhf.speed import set_speed
@@ -59,11 +60,11 @@ def warn_about_repeated_keys() -> None:
 
 def run_stages(cfg: DictConfig) -> float:
     """Run a stage or the pipeline, or replay a training step; return the metric that a sweep optimizes."""
-    # Imported here because they load torch, which a command may not need.
-    from rlhf.distributed import barrier
-    from rlhf.pipeline import run_pipeline
-    from rlhf.replay import replay
-    from rlhf.run import run_stage
+    with imports():  # Imported here because they load torch, which a command may not need.
+        from rlhf.distributed import barrier
+        from rlhf.pipeline import run_pipeline
+        from rlhf.replay import replay
+        from rlhf.run import run_stage
 
     if cfg.replay is not None:
         monitored = replay(cfg)
@@ -80,7 +81,9 @@ def run_command(cfg: DictConfig) -> float:
     """
     check_values(cfg, ("command", "speed"))
     set_speed(instantiate(cfg.speed))
-    exit_code = instantiate(cfg.command, _partial_=True)(cfg)
+    with imports():
+        command = instantiate(cfg.command, _partial_=True)
+    exit_code = command(cfg)
     if exit_code:
         sys.exit(exit_code)
     return float("nan")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.data.lazy import LazySequence
-from rlhf.data.row_columns import ColumnReader, leaves, unflatten
+from rlhf.data.row_columns import ColumnReader, as_array, leaves, unflatten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,7 +98,7 @@ class RowTable(Rows):
         self.lengths, self.numbers = (self._numeric(name) for name in (LENGTH, NUMBER))
 
     def _numeric(self, name: str) -> np.ndarray:
-        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        parts = [as_array(batch.column(name)) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:

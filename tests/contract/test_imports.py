@@ -42,6 +42,7 @@ LAYERS: list[set[str]] = [
         "doctor",
         "export",
         "export_content",
+        "garbage",
         "heap",
         "hparams",
         "lineage",
