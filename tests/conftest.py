@@ -1,6 +1,7 @@
 """Fixtures for all tests: a tokenizer and a model of each architecture, small enough for one slow core."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -39,6 +40,12 @@ SOURCES: dict[str, ModelSource] = {
     # Chunks of 4, so that even short sequences span several chunks of the scan.
     "mamba": Mamba(hidden_size=32, num_layers=2, head_dim=16, state_size=8, chunk_size=4),
 }
+
+
+def pytest_collection_finish() -> None:
+    """Exclude imported modules from garbage collection, which every stage runs at its end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
