@@ -11,6 +11,7 @@ from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
+from rlhf.sampling.unpadded import UnpaddedBatch, padding_reaches_state
 
 REFILL = 8  # The next prompts are computed when one in this many rows is free.
 
@@ -49,7 +50,8 @@ class Decoding:
         _check_positions(lm, capacity)
         self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
         self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
-        batch: type[LeanBatch | DecodingBatch] = lean_decoder(lm) or DecodingBatch
+        generic = UnpaddedBatch if padding_reaches_state(lm) else DecodingBatch
+        batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or generic
         places = min(places or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
         self.batch = batch(lm, places, capacity + interval)  # A finished row goes on until the end of an interval.
         self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)

@@ -1,16 +1,27 @@
 """Every architecture of docs/architectures.md is supported, or rejected with one message, as the page says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from models.architectures import ARCHITECTURES, Architecture, check_supported, table
 
 from rlhf.errors import ConfigError
 from rlhf.models import Policy
+from rlhf.speed import speed
 
 SUPPORTED = [architecture for architecture in ARCHITECTURES if not architecture.refused]
 REFUSED = [architecture for architecture in ARCHITECTURES if architecture.refused]
+
+# Recurrent architectures and the setting that gives their projections a bias.
+BIASES = {
+    **dict.fromkeys(["Falcon-Mamba", "Mamba", "Mamba-2", "Nemotron-H"], "use_bias"),
+    **dict.fromkeys(["Bamba", "Falcon-H1", "Granite 4", "Jamba"], "mamba_proj_bias"),
+    "LFM2": "conv_bias",
+    "Zamba2": "add_bias_linear",
+}
 
 
 def skip_if_unknown(architecture: Architecture) -> None:
@@ -34,6 +45,20 @@ def test_sampled_tokens_are_scored_as_sampled_and_padding_changes_nothing(archit
     lm = architecture.build()
     assert type(lm).__name__ == architecture.model
     check_supported(lm)
+
+
+@pytest.mark.parametrize(("name", "lean"), [*((name, False) for name in BIASES), ("Mamba-2", True)])
+def test_padding_does_not_reach_recurrent_layers_with_a_bias(name: str, lean: bool) -> None:
+    """The sampler pads prompts on the left, where such a layer of transformers computes a part of its bias."""
+    architecture = next(one for one in SUPPORTED if one.name.startswith(f"{name} ") or one.name == name)
+    skip_if_unknown(architecture)
+    lm = replace(architecture, settings={**architecture.settings, BIASES[name]: True}).build()
+    torch.manual_seed(1)
+    for key, parameter in lm.named_parameters():
+        if key.endswith("proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    with speed(lean_decoding=lean):
+        check_supported(lm)
 
 
 @pytest.mark.parametrize("architecture", REFUSED, ids=lambda architecture: architecture.name)
