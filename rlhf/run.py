@@ -231,8 +231,11 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
         if cfg.trainer[flag] is False:
             configured = [callback for callback in configured if not isinstance(callback, kind)]
-    loggers = [build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None]
-    trainer: lightning.Trainer = instantiate(cfg.trainer, callbacks=[*configured, *callbacks], logger=loggers)
+    flags: dict[str, Any] = {"callbacks": [*configured, *callbacks]}
+    flags["logger"] = [build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None]
+    if cfg.trainer.get("enable_checkpointing") is None and not any(isinstance(one, Checkpoint) for one in configured):
+        flags["enable_checkpointing"] = False  # Otherwise, Lightning writes checkpoints to the directory of a logger.
+    trainer: lightning.Trainer = instantiate(cfg.trainer, **flags)
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
             f"trainer.strategy={cfg.trainer.strategy} is not supported: only FSDP2 shards models.", "Set trainer=fsdp"

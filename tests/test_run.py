@@ -65,6 +65,11 @@ def test_callbacks_can_be_switched_off(tmp_path: Path, override: str, name: str)
     assert name not in callback_names(trainer_of(f"paths.root={tmp_path}", override))
 
 
+def test_without_the_callback_lightning_writes_no_checkpoints_either(tmp_path: Path) -> None:
+    trainer = trainer_of(f"paths.root={tmp_path}", "callbacks.checkpoint=null")
+    assert trainer.checkpoint_callbacks == []
+
+
 def sharded_trainer(**flags: Any) -> SimpleNamespace:
     """Stands for a Trainer with FSDP, which Lightning does not build without a GPU."""
     return SimpleNamespace(strategy=FSDPStrategy())
