@@ -1,19 +1,28 @@
 """Run Python scripts in processes that are forked from one that has imported the slow packages.
 
-Importing them takes most of the time of a short ``train.py``. Modules of this project are imported by each script.
+Importing them takes most of the time of a short script. Modules of this project are imported by each script.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["lightning.pytorch", "torch.utils.tensorboard", "transformers.modeling_utils"]
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+# The packages that scripts import, and the modules of transformers that are imported when a model is built.
+PRELOADED = [
+    *("hydra", "lightning.pytorch", "peft", "torch.testing", "torch.utils.tensorboard", "transformers.modeling_utils"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.mamba2.modeling_mamba2"),
+]
 _context: Any = None
 
 
@@ -25,23 +34,73 @@ def run_script(
     Args:
         arguments: Path of the script, relative to ``directory``, and its arguments.
         directory: Working directory.
-        environment: Environment variables. The number of threads is that of this process.
+        environment: Environment variables.
 
     Returns:
         Exit code, standard output and standard error.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+    if not CAN_FORK:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    with tempfile.TemporaryDirectory() as name:
-        files = [Path(name, "output"), Path(name, "error")]
-        for file in files:
-            file.touch()
-        process = _forkserver().Process(target=_run, args=(arguments, directory, dict(environment), files))
-        process.start()
-        process.join()
-        output, error = (file.read_text(encoding="utf-8") for file in files)
-    return subprocess.CompletedProcess(arguments, process.exitcode, output, error)
+    script = ForkedScript(arguments, directory, environment)
+    try:
+        output, error = script.communicate()
+    finally:
+        kill_group(script.pid)
+    return subprocess.CompletedProcess(arguments, script.returncode, output, error)
+
+
+class ForkedScript:
+    """A script that runs in a process group. It starts at once; the interface is that of ``subprocess.Popen``.
+
+    Args:
+        arguments: Path of the script, relative to ``directory``, and its arguments.
+        directory: Working directory.
+        environment: Environment variables. Packages that have been imported may have read those of this process.
+        merged: Whether the standard error goes to the standard output.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], directory: Path, environment: Mapping[str, str], merged: bool = False
+    ) -> None:
+        self.args = arguments
+        pipes = [_forkserver().Pipe(duplex=False) for _ in range(1 if merged else 2)]
+        self._readers, writers = ([pipe[end] for pipe in pipes] for end in range(2))
+        target = (arguments, directory, dict(environment), writers)
+        self._process = _forkserver().Process(target=_run, args=target)
+        self._process.start()
+        self.pid: int = self._process.pid
+        for writer in writers:
+            writer.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or minus the number of the signal that has ended the process."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def communicate(self, timeout: float = float("inf")) -> list[str]:
+        """Return the output, and the error unless they are merged, when no process can write to them any more."""
+        end, texts = time.monotonic() + timeout, [bytearray() for _ in self._readers]
+        pending = list(self._readers)
+        while pending:
+            left = None if timeout == float("inf") else max(0.0, end - time.monotonic())
+            ready = wait(pending, left)
+            if not ready:
+                raise subprocess.TimeoutExpired(self.args, timeout, b"".join(texts))
+            for reader in ready:
+                found = os.read(reader.fileno(), 2**16)
+                texts[self._readers.index(reader)] += found
+                if not found:
+                    pending.remove(reader)
+        self._process.join()
+        return [text.decode(errors="replace") for text in texts]
+
+
+def kill_group(process: int) -> None:
+    """End the processes of a group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
 
 
 def _forkserver() -> Any:
@@ -52,10 +111,16 @@ def _forkserver() -> Any:
     return _context
 
 
-def _run(arguments: Sequence[str], directory: Path, environment: Mapping[str, str], files: Sequence[Path]) -> None:
+def _run(
+    arguments: Sequence[str], directory: Path, environment: Mapping[str, str], writers: Sequence[Connection]
+) -> None:
     """Run a script in this process."""
-    for descriptor, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY), descriptor)
+    gc.freeze()  # The collector need not visit what has been imported, nor copy the pages that it is in.
+    os.setsid()
+    for descriptor in (1, 2):
+        os.dup2(writers[min(descriptor, len(writers)) - 1].fileno(), descriptor)
+    for writer in writers:
+        writer.close()
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)

@@ -9,23 +9,22 @@ A typical test runs a function of the same file in two processes and compares wh
         assert in_ranks(total, 2.0) == [6.0, 6.0]
 
 - The process group exists when the function is called. ``lightning.Trainer`` uses it with the flags ``DDP``.
-- A start takes several seconds, mostly of imports. Put the work of several tests into one function, and call
-  ``in_ranks`` in a fixture of module scope.
+- A start takes about a second. Put the work of several tests into one function, and call ``in_ranks`` in a fixture of
+  module scope.
 """
 
 import importlib.util
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import CAN_FORK, ForkedScript, kill_group
 
 REPO = Path(__file__).parents[1]
 RANKS = 2
@@ -44,8 +43,8 @@ def in_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = RANKS, 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(arguments, folder / "arguments.pt")
-        call = [sys.executable, __file__, function.__code__.co_filename, function.__qualname__, name]
-        outputs = run_processes([call] * ranks, [rank_environment(rank, ranks) for rank in range(ranks)], timeout)
+        call = [__file__, function.__code__.co_filename, function.__qualname__, name]
+        outputs = run_scripts([call] * ranks, [rank_environment(rank, ranks) for rank in range(ranks)], timeout)
         assert [code for code, _ in outputs] == [0] * ranks, "\n\n".join(text[-5000:] for _, text in outputs)
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
@@ -80,34 +79,33 @@ def train_in_ranks(root: Path, *overrides: str, torchrun: bool, timeout: float =
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"] if torchrun else []
     flags = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={RANKS}", "trainer.precision=32-true"]
-    command = [sys.executable, *launcher, "train.py", *flags, *overrides, f"paths.root={root}"]
-    (output,) = run_processes([command], [{"COLUMNS": "200"}], timeout)
+    command = [*launcher, "train.py", *flags, *overrides, f"paths.root={root}"]
+    (output,) = run_scripts([command], [{"COLUMNS": "200"}], timeout)
     return output
 
 
-def run_processes(
+def run_scripts(
     commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], timeout: float
 ) -> list[tuple[int, str]]:
-    """Run commands at the same time, and return the exit code and the output of each."""
+    """Run commands of Python at the same time, and return the exit code and the output of each."""
     processes = [
-        subprocess.Popen(
-            command,
-            cwd=REPO,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        _start(command, {**os.environ, "OMP_NUM_THREADS": "1", **own})
         for command, own in zip(commands, environments, strict=True)
     ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
-        for process in processes:  # and the ranks that it has started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            kill_group(process.pid)
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def _start(arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
+    """Start ``python`` with arguments, in a process group. A script is forked; a module, after ``-m``, is not."""
+    if CAN_FORK and arguments[0] != "-m":
+        return ForkedScript(arguments, REPO, environment, merged=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], cwd=REPO, env=environment, start_new_session=True, **output)
 
 
 def _main(file: str, function: str, folder: str) -> None:

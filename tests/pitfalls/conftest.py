@@ -1,9 +1,5 @@
 """Fixtures for the regression tests of known pitfalls."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from harness import FakeSource, TinyRun, make_eos_likely
+from ranks import rank_environment, run_scripts
 from rlhf.models import Mamba, ModelSource, Transformer
 
 
@@ -47,7 +44,7 @@ def dropout_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """The directory that two processes of data-parallel runs write to, for each architecture; see two_ranks.py."""
     folder = tmp_path_factory.mktemp("two_ranks")
     sources: dict[str, ModelSource] = {
@@ -58,25 +55,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo: Path, tokenizer: P
         torch.manual_seed(0)
         make_eos_likely(source.language_model(tokenizer), tokenizer.eos_token_id).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    paths = os.pathsep.join([str(repo), str(repo / "tests")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
-            env={**os.environ, **rendezvous, "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], output
+    script = [str(Path(__file__).with_name("two_ranks.py")), str(folder)]
+    outputs = run_scripts([script] * 2, [rank_environment(rank, 2) for rank in range(2)], timeout=180)
+    assert [code for code, _ in outputs] == [0, 0], outputs
     return folder
