@@ -1,6 +1,6 @@
-"""Run Python scripts in processes that are forked from one that has imported the slow packages.
+"""Run Python in processes that are forked from one that has imported the slow packages.
 
-Importing them takes most of the time of a short script. Modules of this project are imported by each script.
+Importing them takes most of the time of a short script. Each process imports the modules of this project.
 """
 
 import gc
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
@@ -26,13 +27,14 @@ PRELOADED = [
 _context: Any = None
 
 
-def run_script(
-    arguments: Sequence[str], directory: Path, environment: Mapping[str, str]
+def run_python(
+    arguments: Sequence[str], directory: Path, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script like ``subprocess.run([sys.executable, *arguments], cwd=directory, env=environment)``.
+    """Run Python like ``subprocess.run([sys.executable, *arguments], cwd=directory, env=environment)``.
 
     Args:
-        arguments: Path of the script, relative to ``directory``, and its arguments.
+        arguments: Path of a script, relative to ``directory``, or ``-m`` and a module, or ``-c`` and code; and its
+            arguments.
         directory: Working directory.
         environment: Environment variables.
 
@@ -42,19 +44,19 @@ def run_script(
     if not CAN_FORK:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    script = ForkedScript(arguments, directory, environment)
+    process = ForkedPython(arguments, directory, environment)
     try:
-        output, error = script.communicate()
+        output, error = process.communicate()
     finally:
-        kill_group(script.pid)
-    return subprocess.CompletedProcess(arguments, script.returncode, output, error)
+        kill_group(process.pid)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, error)
 
 
-class ForkedScript:
-    """A script that runs in a process group. It starts at once; the interface is that of ``subprocess.Popen``.
+class ForkedPython:
+    """A forked process in a new process group. It starts at once; the interface is that of ``subprocess.Popen``.
 
     Args:
-        arguments: Path of the script, relative to ``directory``, and its arguments.
+        arguments: Arguments of Python, as for ``run_python``.
         directory: Working directory.
         environment: Environment variables. Packages that have been imported may have read those of this process.
         merged: Whether the standard error goes to the standard output.
@@ -114,9 +116,10 @@ def _forkserver() -> Any:
 def _run(
     arguments: Sequence[str], directory: Path, environment: Mapping[str, str], writers: Sequence[Connection]
 ) -> None:
-    """Run a script in this process."""
+    """Run Python's arguments in this process."""
     gc.freeze()  # The collector need not visit what has been imported, nor copy the pages that it is in.
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs with SIGINT ignored.
     for descriptor in (1, 2):
         os.dup2(writers[min(descriptor, len(writers)) - 1].fileno(), descriptor)
     for writer in writers:
@@ -124,7 +127,25 @@ def _run(
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = arguments
-    script = Path(directory, arguments[0])
-    sys.path[:0] = [str(script.parent), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.path[:] = [folder for folder in sys.path if folder not in ("", str(Path(__file__).parent))]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    _execute(arguments, directory)
+
+
+def _execute(arguments: Sequence[str], directory: Path) -> None:
+    """Do what ``python`` does with its arguments."""
+    first, *others = arguments
+    if first == "-m":
+        sys.argv[:] = others
+        sys.path.insert(0, str(directory))
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv[:] = [first, *others[1:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(others[0], "<string>", "exec"), vars(main))
+    else:
+        sys.argv[:] = arguments
+        script = Path(directory, first)
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")

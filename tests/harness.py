@@ -30,7 +30,7 @@ from typing import Any
 
 import lightning
 import torch
-from forked import run_script
+from forked import run_python
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ def run_train(repo: Path, root: Path, *overrides: str, check: bool = True) -> su
     """Run ``python train.py`` in a new process; with ``check``, its exit code must be 0."""
     # Tables must not depend on the width of the terminal.
     environment = {**os.environ, "COLUMNS": "200"}
-    done = run_script(train_command(root, *overrides)[1:], repo, environment)
+    done = run_python(train_command(root, *overrides)[1:], repo, environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

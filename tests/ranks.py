@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked import CAN_FORK, ForkedScript, kill_group
+from forked import CAN_FORK, ForkedPython, kill_group
 
 REPO = Path(__file__).parents[1]
 RANKS = 2
@@ -101,9 +101,9 @@ def run_scripts(
 
 
 def _start(arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """Start ``python`` with arguments, in a process group. A script is forked; a module, after ``-m``, is not."""
-    if CAN_FORK and arguments[0] != "-m":
-        return ForkedScript(arguments, REPO, environment, merged=True)
+    """Start ``python`` with arguments, in a process group."""
+    if CAN_FORK:
+        return ForkedPython(arguments, REPO, environment, merged=True)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *arguments], cwd=REPO, env=environment, start_new_session=True, **output)
 

@@ -6,10 +6,9 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from forked import run_script
+from forked import run_python
 
 from contract.configs import ROOT
 
@@ -88,17 +87,12 @@ def budget(command: str) -> list[str]:
     return [*model, *SMALL_BUDGET]
 
 
-def run_python(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_in_clone(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in the clone; a copy of rlhf/ in it takes precedence over the installed package."""
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
-    if arguments[0].endswith(".py"):
-        return run_script(arguments, clone, environment)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_python(arguments, clone, {**os.environ, "PYTHONPATH": str(clone)})
 
 
 def assert_command_runs(clone: Path, command: str) -> None:
     """Run a command of a document on a small budget."""
-    done = run_python(clone, *shlex.split(command), *budget(command))
+    done = run_in_clone(clone, *shlex.split(command), *budget(command))
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

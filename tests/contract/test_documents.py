@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 from contract.configs import ROOT, compose_config
-from contract.documents import assert_command_runs, commands, fenced_blocks, make_clone, overrides_of, run_python
+from contract.documents import assert_command_runs, commands, fenced_blocks, make_clone, overrides_of, run_in_clone
 from contract.imports import MODULES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,9 +24,7 @@ def page_name(page: Path) -> str:
 
 def test_options_page_is_up_to_date() -> None:
     """``python docs/generate_options.py`` writes it."""
-    done = subprocess.run(
-        [sys.executable, "docs/generate_options.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_python(["docs/generate_options.py", "--check"], ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -53,7 +50,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         assert_command_runs(clone, command)
     assert (clone / "outputs" / "rlhf" / "final_rl_model.pt").is_file()
     for _, snippet in fenced_blocks(README, "python"):
-        done = run_python(clone, "-c", snippet)
+        done = run_in_clone(clone, "-c", snippet)
         assert done.returncode == 0, f"{snippet}\n{done.stderr[-4000:]}"
 
 
@@ -108,7 +105,7 @@ def test_every_guide_runs(page: Path, clone: Path) -> None:
 def test_every_example_runs(example: Path, tmp_path: Path) -> None:
     """With ``--quick``, in a clone, as its header says."""
     clone = make_clone(tmp_path, package=True)
-    done = run_python(clone, f"examples/{example.name}", "--quick")
+    done = run_in_clone(clone, f"examples/{example.name}", "--quick")
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
