@@ -36,15 +36,12 @@ def run_python(
         arguments: Path of a script, relative to ``directory``, or ``-m`` and a module, or ``-c`` and code; and its
             arguments.
         directory: Working directory.
-        environment: Environment variables.
+        environment: Environment variables. Packages that have been imported may have read those of this process.
 
     Returns:
         Exit code, standard output and standard error.
     """
-    if not CAN_FORK:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    process = ForkedPython(arguments, directory, environment)
+    process = start_python(arguments, directory, environment)
     try:
         output, error = process.communicate()
     finally:
@@ -52,19 +49,32 @@ def run_python(
     return subprocess.CompletedProcess(arguments, process.returncode, output, error)
 
 
-class ForkedPython:
-    """A forked process in a new process group. It starts at once; the interface is that of ``subprocess.Popen``.
+def start_python(
+    arguments: Sequence[str], directory: Path, environment: Mapping[str, str] = os.environ, *, merged: bool = False
+) -> Any:
+    """Start Python, with arguments as for ``run_python``, in a new process group.
 
     Args:
-        arguments: Arguments of Python, as for ``run_python``.
+        arguments: Path of a script, relative to ``directory``, or ``-m`` and a module, or ``-c`` and code; and its
+            arguments.
         directory: Working directory.
-        environment: Environment variables. Packages that have been imported may have read those of this process.
+        environment: Environment variables.
         merged: Whether the standard error goes to the standard output.
-    """
 
-    def __init__(
-        self, arguments: Sequence[str], directory: Path, environment: Mapping[str, str], merged: bool = False
-    ) -> None:
+    Returns:
+        The process, with some of the methods of ``subprocess.Popen``.
+    """
+    if CAN_FORK:
+        return ForkedPython(arguments, directory, environment, merged)
+    error = subprocess.STDOUT if merged else subprocess.PIPE
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=error, text=True)
+
+
+class ForkedPython:
+    """A process of ``start_python``."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path, environment: Mapping[str, str], merged: bool) -> None:
         self.args = arguments
         pipes = [_forkserver().Pipe(duplex=False) for _ in range(1 if merged else 2)]
         self._readers, writers = ([pipe[end] for pipe in pipes] for end in range(2))
@@ -75,11 +85,15 @@ class ForkedPython:
         for writer in writers:
             writer.close()
 
-    @property
-    def returncode(self) -> int | None:
-        """Exit code, or minus the number of the signal that has ended the process."""
+    def poll(self) -> int | None:
+        """Return the exit code, or minus the number of the signal that has ended the process; None while it runs."""
         code: int | None = self._process.exitcode
         return code
+
+    @property
+    def returncode(self) -> int | None:
+        """The same."""
+        return self.poll()
 
     def communicate(self, timeout: float = float("inf")) -> list[str]:
         """Return the output, and the error unless they are merged, when no process can write to them any more."""
@@ -100,7 +114,9 @@ class ForkedPython:
 
 
 def kill_group(process: int) -> None:
-    """End the processes of a group."""
+    """End the processes of a group, where groups exist."""
+    if not CAN_FORK:
+        return
     with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import lightning
 import torch
-from forked import run_python
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from forked import run_python
 from rlhf.data import PreferenceDataModule, UnpairedDataModule
 from rlhf.dpo import DPOModule, KTOModule
 from rlhf.grpo import GRPOModule

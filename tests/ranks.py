@@ -16,7 +16,6 @@ A typical test runs a function of the same file in two processes and compares wh
 import importlib.util
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked import CAN_FORK, ForkedPython, kill_group
+
+from forked import kill_group, start_python
 
 REPO = Path(__file__).parents[1]
 RANKS = 2
@@ -44,7 +44,7 @@ def in_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = RANKS, 
         folder = Path(name)
         torch.save(arguments, folder / "arguments.pt")
         call = [__file__, function.__code__.co_filename, function.__qualname__, name]
-        outputs = run_scripts([call] * ranks, [rank_environment(rank, ranks) for rank in range(ranks)], timeout)
+        outputs = run_at_once([call] * ranks, [rank_environment(rank, ranks) for rank in range(ranks)], timeout)
         assert [code for code, _ in outputs] == [0] * ranks, "\n\n".join(text[-5000:] for _, text in outputs)
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
@@ -80,16 +80,16 @@ def train_in_ranks(root: Path, *overrides: str, torchrun: bool, timeout: float =
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"] if torchrun else []
     flags = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={RANKS}", "trainer.precision=32-true"]
     command = [*launcher, "train.py", *flags, *overrides, f"paths.root={root}"]
-    (output,) = run_scripts([command], [{"COLUMNS": "200"}], timeout)
+    (output,) = run_at_once([command], [{"COLUMNS": "200"}], timeout)
     return output
 
 
-def run_scripts(
+def run_at_once(
     commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], timeout: float
 ) -> list[tuple[int, str]]:
-    """Run commands of Python at the same time, and return the exit code and the output of each."""
+    """Run Python with arguments, several times at once, and return the exit code and the output of each."""
     processes = [
-        _start(command, {**os.environ, "OMP_NUM_THREADS": "1", **own})
+        start_python(command, REPO, {**os.environ, "OMP_NUM_THREADS": "1", **own}, merged=True)
         for command, own in zip(commands, environments, strict=True)
     ]
     try:
@@ -98,14 +98,6 @@ def run_scripts(
         for process in processes:
             kill_group(process.pid)
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def _start(arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """Start ``python`` with arguments, in a process group."""
-    if CAN_FORK:
-        return ForkedPython(arguments, REPO, environment, merged=True)
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], cwd=REPO, env=environment, start_new_session=True, **output)
 
 
 def _main(file: str, function: str, folder: str) -> None:

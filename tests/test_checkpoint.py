@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,18 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from contract.configs import compose_config
-from harness import DEMONSTRATIONS, EXACT, TINY_DATA, TINY_MODEL, Run, TinyRun, assert_same_weights, train_command
+from forked import kill_group, run_python, start_python
+from harness import (
+    DEMONSTRATIONS,
+    EXACT,
+    TINY_DATA,
+    TINY_MODEL,
+    Run,
+    TinyRun,
+    assert_same_weights,
+    run_train,
+    train_command,
+)
 from rlhf import checkpoint
 from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from rlhf.errors import ConfigError, Stopped
@@ -317,7 +326,7 @@ AtomicCheckpointIO().save_checkpoint({"step": 2}, sys.argv[1])
 def test_a_process_killed_while_writing_keeps_the_previous_checkpoint(repo: Path, runs: CheckpointedRuns) -> None:
     """The next run removes the incomplete file, even if it writes no checkpoint of that name."""
     path = runs.last
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], cwd=repo, check=False)
+    done = run_python(["-c", KILLED_WHILE_WRITING, str(path)], repo)
     assert done.returncode == -signal.SIGKILL
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert path.with_name("last.ckpt.part").is_file()
@@ -457,21 +466,17 @@ def interrupt(
     repo: Path, root: Path, number: signal.Signals, is_ready: Callable[[], bool], *overrides: str
 ) -> tuple[int, str, str]:
     """Start ``python train.py`` and send a signal once ``is_ready``; return exit code, stdout and stderr."""
-    environment = {**os.environ, "COLUMNS": "200"}
     command = train_command(root, *TINY, *overrides)
-
-    def restore_sigint() -> None:  # A shell starts background jobs, such as these tests, with SIGINT ignored.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        command, cwd=repo, env=environment, stdout=-1, stderr=-1, text=True, preexec_fn=restore_sigint
-    ) as process:
+    process = start_python(command[1:], repo, {**os.environ, "COLUMNS": "200"})
+    try:
         deadline = time.monotonic() + 120
         while process.poll() is None and not is_ready():
             assert time.monotonic() < deadline, "training has not started"
             time.sleep(0.05)
-        process.send_signal(number)
+        os.kill(process.pid, number)
         out, err = process.communicate(timeout=60)
+    finally:
+        kill_group(process.pid)
     return process.returncode, out, err
 
 
@@ -503,9 +508,7 @@ def test_a_stopped_run_can_be_resumed(repo: Path, tmp_path: Path, number: signal
     assert f"{last} holds step {step}." in log.read_text()
     assert not list((tmp_path / "rlhf").rglob("*_final.pt"))
     epochs = -(-step // 3) + 1
-    command = train_command(tmp_path, *TINY, *keys, "resume=true", f"trainer.max_epochs={epochs}")
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_train(repo, tmp_path, *TINY, *keys, "resume=true", f"trainer.max_epochs={epochs}")
     assert step_of(last) == 3 * epochs
     assert (folder / "sft_final.pt").is_file()
 

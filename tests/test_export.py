@@ -1,8 +1,6 @@
 """Exports reload exactly, in a new process, and only if they are complete."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from contract.configs import compose_config
+from forked import run_python
 from rlhf import load_model
 from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, UserError
@@ -491,7 +490,8 @@ def test_a_new_process_computes_the_same(
     ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
     torch.save(ids, tmp_path / "ids")
     files = [str(tmp_path), str(tmp_path / "ids"), str(tmp_path / "outputs")]
-    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *files], check=True, cwd=repo)
+    done = run_python(["-c", IN_A_NEW_PROCESS, *files], repo)
+    assert done.returncode == 0, done.stderr
     got_logits, got_scores = torch.load(tmp_path / "outputs")
     assert torch.equal(got_logits, logits(lm, tokenizer))
     assert torch.equal(got_scores, scores(reward_model, tokenizer))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from forked import run_python
 from harness import EXACT, TINY_DATA, TINY_MODEL, run_train
 
 # Two optimizer steps per stage.
@@ -107,12 +108,11 @@ def test_a_user_error_exits_with_code_2(repo: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# Each line of standard input holds the arguments of one ``python train.py``. One process runs all of them and loads
-# torch only once.
+# The argument holds the arguments of each ``python train.py``. One process runs all of them and loads torch only once.
 RUN_COMMANDS = """
 import contextlib, io, json, runpy, sys, traceback
-for line in sys.stdin:
-    sys.argv, streams, code = ["train.py", *json.loads(line)], (io.StringIO(), io.StringIO()), 0
+for command in json.loads(sys.argv[1]):
+    sys.argv, streams, code = ["train.py", *command], (io.StringIO(), io.StringIO()), 0
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             runpy.run_path("train.py", run_name="__main__")
@@ -268,9 +268,8 @@ def run_commands(repo: Path, commands: list[list[str]]) -> list[tuple[int, str, 
         repo: Root of the repository.
         commands: The arguments of each ``python train.py``.
     """
-    lines = "\n".join(map(json.dumps, commands))
-    command = [sys.executable, "-c", RUN_COMMANDS]
-    done = subprocess.run(command, input=lines, cwd=repo, capture_output=True, text=True, check=True)
+    done = run_python(["-c", RUN_COMMANDS, json.dumps(commands)], repo)
+    assert done.returncode == 0, done.stderr
     return [(code, out, err) for code, out, err in map(json.loads, done.stdout.splitlines())]
 
 

@@ -17,6 +17,7 @@ import pytest
 from chat.conftest import OpenChat
 from rich.console import Console
 
+from forked import run_python
 from rlhf.chat.rendering import Tail, best_response, render_turn
 from rlhf.chat.session import Chat, Response, Turn
 from rlhf.chat.terminal import INTERRUPTED, Pipe, Terminal, is_command, prompt_of_line
@@ -271,5 +272,5 @@ def test_a_real_terminal(repo: Path, run_root: Path, architecture: str) -> None:
 @pytest.mark.slow
 def test_the_chat_in_the_terminal_loads_no_server(repo: Path) -> None:
     code = "import sys, rlhf.chat; print(sorted({'starlette', 'uvicorn', 'rlhf.web'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = run_python(["-c", code], repo)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -8,9 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from forked import run_python
-
 from contract.configs import ROOT
+from forked import run_python
 
 SMALL_MODEL = ["model.hidden_size=32", "model.num_layers=1", "model.vocab_size=400"]
 SMALL_BUDGET = [

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forked import run_python
 
 from contract.configs import ROOT, compose_config
 from contract.documents import assert_command_runs, commands, fenced_blocks, make_clone, overrides_of, run_in_clone
 from contract.imports import MODULES
+from forked import run_python
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from harness import FakeSource, TinyRun, make_eos_likely
-from ranks import rank_environment, run_scripts
+from ranks import rank_environment, run_at_once
 from rlhf.models import Mamba, ModelSource, Transformer
 
 
@@ -56,6 +56,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
         make_eos_likely(source.language_model(tokenizer), tokenizer.eos_token_id).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     script = [str(Path(__file__).with_name("two_ranks.py")), str(folder)]
-    outputs = run_scripts([script] * 2, [rank_environment(rank, 2) for rank in range(2)], timeout=180)
+    outputs = run_at_once([script] * 2, [rank_environment(rank, 2) for rank in range(2)], timeout=180)
     assert [code for code, _ in outputs] == [0, 0], outputs
     return folder

@@ -1,13 +1,12 @@
 """A server that is started on a socket, and imports that training must not make."""
 
-import subprocess
-import sys
 import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from forked import run_python
 from rlhf.errors import ConfigError
 from rlhf.web.access import Access
 from rlhf.web.application import application
@@ -45,5 +44,5 @@ def test_training_imports_no_server(repo: Path) -> None:
         "import sys, rlhf.run, rlhf.pipeline, rlhf.main, rlhf.collect, rlhf.evaluate;"
         "print([name for name in ('starlette', 'uvicorn', 'rlhf.web.server', 'rlhf.label.app') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = run_python(["-c", code], repo)
+    assert done.stdout.strip() == "[]", done.stderr
