@@ -1,6 +1,7 @@
 """Every option has an effect: its override changes the trained weights, or is rejected with an error that names it."""
 
 import json
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import lightning
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from contract.configs import STAGES, choices, compose_config, composed_dict, leaf_keys
@@ -40,6 +41,11 @@ SMALL_MODEL = [f"model.{setting}=16" for setting in ("hidden_size", "intermediat
 SMALL_MODEL += ["model.num_layers=1", "model.num_heads=2", "model.vocab_size=300"]
 
 
+def is_from_scratch(overrides: Sequence[str]) -> bool:
+    """Return whether a policy is built from the options of a model."""
+    return any(override.startswith("model") for override in overrides)
+
+
 class Bench:
     """Trains small stages from overrides; equal overrides give equal weights, which are cached."""
 
@@ -63,18 +69,22 @@ class Bench:
             self.cache[key] = self.train(stage, overrides)
         return self.cache[key]
 
-    def train(self, stage: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-        overrides = tuple(override.format(rows=self.rows) for override in overrides)
-        from_scratch = any(override.startswith("model") for override in overrides)
-        small_model = SMALL_MODEL if from_scratch and "model=mamba" not in overrides else []
-        model = [*small_model, "model.vocab_size=300"] if from_scratch else []
-        cfg = compose_config(f"stage={stage}", *SMALL, *SMALL_STAGE[stage], *model, *overrides)
+    def config(self, stage: str, *overrides: str) -> DictConfig:
+        """Compose the configuration of a small stage."""
+        small_model = SMALL_MODEL if is_from_scratch(overrides) and "model=mamba" not in overrides else []
+        model = [*small_model, "model.vocab_size=300"] if is_from_scratch(overrides) else []
+        filled = [override.format(rows=self.rows) for override in overrides]
+        cfg = compose_config(f"stage={stage}", *SMALL, *SMALL_STAGE[stage], *model, *filled)
         cfg.data.train = str(self.rows)
+        return cfg
+
+    def train(self, stage: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+        cfg = self.config(stage, *overrides)
         lightning.seed_everything(3, verbose=False)
         data = instantiate(cfg.data)
         inputs = {name: self.inputs[name] for name in stages()[stage].inputs}
         tokenizer = self.tokenizer
-        if from_scratch:
+        if is_from_scratch(overrides):
             inputs["policy"] = instantiate(cfg.model)
             tokenizer = inputs["policy"].tokenizer(data.training_texts())
         module = instantiate(cfg.stage, _partial_=True)(**inputs)
@@ -124,11 +134,11 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_every_option_changes_the_weights_or_is_rejected(effect: Effect, bench: Bench) -> None:
     # A model option is compared with the small model, which the first override selects without a change.
     model = ("model.num_layers=1",) if effect.key.startswith("model.") else ()
-    overrides = [override.replace("{rows}", "x") for override in (*effect.given, effect.override)]
-    compose_config(f"stage={effect.stage}", *overrides)  # An unknown key is an error here, and not a rejection.
+    overrides = (*effect.given, *model, effect.override)
+    bench.config(effect.stage, *overrides)  # An unknown key is an error here, and not a rejection.
     without = bench.weights(effect.stage, *effect.given, *model)
     try:
-        with_it = bench.weights(effect.stage, *effect.given, *model, effect.override)
+        with_it = bench.weights(effect.stage, *overrides)
     except Exception as error:
         message = explain(error)
         if message is None:
