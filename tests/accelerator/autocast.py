@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._pytree import tree_leaves, tree_map
+
+from accelerator.nested import map_values, values_of
 
 KEY = "AutocastPrivateUse1"
 # The lists of CUDA in aten/src/ATen/autocast_mode.h, without the operations that no language model uses.
@@ -53,9 +54,9 @@ def _run_in(choose: Callable[[list[torch.dtype]], torch.dtype], device: str, op:
     def is_cast(value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == device and value.is_floating_point()
 
-    dtypes = [value.dtype for value in tree_leaves((args, kwargs)) if is_cast(value)]
+    dtypes = [value.dtype for value in values_of((args, kwargs)) if is_cast(value)]
     with torch._C._ExcludeDispatchKeyGuard(DispatchKeySet(getattr(DispatchKey, KEY))):
         if dtypes:
             dtype = choose(dtypes)
-            args, kwargs = tree_map(lambda value: value.to(dtype) if is_cast(value) else value, (args, kwargs))
+            args, kwargs = map_values(lambda value: value.to(dtype) if is_cast(value) else value, (args, kwargs))
         return op(*args, **kwargs)

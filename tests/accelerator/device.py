@@ -17,17 +17,17 @@ refuses or delays is emulated:
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from accelerator.autocast import KEY, register_autocast
+from accelerator.nested import map_values, values_of
 from accelerator.reads import is_read, record_read, recorded_reads
 
 __all__ = ["DEVICE", "NAME", "emulated_device", "recorded_reads"]
@@ -156,16 +156,17 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     if is_read(name, args, kwargs, NAME):
         record_read(name)
     arguments = _Arguments()
-    cpu_args, cpu_kwargs = tree_map(arguments.lower, (args, kwargs))
-    with _generator_of_device(op, kwargs.get("generator")):
-        return tree_map(arguments.lift, _overload(op, args)(*cpu_args, **cpu_kwargs))
+    cpu_args, cpu_kwargs = map_values(arguments.lower, (args, kwargs))
+    draws = torch.Tag.nondeterministic_seeded in op.tags and _State.random_state is not None
+    with _generator_of_device(op, kwargs.get("generator")) if draws else nullcontext():
+        return map_values(arguments.lift, _overload(op, args)(*cpu_args, **cpu_kwargs))
 
 
 def _refuse_mixed_devices(op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise an error if there are tensors of both devices among the arguments."""
     if name in INDEXING and _is_on_device(args[0]):
         args = (args[0], *args[2:])
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = [value for value in values_of((args, kwargs)) if isinstance(value, Tensor)]
     accepts_scalars = name in ACCEPT_SCALARS or torch.Tag.pointwise in op.tags
     written = args[0] if op._schema.name.endswith("_") else kwargs.get("out")
     on_cpu = [
@@ -188,9 +189,6 @@ def _overload(op: Any, args: tuple[Any, ...]) -> Any:
 @contextmanager
 def _generator_of_device(op: Any, generator: torch.Generator | None) -> Iterator[None]:
     """Let an operation draw its random numbers from the generator of the device."""
-    if torch.Tag.nondeterministic_seeded not in op.tags or _State.random_state is None:
-        yield
-        return
     if generator is not None:
         raise RuntimeError(f"{op}: expected a generator on {DEVICE}, but it is on {generator.device}")
     state_of_cpu = torch.get_rng_state()
