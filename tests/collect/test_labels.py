@@ -2,14 +2,13 @@
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import kill_group, start_python
 from harness import TINY_DATA, TINY_MODEL, run_train
 from rlhf.collect import PageLabels
 from rlhf.collect.candidates import Candidates
@@ -26,12 +25,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def annotator(repo: Path, folder: Path, port: int, patience: int) -> subprocess.Popen[str]:
+def annotator(repo: Path, folder: Path, port: int, patience: int) -> Any:
     """Start a simulated annotator, who prefers the longer response and is never wrong."""
     (folder / "length.py").write_text(SCORER)
     keys = ["--url", f"http://127.0.0.1:{port}", "--scorer", f"{folder / 'length.py'}:score", "--noise", "0"]
-    script = [sys.executable, "benchmarks/simulated_annotator.py", *keys, "--patience", str(patience)]
-    return subprocess.Popen(script, cwd=repo, stdout=subprocess.PIPE, text=True)
+    return start_python(["benchmarks/simulated_annotator.py", *keys, "--patience", str(patience)], repo)
 
 
 def candidates() -> list[Candidates]:
@@ -72,7 +70,7 @@ def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> No
     tiny = [*TINY_MODEL["transformer"], *TINY_DATA]
     evaluate = "pipeline.overrides.evaluate=['data.max_rows=8']"
     run_train(repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", page, evaluate)
-    process.kill()
+    kill_group(process.pid)
     watcher.join()
     files = [tmp_path / "rlhf" / f"round_{number}" / "collect" / "preferences.jsonl" for number in (1, 2)]
     for file in files:

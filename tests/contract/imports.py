@@ -1,6 +1,7 @@
 """The import graph of the package, read from its source."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,8 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imports(file: Path) -> set[str]:
+@cache
+def imports(file: Path) -> frozenset[str]:
     """Return the dotted names that a file imports anywhere: lazily and under ``TYPE_CHECKING`` too.
 
     ``from package import name`` gives ``package.name`` if that is a module of this project, and ``package`` otherwise.
@@ -36,7 +38,7 @@ def imports(file: Path) -> set[str]:
             found |= submodules
             if len(submodules) < len(node.names):
                 found.add(base)
-    return found
+    return frozenset(found)
 
 
 def package_of(name: str) -> str:
