@@ -1,5 +1,6 @@
 """The lean decoder computes the logits of transformers, and its places are filled with the next prompts."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -146,20 +147,26 @@ def greedy(lm: PreTrainedModel, prompts: list[list[int]], stop: int, **keys: int
     return sampler.sample(prompts, params).response_ids()
 
 
-@pytest.mark.parametrize("interval", [1, 3, 50])
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 40])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
-def test_places_are_filled_with_the_next_prompts(name: str, batch_size: int, interval: int) -> None:
-    """Responses of 1 to 9 tokens: each is the same as that of its prompt alone, decoded by transformers."""
+@cache
+def prompts_alone(name: str) -> tuple[list[list[int]], int, list[list[int]]]:
+    """Return prompts, a stop token, and the response to each prompt alone, decoded by transformers."""
     lm = model(LEAN[name])
     torch.manual_seed(1)
     prompts = [torch.randint(300, (int(length),)).tolist() for length in torch.randint(1, 9, (30,))]
     with speed(lean_decoding=False):
         unlimited = [greedy(lm, [prompt], stop=299)[0] for prompt in prompts]
         stop = int(torch.tensor([token for response in unlimited for token in response]).bincount().argmax())
-        expected = [greedy(lm, [prompt], stop)[0] for prompt in prompts]
+        return prompts, stop, [greedy(lm, [prompt], stop)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("interval", [1, 3, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 40])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
+def test_places_are_filled_with_the_next_prompts(name: str, batch_size: int, interval: int) -> None:
+    """Responses of 1 to 9 tokens: each is the same as that of its prompt alone, decoded by transformers."""
+    prompts, stop, expected = prompts_alone(name)
     assert len({len(response) for response in expected}) >= 4
-    assert greedy(lm, prompts, stop, batch_size=batch_size, stop_interval=interval) == expected
+    assert greedy(model(LEAN[name]), prompts, stop, batch_size=batch_size, stop_interval=interval) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
