@@ -52,11 +52,10 @@ def run_python(
 def start_python(
     arguments: Sequence[str], directory: Path, environment: Mapping[str, str] = os.environ, *, merged: bool = False
 ) -> Any:
-    """Start Python, with arguments as for ``run_python``, in a new process group.
+    """Start Python in a new process group, which the caller has to end with ``kill_group`` if it may not end alone.
 
     Args:
-        arguments: Path of a script, relative to ``directory``, or ``-m`` and a module, or ``-c`` and code; and its
-            arguments.
+        arguments: As for ``run_python``.
         directory: Working directory.
         environment: Environment variables.
         merged: Whether the standard error goes to the standard output.
@@ -92,7 +91,7 @@ class ForkedPython:
 
     @property
     def returncode(self) -> int | None:
-        """The same."""
+        """What ``poll`` returns, under the name that ``subprocess.Popen`` has for it."""
         return self.poll()
 
     def communicate(self, timeout: float = float("inf")) -> list[str]:

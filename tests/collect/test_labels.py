@@ -46,8 +46,11 @@ def test_people_decide(repo: Path, tmp_path: Path) -> None:
     port, file = free_port(), tmp_path / "candidates.jsonl"
     write_json_lines(file, (found.row() for found in candidates()))
     process = annotator(repo, tmp_path, port, 1)
-    rows = PageLabels(port=port, overlap=0.0).label(candidates(), file)
-    assert process.communicate(timeout=60)[0] == "8 choices\n"
+    try:
+        rows = PageLabels(port=port, overlap=0.0).label(candidates(), file)
+        assert process.communicate(timeout=60)[0] == "8 choices\n"
+    finally:
+        kill_group(process.pid)
     assert [(row["prompt"], row["chosen"]) for row in rows] == [(f"p{n}", f"{n} longer") for n in range(8)]
 
 
@@ -69,9 +72,11 @@ def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> No
     page = f"pipeline.overrides.collect=['data.num_prompts=12','labels=page','labels.port={port}']"
     tiny = [*TINY_MODEL["transformer"], *TINY_DATA]
     evaluate = "pipeline.overrides.evaluate=['data.max_rows=8']"
-    run_train(repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", page, evaluate)
-    kill_group(process.pid)
-    watcher.join()
+    try:
+        run_train(repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", page, evaluate)
+    finally:
+        kill_group(process.pid)
+        watcher.join()
     files = [tmp_path / "rlhf" / f"round_{number}" / "collect" / "preferences.jsonl" for number in (1, 2)]
     for file in files:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file.open(newline="\n")]

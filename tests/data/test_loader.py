@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forked import start_python
+from forked import kill_group, start_python
 from rlhf.data import BatchLoader, EncodedResponse, PairBatch, SequenceBatch
 from rlhf.data.loader import BucketBatchSampler, with_loss_weights
 from rlhf.sft.objective import cross_entropy_loss
@@ -252,5 +252,9 @@ dist.destroy_process_group()
 def test_two_ranks_are_equivalent_to_one_large_batch(tmp_path: Path, repo: Path) -> None:
     """16 terms on 2 gloo ranks with 2 batches each: weight = terms * 2 * 2 / 16 = terms / 4."""
     ranks = [start_python(["-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")], repo) for rank in range(2)]
-    weights = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    try:
+        weights = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    finally:
+        for process in ranks:
+            kill_group(process.pid)
     assert weights == ["[0.25, 0.5]", "[0.75, 2.5]"]
