@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
+from rlhf.models.probes import FAILURES
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # float32 logits of at most this size are computed at once, to save memory
 
@@ -22,8 +23,6 @@ SCALE_ATTRIBUTES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 CAP_ATTRIBUTES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 NO_TRUNK = "Its output embedding cannot be separated from its base model"
-# What models raise that cannot do what they are asked to.
-_FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def find_logit_transform(lm: PreTrainedModel) -> LogitTransform:
         return _probe(lm)
     except ConfigError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise unsupported_architecture(lm, f"A forward pass fails ({type(error).__name__}: {error})") from error
     finally:
         lm.train(was_training)
@@ -112,7 +111,7 @@ def _check_cache(lm: PreTrainedModel, output: Any) -> None:
     try:
         cache.reorder_cache(first_row)  # type: ignore[union-attr]
         lm(input_ids=first_row[None], use_cache=True, **{name: cache})
-    except _FAILURES as error:
+    except FAILURES as error:
         raise unsupported_architecture(lm, "Finished responses cannot be removed from its cache") from error
 
 
