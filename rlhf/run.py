@@ -231,9 +231,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
         if cfg.trainer[flag] is False:
             configured = [callback for callback in configured if not isinstance(callback, kind)]
-    flags: dict[str, Any] = {"callbacks": [*configured, *callbacks]}
-    flags["logger"] = [build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None]
-    if cfg.trainer.get("enable_checkpointing") is None and not any(isinstance(one, Checkpoint) for one in configured):
+    loggers = [build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None]
+    flags: dict[str, Any] = {"callbacks": [*configured, *callbacks], "logger": loggers}
+    if cfg.trainer.enable_checkpointing is None and not any(isinstance(one, Checkpoint) for one in configured):
         flags["enable_checkpointing"] = False  # Otherwise, Lightning writes checkpoints to the directory of a logger.
     trainer: lightning.Trainer = instantiate(cfg.trainer, **flags)
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):

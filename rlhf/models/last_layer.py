@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.probes import FAILURES, are_close
+from rlhf.models.probes import FAILURES, are_close, once_per_model, probing
 
 MAX_USED = 0.8  # fraction of the tokens from which on selecting tokens takes as long as computing all of them
-_SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def partial_last_layer(trunk: nn.Module, used: Tensor) -> Iterator[None]:
         places = torch.where(last_of[used] == order, used, tokens)
         return output.new_zeros(tokens + 1, shape[-1]).index_copy(0, places, output[0])[:-1].view(shape)
 
-    mlp = _last_layer(trunk).mlp
+    mlp = last_layer(trunk).mlp
     with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(restore):
         yield
 
@@ -53,41 +51,31 @@ def saves_last_layer(trunk: nn.Module, used: int, computed: int) -> bool:
     """
     if used >= MAX_USED * computed or not allows_partial_last_layer(trunk):
         return False
-    layer = _last_layer(trunk)
+    layer = last_layer(trunk)
     # Gradient checkpointing recomputes the layer outside of the context, and dropout would draw other random numbers.
     drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.mlp.modules())
     return not drops and not getattr(layer, "gradient_checkpointing", False)
 
 
-def allows_partial_last_layer(trunk: nn.Module) -> bool:
+@once_per_model
+def allows_partial_last_layer(trunk: Any) -> bool:
     """Return whether the last layer of a model has an MLP that computes each token alone, after which no tokens mix.
 
     The first call for a model makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.
     """
-    if trunk not in _SUPPORTED:
-        _SUPPORTED[trunk] = _probe(trunk)
-    return _SUPPORTED[trunk]
-
-
-def _last_layer(trunk: Any) -> Any:
-    """Return the last layer, whose place has one of two names in transformers."""
-    return (trunk.layers if hasattr(trunk, "layers") else trunk.h)[-1]
-
-
-@torch.no_grad()
-def _probe(trunk: Any) -> bool:
-    """Compare the last hidden states of some tokens with those of a plain forward pass."""
-    was_training = trunk.training
-    trunk.eval()
     try:
-        inputs = {"input_ids": torch.arange(3, device=trunk.device).repeat(2, 1), "use_cache": False}
-        expected = trunk(**inputs).last_hidden_state.flatten(0, 1)
-        used = torch.tensor([1, 5, 1], device=trunk.device)
-        with partial_last_layer(trunk, used):
-            found = trunk(**inputs).last_hidden_state.flatten(0, 1)
+        with probing(trunk):
+            inputs = {"input_ids": torch.arange(3, device=trunk.device).repeat(2, 1), "use_cache": False}
+            expected = trunk(**inputs).last_hidden_state.flatten(0, 1)
+            used = torch.tensor([1, 5, 1], device=trunk.device)
+            with partial_last_layer(trunk, used):
+                found = trunk(**inputs).last_hidden_state.flatten(0, 1)
     except FAILURES:
         return False
-    finally:
-        trunk.train(was_training)
     return are_close(found[used], expected[used])
+
+
+def last_layer(trunk: Any) -> Any:
+    """Return the last layer, whose place has one of two names in transformers."""
+    return (trunk.layers if hasattr(trunk, "layers") else trunk.h)[-1]

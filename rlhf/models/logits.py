@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
-from rlhf.models.probes import FAILURES
+from rlhf.models.probes import FAILURES, probing
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # float32 logits of at most this size are computed at once, to save memory
 
@@ -44,7 +44,6 @@ class LogitTransform:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-@torch.no_grad()
 def find_logit_transform(lm: PreTrainedModel) -> LogitTransform:
     """Find how a model computes its logits, from its configuration and two short forward passes.
 
@@ -52,16 +51,13 @@ def find_logit_transform(lm: PreTrainedModel) -> LogitTransform:
         ConfigError: The architecture is not supported: its logits cannot be computed from its last hidden states, or
             rows cannot be removed from its cache.
     """
-    was_training = lm.training
-    lm.eval()
     try:
-        return _probe(lm)
+        with probing(lm):
+            return _probe(lm)
     except ConfigError:
         raise
     except FAILURES as error:
         raise unsupported_architecture(lm, f"A forward pass fails ({type(error).__name__}: {error})") from error
-    finally:
-        lm.train(was_training)
 
 
 def _probe(lm: PreTrainedModel) -> LogitTransform:

@@ -4,18 +4,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.models.pair_attention import pair_attention
-from rlhf.models.probes import FAILURES, are_close
+from rlhf.models.probes import FAILURES, are_close, once_per_model, probing
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
 # Tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row.
 SPLIT_WIDTH = 256
-_SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
 
 
@@ -102,6 +100,7 @@ def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequ
     return SharedPrompts(prompts, first, second)
 
 
+@once_per_model
 def allows_shared_prompts(trunk: Any) -> bool:
     """Return whether a model computes both sequences of a row as if each was alone.
 
@@ -110,9 +109,7 @@ def allows_shared_prompts(trunk: Any) -> bool:
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
     """
-    if trunk not in _SUPPORTED:
-        _SUPPORTED[trunk] = _has_full_attention(trunk) and _probe(trunk)
-    return _SUPPORTED[trunk]
+    return _has_full_attention(trunk) and _probe(trunk)
 
 
 def _has_full_attention(trunk: Any) -> bool:
@@ -123,26 +120,23 @@ def _has_full_attention(trunk: Any) -> bool:
     return config._attn_implementation == "sdpa" and not window and set(kinds) <= {"full_attention"}
 
 
-@torch.no_grad()
 def _probe(trunk: Any) -> bool:
     """Compare the hidden states of a short pair with those of its two sequences."""
     prompt, first, second = _PROBE
-    device, was_training = trunk.device, trunk.training
+    device = trunk.device
     tokens = torch.arange(1, 1 + prompt + first + second, device=device) % trunk.config.get_text_config().vocab_size
     sequences = [tokens[: prompt + first], torch.cat([tokens[:prompt], tokens[prompt + first :]])]
     batch = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     layout = SharedPrompts(*torch.tensor(_PROBE).view(3, 1))
-    trunk.eval()
     try:
-        inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
-        found = trunk(**inputs, use_cache=False).last_hidden_state[0]
-        with pair_attention(trunk, [_PROBE]):
-            split = trunk(**inputs, use_cache=False).last_hidden_state[0]
-        expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
+        with probing(trunk):
+            inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
+            found = trunk(**inputs, use_cache=False).last_hidden_state[0]
+            with pair_attention(trunk, [_PROBE]):
+                split = trunk(**inputs, use_cache=False).last_hidden_state[0]
+            expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
     except FAILURES:
         return False
-    finally:
-        trunk.train(was_training)
     columns = layout.columns(batch.shape[1]).to(device)
     positions = torch.cat([columns[i, : len(row)] for i, row in enumerate(expected)])
     return all(are_close(states[positions], torch.cat(expected)) for states in (found, split))

@@ -79,7 +79,7 @@ def hidden_states(
     for rows, width in groups:
         start, end = end, end + len(rows) * width
         of_group = used if len(groups) == 1 else used[(used >= start) & (used < end)] - start
-        with _last_layer(trunk, of_group, end - start, partial):
+        with _computing_used(trunk, of_group, end - start, partial):
             if layout is None:
                 found = trunk(input_ids=input_ids[rows.to(device), :width], use_cache=False).last_hidden_state
             else:
@@ -116,12 +116,12 @@ def _left_padded(
     start = attention_mask.to(torch.int8).argmax(dim=1)
     rolled = input_ids.gather(1, (time + start[:, None]) % len(time))
     used = rows * len(time) + (columns - start[rows]) % len(time)
-    with _last_layer(trunk, used, input_ids.numel(), partial):
+    with _computing_used(trunk, used, input_ids.numel(), partial):
         states: Tensor = trunk(input_ids=rolled, use_cache=False).last_hidden_state
     return states.flatten(0, 1).index_select(0, used)
 
 
-def _last_layer(trunk: nn.Module, used: Tensor, computed: int, partial: bool) -> AbstractContextManager[None]:
+def _computing_used(trunk: nn.Module, used: Tensor, computed: int, partial: bool) -> AbstractContextManager[None]:
     """Let the last layer compute some tokens only, if this saves time."""
     if partial and saves_last_layer(trunk, len(used), computed):
         return partial_last_layer(trunk, used)

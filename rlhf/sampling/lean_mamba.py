@@ -13,6 +13,7 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 from rlhf.models import cache_name
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
+from rlhf.sampling.unpadded import groups_of_equal_length, in_order, padding_reaches_state
 from rlhf.tensors import pad_rows_left
 
 
@@ -29,23 +30,18 @@ class MambaBatch(LeanBatch):
         trunk = self.lm.backbone
         self.layers = [_Layer.of(block) for block in trunk.layers]
         self.norm, self.embedding = rms_norm(trunk.norm_f), trunk.embeddings
+        self.needs_equal_lengths = padding_reaches_state(lm)
         self.inputs: list[Tensor] = []  # [places, kernel, channels] the last inputs of each layer's convolution
         self.states: list[Tensor] = []  # [places, groups, state size, heads of a group, width of a head]
 
-    def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
-        if not self.lm.config.use_bias:
-            return self._fill_padded(rows, source, prompts)
-        # transformers masks the input of the projection, whose bias would reach the state from padding.
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        parts, order = [], []
-        for length in lengths.unique().tolist():
-            chosen, mine = (lengths == length).nonzero()[:, 0], lengths[source] == length
-            same = [prompts[i] for i in chosen.tolist()]
-            parts.append(self._fill_padded(rows[mine], torch.searchsorted(chosen, source[mine]), same))
-            order.append(chosen)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        if not self.needs_equal_lengths:
+            return super().prefill(rows, prompts)
+        groups = groups_of_equal_length(prompts)
+        fill = super().prefill
+        return in_order([fill([rows[i] for i in group], [prompts[i] for i in group]) for group in groups], groups)
 
-    def _fill_padded(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
+    def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         # Padding is on the left, where the mask keeps it out of the state.
         input_ids, mask = (tensor.to(self.device) for tensor in pad_rows_left(prompts))
         keys = {"attention_mask": mask.long()} if len({len(prompt) for prompt in prompts}) > 1 else {}

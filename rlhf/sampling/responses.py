@@ -50,8 +50,9 @@ class Decoding:
         _check_positions(lm, capacity)
         self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
         self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
-        generic = UnpaddedBatch if padding_reaches_state(lm) else DecodingBatch
-        batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or generic
+        batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or (
+            UnpaddedBatch if padding_reaches_state(lm) else DecodingBatch
+        )
         places = min(places or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
         self.batch = batch(lm, places, capacity + interval)  # A finished row goes on until the end of an interval.
         self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)

@@ -22,26 +22,37 @@ def padding_reaches_state(lm: nn.Module) -> bool:
     )
 
 
+def groups_of_equal_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the indices of the prompts of each length."""
+    lengths = [len(prompt) for prompt in prompts]
+    return [[i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))]
+
+
+def in_order(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """Join what was computed for groups of rows: [rows of the group, ...] each to [all rows, ...]."""
+    joined = torch.cat(list(parts))
+    return joined[torch.tensor([row for group in groups for row in group], device=joined.device).argsort()]
+
+
 class UnpaddedBatch:
     """Like ``DecodingBatch``, without padding: prompts of equal length are one batch, and batches take turns.
 
     Args:
         lm: Causal language model.
         places: Number of rows.
-        capacity: Largest number of tokens of a row, which this class does not need to know.
+        capacity: Largest number of tokens of a row.
     """
 
     can_refill = False
 
     def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
-        self.lm, self.count = lm, places
+        self.lm, self.count, self.capacity = lm, places, capacity
         self.parts: list[tuple[DecodingBatch, list[int]]] = []  # each batch and the rows that it decodes
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Compute the prompts of all rows; see ``DecodingBatch.prefill``."""
-        for length in sorted(set(map(len, prompts))):
-            mine = [row for row in rows if len(prompts[row]) == length]
-            self.parts.append((DecodingBatch(self.lm, len(mine), 0), mine))
+        groups = groups_of_equal_length(prompts)
+        self.parts = [(DecodingBatch(self.lm, len(mine), self.capacity), mine) for mine in groups]
         return self._logits(lambda batch, mine: batch.prefill(range(len(mine)), [prompts[row] for row in mine]))
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -50,9 +61,7 @@ class UnpaddedBatch:
 
     def _logits(self, compute: Callable[[DecodingBatch, list[int]], Tensor]) -> Tensor:
         """Compute the logits of each batch, and return those of all rows in order."""
-        logits = torch.cat([compute(batch, mine) for batch, mine in self.parts])
-        order = torch.tensor([row for _, mine in self.parts for row in mine], device=logits.device)
-        return logits[order.argsort()]
+        return in_order([compute(batch, mine) for batch, mine in self.parts], [mine for _, mine in self.parts])
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Remove rows from the batch, and return the former indices of those that are left."""

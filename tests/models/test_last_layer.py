@@ -1,7 +1,5 @@
 """A last layer whose MLP computes some tokens only changes log-probs, scores and gradients by rounding only."""
 
-from typing import Any
-
 import pytest
 import torch
 from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model, pair_batch
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, MambaConfig, MixtralConfig, PreTrainedModel
 
 from rlhf.models import Policy, ScalarHead, ScalarModel, allows_shared_prompts
-from rlhf.models.last_layer import allows_partial_last_layer
+from rlhf.models.last_layer import allows_partial_last_layer, last_layer
 from rlhf.speed import speed
 
 ARCHITECTURES = {
@@ -22,10 +20,10 @@ ARCHITECTURES = {
 
 def count_of_mlp(lm: PreTrainedModel) -> list[int]:
     """Return a list to which every call of the MLP of the last layer adds its number of tokens."""
-    trunk: Any = lm.base_model
-    layers = trunk.layers if hasattr(trunk, "layers") else trunk.h
     counts: list[int] = []
-    layers[-1].mlp.register_forward_hook(lambda mlp, inputs, output: counts.append(output.shape[:-1].numel()))
+    last_layer(lm.base_model).mlp.register_forward_hook(
+        lambda mlp, inputs, output: counts.append(output.shape[:-1].numel())
+    )
     return counts
 
 
