@@ -1,7 +1,6 @@
 """Models with a scalar output: reward models, critics and ensembles of reward models."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import ConfigError
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
 from rlhf.models.trunk import hidden_states, prepare_trunk, states_before
-from rlhf.tensors import last_true, scatter, true_positions
+from rlhf.tensors import last_true, scatter, true_positions, without_autocast
 
 
 class ScalarHead(nn.Module):
@@ -52,9 +51,7 @@ class ScalarHead(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Output of each head: [..., width] to [..., heads], float32."""
-        device_type = hidden.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        with without_autocast(hidden.device):
             return torch.cat([_float32_output(mlp, hidden) for mlp in (self.layers, *self.others)], dim=-1)
 
 

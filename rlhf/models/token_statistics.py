@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf.speed import speed_settings
+from rlhf.tensors import without_autocast
 
 EntropyMode: TypeAlias = Literal["none", "value", "grad"]
 CACHED_BYTES = 2**20  # rows of logits of this size stay in the cache of a CPU core between two operations
@@ -69,7 +70,8 @@ class _TokenStatistics(torch.autograd.Function):
             probabilities = x.softmax(dim=1)
             log_largest[rows] = probabilities.amax(dim=1, keepdim=True).log_()
             if entropies is not None:
-                mean = torch.linalg.vecdot(probabilities, x)[:, None]
+                with without_autocast(x.device):
+                    mean = torch.linalg.vecdot(probabilities, x)[:, None]
                 entropies[rows] = largest[rows] - log_largest[rows] - mean
             x.copy_(probabilities)
         ctx.save_for_backward(logits, columns, entropies if entropy == "grad" else None)

@@ -54,6 +54,16 @@ def test_fused_statistics_in_float32() -> None:
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
 
+def test_autocast_does_not_change_the_statistics() -> None:
+    """It computes some reductions in bfloat16, which would round an entropy of 6 nats to 0.03 nats."""
+    logits, targets = logits_and_targets(torch.float32)
+    expected = run(True, logits, targets, 1.0, "grad")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(True, logits, targets, 1.0, "grad")
+    for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The first one has overwritten the probabilities."""
     logits, targets = torch.randn(3, 6, requires_grad=True), torch.tensor([1, 5, 0])
