@@ -231,6 +231,10 @@ class StageModule(ReportingModule):
             self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
             self.log("train/nonfinite_steps", self.metrics["train/nonfinite_steps"], batch_size=1)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()  # Otherwise, the next forward pass would need memory in addition to that of the gradients.
+
     def configure_optimizers(self) -> Any:
         # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
         # gradient scaler. None lets PyTorch choose among its other implementations.
