@@ -158,13 +158,17 @@ def make_eos_likely(lm: PreTrainedModel, eos: int) -> PreTrainedModel:
 
 
 class MetricsLogger(Logger):
-    """A logger that keeps every ``log_metrics`` call in ``calls``."""
+    """A logger that keeps every ``log_metrics`` call in ``calls``, and in ``saved`` how many there were at a ``save``."""
 
     name = version = "metrics"
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[dict[str, float]] = []
+        self.saved: list[int] = []
+
+    def save(self) -> None:
+        self.saved.append(len(self.calls))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.calls.append(dict(metrics))
@@ -178,8 +182,8 @@ class RunRecorder(lightning.Callback):
 
     Attributes:
         batches: Training batches: ``SequenceBatch``, ``PairBatch``, ... or, in PPO and GRPO, ``Minibatch``.
-        metrics: ``trainer.callback_metrics`` after each training batch, as floats. Empty in PPO and GRPO, which log
-            once per rollout and bypass ``self.log``: use ``Run.curve`` or ``rollouts`` there.
+        metrics: ``trainer.callback_metrics`` after each training batch, as floats. PPO and GRPO log once
+            per rollout: use ``Run.curve`` or ``rollouts`` there.
         rollouts: PPO and GRPO only: metrics of each rollout, before any update.
         updates: PPO and GRPO only: metrics of the latest minibatch before each optimizer step.
         grad_norms: Norm of the gradient that each optimizer step used, that is, after clipping.

@@ -322,6 +322,18 @@ def test_metrics_are_collected_in_log_steps_only(monkeypatch: pytest.MonkeyPatch
     assert all(isinstance(value, float) for value in module.metrics.values())
 
 
+def test_callbacks_can_monitor_training_metrics() -> None:
+    """As with ``self.log``: ``EarlyStopping`` and ``ModelCheckpoint`` read them from the Trainer."""
+    early = lightning.pytorch.callbacks.EarlyStopping(
+        "number", mode="max", stopping_threshold=1.5, check_on_train_epoch_end=True
+    )
+    trainer = fit(Measuring(), steps=1, max_epochs=9, callbacks=[early], logger=(logger := MetricsLogger()))
+    assert early.stopped_epoch == 1  # in which the number is 2, the first epoch being 0
+    assert float(trainer.logged_metrics["number"]) == 2
+    assert [call["epoch"] for call in logger.calls if "number" in call] == [0, 1]
+    assert logger.saved[1] == 1  # The metrics of a step are on disk before the next one.
+
+
 # Sample table
 
 

@@ -108,13 +108,11 @@ class UpdateModule(StageModule):
             self._log_iteration()
 
     def _log_iteration(self) -> None:
-        """Log the metrics of a rollout and of its updates once. ``self.log`` would repeat them at every step."""
-        metrics = {**self.iteration_metrics.summarize(), **self.throughput()}
+        """Log the metrics of a rollout and of its updates."""
+        self.metrics, self.metrics_step = {**self.iteration_metrics.summarize(), **self.throughput()}, self.global_step
         if self.nonfinite.skips:
-            metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
-        self.metrics, self.metrics_step = {**metrics}, self.global_step
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
+            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
+        self.send_metrics()
         if self.sample_rows:
             self.log_samples(("prompt", "response", "score", "KL in nats"), self.sample_rows)
             self.sample_rows = []

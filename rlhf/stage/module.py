@@ -227,9 +227,10 @@ class StageModule(ReportingModule):
         norm = self.metrics["grad_norm"] if self.is_log_step else self.optimizer_metrics(optimizer)["grad_norm"]
         if self.nonfinite.must_skip(self, float(norm)):
             optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
-        if self.nonfinite.skips and self.is_log_step:
-            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
-            self.log("train/nonfinite_steps", self.metrics["train/nonfinite_steps"], batch_size=1)
+        if self.is_log_step:
+            if self.nonfinite.skips:
+                self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
+            self.send_metrics()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -43,7 +43,18 @@ class ReportingModule(lightning.LightningModule):
         self.log_train({**self.optimizer_metrics(optimizer), **self.throughput()})
         reduced = self._step_metrics.reduce()
         self.metrics, self.metrics_step = {**reduced, **self.derived_metrics(reduced)}, self.global_step
-        self.log_dict(self.metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def send_metrics(self) -> None:
+        """Send ``metrics`` to all loggers, and show them in ``trainer.callback_metrics`` and ``logged_metrics``.
+
+        ``self.log`` does this as well. It takes half a millisecond for each metric, which slows small models down.
+        """
+        for logger in self.loggers:
+            logger.log_metrics({**self.metrics, "epoch": self.current_epoch}, step=self.metrics_step)
+            logger.save()
+        shown = {name: torch.tensor(value) for name, value in self.metrics.items()}
+        self.trainer.callback_metrics.update(shown)
+        self.trainer.logged_metrics.update(shown)
 
     @property
     def is_log_step(self) -> bool:
