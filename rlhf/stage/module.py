@@ -234,7 +234,7 @@ class StageModule(ReportingModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.zero_grad()  # Otherwise, the next forward pass would need memory in addition to that of the gradients.
+        self.zero_grad()  # Lightning would keep the gradients during the next forward pass.
 
     def configure_optimizers(self) -> Any:
         # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
