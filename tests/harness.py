@@ -158,7 +158,7 @@ def make_eos_likely(lm: PreTrainedModel, eos: int) -> PreTrainedModel:
 
 
 class MetricsLogger(Logger):
-    """A logger that keeps every ``log_metrics`` call in ``calls``, and in ``saved`` how many there were at a ``save``."""
+    """A logger that keeps every ``log_metrics`` call in ``calls``, and their number at each ``save`` in ``saved``."""
 
     name = version = "metrics"
 
