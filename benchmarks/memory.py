@@ -62,7 +62,7 @@ CASES = (
     Case("SFT, gradient checkpointing", ("stage=sft", RECOMPUTE), 16),
     Case("SFT, LoRA", ("stage=sft", LORA), 4),
     Case("reward model", ("stage=reward",), 12),
-    Case("DPO", ("stage=dpo",), 12),
+    Case("DPO, precomputed log-probs", ("stage=dpo", "stage.precompute_ref_logprobs=true"), 12),
     Case("DPO, reference live", ("stage=dpo", "stage.precompute_ref_logprobs=false"), 16),
     Case("DPO, reference live, bf16-mixed", ("stage=dpo", "stage.precompute_ref_logprobs=false", BF16), 14),
     Case("DPO, LoRA, reference live", ("stage=dpo", "stage.precompute_ref_logprobs=false", LORA), 4),

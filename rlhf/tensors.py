@@ -4,8 +4,6 @@ Per-token tensors have shape [batch, time], and entry t belongs to token t. Mask
 masked values, including NaN, affect neither results nor gradients.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -212,12 +210,3 @@ def pad_rows_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids on the left with 0, and return the ids and a mask that is True on real tokens."""
     reversed_ids, reversed_mask = pad_right([row[::-1] for row in rows])
     return reversed_ids.flip(1), reversed_mask.flip(1)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Compute in the dtype of the inputs on this device, in this context.
-
-    Autocast would compute some reductions of float32 tensors in lower precision, such as ``torch.linalg.vecdot``.
-    """
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
+from rlhf.models.autocast import without_autocast
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
 from rlhf.models.trunk import hidden_states, prepare_trunk, states_before
-from rlhf.tensors import last_true, scatter, true_positions, without_autocast
+from rlhf.tensors import last_true, scatter, true_positions
 
 
 class ScalarHead(nn.Module):

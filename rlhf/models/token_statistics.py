@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf.models.autocast import without_autocast
 from rlhf.speed import speed_settings
-from rlhf.tensors import without_autocast
 
 EntropyMode: TypeAlias = Literal["none", "value", "grad"]
 CACHED_BYTES = 2**20  # rows of logits of this size stay in the cache of a CPU core between two operations
