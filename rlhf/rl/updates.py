@@ -110,8 +110,6 @@ class UpdateModule(StageModule):
     def _log_iteration(self) -> None:
         """Log the metrics of a rollout and of its updates."""
         self.metrics, self.metrics_step = {**self.iteration_metrics.summarize(), **self.throughput()}, self.global_step
-        if self.nonfinite.skips:
-            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
         self.send_metrics()
         if self.sample_rows:
             self.log_samples(("prompt", "response", "score", "KL in nats"), self.sample_rows)

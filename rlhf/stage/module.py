@@ -228,9 +228,12 @@ class StageModule(ReportingModule):
         if self.nonfinite.must_skip(self, float(norm)):
             optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
         if self.is_log_step:
-            if self.nonfinite.skips:
-                self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
             self.send_metrics()
+
+    def send_metrics(self) -> None:
+        if self.nonfinite.skips:
+            self.metrics["train/nonfinite_steps"] = float(self.nonfinite.count)
+        super().send_metrics()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
