@@ -27,7 +27,8 @@ def token_statistics(
         is_argmax: Whether to compute if each target is the most likely token.
     """
     if speed_settings().fused_logprobs:
-        results: tuple[Tensor, ...] = _TokenStatistics.apply(logits, targets, temperature, entropy, is_argmax)  # type: ignore[no-untyped-call]
+        with without_autocast(logits.device):
+            results: tuple[Tensor, ...] = _TokenStatistics.apply(logits, targets, temperature, entropy, is_argmax)  # type: ignore[no-untyped-call]
         return results
     return _separate_statistics(logits if temperature == 1 else logits / temperature, targets, entropy, is_argmax)
 
@@ -70,8 +71,7 @@ class _TokenStatistics(torch.autograd.Function):
             probabilities = x.softmax(dim=1)
             log_largest[rows] = probabilities.amax(dim=1, keepdim=True).log_()
             if entropies is not None:
-                with without_autocast(x.device):
-                    mean = torch.linalg.vecdot(probabilities, x)[:, None]
+                mean = torch.linalg.vecdot(probabilities, x)[:, None]
                 entropies[rows] = largest[rows] - log_largest[rows] - mean
             x.copy_(probabilities)
         ctx.save_for_backward(logits, columns, entropies if entropy == "grad" else None)
