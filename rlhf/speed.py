@@ -18,8 +18,10 @@ class SpeedSettings:
         keep_heap: On Linux, keep freed memory for the next step, which is faster on a CPU. false: return it.
         fused_logprobs: Compute log-prob, entropy and argmax of a token from one buffer of logits, which then becomes
             their gradient. false: let autograd store each intermediate result.
+        packed_rows: On the CPU, compute the rows of a batch one after another in a single row without padding, if the
+            architecture allows it. false: pad them as ``row_groups`` does.
         row_groups: On the CPU, compute the rows of a batch in up to this many groups of like length, each padded to its
-            own longest row. 1: pad all rows to the longest one of the batch.
+            own longest row, unless ``packed_rows`` applies. 1: pad all rows to the longest one of the batch.
         shared_prompts: Compute the prompt of a preference pair once for both responses, if the architecture allows it
             and if this saves tokens. false: compute it twice.
         partial_last_layer: Let the MLP of the last layer compute only those tokens whose last hidden states are used,
@@ -32,6 +34,7 @@ class SpeedSettings:
 
     keep_heap: bool = True
     fused_logprobs: bool = True
+    packed_rows: bool = True
     row_groups: PositiveInt = 8
     shared_prompts: bool = True
     partial_last_layer: bool = True

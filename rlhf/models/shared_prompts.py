@@ -1,19 +1,16 @@
 """Preference pairs whose prompt is computed once: one row with the prompt and both responses."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.pair_attention import pair_attention
+from rlhf.models.packed_rows import Sizes, has_full_attention
 from rlhf.models.probes import FAILURES, are_close, once_per_model, probing
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
-# Tokens of a row up to which attention uses a mask, which needs fewer operations than two calls per row.
-SPLIT_WIDTH = 256
 _PROBE = (3, 2, 3)  # tokens of the prompt and of the two responses
 
 
@@ -39,8 +36,13 @@ class SharedPrompts:
         """[pairs] number of tokens of each row."""
         return self.prompts + self.first + self.second
 
+    @property
+    def sizes(self) -> list[Sizes]:
+        """The sizes of each row."""
+        return list(zip(*(x.tolist() for x in (self.prompts, self.first, self.second)), strict=True))
+
     def hidden_states(self, trunk: Any, input_ids: Tensor, pairs: Tensor, width: int) -> Tensor:
-        """Compute the last hidden states of some pairs: [pairs, width, width of a state].
+        """Compute the last hidden states of some pairs with a mask: [pairs, width, width of a state].
 
         Args:
             trunk: A causal model without its output layer.
@@ -48,26 +50,25 @@ class SharedPrompts:
             pairs: [pairs] the pairs to compute, on the CPU.
             width: Number of tokens of the longest row among them.
         """
-        attention: AbstractContextManager[None] = nullcontext()
-        # Gradient checkpointing recomputes layers outside of the context.
-        if width > SPLIT_WIDTH and not any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules()):
-            sizes = zip(*(x[pairs].tolist() for x in (self.prompts, self.first, self.second)), strict=True)
-            attention = pair_attention(trunk, list(sizes))
-        with attention:
-            states: Tensor = trunk(**self.inputs(input_ids, pairs, width), use_cache=False).last_hidden_state
+        tokens, positions = self.tokens(input_ids, pairs, width)
+        prompts, first = (x[pairs, None].to(input_ids.device) for x in (self.prompts, self.first))
+        token = torch.arange(width, device=input_ids.device)
+        is_second = token >= prompts + first
+        in_first = (token >= prompts) & ~is_second
+        visible = (token <= token[:, None]) & ~(is_second[:, :, None] & in_first[:, None, :])
+        states: Tensor = trunk(
+            input_ids=tokens, position_ids=positions, attention_mask=visible[:, None], use_cache=False
+        ).last_hidden_state
         return states
 
-    def inputs(self, input_ids: Tensor, pairs: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the arguments of the trunk for some pairs."""
+    def tokens(self, input_ids: Tensor, pairs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Return the token ids of some pairs and their positions, [pairs, width] each. Arguments as above."""
         device = input_ids.device
         prompts, first, pairs = (x.to(device) for x in (self.prompts[pairs, None], self.first[pairs, None], pairs))
         token = torch.arange(width, device=device)
         is_second = token >= prompts + first
         position = torch.where(is_second, token - first, token).clamp(max=input_ids.shape[1] - 1)
-        row = torch.where(is_second, pairs[:, None] + len(self.prompts), pairs[:, None])
-        in_first = (token >= prompts) & ~is_second
-        visible = (token <= token[:, None]) & ~(is_second[:, :, None] & in_first[:, None, :])
-        return {"input_ids": input_ids[row, position], "position_ids": position, "attention_mask": visible[:, None]}
+        return input_ids[torch.where(is_second, pairs[:, None] + len(self.prompts), pairs[:, None]), position], position
 
     def columns(self, time: int) -> Tensor:
         """Return where the token of each row and position of the batch is in the row of its pair.
@@ -104,20 +105,12 @@ def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequ
 def allows_shared_prompts(trunk: Any) -> bool:
     """Return whether a model computes both sequences of a row as if each was alone.
 
-    The first call for a model makes four short forward passes. Stages make it when they open the model, before it is
+    The first call for a model makes three short forward passes. Stages make it when they open the model, before it is
     on a device.
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
     """
-    return _has_full_attention(trunk) and _probe(trunk)
-
-
-def _has_full_attention(trunk: Any) -> bool:
-    """Return whether every layer attends to all earlier tokens, which a short probe would not find out."""
-    config = trunk.config.get_text_config()
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    kinds = getattr(config, "layer_types", None) or ()
-    return config._attn_implementation == "sdpa" and not window and set(kinds) <= {"full_attention"}
+    return has_full_attention(trunk) and _probe(trunk)
 
 
 def _probe(trunk: Any) -> bool:
@@ -130,13 +123,10 @@ def _probe(trunk: Any) -> bool:
     layout = SharedPrompts(*torch.tensor(_PROBE).view(3, 1))
     try:
         with probing(trunk):
-            inputs = layout.inputs(batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))
-            found = trunk(**inputs, use_cache=False).last_hidden_state[0]
-            with pair_attention(trunk, [_PROBE]):
-                split = trunk(**inputs, use_cache=False).last_hidden_state[0]
+            found = layout.hidden_states(trunk, batch, torch.zeros(1, dtype=torch.long), sum(_PROBE))[0]
             expected = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
     except FAILURES:
         return False
     columns = layout.columns(batch.shape[1]).to(device)
     positions = torch.cat([columns[i, : len(row)] for i, row in enumerate(expected)])
-    return all(are_close(states[positions], torch.cat(expected)) for states in (found, split))
+    return are_close(found[positions], torch.cat(expected))

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
-from rlhf.models.shared_prompts import shared_prompts
+from rlhf.models.packed_rows import Sizes, allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.shared_prompts import SharedPrompts, shared_prompts
 from rlhf.speed import speed_settings
 
+# Tokens of a row of a pair up to which an accelerator uses a mask, which needs fewer operations than two calls per row.
+MASKED_TOKENS = 256
 GROUP_TOKENS = 64  # tokens whose computation takes about as long as the overhead of another forward pass
 
 
 def prepare_trunk(trunk: Any) -> None:
-    """Find out what the last layer of a model allows, and let the model not look for padding tokens.
+    """Find out which optimizations a model allows, and let the model not look for padding tokens.
 
     Some models, such as GPT-2, look for them when they are called without an attention mask. The host would wait for
     the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
@@ -27,6 +30,7 @@ def prepare_trunk(trunk: Any) -> None:
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
     allows_partial_last_layer(trunk)
+    allows_packed_rows(trunk)
 
 
 def _ignore(*args: Any) -> None:
@@ -71,10 +75,11 @@ def hidden_states(
     if settings.shared_prompts and shared_tokens and not is_sharded:
         layout = shared_prompts(trunk, lengths, shared_tokens)
     row_lengths = lengths if layout is None else layout.lengths.tolist()
+    is_packed = settings.packed_rows and not is_sharded and _gains_from_packing(input_ids, row_lengths, layout)
+    if is_packed and can_pack_rows(trunk):
+        return _packed(trunk, input_ids, row_lengths, layout, positions, partial)
     groups = split_by_length(row_lengths, settings.row_groups if input_ids.is_cpu and not is_sharded else 1)
-    starts, time = _row_starts(groups), input_ids.shape[1]
-    index = starts[:, None] + torch.arange(time) if layout is None else starts.repeat(2)[:, None] + layout.columns(time)
-    used = index.to(device)[positions]  # where the tokens are among those of all groups
+    used = _places(_row_starts(groups), layout, input_ids)[positions]
     states, end = [], 0
     for rows, width in groups:
         start, end = end, end + len(rows) * width
@@ -86,6 +91,44 @@ def hidden_states(
                 found = layout.hidden_states(trunk, input_ids, rows, width)
         states.append(found.flatten(0, 1))
     return (torch.cat(states) if len(states) > 1 else states[0]).index_select(0, used)
+
+
+def _gains_from_packing(input_ids: Tensor, row_lengths: Sequence[int], layout: SharedPrompts | None) -> bool:
+    """Return whether packing saves padding or, for pairs, products of attention that a mask would remove."""
+    if not input_ids.is_cpu:
+        return layout is not None and max(row_lengths) > MASKED_TOKENS
+    return layout is not None or min(row_lengths) < max(row_lengths)
+
+
+def _packed(
+    trunk: nn.Module,
+    input_ids: Tensor,
+    row_lengths: Sequence[int],
+    layout: SharedPrompts | None,
+    positions: tuple[Tensor, Tensor],
+    partial: bool,
+) -> Tensor:
+    """Compute ``hidden_states`` of rows without padding."""
+    starts = torch.tensor([0, *row_lengths[:-1]]).cumsum(0)
+    used = _places(starts, layout, input_ids)[positions]
+    if layout is None:
+        tokens, position_ids = input_ids, torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        sizes: list[Sizes] = [(0, length, 0) for length in row_lengths]
+    else:
+        tokens, position_ids = layout.tokens(input_ids, torch.arange(len(row_lengths)), max(row_lengths))
+        sizes = layout.sizes
+    with _computing_used(trunk, used, sum(row_lengths), partial):
+        return packed_hidden_states(trunk, tokens, position_ids, sizes).index_select(0, used)
+
+
+def _places(starts: Tensor, layout: SharedPrompts | None, input_ids: Tensor) -> Tensor:
+    """Return where each token of the batch is among the computed tokens, given where rows start: [batch, time]."""
+    time = input_ids.shape[1]
+    if layout is None:
+        places = starts[:, None] + torch.arange(time)
+    else:
+        places = starts.repeat(2)[:, None] + layout.columns(time)
+    return places.to(input_ids.device)
 
 
 def states_before(

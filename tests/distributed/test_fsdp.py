@@ -238,7 +238,9 @@ def resumed(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
     results |= {(*key, 2, 1): value for key, value in on_one.items()}
     for stage in ("sft", "ppo"):  # Without trainer=fsdp, and a checkpoint that was written without it.
         path = folder / f"{stage}-file-2"
-        with speed(row_groups=1, shared_prompts=False, lean_decoding=False):  # as sharded models are computed
+        with speed(
+            packed_rows=False, row_groups=1, shared_prompts=False, lean_decoding=False
+        ):  # as sharded models are computed
             results[stage, "plain", 2, 0] = fit(new_run(), stage, 1, 2, kind="plain", save=None, resume=path)
     return results
 

@@ -28,21 +28,21 @@ def count_of_mlp(lm: PreTrainedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("packed", "groups"), [(True, 1), (False, 1), (False, 3)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_states_before_responses_are_computed(
-    name: str, groups: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, packed: bool, groups: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pairs whose prompt is computed once use the state of its last token twice."""
     monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
     monkeypatch.setattr("rlhf.models.last_layer.MAX_USED", 1)
     lm = model(ARCHITECTURES[name])
     policy = Policy(lm)
-    with speed(row_groups=1, shared_prompts=False, partial_last_layer=False):
+    with speed(packed_rows=False, row_groups=1, shared_prompts=False, partial_last_layer=False):
         expected = loss_and_gradients(policy, shared=False)
     allows_shared_prompts(lm.base_model)
     counts = count_of_mlp(lm)
-    with speed(row_groups=groups):
+    with speed(packed_rows=packed, row_groups=groups):
         found = loss_and_gradients(policy, shared=shared)
     assert sum(counts) == 31  # response tokens
     assert_same(found, expected)
@@ -62,9 +62,9 @@ def test_a_reward_model_computes_one_token_of_each_sequence(shared: bool) -> Non
 
     allows_shared_prompts(lm.base_model)
     counts = count_of_mlp(lm)
-    with speed(row_groups=1, partial_last_layer=False):
+    with speed(packed_rows=False, row_groups=1, partial_last_layer=False):
         expected = scores_and_gradients()
-    with speed(row_groups=1):
+    with speed(packed_rows=False, row_groups=1):
         found = scores_and_gradients()
     assert counts == [3 * 24 if shared else 6 * 21, 6]
     assert_same(found, expected)
@@ -110,6 +110,6 @@ def test_every_token_is_computed_where_selecting_gains_nothing(reason: str) -> N
         response[:, 0] = False
         tokens, mask, response = (x[:1, :12] for x in (tokens, mask, response))  # a row of 12 tokens
     counts = count_of_mlp(lm)
-    with speed(row_groups=1):
+    with speed(packed_rows=False, row_groups=1):
         policy(tokens, mask, response)
     assert counts == [tokens.numel()]

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models import Policy
+from rlhf.models.packed_rows import allows_packed_rows
 from rlhf.models.shared_prompts import allows_shared_prompts
 from rlhf.models.trunk import GROUP_TOKENS, prepare_trunk, split_by_length, states_before
 from rlhf.speed import speed
@@ -50,34 +51,56 @@ def test_groups_of_like_length_change_nothing(config: Any, monkeypatch: pytest.M
     monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
     lm = model(config)
     policy = Policy(lm)
-    with speed(row_groups=1):
+    with speed(packed_rows=False, row_groups=1):
         expected = loss_and_gradients(policy, shared=False)
     counts = count_tokens(lm)
-    with speed(row_groups=3):
+    with speed(packed_rows=False, row_groups=3):
         found = loss_and_gradients(policy, shared=False)
     assert len(counts) == 3
     assert sum(counts) < 6 * 21
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("split_width", [0, 256])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", WITH_SHARING)
-def test_prompts_that_are_computed_once_change_nothing(
-    name: str, groups: int, split_width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_that_are_computed_once_change_nothing(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
-    monkeypatch.setattr("rlhf.models.shared_prompts.SPLIT_WIDTH", split_width)
     lm = model(WITH_SHARING[name])
     policy = Policy(lm)
     assert allows_shared_prompts(lm.base_model)
-    with speed(row_groups=1, shared_prompts=False):
+    with speed(packed_rows=False, row_groups=1, shared_prompts=False):
         expected = loss_and_gradients(policy, shared=True)
     counts = count_tokens(lm)
-    with speed(row_groups=groups):
+    with speed(packed_rows=False, row_groups=groups):
         found = loss_and_gradients(policy, shared=True)
     assert sum(counts) == (3 * 24 if groups == 1 else 24 + 2 * 13)  # rows of 24, 10 and 13 tokens
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", WITH_SHARING)
+def test_packed_rows_change_nothing(name: str, shared: bool) -> None:
+    """Rows of 12, 9, 9, 21, 3 and 9 tokens, or of 24, 10 and 13 with prompts that are computed once."""
+    lm = model(WITH_SHARING[name])
+    policy = Policy(lm)
+    assert allows_shared_prompts(lm.base_model)
+    with speed(packed_rows=False, row_groups=1, shared_prompts=False):
+        expected = loss_and_gradients(policy, shared=shared)
+    counts = count_tokens(lm)
+    assert_same(loss_and_gradients(policy, shared=shared), expected)
+    assert counts == [24 + 10 + 13 if shared else 12 + 9 + 9 + 21 + 3 + 9]
+
+
+def test_rows_of_one_length_are_not_packed() -> None:
+    """A batch without padding is computed as it is."""
+    lm = model(LLAMA)
+    policy = Policy(lm)
+    shapes: list[torch.Size] = []
+    lm.base_model.register_forward_pre_hook(
+        lambda module, args, keys: shapes.append(keys["input_ids"].shape), with_kwargs=True
+    )
+    policy(*(x[1:3, :9] for x in pair_batch()[:3]))
+    assert shapes == [(2, 9)]
 
 
 @pytest.mark.parametrize("name", WITHOUT_SHARING)
@@ -85,6 +108,7 @@ def test_other_architectures_compute_prompts_twice(name: str) -> None:
     lm = model(WITHOUT_SHARING[name])
     policy = Policy(lm)
     assert not allows_shared_prompts(lm.base_model)
+    assert not allows_packed_rows(lm.base_model)
     with speed(row_groups=1):
         expected = loss_and_gradients(policy, shared=False)
         counts = count_tokens(lm)
@@ -98,35 +122,32 @@ def test_eager_attention_computes_prompts_twice() -> None:
     assert not allows_shared_prompts(lm.base_model)
 
 
-@pytest.mark.parametrize(("split_width", "recomputed"), [(23, False), (24, False), (23, True)])
+@pytest.mark.parametrize("recomputed", [False, True])
 def test_attention_computes_no_products_that_a_mask_would_remove(
-    split_width: int, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+    recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of 9 + 3 + 12, 2 + 7 + 1 and 5 + 4 + 4 tokens.
 
-    Attention of the first sequence is causal. The second one attends to the prompt and to itself. Short rows use the
-    mask, and so do recomputed layers, because they do not know the sizes.
+    Attention of the first sequence is causal. The second one attends to the prompt and to itself. Recomputed layers use
+    a mask, because they do not know the sizes.
     """
-    monkeypatch.setattr("rlhf.models.shared_prompts.SPLIT_WIDTH", split_width)
     sizes: list[tuple[int, int]] = []
 
     def recorded(module: Any, query: Tensor, key: Tensor, *others: Any, **keywords: Any) -> Any:
         sizes.append((query.shape[2], key.shape[2]))
         return sdpa_attention_forward(module, query, key, *others, **keywords)
 
-    monkeypatch.setattr("rlhf.models.pair_attention.sdpa_attention_forward", recorded)
+    monkeypatch.setattr("rlhf.models.packed_rows.sdpa_attention_forward", recorded)
     lm = model(LLAMA)
     policy = Policy(lm)
     if recomputed:
         lm.train().gradient_checkpointing_enable()
-    with speed(row_groups=1, shared_prompts=False):
+    with speed(packed_rows=False, row_groups=1, shared_prompts=False):
         expected = loss_and_gradients(policy, shared=True)
-    assert allows_shared_prompts(lm.base_model)
     sizes.clear()
-    with speed(row_groups=1):
-        assert_same(loss_and_gradients(policy, shared=True), expected)
+    assert_same(loss_and_gradients(policy, shared=True), expected)
     of_a_layer = [(12, 12), (12, 21), (9, 9), (1, 3), (9, 9), (4, 9)]
-    assert sizes == ([] if recomputed or split_width == 24 else 2 * of_a_layer)
+    assert sizes == ([] if recomputed else 2 * of_a_layer)
     assert lm.config._attn_implementation == "sdpa"
 
 
@@ -135,7 +156,7 @@ def test_short_prompts_are_computed_twice() -> None:
     lm, (tokens, mask, response, lengths, _) = model(LLAMA), pair_batch()
     prepare_trunk(lm.base_model)
     positions, counts = response.nonzero(as_tuple=True), count_tokens(lm)
-    with speed(row_groups=1):
+    with speed(packed_rows=False, row_groups=1):
         states_before(lm.base_model, tokens, mask, positions, lengths=lengths, shared_tokens=[1, 0, 0] * 2)
     assert counts == [6 * 21]
 
@@ -143,6 +164,7 @@ def test_short_prompts_are_computed_twice() -> None:
 def test_dropout_of_the_probe_is_off_and_training_goes_on() -> None:
     lm = model(GPT2).train()
     assert allows_shared_prompts(lm.base_model)
+    assert allows_packed_rows(lm.base_model)
     assert lm.base_model.training
 
 

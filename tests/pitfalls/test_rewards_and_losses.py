@@ -78,7 +78,7 @@ class CorruptPadding(lightning.Callback):
 
     def corrupt_states(self, trunk: Any, inputs: Any, output: Any) -> Any:
         states = output.last_hidden_state
-        rows_are_those_of_the_batch = speed_settings().row_groups == 1
+        rows_are_those_of_the_batch = not speed_settings().packed_rows
         if self.attention_mask is not None and rows_are_those_of_the_batch:
             mask = self.attention_mask[:, : states.shape[1]]
             output.last_hidden_state = torch.where(mask[..., None], states, NAN)
@@ -120,7 +120,7 @@ def test_14_garbage_in_padding_changes_nothing(tiny_run: TinyRun, stage: str) ->
     """Random tokens, NaN values and NaN hidden states in padding have no effect."""
     check_outcome(tiny_run, stage, CorruptPadding(3, garbage=True))
     corruption = CorruptPadding(3, garbage=True)
-    with speed(row_groups=1, shared_prompts=False):  # The trunk sees all padding of the batch.
+    with speed(packed_rows=False, row_groups=1, shared_prompts=False):  # The trunk sees all padding of the batch.
         check_outcome(tiny_run, stage, corruption)
     assert corruption.corrupted_forwards == (8 if stage == "ppo" else 4)  # PPO has two trunks: policy and critic
 
