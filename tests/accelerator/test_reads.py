@@ -5,12 +5,13 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from models.pairs import LLAMA, model, pair_batch
 
 from accelerator.device import DEVICE
 from accelerator.reads import Read, recorded_reads, summarize
 from accelerator.runs import KINDS, DeviceRuns
 from harness import PROMPTS
-from rlhf.models import disable_dropout
+from rlhf.models import Policy, allows_shared_prompts, disable_dropout
 from rlhf.sampling import LocalSampler, SamplingParams
 
 
@@ -62,3 +63,24 @@ def test_decoding_reads_at_most_once_in_five_steps(runs: DeviceRuns) -> None:
     assert int(lengths.max()) >= 56
     assert len(lengths.unique()) > 8
     assert len(reads) <= 0.2 * int(lengths.max()), summarize(reads)
+
+
+def test_packed_rows_of_pairs_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 24, 10 and 13 tokens, whose log-probs are those of the CPU to rounding."""
+    monkeypatch.setattr("rlhf.models.trunk.MASKED_TOKENS", 23)
+    policy = Policy(model(LLAMA))
+    allows_shared_prompts(policy.lm.base_model)
+    *tensors, lengths, shared = pair_batch()
+    response_tokens = int(tensors[2].sum())
+    expected = policy(*tensors, lengths=lengths, shared_tokens=shared).logprobs.detach()
+    policy.to(DEVICE)
+    tensors = [tensor.to(DEVICE) for tensor in tensors]
+    shapes: list[torch.Size] = []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda trunk, args, keys: shapes.append(keys["input_ids"].shape), with_kwargs=True
+    )
+    with recorded_reads() as reads:
+        found = policy(*tensors, lengths=lengths, shared_tokens=shared, response_tokens=response_tokens).logprobs
+    assert not reads, summarize(reads)
+    assert shapes == [(1, 47)]
+    torch.testing.assert_close(found.detach().cpu(), expected)
