@@ -27,7 +27,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"advantage": reinforce_pp},
 }
 LOSS = ("sft", "reward", "dpo", "kto")
-EPS = 1e-6  # AdamW then does not turn rounding errors of gradients that are nearly 0 into full steps.
+EPS = 1e-4  # AdamW then does not turn rounding errors of gradients that are nearly 0 into full steps.
 LIMIT = 1e-5  # largest relative difference of weights
 
 
