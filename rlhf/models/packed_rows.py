@@ -17,7 +17,10 @@ Sizes: TypeAlias = tuple[int, int, int]
 
 _NAME = "rlhf_packed_rows"
 _rows: ContextVar[Sequence[Sizes]] = ContextVar("rows")
-_PROBE: list[Sizes] = [(3, 2, 3), (0, 4, 0)]
+# A pair and an ordinary row, which are three sequences of five tokens.
+_PROBE: list[Sizes] = [(3, 2, 2), (0, 5, 0)]
+_PROBE_POSITIONS = [[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 3, 4, 0, 0]]
+_PROBE_SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]]  # places of their tokens
 
 
 def packed_hidden_states(trunk: Any, input_ids: Tensor, position_ids: Tensor, rows: Sequence[Sizes]) -> Tensor:
@@ -102,30 +105,19 @@ def has_full_attention(trunk: Any) -> bool:
 def allows_packed_rows(trunk: Any) -> bool:
     """Return whether a model computes each sequence of a packed row as if it was alone.
 
-    The first call for a model makes four short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
+    The first call for a model makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
     """
     if not has_full_attention(trunk):
         return False
-    (prompt, first, second), (_, other, _) = _PROBE
-    pair, row = prompt + first + second, torch.arange(other, device=trunk.device)
-    tokens = torch.arange(1, 1 + pair + other, device=trunk.device) % trunk.config.get_text_config().vocab_size
-    positions = torch.arange(pair, device=trunk.device)
-    is_second = positions >= prompt + first
-    both = torch.stack([positions < prompt + first, (positions < prompt) | is_second])
+    tokens = torch.arange(1, 15, device=trunk.device).view(2, 7) % trunk.config.get_text_config().vocab_size
+    positions, sequences = (torch.tensor(x, device=trunk.device) for x in (_PROBE_POSITIONS, _PROBE_SEQUENCES))
     try:
         with probing(trunk):
-            states = packed_hidden_states(
-                trunk,
-                nn.utils.rnn.pad_sequence([tokens[:pair], tokens[pair:]], batch_first=True),
-                nn.utils.rnn.pad_sequence([positions - first * is_second, row], batch_first=True),
-                _PROBE,
-            )
-            found = torch.cat([*(states[:pair][of_one] for of_one in both), states[pair:]])
-            sequences = [*(tokens[:pair][of_one] for of_one in both), tokens[pair:]]
-            expected = [trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in sequences]
+            found = packed_hidden_states(trunk, tokens, positions, _PROBE)[sequences]
+            expected = trunk(input_ids=tokens.flatten()[sequences], use_cache=False).last_hidden_state
     except FAILURES:
         return False
-    return are_close(found, torch.cat(expected))
+    return are_close(found, expected)
