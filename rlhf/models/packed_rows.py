@@ -3,40 +3,43 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.models.probes import FAILURES, are_close, once_per_model, probing
-
-# Number of tokens of a prompt and of the rests of both sequences. An ordinary row has no third part.
-Sizes: TypeAlias = tuple[int, int, int]
+from rlhf.models.layouts import Layout, Sizes
+from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
 _NAME = "rlhf_packed_rows"
 _rows: ContextVar[Sequence[Sizes]] = ContextVar("rows")
-# A pair and an ordinary row, which are three sequences of five tokens.
+# A pair and a single sequence, which are three sequences of five tokens.
 _PROBE: list[Sizes] = [(3, 2, 2), (0, 5, 0)]
-_PROBE_POSITIONS = [[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 3, 4, 0, 0]]
+_PROBE_POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4]
 _PROBE_SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]]  # places of their tokens
 
 
-def packed_hidden_states(trunk: Any, input_ids: Tensor, position_ids: Tensor, rows: Sequence[Sizes]) -> Tensor:
+def packed_hidden_states(trunk: Any, input_ids: Tensor, layout: Layout) -> Tensor:
     """Compute the last hidden states of all rows in one row: [tokens, width], row by row.
 
     Args:
         trunk: A model that ``allows_packed_rows``.
-        input_ids: [rows, time] token ids, padded on the right.
-        position_ids: [rows, time] positions of the tokens in their sequence.
-        rows: The sizes of each row.
+        input_ids: [batch, time] token ids, padded on the right.
+        layout: The rows of the batch.
     """
-    lengths = torch.tensor([sum(sizes) for sizes in rows])
-    real = (torch.arange(input_ids.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0].to(input_ids.device)
-    input_ids, position_ids = (x.flatten()[real][None] for x in (input_ids, position_ids))
+    lengths = torch.tensor(layout.lengths)
+    width = max(layout.lengths)
+    real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0].to(input_ids.device)
+    tokens, positions = layout.tokens(input_ids, torch.arange(len(lengths)), width)
+    return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes)
+
+
+def _packed(trunk: Any, tokens: Tensor, positions: Tensor, rows: Sequence[Sizes]) -> Tensor:
+    """Compute the last hidden states of packed rows: [tokens] token ids and positions to [tokens, width]."""
     with _attention_within(trunk, rows):
-        states: Tensor = trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        states: Tensor = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state
     return states[0]
 
 
@@ -93,14 +96,6 @@ def can_pack_rows(trunk: nn.Module) -> bool:
     return not recomputes and allows_packed_rows(trunk)
 
 
-def has_full_attention(trunk: Any) -> bool:
-    """Return whether every layer attends to all earlier tokens, which a short probe would not find out."""
-    config = trunk.config.get_text_config()
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    kinds = getattr(config, "layer_types", None) or ()
-    return config._attn_implementation == "sdpa" and not window and set(kinds) <= {"full_attention"}
-
-
 @once_per_model
 def allows_packed_rows(trunk: Any) -> bool:
     """Return whether a model computes each sequence of a packed row as if it was alone.
@@ -110,14 +105,14 @@ def allows_packed_rows(trunk: Any) -> bool:
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
     """
-    if not has_full_attention(trunk):
+    if not has_full_sdpa(trunk.config):
         return False
-    tokens = torch.arange(1, 15, device=trunk.device).view(2, 7) % trunk.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 13, device=trunk.device) % trunk.config.get_text_config().vocab_size
     positions, sequences = (torch.tensor(x, device=trunk.device) for x in (_PROBE_POSITIONS, _PROBE_SEQUENCES))
     try:
         with probing(trunk):
-            found = packed_hidden_states(trunk, tokens, positions, _PROBE)[sequences]
-            expected = trunk(input_ids=tokens.flatten()[sequences], use_cache=False).last_hidden_state
+            found = _packed(trunk, tokens, positions, _PROBE)[sequences]
+            expected = trunk(input_ids=tokens[sequences], use_cache=False).last_hidden_state
     except FAILURES:
         return False
     return are_close(found, expected)

@@ -20,6 +20,24 @@ def are_close(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
 
 
+def has_full_attention(config: Any) -> bool:
+    """Return whether every layer of a model attends to all earlier tokens.
+
+    A forward pass that is shorter than a sliding window would not find this out.
+
+    Args:
+        config: The configuration of a transformers model.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return not window and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+
+
+def has_full_sdpa(config: Any) -> bool:
+    """Return whether a model ``has_full_attention`` and computes it by PyTorch's SDPA."""
+    return has_full_attention(config) and config.get_text_config()._attn_implementation == "sdpa"
+
+
 def once_per_model(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Remember the result of a check for each model."""
     results: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

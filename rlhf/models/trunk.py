@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
-from rlhf.models.packed_rows import Sizes, allows_packed_rows, can_pack_rows, packed_hidden_states
-from rlhf.models.shared_prompts import SharedPrompts, shared_prompts
+from rlhf.models.layouts import Layout, SeparateRows
+from rlhf.models.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.shared_prompts import shared_prompts
 from rlhf.speed import speed_settings
 
 # Tokens of a row of a pair up to which an accelerator uses a mask, which needs fewer operations than two calls per row.
@@ -67,68 +69,60 @@ def hidden_states(
     """
     if lengths is None and attention_mask.is_cpu and bool(attention_mask[:, 0].all()):
         lengths = attention_mask.sum(dim=1).tolist()
-    settings, layout, device = speed_settings(), None, input_ids.device
+    settings = speed_settings()
     is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())  # Ranks must make the same calls.
     partial = settings.partial_last_layer and not is_sharded
     if lengths is None:
         return _left_padded(trunk, input_ids, attention_mask, positions, partial)
+    layout: Layout | None = None
     if settings.shared_prompts and shared_tokens and not is_sharded:
         layout = shared_prompts(trunk, lengths, shared_tokens)
-    row_lengths = lengths if layout is None else layout.lengths.tolist()
-    is_packed = settings.packed_rows and not is_sharded and _gains_from_packing(input_ids, row_lengths, layout)
+    layout = layout or SeparateRows.of(lengths)
+    is_packed = settings.packed_rows and not is_sharded and _gains_from_packing(layout, is_cpu=input_ids.is_cpu)
     if is_packed and can_pack_rows(trunk):
-        return _packed(trunk, input_ids, row_lengths, layout, positions, partial)
-    groups = split_by_length(row_lengths, settings.row_groups if input_ids.is_cpu and not is_sharded else 1)
-    used = _places(_row_starts(groups), layout, input_ids)[positions]
-    states, end = [], 0
-    for rows, width in groups:
-        start, end = end, end + len(rows) * width
-        of_group = used if len(groups) == 1 else used[(used >= start) & (used < end)] - start
-        with _computing_used(trunk, of_group, end - start, partial):
-            if layout is None:
-                found = trunk(input_ids=input_ids[rows.to(device), :width], use_cache=False).last_hidden_state
-            else:
-                found = layout.hidden_states(trunk, input_ids, rows, width)
-        states.append(found.flatten(0, 1))
-    return (torch.cat(states) if len(states) > 1 else states[0]).index_select(0, used)
+        starts = torch.tensor([0, *layout.lengths[:-1]]).cumsum(0)
+        used = _places(layout, starts, input_ids)[positions]
+        with _computing_used(trunk, used, sum(layout.lengths), partial):
+            states = packed_hidden_states(trunk, input_ids, layout)
+        return states.index_select(0, used)
+    max_groups = settings.row_groups if input_ids.is_cpu and not is_sharded else 1
+    return _grouped(trunk, input_ids, layout, split_by_length(layout.lengths, max_groups), positions, partial)
 
 
-def _gains_from_packing(input_ids: Tensor, row_lengths: Sequence[int], layout: SharedPrompts | None) -> bool:
+def _gains_from_packing(layout: Layout, *, is_cpu: bool) -> bool:
     """Return whether packing saves padding or, for pairs, products of attention that a mask would remove."""
-    if not input_ids.is_cpu:
-        return layout is not None and max(row_lengths) > MASKED_TOKENS
-    return layout is not None or min(row_lengths) < max(row_lengths)
+    lengths = layout.lengths
+    if not is_cpu:
+        return layout.needs_mask and max(lengths) > MASKED_TOKENS
+    return layout.needs_mask or min(lengths) < max(lengths)
 
 
-def _packed(
+def _grouped(
     trunk: nn.Module,
     input_ids: Tensor,
-    row_lengths: Sequence[int],
-    layout: SharedPrompts | None,
+    layout: Layout,
+    groups: Sequence[tuple[Tensor, int]],
     positions: tuple[Tensor, Tensor],
     partial: bool,
 ) -> Tensor:
-    """Compute ``hidden_states`` of rows without padding."""
-    starts = torch.tensor([0, *row_lengths[:-1]]).cumsum(0)
-    used = _places(starts, layout, input_ids)[positions]
-    if layout is None:
-        tokens, position_ids = input_ids, torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        sizes: list[Sizes] = [(0, length, 0) for length in row_lengths]
-    else:
-        tokens, position_ids = layout.tokens(input_ids, torch.arange(len(row_lengths)), max(row_lengths))
-        sizes = layout.sizes
-    with _computing_used(trunk, used, sum(row_lengths), partial):
-        return packed_hidden_states(trunk, tokens, position_ids, sizes).index_select(0, used)
+    """Compute ``hidden_states`` of groups of padded rows, as ``split_by_length`` returns them."""
+    ends = list(accumulate(len(rows) * width for rows, width in groups))
+    starts = torch.empty(len(layout.lengths), dtype=torch.long)
+    for end, (rows, width) in zip(ends, groups, strict=True):
+        starts[rows] = end - width * torch.arange(len(rows), 0, -1)
+    used = _places(layout, starts, input_ids)[positions]
+    states = []
+    for end, (rows, width) in zip(ends, groups, strict=True):
+        start = end - len(rows) * width
+        of_group = used if len(groups) == 1 else used[(used >= start) & (used < end)] - start
+        with _computing_used(trunk, of_group, end - start, partial):
+            states.append(layout.padded_hidden_states(trunk, input_ids, rows, width).flatten(0, 1))
+    return (torch.cat(states) if len(states) > 1 else states[0]).index_select(0, used)
 
 
-def _places(starts: Tensor, layout: SharedPrompts | None, input_ids: Tensor) -> Tensor:
+def _places(layout: Layout, starts: Tensor, input_ids: Tensor) -> Tensor:
     """Return where each token of the batch is among the computed tokens, given where rows start: [batch, time]."""
-    time = input_ids.shape[1]
-    if layout is None:
-        places = starts[:, None] + torch.arange(time)
-    else:
-        places = starts.repeat(2)[:, None] + layout.columns(time)
-    return places.to(input_ids.device)
+    return (starts[layout.rows, None] + layout.columns(input_ids.shape[1])).to(input_ids.device)
 
 
 def states_before(
@@ -201,13 +195,3 @@ def split_by_length(lengths: Sequence[int], max_groups: int) -> list[tuple[Tenso
             groups.append((order[cut:end], int(ordered[end - 1])))
             end = cut
     return [(order[:end], int(ordered[end - 1])), *reversed(groups)]
-
-
-def _row_starts(groups: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Return where the first token of each row is among the tokens of all groups: [rows]."""
-    starts = torch.empty(sum(len(rows) for rows, _ in groups), dtype=torch.long)
-    computed = 0
-    for rows, width in groups:
-        starts[rows] = computed + width * torch.arange(len(rows))
-        computed += width * len(rows)
-    return starts

@@ -12,6 +12,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, 
 from transformers.activations import SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.models.probes import has_full_attention
+
 Function: TypeAlias = Callable[[Tensor], Tensor]
 Position: TypeAlias = Any  # index of the next token: an int for all rows, or [rows]
 ROTARY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -25,9 +27,7 @@ def has_attention_decoder(lm: Any) -> bool:
         return not config.add_cross_attention and not config.reorder_and_upcast_attn
     if type(lm) not in ROTARY:
         return False
-    has_full_attention = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return has_full_attention and not window and config.rope_parameters["rope_type"] in ROTARY_TYPES
+    return has_full_attention(config) and config.rope_parameters["rope_type"] in ROTARY_TYPES
 
 
 def attention_decoder(lm: Any, capacity: int) -> "Decoder":
