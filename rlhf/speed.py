@@ -18,6 +18,8 @@ class SpeedSettings:
         keep_heap: On Linux, keep freed memory for the next step, which is faster on a CPU. false: return it.
         fused_logprobs: Compute log-prob, entropy and argmax of a token from one buffer of logits, which then becomes
             their gradient. false: let autograd store each intermediate result.
+        fused_mlp: Let the backward pass of a gated MLP compute the activation and the product again, which uses less
+            memory. false: let autograd store them.
         packed_rows: On the CPU, compute the rows of a batch one after another in a single row without padding, if the
             architecture allows it. false: pad them as ``row_groups`` does.
         row_groups: On the CPU, compute the rows of a batch in up to this many groups of like length, each padded to its
@@ -34,6 +36,7 @@ class SpeedSettings:
 
     keep_heap: bool = True
     fused_logprobs: bool = True
+    fused_mlp: bool = True
     packed_rows: bool = True
     row_groups: PositiveInt = 8
     shared_prompts: bool = True

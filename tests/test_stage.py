@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from harness import EXACT, MetricsLogger, TinyRun, quick_trainer
 from rlhf.errors import ConfigError
@@ -18,6 +19,7 @@ from rlhf.logs import TextLogger, log_file
 from rlhf.ppo import PPOModule
 from rlhf.sft import SFTModule
 from rlhf.stage import Mean, Metrics, Result, StageModule
+from rlhf.stage.optimizer import relative_rate
 from rlhf.stage.sample_table import markdown_table, text_table
 from rlhf.stage.step_metrics import StepMetrics
 
@@ -107,6 +109,16 @@ def test_constant_schedule_by_hand() -> None:
     module = TinyStage(schedule="constant", warmup_ratio=0.5)
     fit(module, steps=4)
     assert module.learning_rates == pytest.approx([0.0, 0.05, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 7])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_are_those_of_transformers(name: str, warmup: int) -> None:
+    """In each of 7 steps, of which some or all are warmup. After them, a schedule that decays stays at 0."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = get_scheduler("constant_with_warmup" if name == "constant" else name, optimizer, warmup, 7).lr_lambdas[0]
+    found = [relative_rate(step, name=name, warmup=warmup, steps=7) for step in range(9)]
+    assert found == pytest.approx([*(expected(step) for step in range(7)), *[float(name == "constant")] * 2])
 
 
 def test_schedule_advances_once_per_optimizer_step() -> None:

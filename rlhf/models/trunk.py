@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf.models.gated_mlp import fuse_gated_mlps
 from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
 from rlhf.models.layouts import Layout, SeparateRows
 from rlhf.models.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
@@ -31,6 +32,7 @@ def prepare_trunk(trunk: Any) -> None:
     """
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
+    fuse_gated_mlps(trunk)
     allows_partial_last_layer(trunk)
     allows_packed_rows(trunk)
 
