@@ -127,7 +127,7 @@ class ReferenceModule(StageModule):
 
     def _free_reference(self) -> None:
         """Free the memory of the reference model if the log-probs of all rows are known."""
-        if self._known is not None and self._known.complete:
+        if self.reference is not None and self._known is not None and self._known.complete:
             self.reference = None
             gc.collect()
 

@@ -64,10 +64,3 @@ def zero_loss(modules: Iterable[nn.Module]) -> Tensor:
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
     return torch.stack([(parameter.flatten()[:1] * 0.0).sum().float() for parameter in local]).sum()
-
-
-def clear_gradients(modules: Iterable[nn.Module]) -> None:
-    """Remove all gradients, so that the optimizer leaves parameters and their moments unchanged."""
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.grad = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf.errors import ConfigError
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.metrics import IterationMetrics, checked_columns
-from rlhf.rl.skipping import UpdateGuard, clear_gradients, zero_loss
+from rlhf.rl.skipping import UpdateGuard, zero_loss
 from rlhf.stage import StageModule
 
 
@@ -86,7 +86,8 @@ class UpdateModule(StageModule):
         return [module for module, _ in self.trainable_modules()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        clear_gradients(self.frozen_modules())
+        for module in self.frozen_modules():
+            module.zero_grad()  # The optimizer then leaves its parameters and their moments unchanged.
         self.guard.start_step()
         metrics = self.optimizer_metrics(optimizer)
         if self.rollout_is_nonfinite:
