@@ -55,6 +55,16 @@ class Layout(ABC):
         """
 
     @abstractmethod
+    def visible(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
+        """Return which tokens see which: [1 or rows, width, width] bool, queries before keys.
+
+        Args:
+            rows: See ``tokens``, as for ``width``.
+            width: See above.
+            device: The device of the result.
+        """
+
+    @abstractmethod
     def padded_hidden_states(self, trunk: Any, input_ids: Tensor, rows: Tensor, width: int) -> Tensor:
         """Compute the last hidden states of some rows, padded on the right: [rows, width, width of a state].
 
@@ -87,6 +97,9 @@ class SeparateRows(Layout):
         tokens = input_ids[rows.to(input_ids.device), :width]
         return tokens, torch.arange(width, device=input_ids.device).expand_as(tokens)
 
+    def visible(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
+        return torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
+
     def padded_hidden_states(self, trunk: Any, input_ids: Tensor, rows: Tensor, width: int) -> Tensor:
         tokens, _ = self.tokens(input_ids, rows, width)
         states: Tensor = trunk(input_ids=tokens, use_cache=False).last_hidden_state
@@ -118,14 +131,17 @@ class SharedPrompts(Layout):
         position = torch.where(is_second, token - first, token).clamp(max=input_ids.shape[1] - 1)
         return input_ids[torch.where(is_second, sequence + len(self.sizes), sequence), position], position
 
-    def padded_hidden_states(self, trunk: Any, input_ids: Tensor, rows: Tensor, width: int) -> Tensor:
-        tokens, positions = self.tokens(input_ids, rows, width)
-        prompt, first, token = self._places(rows, width, input_ids.device)
+    def visible(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
+        prompt, first, token = self._places(rows, width, device)
         # A token that is neither in the prompt nor in the first sequence is in the second one, or padding.
         hidden = (token >= prompt + first)[:, :, None] & ((token >= prompt) & (token < prompt + first))[:, None]
-        visible = (token <= token[:, None]) & ~hidden
+        return (token <= token[:, None]) & ~hidden
+
+    def padded_hidden_states(self, trunk: Any, input_ids: Tensor, rows: Tensor, width: int) -> Tensor:
+        tokens, positions = self.tokens(input_ids, rows, width)
+        mask = self.visible(rows, width, input_ids.device)[:, None]
         states: Tensor = trunk(
-            input_ids=tokens, position_ids=positions, attention_mask=visible[:, None], use_cache=False
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
         return states
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models.layouts import Layout, Sizes
+from rlhf.models.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
+T = TypeVar("T")
 _NAME = "rlhf_packed_rows"
-_rows: ContextVar[Sequence[Sizes]] = ContextVar("rows")
+_sizes: ContextVar[Sequence[Sizes]] = ContextVar("sizes")
+_padded: ContextVar[PaddedRows | None] = ContextVar("padded", default=None)
 # A pair and a single sequence, which are three sequences of five tokens.
 _PROBE: list[Sizes] = [(3, 2, 2), (0, 5, 0)]
 _PROBE_POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4]
@@ -33,27 +36,36 @@ def packed_hidden_states(trunk: Any, input_ids: Tensor, layout: Layout) -> Tenso
     width = max(layout.lengths)
     real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0].to(input_ids.device)
     tokens, positions = layout.tokens(input_ids, torch.arange(len(lengths)), width)
-    return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes)
+    with _set(_padded, PaddedRows.of(layout, real)):
+        return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes)
 
 
-def _packed(trunk: Any, tokens: Tensor, positions: Tensor, rows: Sequence[Sizes]) -> Tensor:
+def _packed(trunk: Any, tokens: Tensor, positions: Tensor, sizes: Sequence[Sizes]) -> Tensor:
     """Compute the last hidden states of packed rows: [tokens] token ids and positions to [tokens, width]."""
-    with _attention_within(trunk, rows):
+    with _set(_sizes, sizes), _own_attention(trunk):
         states: Tensor = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state
     return states[0]
 
 
 @contextmanager
-def _attention_within(trunk: Any, rows: Sequence[Sizes]) -> Iterator[None]:
-    """Let the attention layers of a model compute one row after the other."""
+def _own_attention(trunk: Any) -> Iterator[None]:
+    """Let the attention layers of a model call ``_attend``."""
     config = trunk.config.get_text_config()
-    before, token = config._attn_implementation, _rows.set(rows)
+    before = config._attn_implementation
     config._attn_implementation = _NAME
     try:
         yield
     finally:
         config._attn_implementation = before
-        _rows.reset(token)
+
+
+@contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _attend(
@@ -61,9 +73,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it. There is no mask, because no row sees another one."""
     keywords.pop("is_causal", None)
-    rows = _rows.get()
-    lengths = [sum(sizes) for sizes in rows]
-    parts = zip(rows, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    padded, sizes = _padded.get(), _sizes.get()
+    if padded is not None and query.dtype == torch.float32 and not keywords.get("dropout"):
+        return padded.attend(query, key, value, keywords.get("scaling")), None
+    lengths = [sum(row) for row in sizes]
+    parts = zip(sizes, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_attend_row(module, *part, **keywords) for part in parts], dim=1), None
 
 

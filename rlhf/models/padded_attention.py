@@ -1,0 +1,111 @@
+"""Attention of short rows that are packed in a single row, in one padded batch.
+
+With few tokens in a row, PyTorch's SDPA on a CPU takes most of its time outside of the products of matrices. A batch of
+them is faster, although it computes padding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf.models.layouts import Layout
+
+MAX_TOKENS = 128  # of a row, above which SDPA is as fast
+MAX_PADDING = 1.5  # pairs of tokens of the padded batch, relative to those of the rows
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Where the tokens of packed rows are in a padded batch.
+
+    Args:
+        rows: Number of rows.
+        width: Number of tokens of the longest row.
+        places: [tokens] the place of each token among the ``rows * width`` places.
+        bias: [1 or rows, width, width] 0 where a token sees another one, otherwise minus infinity.
+    """
+
+    rows: int
+    width: int
+    places: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, places: Tensor) -> "PaddedRows | None":
+        """Return the padded batch of a layout; None if SDPA is faster row by row.
+
+        Args:
+            layout: The rows.
+            places: See above.
+        """
+        lengths = layout.lengths
+        rows, width = len(lengths), max(lengths)
+        pairs = sum(length**2 for length in lengths)
+        if not places.is_cpu or width > MAX_TOKENS or rows * width**2 > MAX_PADDING * pairs:
+            return None
+        visible = layout.visible(torch.arange(rows), width, places.device)
+        return cls(rows, width, places, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Compute attention within each row.
+
+        Args:
+            query: [1, heads, tokens, width of a head] queries of the packed rows.
+            key: [1, heads of keys, tokens, width of a head] keys; several heads of queries may share one.
+            value: The values, like ``key``.
+            scale: Factor of the products of queries and keys. None: ``head_width ** -0.5``.
+
+        Returns:
+            [1, tokens, heads, width of a head].
+        """
+        heads, tokens, head_width = query.shape[1:]
+        shared = heads // key.shape[1]
+        keys, values = (self._padded(x).flatten(0, 1) for x in (key, value))
+        queries = self._padded(query).reshape(len(keys), -1, head_width)
+        bias = self.bias.repeat(1, shared, 1)
+        if len(bias) > 1:
+            bias = bias.repeat_interleave(key.shape[1], dim=0)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=head_width**-0.5 if scale is None else scale)
+        attended = torch.bmm(scores.softmax(dim=-1), values).view(self.rows, heads, self.width, head_width)
+        unpadded: Tensor = _Unpad.apply(attended.transpose(1, 2).flatten(0, 1).flatten(1), self.places)  # type: ignore[no-untyped-call]
+        return unpadded.view(1, tokens, heads, head_width)
+
+    def _padded(self, packed: Tensor) -> Tensor:
+        """Move [1, heads, tokens, width of a head] to [rows, heads, width, width of a head]. Padding is 0."""
+        heads, _, head_width = packed.shape[1:]
+        padded: Tensor = _Pad.apply(packed[0].transpose(0, 1).flatten(1), self.places, self.rows * self.width)  # type: ignore[no-untyped-call]
+        return padded.view(self.rows, self.width, heads, head_width).transpose(1, 2)
+
+
+class _Pad(torch.autograd.Function):
+    """[tokens, width] to [places, width]. Autograd would add the gradients of places one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, places: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return packed.new_zeros(count, packed.shape[1]).index_copy_(0, places, packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.index_select(0, places), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """[places, width] to [tokens, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(padded)
+        return padded.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, gradient.shape[1]).index_copy_(0, places, gradient), None

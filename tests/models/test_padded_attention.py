@@ -1,0 +1,79 @@
+"""Short packed rows attend in one padded batch, with the results of attention row by row."""
+
+from typing import Any
+
+import pytest
+import torch
+from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model
+from torch import Tensor
+from transformers import GPT2Config, Qwen3Config
+
+from rlhf.models import Policy
+from rlhf.models.layouts import SeparateRows, SharedPrompts
+from rlhf.models.padded_attention import MAX_TOKENS, PaddedRows
+
+ARCHITECTURES = {
+    "two heads share keys": LLAMA,
+    "learned positions": GPT2,
+    "norms of queries and keys": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
+}
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Allow any padding, and return a list to which each layer that attends in a padded batch adds its queries."""
+    queries: list[Tensor] = []
+    attend = PaddedRows.attend
+
+    def recorded(self: PaddedRows, query: Tensor, *others: Any) -> Tensor:
+        queries.append(query)
+        return attend(self, query, *others)
+
+    monkeypatch.setattr("rlhf.models.padded_attention.MAX_PADDING", 100)
+    monkeypatch.setattr(PaddedRows, "attend", recorded)
+    return queries
+
+
+def row_by_row(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.models.padded_attention.MAX_TOKENS", 0)
+        return loss_and_gradients(policy, shared=shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_padded_batch_changes_nothing(name: str, shared: bool, padded: list[Tensor]) -> None:
+    """Rows of 12, 9, 9, 21, 3 and 9 tokens, or of 24, 10 and 13 with prompts that are computed once."""
+    policy = Policy(model(ARCHITECTURES[name]))
+    expected = row_by_row(policy, shared=shared)
+    assert padded == []
+    assert_same(loss_and_gradients(policy, shared=shared), expected)
+    assert [query.shape[2] for query in padded] == 2 * [47 if shared else 63]
+
+
+def test_dropout_and_mixed_precision_attend_row_by_row(padded: list[Tensor]) -> None:
+    """Dropout is drawn by SDPA, and has other random numbers in a padded batch."""
+    policy = Policy(model(GPT2Config(**{**GPT2.to_diff_dict(), "attn_pdrop": 0.5})).train())
+    loss_and_gradients(policy, shared=False)
+    policy.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_and_gradients(policy, shared=False)
+    assert padded == []
+    loss_and_gradients(policy, shared=False)
+    assert len(padded) == 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_padded"),
+    [([MAX_TOKENS, 120], True), ([MAX_TOKENS + 1, 120], False), ([100, 90, 80], True), ([100, 20, 20], False)],
+)
+def test_long_rows_and_much_padding_attend_row_by_row(lengths: list[int], is_padded: bool) -> None:
+    layout = SeparateRows.of(lengths)
+    assert (PaddedRows.of(layout, torch.arange(sum(lengths))) is not None) is is_padded
+
+
+def test_the_bias_hides_the_other_response() -> None:
+    """Of a prompt of one token and two responses of one and two tokens."""
+    rows = PaddedRows.of(SharedPrompts([(1, 1, 2)]), torch.arange(4))
+    assert rows is not None
+    assert (rows.bias[0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
