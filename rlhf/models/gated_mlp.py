@@ -12,6 +12,7 @@ from rlhf.models.probes import FAILURES, are_close, probing
 from rlhf.speed import speed_settings
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _DownProjection(torch.autograd.Function):
@@ -42,6 +43,9 @@ class _DownProjection(torch.autograd.Function):
 class FusedGatedMLP(nn.Module):
     """Base class of the gated MLPs that ``fuse_gated_mlps`` has changed."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (type(self).__bases__[1],), self.__dict__
+
     def forward(self, hidden: Tensor) -> Tensor:
         down: Any = self.down_proj
         # Layers with an adapter or a hook are called as modules.
@@ -66,15 +70,27 @@ def fuse_gated_mlps(trunk: nn.Module) -> None:
     Args:
         trunk: A causal model without its output layer.
     """
-    fused: dict[type[nn.Module], type[nn.Module]] = {}
+    verified: dict[type[nn.Module], bool] = {}
     for mlp in trunk.modules():
         kind = type(mlp)
         if not _is_gated(mlp) or issubclass(kind, FusedGatedMLP):
             continue
-        if kind not in fused:
-            # A method that is set on an instance would keep it alive by a reference cycle.
-            fused[kind] = type(kind.__name__, (FusedGatedMLP, kind), {}) if _computes_the_same(mlp) else kind
-        mlp.__class__ = fused[kind]
+        if kind not in verified:
+            verified[kind] = _computes_the_same(mlp)
+        if verified[kind]:
+            mlp.__class__ = _fused_class(kind)  # A method of the instance would keep it alive by a reference cycle.
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _fused_classes:
+        _fused_classes[kind] = type(kind.__name__, (FusedGatedMLP, kind), {})
+    return _fused_classes[kind]
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    """Return a fused MLP without attributes, which pickle sets."""
+    fused = _fused_class(kind)
+    return fused.__new__(fused)
 
 
 def _is_gated(mlp: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -96,12 +97,15 @@ def test_copies_and_classes() -> None:
     kinds = [type(layer.mlp) for layer in lm.model.layers]
     fuse_gated_mlps(lm.base_model)
     assert [type(layer.mlp) for layer in lm.model.layers] == kinds
-    other = copy.deepcopy(lm)
-    with torch.no_grad():
-        other.model.layers[0].mlp.down_proj.weight.zero_()
     hidden = torch.ones(1, 1, 16)
-    assert not other.model.layers[0].mlp(hidden).any()
-    assert lm.model.layers[0].mlp(hidden).any()
+    expected = lm.model.layers[0].mlp(hidden)
+    for other in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
+        assert [type(layer.mlp) for layer in other.model.layers] == kinds
+        assert torch.equal(other.model.layers[0].mlp(hidden), expected)
+        with torch.no_grad():
+            other.model.layers[0].mlp.down_proj.weight.zero_()
+        assert not other.model.layers[0].mlp(hidden).any()
+        assert torch.equal(lm.model.layers[0].mlp(hidden), expected)
     mlp = weakref.ref(lm.model.layers[0].mlp)
     gc.disable()
     try:
