@@ -152,7 +152,8 @@ def test_two_ranks_log_the_metrics_of_one_process(results: Any, stage: str) -> N
     assert one.keys() == first.keys()
     assert "grad_norm" in one
     for name, values in one.items():
-        assert first[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+        # A reward is the small difference of two log-probs of a whole response.
+        assert first[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
         assert second[name] == first[name], name
 
 
