@@ -70,7 +70,12 @@ def test_a_halved_batch_gives_the_same_step(
     # The gradient of the bias of a pairwise reward model is 0 up to rounding, which AdamW amplifies.
     assert_same_weights(halved.module, whole.module, **{**CLOSE, "atol": 1e-5})
     for one, other in zip(halved.logger.calls, whole.logger.calls, strict=True):
-        one, other = ({name: call[name] for name in call if "throughput" not in name} for call in (one, other))
+        ignored = {name for name in other if "throughput" in name}
+        if (
+            other.get("rewards/margins") == 0
+        ):  # The policy is the reference model. Rounding decides which one is larger.
+            ignored.add("rewards/accuracies")
+        one, other = ({name: call[name] for name in call if name not in ignored} for call in (one, other))
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
