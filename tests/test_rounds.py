@@ -19,6 +19,12 @@ INCOMPLETE = "pipeline.round.steps must start with collect and contain one stage
 ROUNDS = ["pipeline.steps=[sft,reward]", "pipeline.rounds=2"]
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Rounds run the same stages as ``test_train.py``, which has both architectures."""
+    return "transformer"
+
+
 def steps_of(recorded_steps: list[DictConfig], directory: Path) -> list[str]:
     return [Path(cfg.paths.output).relative_to(directory).as_posix() for cfg in recorded_steps]
 

@@ -33,6 +33,12 @@ class Typed:
         return capture.get()
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Both architectures are in ``test_session.py``."""
+    return "transformer"
+
+
 @pytest.fixture
 def typed(chat: Chat) -> Typed:
     return Typed(chat)

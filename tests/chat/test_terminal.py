@@ -28,6 +28,12 @@ HOSTILE = "a\x1b[2Jb\x1b]0;title\x07c\rd\x00e\x9bf\u202eg"
 SHOWN = "a\\x1b[2Jb\\x1b]0;title\\x07c\\rd\\x00e\\x9bf\\u202eg"
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Both architectures are in ``test_session.py``."""
+    return "transformer"
+
+
 class Keys:
     """Lines to type, one after the other; then Ctrl-D. An exception is raised instead of a line."""
 

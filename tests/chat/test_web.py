@@ -18,6 +18,12 @@ from rlhf.web.access import Access
 HOST = "http://127.0.0.1:8000"
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """Both architectures are in ``test_session.py``."""
+    return "transformer"
+
+
 @pytest.fixture
 def page(chat: Chat) -> ChatPage:
     return ChatPage(chat)

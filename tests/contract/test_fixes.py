@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from contract.configs import CONF, HYDRA_KEYS, ROOT, STAGES, choices, compose_config, composed_dict, leaf_keys
 from contract.imports import FILES
@@ -67,8 +68,8 @@ def groups() -> set[str]:
 
 
 @cache
-def known_keys() -> dict[str, tuple[str, ...]]:
-    """Return every key of every stage and choice, with overrides under which it exists."""
+def known_keys() -> list[str]:
+    """Return every key of every stage and choice."""
     cases = [(f"stage={stage}",) for stage in (*STAGES, "pipeline", *commands())]
     cases += [
         (f"stage={info.name}", f"{group}={name}")
@@ -77,11 +78,7 @@ def known_keys() -> dict[str, tuple[str, ...]]:
         for name in choices(group)
         if group != "rl"
     ]
-    found: dict[str, tuple[str, ...]] = {}
-    for overrides in cases:
-        for key in all_keys(composed_dict(*overrides)):
-            found.setdefault(key, overrides)
-    return found
+    return list(dict.fromkeys(key for overrides in cases for key in all_keys(composed_dict(*overrides))))
 
 
 def all_keys(node: dict[str, Any]) -> list[str]:
@@ -90,13 +87,13 @@ def all_keys(node: dict[str, Any]) -> list[str]:
     return sorted(leaves) + sorted({key.rsplit(".", n)[0] for key in leaves for n in range(1, key.count(".") + 1)})
 
 
-def find_key(key: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return a known key that matches ``key``, and overrides under which it exists. Fields stand for any name."""
+def find_key(key: str) -> str | None:
+    """Return a known key that matches ``key``. Fields stand for any name."""
     pattern = re.compile(re.escape(key).replace(FIELD, r"[\w.]+"))
     if match := next((name for name in known_keys() if pattern.fullmatch(name)), None):
-        return match, known_keys()[match]
+        return match
     node, _, special = key.rpartition(".")
-    return (key, known_keys()[node]) if special in HYDRA_KEYS | {FIELD} and node in known_keys() else None
+    return key if special in HYDRA_KEYS | {FIELD} and node in known_keys() else None
 
 
 def fill(value: str) -> str:
@@ -112,11 +109,10 @@ def test_every_suggested_override_composes(location: str, override: str) -> None
         return
     found = find_key(key)
     assert found is not None, f"{location}: no stage has the key {key}"
-    name, overrides = found
-    if name in groups():
-        compose_group(name, value)
+    if found in groups():
+        compose_group(found, value)
         return
-    assert compose_config(*overrides, f"{name}={fill(value)}")
+    assert OverridesParser.create().parse_override(f"{found}={fill(value)}").key_or_group == found
 
 
 def compose_group(group: str, value: str) -> None:
