@@ -204,8 +204,9 @@ def test_kto_baseline(runs: DeviceRuns) -> None:
     assert not baselines[0].requires_grad
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*((kind, "32-true") for kind in KINDS), ("dpo", "bf16-mixed"), ("ppo", "bf16-mixed")]
+)
 def test_preflight_checks(runs: DeviceRuns, kind: str, precision: str) -> None:
     checks = PreflightChecks(runs.folder, {}, only=True)
     with pytest.raises(PreflightOnly):
