@@ -71,9 +71,7 @@ def test_a_halved_batch_gives_the_same_step(
     assert_same_weights(halved.module, whole.module, **{**CLOSE, "atol": 1e-5})
     for one, other in zip(halved.logger.calls, whole.logger.calls, strict=True):
         ignored = {name for name in other if "throughput" in name}
-        if (
-            other.get("rewards/margins") == 0
-        ):  # The policy is the reference model. Rounding decides which one is larger.
+        if other.get("rewards/margins") == 0:  # Where rewards are equal, rounding decides which one is larger.
             ignored.add("rewards/accuracies")
         one, other = ({name: call[name] for name in call if name not in ignored} for call in (one, other))
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
