@@ -155,20 +155,34 @@ def test_gradients_are_freed_after_each_optimizer_step() -> None:
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("by_plugin", [False, True], ids=["trainer.precision", "trainer.plugins"])
 def test_gradients_are_clipped_under_mixed_precision(precision: str, by_plugin: bool) -> None:
-    """Lightning cannot clip the gradients of a fused optimizer there. A norm of 3 sqrt(6) is clipped to 0.5."""
+    """With a gradient scaler, AdamW is not fused. A norm of 3 sqrt(6) is clipped to 0.5."""
     scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
     plugin = lightning.pytorch.plugins.MixedPrecision(precision, "cpu", scaler)
     flags = {"plugins": [plugin]} if by_plugin or scaler else {"precision": precision}
     trainer = fit(module := TinyStage(slope=3.0), steps=2, gradient_clip_val=0.5, **flags)
     assert trainer.global_step == 2
+    assert trainer.optimizers[0].defaults["fused"] is (None if scaler else True)
     assert float(trainer.callback_metrics["grad_norm"]) == pytest.approx(3 * 6**0.5)
     assert module.clipped_norms == pytest.approx([0.5] * 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_optimizer_is_fused_unless_precision_is_mixed(precision: str) -> None:
-    assert fit(TinyStage(), precision=precision).optimizers[0].defaults["fused"] is True
-    assert fit(TinyStage(), precision="bf16-mixed").optimizers[0].defaults["fused"] is None
+@pytest.mark.parametrize(
+    ("limit", "algorithm", "expected"),
+    [
+        (0.5, "norm", 0.5),
+        (0.5, None, 0.5),
+        (7.5, "norm", 3 * 6**0.5),
+        (0.5, "value", 0.5 * 6**0.5),
+        (None, None, 3 * 6**0.5),
+    ],
+)
+def test_gradients_are_clipped(precision: str, limit: float | None, algorithm: str | None, expected: float) -> None:
+    """Six gradients of 3 have a norm of 3 sqrt(6), or 7.35. AdamW is fused."""
+    flags = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "precision": precision}
+    trainer = fit(module := TinyStage(slope=3.0), steps=2, **flags)
+    assert trainer.optimizers[0].defaults["fused"] is True
+    assert module.clipped_norms == pytest.approx([expected] * 2, rel=1e-6 if precision == "32-true" else 4e-3)
 
 
 def test_each_trainable_module_has_its_learning_rate() -> None:

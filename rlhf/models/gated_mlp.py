@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from rlhf.models.probes import FAILURES, are_close, probing
+from rlhf.models.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _DownProjection(torch.autograd.Function):
@@ -40,20 +39,23 @@ class _DownProjection(torch.autograd.Function):
         return torch.ops.aten.silu_backward(of_product.mul_(up), gate), of_up, of_weight
 
 
-class FusedGatedMLP(nn.Module):
-    """Base class of the gated MLPs that ``fuse_gated_mlps`` has changed."""
+class FusedGatedMLP(FusedModule):
+    """A gated MLP, such as that of the Llama family, that stores half of the activations.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new, (type(self).__bases__[1],), self.__dict__
+    MLPs with another activation than SiLU, with dropout or with a bias after the product stay as they are.
+    """
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @staticmethod
+    def input_width(module: Any) -> int | None:
+        if {name for name, _ in module.named_children()} != _PARTS or type(module.down_proj) is not nn.Linear:
+            return None
+        return len(module.down_proj.weight) if is_silu(module.act_fn) else None
+
+    def can_fuse_now(self, hidden: Tensor) -> bool:
         down: Any = self.down_proj
         # Layers with an adapter or a hook are called as modules.
         is_plain = type(down) is nn.Linear and down.bias is None
-        if not is_plain or down._forward_hooks or down._forward_pre_hooks or not speed_settings().fused_mlp:
-            output: Tensor = super().forward(hidden)
-            return output
-        return self.fused_forward(hidden)
+        return is_plain and not has_hooks(down) and speed_settings().fused_mlp
 
     def fused_forward(self, hidden: Tensor) -> Tensor:
         mlp: Any = self
@@ -61,50 +63,11 @@ class FusedGatedMLP(nn.Module):
         return output
 
 
-def fuse_gated_mlps(trunk: nn.Module) -> None:
-    """Let the gated MLPs of a model, such as those of the Llama family, use less memory.
-
-    MLPs with another activation than SiLU, with dropout or with a bias after the product stay as they are. One MLP of
-    each class is compared with itself on two tokens.
-
-    Args:
-        trunk: A causal model without its output layer.
-    """
-    verified: dict[type[nn.Module], bool] = {}
-    for mlp in trunk.modules():
-        kind = type(mlp)
-        if not _is_gated(mlp) or issubclass(kind, FusedGatedMLP):
-            continue
-        if kind not in verified:
-            verified[kind] = _computes_the_same(mlp)
-        if verified[kind]:
-            mlp.__class__ = _fused_class(kind)  # A method of the instance would keep it alive by a reference cycle.
+def is_silu(activation: nn.Module) -> bool:
+    """Return whether a module computes SiLU."""
+    return isinstance(activation, nn.SiLU | SiLUActivation)
 
 
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _fused_classes:
-        _fused_classes[kind] = type(kind.__name__, (FusedGatedMLP, kind), {})
-    return _fused_classes[kind]
-
-
-def _new(kind: type[nn.Module]) -> nn.Module:
-    """Return a fused MLP without attributes, which pickle sets."""
-    fused = _fused_class(kind)
-    return fused.__new__(fused)
-
-
-def _is_gated(mlp: Any) -> bool:
-    if {name for name, _ in mlp.named_children()} != _PARTS:
-        return False
-    return isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and type(mlp.down_proj) is nn.Linear
-
-
-def _computes_the_same(mlp: Any) -> bool:
-    weight = mlp.down_proj.weight
-    try:
-        with probing(mlp):
-            # Random numbers would change those of the stage.
-            hidden = torch.linspace(-1, 1, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(1, 2, -1)
-            return are_close(FusedGatedMLP.fused_forward(mlp, hidden), mlp(hidden))
-    except FAILURES:
-        return False
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something happens before or after the forward pass of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from rlhf.models.gated_mlp import fuse_gated_mlps
+from rlhf.models.fused_modules import fuse_modules
+from rlhf.models.gated_mlp import FusedGatedMLP
 from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
 from rlhf.models.layouts import Layout, SeparateRows
 from rlhf.models.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.rms_norm import FusedRMSNorm
 from rlhf.models.shared_prompts import shared_prompts
 from rlhf.speed import speed_settings
 
@@ -32,7 +34,8 @@ def prepare_trunk(trunk: Any) -> None:
     """
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
-    fuse_gated_mlps(trunk)
+    fuse_modules(trunk, FusedGatedMLP)
+    fuse_modules(trunk, FusedRMSNorm)
     allows_partial_last_layer(trunk)
     allows_packed_rows(trunk)
 

@@ -90,9 +90,10 @@ class UpdateModule(StageModule):
             module.zero_grad()  # The optimizer then leaves its parameters and their moments unchanged.
         self.guard.start_step()
         metrics = self.optimizer_metrics(optimizer)
+        self.gradient_norm = float(metrics["grad_norm"])
         if self.rollout_is_nonfinite:
             self.nonfinite.skip_step()
-        elif self.nonfinite.must_skip(self, float(metrics["grad_norm"])):
+        elif self.nonfinite.must_skip(self, self.gradient_norm):
             optimizer.zero_grad(set_to_none=True)
             self.iteration_metrics.skip_step()
             return

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
-from transformers.activations import SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.models.gated_mlp import has_hooks, is_silu
 from rlhf.models.probes import has_full_attention
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
@@ -132,7 +132,7 @@ class _RotaryLayer(DecoderLayer):
             gate=linear(mlp.gate_proj),
             up=linear(mlp.up_proj),
             down=linear(mlp.down_proj),
-            activation=F.silu if isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) else mlp.act_fn,
+            activation=F.silu if is_silu(mlp.act_fn) else mlp.act_fn,
             head_width=attention.head_dim,
             scale=attention.scaling,
         )
@@ -210,7 +210,7 @@ class _GPT2Layer(DecoderLayer):
 
 def linear(module: Any) -> Function:
     """Return a plain linear layer as a function. Other layers, such as those with an adapter, are returned."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return module  # type: ignore[no-any-return]
     if type(module) is Conv1D:
         return lambda hidden: torch.addmm(module.bias, hidden, module.weight)

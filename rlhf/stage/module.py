@@ -27,7 +27,7 @@ from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, Posit
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
-from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, parameter_groups, set_hyperparameters
+from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype
 from rlhf.stage.random_state import get_random_state, set_random_state
@@ -73,10 +73,12 @@ class StageModule(ReportingModule):
     Attributes:
         monitor: Name of the metric that ``train.py`` returns, for sweeps.
         source: Where the policy comes from.
+        gradient_norm: Norm of the total gradient of the current optimizer step, before clipping.
     """
 
     monitor: str = ""
     source: ModelSource
+    gradient_norm: float
 
     def __init__(
         self,
@@ -225,10 +227,16 @@ class StageModule(ReportingModule):
         super().on_before_optimizer_step(optimizer)
         # Where the metrics are logged, the host has read the norm already.
         norm = self.metrics["grad_norm"] if self.is_log_step else self.optimizer_metrics(optimizer)["grad_norm"]
-        if self.nonfinite.must_skip(self, float(norm)):
+        self.gradient_norm = float(norm)
+        if self.nonfinite.must_skip(self, self.gradient_norm):
             optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
         if self.is_log_step:
             self.send_metrics()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm, norm=self.gradient_norm)
 
     def send_metrics(self) -> None:
         if self.nonfinite.skips:
@@ -240,11 +248,9 @@ class StageModule(ReportingModule):
         self.zero_grad()  # Lightning would keep the gradients during the next forward pass.
 
     def configure_optimizers(self) -> Any:
-        # Lightning refuses to clip the gradients of a fused optimizer under any mixed precision, with or without a
-        # gradient scaler. None lets PyTorch choose among its other implementations.
-        fused = True if autocast_dtype(self.trainer.precision_plugin) is None else None
-        groups = parameter_groups(self.trainable_modules(), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
+        settings = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = adamw(self.trainable_modules(), self.weight_decay, has_scaler=has_scaler, **settings)
         self._configured_groups = [{**group} for group in optimizer.param_groups]
         scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,41 @@ def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: f
             if parameters:
                 groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay})
     return groups
+
+
+def adamw(
+    modules: Iterable[tuple[nn.Module, float]], weight_decay: float, *, has_scaler: bool, **settings: Any
+) -> AdamW:
+    """Return AdamW, fused unless a gradient scaler multiplies the loss.
+
+    A fused optimizer would divide the gradients by the factor of the scaler after their norm has been computed.
+
+    Args:
+        modules: See ``parameter_groups``.
+        weight_decay: See ``parameter_groups``.
+        has_scaler: Whether there is a gradient scaler.
+        settings: Further arguments of AdamW.
+    """
+    # None lets PyTorch choose among its other implementations.
+    return AdamW(parameter_groups(modules, weight_decay), fused=None if has_scaler else True, **settings)
+
+
+def clip_gradients(optimizer: Optimizer, limit: float | None, algorithm: str | None, *, norm: float) -> None:
+    """Clip gradients whose norm is known.
+
+    Lightning would compute the norm again, and multiply gradients below the limit by 1.
+
+    Args:
+        optimizer: The optimizer of the parameters.
+        limit: Largest norm, or largest absolute value of a gradient. None or 0: nothing is clipped.
+        algorithm: ``norm``, which is also the meaning of None, or ``value``.
+        norm: Norm of the total gradient.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if limit and algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, limit)
+    elif limit and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
 
 
 def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, Any]]) -> None:

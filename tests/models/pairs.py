@@ -54,3 +54,18 @@ def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     for one, other in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def saved_numbers(lm: PreTrainedModel) -> int:
+    """Number of different elements that a forward pass of ten tokens stores for the backward pass."""
+    saved: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor.numel()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        lm(input_ids=torch.arange(10)[None], use_cache=False)
+    return sum(saved.values())

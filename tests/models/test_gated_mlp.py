@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model
+from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model, saved_numbers
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rlhf.models import Policy
-from rlhf.models.gated_mlp import FusedGatedMLP, fuse_gated_mlps
+from rlhf.models.fused_modules import fuse_modules
+from rlhf.models.gated_mlp import FusedGatedMLP
 from rlhf.speed import speed
 
 GATED = {
@@ -34,21 +34,6 @@ def is_fused(lm: PreTrainedModel) -> bool:
     return any(isinstance(part, FusedGatedMLP) for part in lm.modules())
 
 
-def saved_numbers(lm: PreTrainedModel) -> int:
-    """Number of different elements that a forward pass of ten tokens stores for the backward pass."""
-    saved: dict[int, int] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        saved[tensor.data_ptr()] = tensor.numel()
-        kept.append(tensor)
-        return tensor
-
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        lm(input_ids=torch.arange(10)[None], use_cache=False)
-    return sum(saved.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", GATED)
 def test_gated_mlps_change_nothing_and_store_half(name: str, dtype: torch.dtype) -> None:
@@ -66,7 +51,7 @@ def test_gated_mlps_change_nothing_and_store_half(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_other_mlps_stay_as_they_are(name: str) -> None:
     lm = model(NOT_FUSED[name])
-    fuse_gated_mlps(lm.base_model)
+    fuse_modules(lm.base_model, FusedGatedMLP)
     assert not is_fused(lm)
 
 
@@ -74,7 +59,7 @@ def test_a_subclass_that_computes_something_else_stays_as_it_is() -> None:
     lm = model(LLAMA)
     for layer in lm.base_model.layers:
         layer.mlp.__class__ = type("Scaled", (type(layer.mlp),), {"forward": lambda mlp, hidden: 2 * hidden})
-    fuse_gated_mlps(lm.base_model)
+    fuse_modules(lm.base_model, FusedGatedMLP)
     assert not is_fused(lm)
 
 
@@ -95,7 +80,7 @@ def test_copies_and_classes() -> None:
     lm: Any = model(LLAMA)
     Policy(lm)
     kinds = [type(layer.mlp) for layer in lm.model.layers]
-    fuse_gated_mlps(lm.base_model)
+    fuse_modules(lm.base_model, FusedGatedMLP)
     assert [type(layer.mlp) for layer in lm.model.layers] == kinds
     hidden = torch.ones(1, 1, 16)
     expected = lm.model.layers[0].mlp(hidden)
