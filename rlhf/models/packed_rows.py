@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from rlhf.models.layouts import Layout, Sizes
 from rlhf.models.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
-T = TypeVar("T")
 _NAME = "rlhf_packed_rows"
-_sizes: ContextVar[Sequence[Sizes]] = ContextVar("sizes")
-_padded: ContextVar[PaddedRows | None] = ContextVar("padded", default=None)
+# The sizes of the rows whose hidden states are being computed, and the padded batch in which they attend, if any.
+_rows: ContextVar[tuple[Sequence[Sizes], PaddedRows | None]] = ContextVar("rows")
 # A pair and a single sequence, which are three sequences of five tokens.
 _PROBE: list[Sizes] = [(3, 2, 2), (0, 5, 0)]
 _PROBE_POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4]
@@ -36,36 +35,31 @@ def packed_hidden_states(trunk: Any, input_ids: Tensor, layout: Layout) -> Tenso
     width = max(layout.lengths)
     real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0].to(input_ids.device)
     tokens, positions = layout.tokens(input_ids, torch.arange(len(lengths)), width)
-    with _set(_padded, PaddedRows.of(layout, real)):
-        return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes)
+    padded = PaddedRows.of(layout, real)
+    return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes, padded)
 
 
-def _packed(trunk: Any, tokens: Tensor, positions: Tensor, sizes: Sequence[Sizes]) -> Tensor:
+def _packed(
+    trunk: Any, tokens: Tensor, positions: Tensor, sizes: Sequence[Sizes], padded: PaddedRows | None = None
+) -> Tensor:
     """Compute the last hidden states of packed rows: [tokens] token ids and positions to [tokens, width]."""
-    with _set(_sizes, sizes), _own_attention(trunk):
+    with _own_attention(trunk, sizes, padded):
         states: Tensor = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state
     return states[0]
 
 
 @contextmanager
-def _own_attention(trunk: Any) -> Iterator[None]:
-    """Let the attention layers of a model call ``_attend``."""
+def _own_attention(trunk: Any, sizes: Sequence[Sizes], padded: PaddedRows | None) -> Iterator[None]:
+    """Let the attention layers of a model call ``_attend`` for these rows."""
     config = trunk.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = _NAME
+    token = _rows.set((sizes, padded))
     try:
         yield
     finally:
         config._attn_implementation = before
-
-
-@contextmanager
-def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+        _rows.reset(token)
 
 
 def _attend(
@@ -73,7 +67,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it. There is no mask, because no row sees another one."""
     keywords.pop("is_causal", None)
-    padded, sizes = _padded.get(), _sizes.get()
+    sizes, padded = _rows.get()
     if padded is not None and query.dtype == torch.float32 and not keywords.get("dropout"):
         return padded.attend(query, key, value, keywords.get("scaling")), None
     lengths = [sum(row) for row in sizes]

@@ -32,11 +32,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         states, gradient = hidden.flatten(0, -2), gradient.flatten(0, -2)
-        with torch.autocast(hidden.device.type, enabled=False):
-            products = gradient * states
-            of_weight = (scale.T @ products)[0] if ctx.needs_input_grad[1] else None
-            correction = (products @ weight)[:, None].mul_(scale.pow(3)).div_(len(weight))
-        of_states = (gradient * weight).mul_(scale).addcmul_(states, correction, value=-1)
+        of_weight = (gradient * states).mul_(scale).sum(dim=0) if ctx.needs_input_grad[1] else None
+        weighted = gradient * weight
+        correction = (weighted * states).mean(dim=-1, keepdim=True).mul_(scale.pow(3))
+        of_states = weighted.mul_(scale).addcmul_(states, correction, value=-1)
         return of_states.view_as(hidden), of_weight, None
 
 
