@@ -20,8 +20,8 @@ class SpeedSettings:
             their gradient. false: let autograd store each intermediate result.
         fused_mlp: Let the backward pass of a gated MLP compute the activation and the product again, which uses less
             memory. false: let autograd store them.
-        fused_rms_norm: Let the backward pass of an RMS norm in float32 compute the normalized states again, which uses
-            less memory and fewer operations. false: let autograd store them.
+        fused_rms_norm: Let the backward pass of an RMS norm in float32 compute the normalized states again if they have
+            a width of 512 or more, which uses less memory. false: let autograd store them.
         packed_rows: On the CPU, compute the rows of a batch one after another in a single row without padding, if the
             architecture allows it. false: pad them as ``row_groups`` does.
         row_groups: On the CPU, compute the rows of a batch in up to this many groups of like length, each padded to its

@@ -30,7 +30,7 @@ class FusedModule(nn.Module):
     @staticmethod
     @abstractmethod
     def input_width(module: Any) -> int | None:
-        """Return the width of the hidden states that a module reads; None if it has other parts than expected."""
+        """Return the width of the hidden states that a module reads; None if it must stay as it is."""
 
     @abstractmethod
     def can_fuse_now(self, hidden: Tensor) -> bool:

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from rlhf.models.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
+MIN_WIDTH = 512  # of the states, below which little memory is saved and a step takes up to 4 % longer
+
 
 class _RMSNorm(torch.autograd.Function):
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -40,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class FusedRMSNorm(FusedModule):
-    """An RMS norm of float32 states that stores its input only."""
+    """An RMS norm of wide states in float32 that stores its input only."""
 
     @staticmethod
     def input_width(module: Any) -> int | None:
@@ -49,7 +51,7 @@ class FusedRMSNorm(FusedModule):
             return None
         # The norms of Mamba-2 within a layer have a second argument, the gate.
         takes_one = len(inspect.signature(module.forward).parameters) == 1
-        return len(module.weight) if takes_one else None
+        return len(module.weight) if takes_one and len(module.weight) >= MIN_WIDTH else None
 
     def can_fuse_now(self, hidden: Tensor) -> bool:
         norm: Any = self

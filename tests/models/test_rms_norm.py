@@ -28,6 +28,21 @@ FEWER = {
 }
 
 
+@pytest.fixture(autouse=True)
+def narrow_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 1)
+
+
+def test_narrow_norms_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(LLAMA)
+    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 17)
+    fuse_modules(lm.base_model, FusedRMSNorm)
+    assert not isinstance(lm.model.norm, FusedRMSNorm)
+    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 16)
+    fuse_modules(lm.base_model, FusedRMSNorm)
+    assert isinstance(lm.model.norm, FusedRMSNorm)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FEWER)
 def test_norms_change_nothing_and_store_less(name: str, dtype: torch.dtype) -> None:
