@@ -15,6 +15,8 @@ class SpeedSettings:
     """Optimizations. docs/speed.md explains each of them and shows what it gains.
 
     Args:
+        concurrent_models: On the CPU, let PPO compute the policy and a separate critic at the same time, each with half
+            of the threads. false: compute them one after another with all threads.
         keep_heap: On Linux, keep freed memory for the next step, which is faster on a CPU. false: return it.
         fused_logprobs: Compute log-prob, entropy and argmax of a token from one buffer of logits, which then becomes
             their gradient. false: let autograd store each intermediate result.
@@ -36,6 +38,7 @@ class SpeedSettings:
             which is 256 in most pretrained models.
     """
 
+    concurrent_models: bool = True
     keep_heap: bool = True
     fused_logprobs: bool = True
     fused_mlp: bool = True

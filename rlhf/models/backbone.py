@@ -75,6 +75,7 @@ class Policy(nn.Module):
         response_tokens: int | None = None,
         lengths: Sequence[int] | None = None,
         shared_tokens: Sequence[int] = (),
+        states: Tensor | None = None,
     ) -> PolicyOutput:
         """Compute the log-prob of each response token given all tokens before it.
 
@@ -90,12 +91,14 @@ class Policy(nn.Module):
                 them.
             lengths: See ``hidden_states``.
             shared_tokens: See ``hidden_states``.
+            states: [response tokens, width] what ``concurrent_states`` has computed from the same tokens. None: the
+                states are computed here.
         """
         positions = true_positions(response_mask, response_tokens)
         targets = input_ids[positions]
-        states = states_before(
-            self.lm.base_model, input_ids, attention_mask, positions, lengths=lengths, shared_tokens=shared_tokens
-        )
+        if states is None:
+            layout = {"lengths": lengths, "shared_tokens": shared_tokens}
+            states = states_before(self.lm.base_model, input_ids, attention_mask, positions, **layout)
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             return token_statistics(self._logits(states), targets, temperature, entropy, is_argmax)

@@ -47,6 +47,7 @@ def critic_values(
     response_mask: Tensor,
     *,
     response_tokens: int | None = None,
+    states: Tensor | None = None,
     detach: bool = False,
 ) -> Tensor:
     """Compute the critic's value before each response token.
@@ -58,6 +59,8 @@ def critic_values(
         attention_mask: [batch, time] bool, True on real tokens.
         response_mask: [batch, time] bool, True on response tokens including EOS.
         response_tokens: Number of True entries of ``response_mask``, see ``Policy.forward``.
+        states: States of a separate critic, see ``PolicyWithReference.states_with_critic``. None: they are computed
+            here.
         detach: Do not propagate the gradient of a head into the policy.
 
     Returns:
@@ -65,4 +68,6 @@ def critic_values(
     """
     if isinstance(critic, ScalarHead):
         return scatter(critic(output.states.detach() if detach else output.states), response_mask)
+    if states is not None:
+        return scatter(critic.values(states), response_mask)
     return critic.token_values(input_ids, attention_mask, response_mask, response_tokens)

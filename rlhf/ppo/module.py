@@ -114,6 +114,7 @@ class PPOModule(OnPolicyModule):
             self.critic = open_critic(
                 self.critic_init, policy=self.source, reward_model=reward_model, tokenizer=self.tokenizer
             )
+            self.policies.critic = self.critic
         _check_dimension("obs_dim", self.obs_dim, critic_width(self.critic, self.policy.hidden_size))
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
@@ -170,19 +171,23 @@ class PPOModule(OnPolicyModule):
         warmup = [self.policy] if self.warming_up and self.policy is not None else []
         return [*super().frozen_modules(), *warmup]
 
+    def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:
+        if not self.has_critic:
+            return super().policy_and_values(minibatch)
+        tokens = (minibatch.input_ids, minibatch.attention_mask, minibatch.response_mask)
+        count = minibatch.response_tokens
+        states, critic_states = self.policies.states_with_critic(*tokens, response_tokens=count)
+        output = self.policy_update.policy_output(self.policies, minibatch, states)
+        values = critic_values(
+            self.critic, output, *tokens, response_tokens=count, states=critic_states, detach=self.warming_up
+        )
+        return output, values
+
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.has_critic:
             return super().compute_loss(minibatch)
-        output = self.policy_update.policy_output(self.policies, minibatch)
-        values = critic_values(
-            self.critic,
-            output,
-            minibatch.input_ids,
-            minibatch.attention_mask,
-            minibatch.response_mask,
-            response_tokens=minibatch.response_tokens,
-            detach=self.warming_up,
-        )
+        output, values = self.policy_and_values(minibatch)
+        assert values is not None
         assert minibatch.old_values is not None
         assert minibatch.returns is not None
         value_loss = clipped_value_loss(

@@ -99,8 +99,7 @@ class Collector:
     ) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""
         tokens = (input_ids, attention_mask, response_mask)
-        output = self.policies.policy_output(*tokens, response_tokens=response_tokens)
-        reference = self.policies.reference_output(*tokens, response_tokens=response_tokens)
+        output, reference = self.policies.both_outputs(*tokens, response_tokens=response_tokens)
         tensors = {
             "logprobs": output.logprobs,
             "ref_logprobs": reference.logprobs,

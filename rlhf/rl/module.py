@@ -269,8 +269,12 @@ class OnPolicyModule(UpdateModule):
 
     # Updates and validation
 
+    def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:
+        """Evaluate a minibatch under the policy and, with a critic, compute its values: [batch, time]."""
+        return self.policy_update.policy_output(self.policies, minibatch), None
+
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = self.policy_update.policy_output(self.policies, minibatch)
+        output, _ = self.policy_and_values(minibatch)
         return self.policy_update.loss(self.policies, minibatch, output)
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -289,7 +293,7 @@ class OnPolicyModule(UpdateModule):
     # Pre-flight checks and result
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
-        yield from on_policy_checks(self, datamodule, self.collector, self.policy_update, self.iteration)
+        yield from on_policy_checks(self, datamodule, self.collector, self.policy_and_values, self.iteration)
 
     def result(self) -> Result:
         assert self.policy is not None, "open_models opens the policy"

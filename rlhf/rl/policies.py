@@ -1,12 +1,13 @@
 """The policy and its reference model, evaluated in the same way during collection and during updates."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, kl_divergence
+from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, ScalarModel, kl_divergence
+from rlhf.models.concurrent import can_compute_concurrently, concurrent_states
 from rlhf.rl.kl import ESTIMATORS, FULL
 
 
@@ -15,19 +16,21 @@ class PolicyWithReference:
     """A policy and its frozen reference model, both evaluated at the sampling temperature.
 
     The tensor arguments of all methods have shape [batch, time]. ``response_tokens`` is the number of True entries of
-    ``response_mask``, see ``Policy.forward``.
+    ``response_mask``, and ``states`` are those of ``concurrent_states``; see ``Policy.forward``.
 
     Args:
         policy: The policy that is trained.
         reference: The reference model of the KL penalty.
         temperature: Divisor of the logits of both models, as in sampling.
         kl_estimator: ``k1``, ``k2``, ``k3`` or ``full``.
+        critic: A model whose states are computed with those of the policy in updates. None: the policy is alone.
     """
 
     policy: Policy
     reference: Frozen
     temperature: float
     kl_estimator: str
+    critic: ScalarModel | None = None
 
     def policy_output(
         self,
@@ -37,19 +40,66 @@ class PolicyWithReference:
         *,
         entropy: EntropyMode = "none",
         response_tokens: int | None = None,
+        states: Tensor | None = None,
     ) -> PolicyOutput:
         """Evaluate the response tokens under the current policy."""
         tokens = (input_ids, attention_mask, response_mask)
-        output: PolicyOutput = self.policy(*tokens, self.temperature, entropy=entropy, response_tokens=response_tokens)
+        output: PolicyOutput = self.policy(
+            *tokens, self.temperature, entropy=entropy, response_tokens=response_tokens, states=states
+        )
         return output
 
     def reference_output(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        *,
+        response_tokens: int | None = None,
+        states: Tensor | None = None,
     ) -> PolicyOutput:
         """Evaluate the response tokens under the reference model, without gradients."""
         tokens = (input_ids, attention_mask, response_mask)
-        output: PolicyOutput = self.reference(*tokens, self.temperature, response_tokens=response_tokens)
+        output: PolicyOutput = self.reference(*tokens, self.temperature, response_tokens=response_tokens, states=states)
         return output
+
+    def both_outputs(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
+    ) -> tuple[PolicyOutput, PolicyOutput]:
+        """Evaluate the response tokens under the current policy and under the reference model."""
+        tokens = (input_ids, attention_mask, response_mask)
+        states, ref_states = self._states(self._reference_policy, *tokens, response_tokens)
+        return (
+            self.policy_output(*tokens, response_tokens=response_tokens, states=states),
+            self.reference_output(*tokens, response_tokens=response_tokens, states=ref_states),
+        )
+
+    def states_with_critic(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the states of policy and critic at the same time; None if that is not possible.
+
+        Returns:
+            [response tokens, width] states of each model, see ``concurrent_states``.
+        """
+        return self._states(self.critic, input_ids, attention_mask, response_mask, response_tokens)
+
+    def _states(self, other: Policy | ScalarModel | None, *tokens: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the states of the policy and of another model.
+
+        Rounding may depend on the number of threads, and the first ratio is exactly 1 and the first KL exactly 0 only
+        with equal rounding. Therefore, either all three models are computed in this way or none.
+        """
+        if other is None or self.critic is None:
+            return None, None
+        if not can_compute_concurrently(self.policy, self._reference_policy, self.critic):
+            return None, None
+        trunk = other.trunk if isinstance(other, ScalarModel) else other.lm.base_model
+        return concurrent_states((self.policy.lm.base_model, trunk), *tokens)
+
+    @property
+    def _reference_policy(self) -> Policy:
+        return cast(Policy, self.reference.model)
 
     def kl(
         self, output: PolicyOutput, ref_logprobs: Tensor, response_mask: Tensor, ref_output: PolicyOutput | None = None
@@ -67,10 +117,8 @@ class PolicyWithReference:
         """
         if self.needs_ref_output:
             assert ref_output is not None
-            reference = cast(Policy, self.reference.model)
-            return kl_divergence(
-                self.policy, output.states, reference, ref_output.states, response_mask, self.temperature
-            )
+            models = (self.policy, output.states, self._reference_policy, ref_output.states)
+            return kl_divergence(*models, response_mask, self.temperature)
         # Mask before the estimator: it must not see values on padding.
         return ESTIMATORS[self.kl_estimator](
             torch.where(response_mask, output.logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0)

@@ -42,14 +42,23 @@ class PolicyUpdate:
         self.limits = limits
         self.loss_reduction = loss_reduction
 
-    def policy_output(self, policies: PolicyWithReference, minibatch: Minibatch) -> PolicyOutput:
-        """Evaluate the response tokens of a minibatch under the current policy."""
+    def policy_output(
+        self, policies: PolicyWithReference, minibatch: Minibatch, states: Tensor | None = None
+    ) -> PolicyOutput:
+        """Evaluate the response tokens of a minibatch under the current policy.
+
+        Args:
+            policies: The policy and its reference model.
+            minibatch: The minibatch.
+            states: See ``PolicyWithReference``.
+        """
         return policies.policy_output(
             minibatch.input_ids,
             minibatch.attention_mask,
             minibatch.response_mask,
             entropy="grad" if self.entropy_coef else "value",
             response_tokens=minibatch.response_tokens,
+            states=states,
         )
 
     def loss(

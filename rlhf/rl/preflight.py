@@ -28,7 +28,6 @@ from rlhf.preflight import (
 from rlhf.rl.collector import Collector
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.objective import policy_ratio
-from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.sampling import Rollout
 from rlhf.stage import StageModule
 from rlhf.tensors import masked_sum
@@ -62,7 +61,7 @@ def on_policy_checks(
     module: StageModule,
     datamodule: RecordDataModule,
     collector: Collector,
-    policy_update: PolicyUpdate,
+    policy_and_values: Callable[[Minibatch], tuple[Any, ...]],
     iteration: Callable[[PromptBatch], Iterator[Minibatch]],
 ) -> Iterator[Check]:
     """Check an on-policy stage on responses to its own prompts.
@@ -71,7 +70,7 @@ def on_policy_checks(
         module: The stage.
         datamodule: Its prompts.
         collector: Its collector.
-        policy_update: Its policy update.
+        policy_and_values: Evaluates a minibatch as its updates do; see ``OnPolicyModule``.
         iteration: Its iteration: a batch of prompts in, minibatches out.
     """
     policy, reference = collector.policies.policy, collector.policies.reference
@@ -92,7 +91,7 @@ def on_policy_checks(
             yield from check_padding_invariance(module, "scores", score_measure(model), extremes, policy.lm)
         module.train()  # As in training: dropout would show.
         minibatch = next(iter(iteration(prompts)))
-        yield check_first_ratio(collector, policy_update, minibatch)
+        yield check_first_ratio(collector, policy_and_values, minibatch)
         module.eval()
         gradient = full_precision_gradient(module, [minibatch])
         yield check_padding_is_ignored(module, minibatch, gradient)
@@ -100,13 +99,17 @@ def on_policy_checks(
 
 
 @torch.no_grad()
-def check_first_ratio(collector: Collector, policy_update: PolicyUpdate, minibatch: Minibatch) -> Check:
+def check_first_ratio(
+    collector: Collector,
+    policy_and_values: Callable[[Minibatch], tuple[Any, ...]],
+    minibatch: Minibatch,
+) -> Check:
     """Check that the first probability ratio is exactly 1.
 
     Rollout and update evaluate the same tensors, and equal shapes give equal rounding.
     """
     with collector.precision_context():
-        logprobs = policy_update.policy_output(collector.policies, minibatch).logprobs
+        logprobs = policy_and_values(minibatch)[0].logprobs
     distance = float((policy_ratio(logprobs, minibatch.old_logprobs, minibatch.response_mask) - 1).abs().max())
     return Check(
         "first ratio exactly 1",

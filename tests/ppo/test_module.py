@@ -28,8 +28,8 @@ def test_first_ratio_and_first_kl_are_exact(tiny_run: TinyRun, monkeypatch: pyte
     pairs: list[tuple[Tensor, Tensor]] = []
     policy_output = PolicyUpdate.policy_output
 
-    def recording(self: PolicyUpdate, policies: PolicyWithReference, minibatch: Minibatch) -> Any:
-        output = policy_output(self, policies, minibatch)
+    def recording(self: PolicyUpdate, policies: PolicyWithReference, minibatch: Minibatch, states: Any = None) -> Any:
+        output = policy_output(self, policies, minibatch, states)
         pairs.append((output.logprobs.detach(), minibatch.old_logprobs))
         return output
 
