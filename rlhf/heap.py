@@ -9,13 +9,15 @@ import gc
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # parameters of mallopt(3)
 KEPT_BYTES = 1 << 30  # free memory at the top of the heap up to which nothing is returned
 ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 def keep_heap() -> bool:
     """Let glibc allocate everything from its heap, and keep up to 1 GiB that is free at the end of it.
+
+    All threads allocate from the same heap: glibc returns the memory of the others.
 
     Nothing changes on other systems, if another allocator is preloaded, or if a variable of the environment
     (``GLIBC_TUNABLES``, ``MALLOC_...``) configures glibc's own.
@@ -26,7 +28,8 @@ def keep_heap() -> bool:
     mallopt = _function("mallopt")
     if mallopt is None or _is_configured():
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    parameters = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: KEPT_BYTES}
+    return all(mallopt(parameter, value) for parameter, value in parameters.items())
 
 
 def release_heap() -> None:
