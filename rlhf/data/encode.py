@@ -1,9 +1,10 @@
 """Encode records as token ids: prompt and response as one text, with one BOS and a final EOS that is learned."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,9 @@ from rlhf.time_limit import time_limit
 from rlhf.tokenizer_probe import encoding
 
 RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a millisecond
+
+Batch = TypeVar("Batch")
+_Conversation: TypeAlias = tuple[Sequence[Message], str | None]  # messages of a prompt, and a response
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class _Text:
         return next((i for i, end in enumerate(ends) if end > position), len(self.input_ids))
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """Conversations that were rendered and encoded at once.
+
+    Args:
+        conversations: The conversations. While they are referenced, no other object has the ids of their messages.
+        texts: Texts of the conversations and of their prompts, by id of the messages and response.
+        encoded: The same with token ids, of the conversations only.
+    """
+
+    conversations: Sequence[_Conversation]
+    texts: dict[tuple[int, str | None], str]
+    encoded: dict[tuple[int, str | None], _Text] = field(default_factory=dict)
+
+
 class Encoder:
     """Renders prompts and responses with the tokenizer's chat template and encodes them.
 
@@ -71,11 +90,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.counts: Counter[str] = Counter()
-        self._prepared: dict[tuple[int, str | None], _Text] = {}
+        self._prepared = _Prepared([], {})
         self._bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and self._encode("x", special=True).input_ids[:1] == [self._bos]
 
-    def prepare(self, conversations: Sequence[tuple[Sequence[Message], str | None]]) -> None:
+    def prepare(self, conversations: Sequence[_Conversation]) -> None:
         """Encode many conversations at once, which is faster, for the following calls of this object.
 
         Results do not depend on whether a conversation has been prepared. Those of the previous call are forgotten.
@@ -83,12 +102,36 @@ class Encoder:
         Args:
             conversations: Messages of a prompt with a response, or with None for the prompt alone.
         """
-        self._prepared.clear()
-        if not self.tokenizer.is_fast or not conversations:
-            return
-        texts = [self._render(messages, response) for messages, response in conversations]
-        for (messages, response), text in zip(conversations, self._encode_all(texts), strict=True):
-            self._prepared[id(messages), response] = text
+        self._prepared = self._rendered_together(conversations)
+        self._encode_together(self._prepared)
+
+    def prepared(
+        self, batches: Iterable[Batch], conversations: Callable[[Batch], Sequence[_Conversation]]
+    ) -> Iterator[Batch]:
+        """Yield batches of records when their conversations have been prepared.
+
+        Another thread encodes the next batch at the same time, because the ``tokenizers`` library does not need
+        Python's lock.
+
+        Args:
+            batches: The batches, of any type.
+            conversations: Returns the conversations of a batch, as ``prepare`` takes them.
+        """
+        with ThreadPoolExecutor(1) as executor:
+            previous: tuple[Batch, _Prepared, Future[None]] | None = None
+            for batch in batches:
+                prepared = self._rendered_together(conversations(batch))
+                encoding = executor.submit(self._encode_together, prepared)
+                if previous is not None:
+                    yield self._use(*previous)
+                previous = batch, prepared, encoding
+            if previous is not None:
+                yield self._use(*previous)
+
+    def _use(self, batch: Batch, prepared: _Prepared, encoding: Future[None]) -> Batch:
+        encoding.result()
+        self._prepared = prepared
+        return batch
 
     def encode_prompt(self, messages: Sequence[Message], *, reserve: int = 0) -> list[int]:
         """Encode a prompt up to the point where the response begins.
@@ -135,18 +178,39 @@ class Encoder:
 
     def _rendered(self, messages: Sequence[Message], response: str | None) -> _Text:
         """Return the text of a conversation with its token ids."""
-        prepared = self._prepared.get((id(messages), response))
-        return self._encode(self._render(messages, response)) if prepared is None else prepared
+        encoded = self._prepared.encoded.get((id(messages), response))
+        return self._encode(self._render(messages, response)) if encoded is None else encoded
+
+    def _rendered_together(self, conversations: Sequence[_Conversation]) -> _Prepared:
+        """Render conversations, and the prompts that they start with."""
+        prepared = _Prepared(conversations, {})
+        if self.tokenizer.is_fast:
+            prompts: dict[int, _Conversation] = {id(messages): (messages, None) for messages, _ in conversations}
+            for alike in ([*prompts.values()], [pair for pair in conversations if pair[1] is not None]):
+                for (messages, response), text in zip(alike, self._render_all(alike), strict=True):
+                    prepared.texts[id(messages), response] = text
+        return prepared
+
+    def _encode_together(self, prepared: _Prepared) -> None:
+        if prepared.texts:
+            keys = [(id(messages), response) for messages, response in prepared.conversations]
+            texts = self._encode_all([prepared.texts[key] for key in keys])
+            prepared.encoded.update(zip(keys, texts, strict=True))
+
+    def _render_all(self, conversations: Sequence[_Conversation]) -> list[str]:
+        """Render conversations, all with a response or all without one."""
+        try:
+            is_prompt = all(response is None for _, response in conversations)
+            return self._apply_template([_complete(*pair) for pair in conversations], is_prompt)
+        except Exception:  # The conversation that causes it raises it again.
+            return [self._render(*pair) for pair in conversations]
 
     def _render(self, messages: Sequence[Message], response: str | None) -> str:
-        conversation = list(messages) if response is None else [*messages, {"role": "assistant", "content": response}]
+        if (id(messages), response) in self._prepared.texts:
+            return self._prepared.texts[id(messages), response]
+        conversation = _complete(messages, response)
         try:
-            with time_limit(RENDER_SECONDS, _slow_template()):
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        conversation, tokenize=False, add_generation_prompt=response is None
-                    )
-                )
+            return self._apply_template([conversation], response is None)[0]
         except UserError:  # of a time limit
             raise
         except Exception as error:  # templates raise whatever their authors chose
@@ -155,6 +219,13 @@ class Encoder:
                 f"The tokenizer's chat template does not support a conversation with the roles {roles} ({error}).",
                 'Use another template: data.template="{prompt}\\n"',
             ) from error
+
+    def _apply_template(self, conversations: list[list[Message]], is_prompt: bool) -> list[str]:
+        with time_limit(RENDER_SECONDS, _slow_template()):
+            rendered: Any = self.tokenizer.apply_chat_template(
+                conversations, tokenize=False, add_generation_prompt=is_prompt
+            )
+        return list(rendered)
 
     def _encode(self, text: str, special: bool = False) -> _Text:
         if self.tokenizer.is_fast:
@@ -210,6 +281,10 @@ def _keep_end(prompt: list[int], limit: int, bos: int | None) -> list[int]:
 
 def _common_prefix_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _complete(messages: Sequence[Message], response: str | None) -> list[Message]:
+    return list(messages) if response is None else [*messages, {"role": "assistant", "content": response}]
 
 
 def _slow_template() -> ConfigError:

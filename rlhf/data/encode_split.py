@@ -80,9 +80,11 @@ class _Encoding:
         first_special: tuple[str, int] | None = None
         starts = range(0, len(records), ENCODED_RECORDS)
         quiet = len(records) < CACHED_ROWS
-        for start in track(starts, f"encoding {self._split}", transient=True, disable=quiet):
-            chunk = records[start : start + ENCODED_RECORDS]
-            encoder.prepare([pair for record in chunk for pair in conversations(record)])
+        progress = track(starts, f"encoding {self._split}", transient=True, disable=quiet)
+        chunks = (records[start : start + ENCODED_RECORDS] for start in progress)
+        for chunk in encoder.prepared(
+            chunks, lambda chunk: [pair for record in chunk for pair in conversations(record)]
+        ):
             for record in chunk:
                 number = prompt_of(record).row
                 place = -1 if number is None else number

@@ -1,11 +1,14 @@
 """Prompt and response are encoded as one text, with one BOS and a final EOS; truncation keeps the response."""
 
+import threading
+from typing import Any
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.data import EncodedResponse, Encoder, replace_response
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models import chat_template, train_tokenizer
 
 BOS, EOS = 1, 2
@@ -218,3 +221,48 @@ def test_prepared_conversations_are_encoded_as_others(tokenizer: PreTrainedToken
     assert [at_once.encode_responses(prompt, responses) for prompt in messages] == expected
     assert [at_once.encode_prompt(prompt) for prompt in messages] == prompts
     assert at_once.counts == one_by_one.counts
+
+
+def test_batches_are_prepared_in_order_while_another_thread_encodes(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of one call of the chat template for prompts and one for responses per batch, each sees the whole batch."""
+    batches = [[(user(f"{number}, {row}?"), f"row {row}") for row in range(3)] for number in range(4)]
+    expected = [[Encoder(tokenizer, 50).encode_response(*pair) for pair in batch] for batch in batches]
+    encoder = Encoder(tokenizer, 50)
+    threads: set[str] = set()
+    encode_all, apply_template, sizes = encoder._encode_all, encoder._apply_template, []
+
+    def recording(texts: list[str]) -> Any:
+        threads.add(threading.current_thread().name)
+        return encode_all(texts)
+
+    def counting(conversations: Any, is_prompt: bool) -> list[str]:
+        sizes.append(len(conversations))
+        return apply_template(conversations, is_prompt)
+
+    encoder._encode_all, encoder._apply_template = recording, counting  # type: ignore[method-assign,assignment]
+    found = [[encoder.encode_response(*pair) for pair in batch] for batch in encoder.prepared(batches, lambda b: b)]
+    assert found == expected
+    assert sizes == [3, 3] * 4
+    assert threads and threading.main_thread().name not in threads
+
+
+def test_a_template_that_fails_for_one_conversation_names_its_roles(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    rejected = [{"role": "system", "content": "Be brief."}, *user("Q")]
+    encoder = Encoder(tokenizer, 10)
+    with pytest.raises(ConfigError, match=r"with the roles \['system', 'user', 'assistant'\] \(no system role\)"):
+        list(encoder.prepared([[(user("Q"), "A")], [(user("Q"), "A"), (rejected, "A")]], lambda batch: batch))
+
+
+def test_an_error_of_the_tokenizer_in_the_other_thread_is_raised(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer, 10)
+
+    def fail(texts: list[str]) -> Any:
+        raise DataError("The tokenizer cannot encode a text.", "Use another one.")
+
+    encoder._encode_all = fail  # type: ignore[method-assign,assignment]
+    with pytest.raises(DataError, match="cannot encode a text"):
+        next(encoder.prepared([[(user("Q"), "A")]] * 3, lambda batch: batch))
