@@ -243,7 +243,8 @@ def test_batches_are_prepared_in_order_while_another_thread_encodes(tokenizer: P
     found = [[encoder.encode_response(*pair) for pair in batch] for batch in encoder.prepared(batches, lambda b: b)]
     assert found == expected
     assert sizes == [3, 3] * 4
-    assert threads and threading.main_thread().name not in threads
+    assert threads
+    assert threading.main_thread().name not in threads
 
 
 def test_a_template_that_fails_for_one_conversation_names_its_roles(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -253,7 +254,7 @@ def test_a_template_that_fails_for_one_conversation_names_its_roles(tokenizer: P
     )
     rejected = [{"role": "system", "content": "Be brief."}, *user("Q")]
     encoder = Encoder(tokenizer, 10)
-    with pytest.raises(ConfigError, match=r"with the roles \['system', 'user', 'assistant'\] \(no system role\)"):
+    with pytest.raises(ConfigError, match=r"with the roles \['system', 'user'\] \(no system role\)"):
         list(encoder.prepared([[(user("Q"), "A")], [(user("Q"), "A"), (rejected, "A")]], lambda batch: batch))
 
 
