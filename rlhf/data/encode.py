@@ -121,15 +121,15 @@ class Encoder:
             previous: tuple[Batch, _Prepared, Future[None]] | None = None
             for batch in batches:
                 prepared = self._rendered_together(conversations(batch))
-                encoding = executor.submit(self._encode_together, prepared)
+                future = executor.submit(self._encode_together, prepared)
                 if previous is not None:
                     yield self._use(*previous)
-                previous = batch, prepared, encoding
+                previous = batch, prepared, future
             if previous is not None:
                 yield self._use(*previous)
 
-    def _use(self, batch: Batch, prepared: _Prepared, encoding: Future[None]) -> Batch:
-        encoding.result()
+    def _use(self, batch: Batch, prepared: _Prepared, future: Future[None]) -> Batch:
+        future.result()
         self._prepared = prepared
         return batch
 

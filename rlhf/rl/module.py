@@ -43,8 +43,8 @@ from rlhf.tensors import masked_mean
 class OnPolicyModule(UpdateModule):
     """Base class of the on-policy stages: the policy improves on its own responses by clipped updates.
 
-    A subclass implements ``trainable_modules`` and may override ``token_values``, ``estimate_advantages``,
-    ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
+    A subclass implements ``trainable_modules`` and may override ``token_values``, ``policy_and_values``,
+    ``estimate_advantages``, ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
 
     Args:
         policy: The model to start from, which is also the reference model. null: the SFT model of the run.
