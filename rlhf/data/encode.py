@@ -186,7 +186,8 @@ class Encoder:
         prepared = _Prepared(conversations, {})
         if self.tokenizer.is_fast:
             prompts: dict[int, _Conversation] = {id(messages): (messages, None) for messages, _ in conversations}
-            for alike in ([*prompts.values()], [pair for pair in conversations if pair[1] is not None]):
+            complete = [pair for pair in conversations if pair[1] is not None]
+            for alike in filter(None, ([*prompts.values()], complete)):
                 for (messages, response), text in zip(alike, self._render_all(alike), strict=True):
                     prepared.texts[id(messages), response] = text
         return prepared
@@ -200,8 +201,7 @@ class Encoder:
     def _render_all(self, conversations: Sequence[_Conversation]) -> list[str]:
         """Render conversations, all with a response or all without one."""
         try:
-            is_prompt = all(response is None for _, response in conversations)
-            return self._apply_template([_complete(*pair) for pair in conversations], is_prompt)
+            return self._apply_template([_complete(*pair) for pair in conversations], conversations[0][1] is None)
         except Exception:  # The conversation that causes it raises it again.
             return [self._render(*pair) for pair in conversations]
 

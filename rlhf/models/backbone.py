@@ -97,8 +97,9 @@ class Policy(nn.Module):
         positions = true_positions(response_mask, response_tokens)
         targets = input_ids[positions]
         if states is None:
-            layout = {"lengths": lengths, "shared_tokens": shared_tokens}
-            states = states_before(self.lm.base_model, input_ids, attention_mask, positions, **layout)
+            states = states_before(
+                self.lm.base_model, input_ids, attention_mask, positions, lengths=lengths, shared_tokens=shared_tokens
+            )
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             return token_statistics(self._logits(states), targets, temperature, entropy, is_argmax)

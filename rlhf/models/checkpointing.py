@@ -36,6 +36,11 @@ def enable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
             model.train()
 
 
+def recomputes_layers(module: nn.Module) -> bool:
+    """Return whether the backward pass recomputes a layer of a module."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:
     """Return the transformers models in a module that are not part of another one."""
     if isinstance(module, PreTrainedModel):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import cache, partial
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf.models.checkpointing import recomputes_layers
 from rlhf.models.trunk import states_before
 from rlhf.speed import speed_settings
 from rlhf.tensors import true_positions
@@ -24,29 +24,30 @@ from rlhf.tensors import true_positions
 Parameters = list[nn.Parameter]
 
 
-def can_compute_concurrently(*models: nn.Module) -> bool:
+def can_compute_concurrently(*trunks: Any) -> bool:
     """Return whether ``concurrent_states`` computes any two of these models.
 
     Models with active dropout and models that checkpoint gradients use the random state of the process, and FSDP needs
     all ranks to gather parameters in the same order.
 
     Args:
-        models: Models with a trunk of transformers.
+        trunks: Models of transformers, without output layers.
     """
     if not speed_settings().concurrent_models or torch.get_num_threads() < 2:
         return False
-    parts = [part for model in models for part in model.modules()]
-    # Packed rows change the configuration during a forward pass.
-    configs = [{id(part.config) for part in model.modules() if hasattr(part, "config")} for model in models]
-    if len(set(parts)) < len(parts) or any(one & other for one, other in combinations(configs, 2)):
+    if not all(parameter.is_cpu for trunk in trunks for parameter in trunk.parameters()):
         return False
-    on_cpu = all(parameter.is_cpu for model in models for parameter in model.parameters())
-    return on_cpu and not any(map(_needs_main_thread, parts))
+    parts = [part for trunk in trunks for part in trunk.modules()]
+    # Packed rows change the configuration during a forward pass.
+    configs = {id(trunk.config.get_text_config()) for trunk in trunks}
+    if len(set(parts)) < len(parts) or len(configs) < len(trunks):
+        return False
+    return not any(map(_needs_main_thread, parts)) and not any(map(recomputes_layers, trunks))
 
 
 def _needs_main_thread(module: nn.Module) -> bool:
     drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-    return drops or isinstance(module, FSDPModule) or getattr(module, "gradient_checkpointing", False)
+    return drops or isinstance(module, FSDPModule)
 
 
 def concurrent_states(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlhf.models.checkpointing import recomputes_layers
 from rlhf.models.layouts import Layout, Sizes
 from rlhf.models.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
@@ -100,8 +101,7 @@ AttentionInterface.register(_NAME, _attend)
 def can_pack_rows(trunk: nn.Module) -> bool:
     """Return whether ``packed_hidden_states`` computes the rows of a model as it is now."""
     # Gradient checkpointing recomputes layers after ``packed_hidden_states`` has returned.
-    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
-    return not recomputes and allows_packed_rows(trunk)
+    return not recomputes_layers(trunk) and allows_packed_rows(trunk)
 
 
 @once_per_model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, ScalarModel, kl_divergence
 from rlhf.models.concurrent import can_compute_concurrently, concurrent_states
@@ -68,7 +68,7 @@ class PolicyWithReference:
     ) -> tuple[PolicyOutput, PolicyOutput]:
         """Evaluate the response tokens under the current policy and under the reference model."""
         tokens = (input_ids, attention_mask, response_mask)
-        states, ref_states = self._states(self._reference_policy, *tokens, response_tokens)
+        states, ref_states = self._states(self._reference_policy.lm.base_model, *tokens, response_tokens)
         return (
             self.policy_output(*tokens, response_tokens=response_tokens, states=states),
             self.reference_output(*tokens, response_tokens=response_tokens, states=ref_states),
@@ -82,20 +82,20 @@ class PolicyWithReference:
         Returns:
             [response tokens, width] states of each model, see ``concurrent_states``.
         """
-        return self._states(self.critic, input_ids, attention_mask, response_mask, response_tokens)
+        if self.critic is None:
+            return None, None
+        return self._states(self.critic.trunk, input_ids, attention_mask, response_mask, response_tokens)
 
-    def _states(self, other: Policy | ScalarModel | None, *tokens: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _states(self, trunk: nn.Module, *tokens: Any) -> tuple[Tensor | None, Tensor | None]:
         """Compute the states of the policy and of another model.
 
         Rounding may depend on the number of threads, and the first ratio is exactly 1 and the first KL exactly 0 only
         with equal rounding. Therefore, either all three models are computed in this way or none.
         """
-        if other is None or self.critic is None:
+        policy, reference = self.policy.lm.base_model, self._reference_policy.lm.base_model
+        if self.critic is None or not can_compute_concurrently(policy, reference, self.critic.trunk):
             return None, None
-        if not can_compute_concurrently(self.policy, self._reference_policy, self.critic):
-            return None, None
-        trunk = other.trunk if isinstance(other, ScalarModel) else other.lm.base_model
-        return concurrent_states((self.policy.lm.base_model, trunk), *tokens)
+        return concurrent_states((policy, trunk), *tokens)
 
     @property
     def _reference_policy(self) -> Policy:
