@@ -124,7 +124,7 @@ class AttentionBatch(LeanBatch):
             self._allocate(layers)
         for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
             keys[rows, :, : input_ids.shape[1]] = layer.keys[source].to(keys.dtype)
-            values[rows, :, : input_ids.shape[1]] = layer.values[source]
+            values[rows, :, : input_ids.shape[1]] = layer.values[source].to(values.dtype)
         self.lengths[rows] = last[source] + 1
         hidden: Tensor = output.last_hidden_state
         return hidden[torch.arange(len(prompts), device=self.device), last]
@@ -153,7 +153,7 @@ class AttentionBatch(LeanBatch):
         for layer, keys, values in zip(self.decoder.layers, self.keys, self.values, strict=True):
             query, key, value = layer.projections(hidden, positions)
             keys[rows, :, position] = key.to(keys.dtype)
-            values[rows, :, position] = value
+            values[rows, :, position] = value.to(values.dtype)
             cached = keys[: self.count, :, :longest], values[: self.count, :, :longest]
             # Query heads that share a key head take the place of query positions, so that no key is repeated.
             grouped = query.reshape(len(query), keys.shape[1], -1, layer.head_width)
