@@ -76,6 +76,8 @@ _REPLACE = "Use a checkpoint that a run of this project wrote, or start over: re
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # of Python 3.13
+            module = "pathlib"
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it contains {module}.{name}")
         return super().find_class(module, name)

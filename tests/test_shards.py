@@ -1,6 +1,8 @@
 """Checkpoint directories of ``trainer=fsdp`` from anyone: data is read, and code in them does not run."""
 
+import pathlib
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,18 @@ def test_tensors_and_plain_values_are_loaded(tmp_path: Path) -> None:
     load_shards(state, write(tmp_path))
     assert state["state"].pop("weight").tolist() == [0.0, 1.0, 2.0, 3.0]
     assert state == {"state": {"lr": 0.25, "betas": (0.9, 0.95), "names": ["a", None]}}
+
+
+def test_an_index_of_python_3_13_is_read(tmp_path: Path) -> None:
+    """This version stores paths as ``pathlib._local.PosixPath``, a module that others do not have."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setitem(sys.modules, "pathlib._local", pathlib)
+        context.setattr(type(tmp_path), "__module__", "pathlib._local")
+        write(tmp_path)
+    assert b"pathlib._local" in (tmp_path / INDEX).read_bytes()
+    state = empty()
+    load_shards(state, tmp_path)
+    assert state["state"]["lr"] == 0.25
 
 
 def test_a_pickle_as_the_index_is_refused(tmp_path: Path) -> None:

@@ -46,10 +46,10 @@ def run_browser(chat: Chat, *, host: str, port: int, token: str | None) -> int:
     """
     access = Access.of(host, token)
     console = Console(highlight=False, soft_wrap=True)
-    bound = bind(host, port)
-    console.print(models_table(chat))
-    console.print(Text(f"Open {access.url(bound.getsockname()[1])}   Ctrl-C ends the chat."))
-    serve(ChatPage(chat).application(access), bound)
+    with bind(host, port) as bound:
+        console.print(models_table(chat))
+        console.print(Text(f"Open {access.url(bound.getsockname()[1])}   Ctrl-C ends the chat."))
+        serve(ChatPage(chat).application(access), bound)
     return 0
 
 

@@ -32,8 +32,11 @@ class GRPOModule(OnPolicyModule):
         ConfigError: The advantage estimator requires a critic, or as ``OnPolicyModule``.
     """
 
-    default_kl = partial(KLController, apply_to="loss", estimator="k3")
-    default_scores = partial(ScoreShaping, subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=0.0)
+    # Without staticmethod, Python 3.14 would bind a partial to the instance.
+    default_kl = staticmethod(partial(KLController, apply_to="loss", estimator="k3"))
+    default_scores = staticmethod(
+        partial(ScoreShaping, subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=0.0)
+    )
 
     def __init__(
         self,

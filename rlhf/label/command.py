@@ -91,9 +91,8 @@ def serve_pairs(
 
     if not pairs:
         raise ConfigError("There are no pairs to label.", "Set command.pairs=<file>")
-    access, bound = Access.of(host, token), bind(host, port)
-    console = Console(highlight=False, soft_wrap=True)
-    with locked(directory):
+    access, console = Access.of(host, token), Console(highlight=False, soft_wrap=True)
+    with bind(host, port) as bound, locked(directory):
         session = Session(pairs, directory, overlap=overlap, seed=seed)
         progress = session.progress("")
         console.print(f"{progress['total']} pairs, {progress['labeled']} of them labeled. Open in a browser:")
