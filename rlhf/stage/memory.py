@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.stage.precision import gradient_scaler
 
 log = logging.getLogger(__name__)
 ACTIONS = ("stop", "halve")
@@ -80,7 +81,7 @@ class BatchSplitter:
         """Run forward and backward passes. Return the metrics of the last batch; None if memory has run out."""
         metrics: list[tuple[Any, Any]] = []
         plugin = module.trainer.precision_plugin
-        scaler = getattr(plugin, "scaler", None)
+        scaler = gradient_scaler(plugin)
         try:
             for batch in batches:
                 metrics = []

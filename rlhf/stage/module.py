@@ -29,7 +29,7 @@ from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
-from rlhf.stage.precision import autocast_dtype
+from rlhf.stage.precision import autocast_dtype, gradient_scaler
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
 from rlhf.stage.step_metrics import Metrics
@@ -249,7 +249,7 @@ class StageModule(ReportingModule):
 
     def configure_optimizers(self) -> Any:
         settings = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        has_scaler = gradient_scaler(self.trainer.precision_plugin) is not None
         optimizer = adamw(self.trainable_modules(), self.weight_decay, has_scaler=has_scaler, **settings)
         self._configured_groups = [{**group} for group in optimizer.param_groups]
         scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -18,6 +18,7 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.logs import metrics_log
 from rlhf.models.sharding import local_tensor
 from rlhf.stage.dumps import row_locations, write_dump
+from rlhf.stage.precision import gradient_scaler
 from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class NonfiniteGuard:
 
     @staticmethod
     def _is_finite(module: Any, norm: float, step: Sequence[MicroBatch]) -> bool:
-        if getattr(module.trainer.precision_plugin, "scaler", None) is None:
+        if gradient_scaler(module.trainer.precision_plugin) is None:
             return math.isfinite(norm)
         # With float16, the gradient scaler skips steps whose scaled gradient overflows, which is no fault.
         losses = [micro.loss.float() for micro in step if micro.loss is not None]

@@ -19,6 +19,11 @@ def autocast_dtype(plugin: Precision) -> torch.dtype | None:
     return torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
 
 
+def gradient_scaler(plugin: Precision) -> Any:
+    """Return what multiplies the loss in float16, a ``torch.amp.GradScaler``; None in any other precision."""
+    return getattr(plugin, "scaler", None)
+
+
 def move_frozen(module: lightning.LightningModule, model: nn.Module) -> Any:
     """Move a model that is not trained to the device, in the Trainer's precision, and return it.
 
