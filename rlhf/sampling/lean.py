@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models import cache_name
-from rlhf.sampling.lean_layers import Function, attention_decoder
+from rlhf.sampling.lean_layers import Function, attention_decoder, linear
 from rlhf.tensors import pad_right
 
 
@@ -33,7 +33,7 @@ class LeanBatch(ABC):
     def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
         self.lm: Any = lm
         self.places, self.capacity, self.device = places, capacity, lm.device
-        self.head: Function = self.lm.get_output_embeddings()
+        self.output_layer: Function = linear(self.lm.get_output_embeddings())
         self.count = 0  # rows in use: the first ones
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -50,7 +50,12 @@ class LeanBatch(ABC):
         source = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=self.device)
         hidden = self._fill(torch.tensor(rows, device=self.device), source, [list(prompt) for prompt in unique])
         self.count = max(self.count, max(rows) + 1)
-        return self.head(hidden[source])
+        return self.logits(hidden[source])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of last hidden states: [rows, width] to [rows, vocabulary]."""
+        # Drawing a token reads each row several times, which is slow if its logits are not neighbors in memory.
+        return self.output_layer(hidden).contiguous()
 
     @abstractmethod
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
@@ -161,7 +166,7 @@ class AttentionBatch(LeanBatch):
             hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
         self.lengths[: self.count] += 1
         self.host_lengths[: self.count] = [length + 1 for length in host]
-        return self.head(self.decoder.norm(hidden))
+        return self.logits(self.decoder.norm(hidden))
 
     def rewind(self, rows: Sequence[int]) -> None:
         self.lengths[list(rows)] = 0

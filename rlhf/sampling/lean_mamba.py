@@ -65,7 +65,7 @@ class MambaBatch(LeanBatch):
         hidden = self.embedding(tokens)
         for layer, inputs, states in zip(self.layers, self.inputs, self.states, strict=True):
             hidden = layer.output(hidden, inputs[: self.count], states[: self.count])
-        return self.head(self.norm(hidden))
+        return self.logits(self.norm(hidden))
 
     def _move(self, source: int, target: int) -> None:
         for cache in (*self.inputs, *self.states):
