@@ -20,6 +20,8 @@ OTHER = {"first": "second", "second": "first"}
 class Session:
     """The state of a labeling session. All of it is in the journal, so a session continues after a crash.
 
+    Rows of ``preferences.jsonl`` whose responses are not among the pairs stay in the file.
+
     Args:
         pairs: Pairs in the order in which they are shown.
         directory: Directory of ``journal.jsonl`` and ``preferences.jsonl``.
@@ -34,6 +36,7 @@ class Session:
         self.preferences = directory / "preferences.jsonl"
         self.choices: dict[str, dict[str, Event]] = defaultdict(dict)  # of each pair, by annotator
         self._shown: dict[str, str] = {}  # the annotator that looks at a pair now
+        self._rows_of_others = self._read_rows_of_others()
         for event in self.journal.events:
             self._apply(event)
         if self.journal.events:
@@ -136,8 +139,16 @@ class Session:
 
     def _write_preferences(self) -> None:
         rows = [row for key in self.choices if key in self.pairs and (row := self._row(key)) is not None]
-        content = b"".join(map(_line, rows))
+        content = b"".join([*self._rows_of_others, *map(_line, rows)])
         atomic_write(self.preferences, lambda file: file.write(content))
+
+    def _read_rows_of_others(self) -> list[bytes]:
+        """Return the lines of ``preferences.jsonl`` that are choices of an earlier session between other responses."""
+        if not self.preferences.is_file():
+            return []
+        lines = self.preferences.read_bytes().splitlines(keepends=True)
+        known = {_texts(pair.prompt, pair.first.text, pair.second.text) for pair in self.pairs.values()}
+        return [line for line in lines if line.endswith(b"\n") and _texts_of_line(line) not in known]
 
     def _row(self, key: str) -> dict[str, Any] | None:
         """Return the preference row of a pair; None if no response is preferred by most annotators."""
@@ -159,6 +170,16 @@ class Session:
             "annotators": [event.annotator for event in supporters],
             "reasons": [event.reason for event in supporters if event.reason],
         }
+
+
+def _texts(prompt: Any, *responses: str) -> tuple[bytes, ...]:
+    """Return the texts of a pair as a file has them, whichever response comes first."""
+    return _line({"prompt": prompt}), *sorted(_line({"response": response}) for response in responses)
+
+
+def _texts_of_line(line: bytes) -> tuple[bytes, ...]:
+    row = json.loads(line)
+    return _texts(row["prompt"], row["chosen"], row["rejected"])
 
 
 def _line(row: dict[str, Any]) -> bytes:

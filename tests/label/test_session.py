@@ -12,7 +12,7 @@ from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.errors import ConfigError, DataError
 from rlhf.label.journal import Event, Journal
-from rlhf.label.pairs import Pair
+from rlhf.label.pairs import Pair, Response
 from rlhf.label.session import Session
 from rlhf.label.summary import summarize
 
@@ -73,6 +73,21 @@ def test_a_session_continues_after_a_crash(open_session: Open, pairs: list[Pair]
     prefer(second, "Ada", pairs[3], "b")
     assert len(preferences(tmp_path)) == 4
     assert len(Journal(tmp_path / "journal.jsonl").events) == 4
+
+
+def test_choices_between_earlier_responses_stay_in_the_file(
+    open_session: Open, pairs: list[Pair], tmp_path: Path
+) -> None:
+    """An evaluation that is run again has other responses. A choice that is changed replaces its row only."""
+    earlier = [Pair("prompt 0", Response("old a", "a"), Response("old \ud800 b", "b"))]
+    prefer(Session(earlier, tmp_path, overlap=0.0), "Ada", earlier[0], "b")
+    session = open_session()
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["old ? b"]
+    prefer(session, "Ada", pairs[0], "b")
+    prefer(session, "Ada", pairs[0], "a")
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["old ? b", "text a 0"]
+    prefer(Session(earlier, tmp_path, overlap=0.0), "Ada", earlier[0], "a")
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["text a 0", "old a"]
 
 
 def test_a_request_that_is_sent_again_changes_nothing(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
