@@ -41,12 +41,15 @@ def run_pipeline(cfg: DictConfig) -> float:
     # 1. Check the steps and compose the configuration of each.
     steps = list(cfg.pipeline.steps)
     check_steps(cfg, steps)
+    check_directory()
     directory = Path(cfg.paths.output if _is_sweep(cfg) else cfg.paths.run)
-    configs = {step: step_config(cfg, step, directory) for step in steps}
+    overrides = {step: step_overrides(cfg, step, directory) for step in steps}
     if cfg.pipeline.rounds:
-        configs |= {
-            step.name: step_config(cfg, step.stage, directory, step.overrides) for step in round_steps(cfg, directory)
+        overrides |= {
+            step.name: step_overrides(cfg, step.stage, directory, step.overrides)
+            for step in round_steps(cfg, directory)
         }
+    configs = {step: step_config(own) for step, own in overrides.items()}
     check_ranks(configs)
     for config in configs.values():
         check_values(config)
@@ -61,7 +64,7 @@ def run_pipeline(cfg: DictConfig) -> float:
             if not earlier_files(config, Path(config.paths.output)):
                 config.resume = False  # resume=true starts the steps that have not begun.
             started = time.perf_counter()
-            monitored = run_stage(config, own.start)
+            monitored = run_stage(config, own.start, overrides[step])
             seconds[step] = time.perf_counter() - started
         if cfg.pipeline.rounds:
             make_final_model(final_policy(cfg, directory), directory)
@@ -116,6 +119,20 @@ def check_steps(cfg: DictConfig, steps: list[str]) -> None:
         )
 
 
+def check_directory() -> None:
+    """Reject a directory that all steps would write to.
+
+    Raises:
+        ConfigError: The command line sets ``paths.output``.
+    """
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if given := [override for override in typed if _key(override) == "paths.output"]:
+        raise ConfigError(
+            f"{given[0]}: the steps of a pipeline write to different directories.",
+            "Set run=<name> or paths.root=<directory>.",
+        )
+
+
 def check_ranks(configs: dict[str, DictConfig]) -> None:
     """Reject steps that run on another number of processes than the first one.
 
@@ -134,24 +151,27 @@ def check_ranks(configs: dict[str, DictConfig]) -> None:
                 )
 
 
-def step_config(cfg: DictConfig, step: str, directory: Path, of_round: Sequence[str] = ()) -> DictConfig:
-    """Compose the configuration of one step.
+def step_overrides(cfg: DictConfig, step: str, directory: Path, of_round: Sequence[str] = ()) -> list[str]:
+    """Return the overrides of one step: those of the command line, followed by ``pipeline.overrides.<step>``.
 
     Args:
         cfg: The configuration of the pipeline.
         step: A stage or a variant.
         directory: Directory of the run, or of this job of a sweep.
         of_round: Overrides of a step of a round.
-
-    Returns:
-        The configuration with the overrides of the command line, followed by those of ``pipeline.overrides.<step>``.
     """
     typed = [override for override in HydraConfig.get().overrides.task if _key(override) != "stage"]
     shared = [override for override in typed if not _key(override).startswith("pipeline.")]
     variant = cfg.pipeline.variants.get(step)
     chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{directory / step}'"]
     own = list(cfg.pipeline.overrides.get(step, []))
-    config = compose("config", overrides=[*chosen, *shared, f"paths.run='{directory}'", *of_round, *own])
+    of_run = [] if directory == Path(cfg.paths.run) else [f"paths.run='{directory}'"]
+    return [*chosen, *shared, *of_run, *of_round, *own]
+
+
+def step_config(overrides: list[str]) -> DictConfig:
+    """Compose the configuration of one step from its overrides."""
+    config = compose("config", overrides=overrides)
     resolve_precision(config)
     return config
 

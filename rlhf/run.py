@@ -3,7 +3,7 @@
 import atexit
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,15 @@ from rlhf.sweep import Monitored
 log = logging.getLogger(__name__)
 
 
-def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> float:
+def run_stage(
+    cfg: DictConfig, on_start: Callable[[], None] | None = None, overrides: Sequence[str] | None = None
+) -> float:
     """Run one stage, write its outputs, and return its monitored metric.
 
     Args:
         cfg: The configuration of the stage.
         on_start: Called when configuration, data and models have been accepted.
+        overrides: The overrides of a step of a pipeline. None: those of the command line.
     """
     quiet_libraries()
     output = Path(cfg.paths.output)
@@ -68,7 +71,7 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
         start = StartOutput(directory.start, *([on_start] if on_start else []))
         if stages()[cfg.stage_name].exports:
-            monitored = train(cfg, output, start)
+            monitored = train(cfg, output, start, command_line(cfg, overrides))
         else:
             monitored = collect(cfg, output, start) if cfg.stage_name == "collect" else evaluate(cfg, start)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
@@ -76,7 +79,7 @@ def run_stage(cfg: DictConfig, on_start: Callable[[], None] | None = None) -> fl
         return monitored
 
 
-def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
+def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> float:
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
@@ -92,7 +95,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     module = build(**inputs, tokenizer=inputs["policy"].tokenizer(datamodule.training_texts()))
 
     # 3. Train.
-    module.nonfinite.run = {"stage": cfg.stage_name, "command": command_line(cfg), "config": provenance["config"]}
+    module.nonfinite.run = {"stage": cfg.stage_name, "command": command, "config": provenance["config"]}
     own: list[Callback] = [start, ExportHeader(provenance)]
     if cfg.check:
         own.append(PreflightChecks(output, provenance, only=cfg.check == "only"))
@@ -104,7 +107,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput) -> float:
         fit(cfg, trainer, module, datamodule, checkpoint)
     except PreflightOnly:
         return float("nan")
-    if module.monitor not in trainer.callback_metrics and datamodule.records("val"):
+    if module.validated_step != trainer.global_step and datamodule.records("val"):
         with report_signals(trainer):
             trainer.validate(module, datamodule, verbose=False)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from contract.configs import hydra_command
 from rlhf import pipeline
 from rlhf.errors import ConfigError
-from rlhf.pipeline import check_steps, output_table, run_pipeline, step_config
+from rlhf.pipeline import check_steps, output_table, run_pipeline, step_config, step_overrides
 
 RLOO = "+pipeline.variants.rloo=['stage=grpo','advantage=rloo']"
 
@@ -74,7 +74,7 @@ def test_a_step_is_configured_as_its_own_command(tmp_path: Path) -> None:
     """The overrides of the command line apply to every step; those of ``pipeline.*`` concern the pipeline only."""
     command = ["seed=3", "model.hidden_size=32", "pipeline.steps=[sft,dpo]", "run=all", f"paths.root={tmp_path}"]
     with hydra_command(*command) as cfg:
-        found = step_config(cfg, "dpo", tmp_path / "all")
+        found = step_config(step_overrides(cfg, "dpo", tmp_path / "all"))
     with hydra_command("stage=dpo", "seed=3", "model.hidden_size=32", "run=all", f"paths.root={tmp_path}") as expected:
         assert {**found, "paths": None} == {**expected, "paths": None}
         assert OmegaConf.to_container(found.paths, resolve=True) == OmegaConf.to_container(expected.paths, resolve=True)
@@ -83,21 +83,21 @@ def test_a_step_is_configured_as_its_own_command(tmp_path: Path) -> None:
 def test_the_overrides_of_a_step_win_over_the_command_line() -> None:
     """They come last. Other steps keep the value of the command line."""
     with hydra_command("data.batch_size=8", "pipeline.overrides.dpo=['data.batch_size=4']") as cfg:
-        assert step_config(cfg, "dpo", Path("/r/rlhf")).data.batch_size == 4
-        assert step_config(cfg, "sft", Path("/r/rlhf")).data.batch_size == 8
+        assert step_config(step_overrides(cfg, "dpo", Path("/r/rlhf"))).data.batch_size == 4
+        assert step_config(step_overrides(cfg, "sft", Path("/r/rlhf"))).data.batch_size == 8
 
 
 def test_the_precision_of_a_step_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.precision.has_bfloat16", lambda accelerator: accelerator == "cpu")
     with hydra_command("trainer=cpu", "trainer.precision=auto") as cfg:
-        assert step_config(cfg, "dpo", Path("/r/rlhf")).trainer.precision == "bf16-mixed"
+        assert step_config(step_overrides(cfg, "dpo", Path("/r/rlhf"))).trainer.precision == "bf16-mixed"
 
 
 def test_the_command_line_wins_over_a_variant() -> None:
     """A variant chooses groups and values that the command line may change."""
     variant = "+pipeline.variants.low=['stage=dpo','stage.beta=0.01','loss=ipo']"
     with hydra_command(variant, "seed=3") as cfg:
-        found = step_config(cfg, "low", Path("/r/rlhf"))
+        found = step_config(step_overrides(cfg, "low", Path("/r/rlhf")))
         assert (found.stage_name, found.stage.beta, found.seed) == ("dpo", 0.01, 3)
         assert found.stage.loss._target_.endswith("ipo_loss")
 
@@ -106,7 +106,7 @@ def test_a_variant_has_its_own_directory(tmp_path: Path) -> None:
     """It shares the run, and so its inputs, with the other steps. A directory may contain ``=`` and ``,``."""
     directory = tmp_path / "seed=1,run=a"
     with hydra_command(RLOO, "run=a") as cfg:
-        rloo, grpo = (step_config(cfg, step, directory) for step in ("rloo", "grpo"))
+        rloo, grpo = (step_config(step_overrides(cfg, step, directory)) for step in ("rloo", "grpo"))
     assert (rloo.stage_name, rloo.paths.output) == ("grpo", str(directory / "rloo"))
     assert grpo.paths.output == str(directory / "grpo")
     assert rloo.paths.run == grpo.paths.run == str(directory)
@@ -115,8 +115,15 @@ def test_a_variant_has_its_own_directory(tmp_path: Path) -> None:
 
 def test_overrides_of_a_variant_apply_to_it() -> None:
     with hydra_command(RLOO, "+pipeline.overrides.rloo=['data.batch_size=2']") as cfg:
-        assert step_config(cfg, "rloo", Path("/r")).data.batch_size == 2
-        assert step_config(cfg, "grpo", Path("/r")).data.batch_size != 2
+        assert step_config(step_overrides(cfg, "rloo", Path("/r"))).data.batch_size == 2
+        assert step_config(step_overrides(cfg, "grpo", Path("/r"))).data.batch_size != 2
+
+
+def test_a_directory_for_all_steps_is_rejected(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
+    command = [f"paths.root={tmp_path}", f"paths.output={tmp_path}/x"]
+    with hydra_command(*command) as cfg, pytest.raises(ConfigError, match="write to different directories"):
+        run_pipeline(cfg)
+    assert recorded_steps == []
 
 
 # Running
@@ -196,7 +203,7 @@ def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
     """A row per step, then the final model and the command for TensorBoard."""
     with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,evaluate]") as cfg:
         directory = Path(cfg.paths.run)
-        configs = {step: step_config(cfg, step, directory) for step in cfg.pipeline.steps}
+        configs = {step: step_config(step_overrides(cfg, step, directory)) for step in cfg.pipeline.steps}
     for name in ("sft/sft_final.pt", "sft/sft.log", "evaluation/metrics.json", "final_rl_model.pt"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).touch()

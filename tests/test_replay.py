@@ -16,6 +16,7 @@ from rlhf import main
 from rlhf.command import command_line
 from rlhf.errors import ConfigError
 from rlhf.models import Frozen
+from rlhf.pipeline import step_config, step_overrides
 from rlhf.replay import check_same_config, first_nonfinite_output
 
 
@@ -56,15 +57,25 @@ def test_the_command_in_the_error_replays_the_step(repo: Path, tmp_path: Path) -
     ("typed", "expected"),
     [
         (["stage=ppo", "stage.kl_coef=0.2", "run=a b", "resume=true"], "stage=ppo stage.kl_coef=0.2 'run=a b'"),
-        (
-            ["run=x", "pipeline.steps=[ppo]", 'pipeline.overrides.ppo=["stage.kl_coef=0.2","reward=exact_match"]'],
-            "stage=ppo run=x stage.kl_coef=0.2 reward=exact_match",
-        ),
+        (["experiment=ppo_n_plus", "seed=2"], "stage=ppo experiment=ppo_n_plus seed=2"),
     ],
 )
-def test_the_command_of_a_stage_or_of_a_step_of_the_pipeline(typed: list[str], expected: str) -> None:
+def test_the_command_of_a_stage(typed: list[str], expected: str) -> None:
     with hydra_command(*typed):
         assert command_line(compose_config("stage=ppo")) == f"python train.py {expected}"
+
+
+def test_the_command_of_a_step_of_the_pipeline(tmp_path: Path) -> None:
+    """A variant has the overrides that define it, and a step of a sweep the directory of its job."""
+    typed = ["run=x", '+pipeline.variants.low=["stage=ppo","reward=exact_match"]', '+pipeline.overrides.low=["seed=2"]']
+    with hydra_command(*typed) as cfg:
+        directory = Path(cfg.paths.run)
+        overrides = step_overrides(cfg, "low", directory)
+        assert command_line(step_config(overrides), overrides) == (
+            f"python train.py stage=ppo reward=exact_match 'paths.output='\"'\"'{directory}/low'\"'\"'' run=x seed=2"
+        )
+        overrides = step_overrides(cfg, "low", tmp_path)
+        assert f"paths.run='\"'\"'{tmp_path}'\"'\"'" in command_line(step_config(overrides), overrides)
 
 
 def test_only_keys_that_matter_are_compared(tmp_path: Path) -> None:

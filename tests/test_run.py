@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning
 import pytest
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contract.configs import compose_config
@@ -117,6 +119,21 @@ def test_a_stage_exports_its_result_and_returns_its_metric(configure: Any, direc
     assert [event.value for event in events.Scalars("final/val/loss")] == pytest.approx([monitored])
 
 
+def test_the_monitored_metric_is_that_of_the_exported_weights(configure: Any) -> None:
+    """Training stops within the second epoch, after the validation of the first one."""
+    keys = ["stage.samples=0", "data.batch_size=8", "trainer.max_epochs=2", "trainer.max_steps=7", "overwrite=true"]
+    stopped = run_stage(configure("sft", *keys))
+    validated_at_the_end = run_stage(configure("sft", *keys, "trainer.check_val_every_n_epoch=9"))
+    assert stopped == validated_at_the_end
+
+
+def test_a_run_without_an_end_is_rejected(configure: Any) -> None:
+    """The schedule has no length. ``trainer.max_time`` does not give it one."""
+    keys = ["trainer.max_epochs=-1", "trainer.max_steps=-1", "trainer.max_time=00:01:00:00"]
+    with pytest.raises(ConfigError, match=r"neither trainer\.max_epochs nor trainer\.max_steps ends it"):
+        run_stage(configure("sft", "stage.samples=0", *keys))
+
+
 def test_the_seed_makes_a_run_reproducible(configure: Any) -> None:
     first, second, other = (run_stage(configure("sft", *SFT, f"seed={seed}", "overwrite=true")) for seed in (1, 1, 2))
     assert first == second != other
@@ -200,6 +217,15 @@ def test_an_evaluation_compares_the_policies_of_the_run(configure: Any, director
     run_stage(configure("evaluate", *small))
     metrics = json.loads((directory / "evaluation" / "metrics.json").read_text())
     assert {"sft", "dpo"} <= metrics["models"].keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_precision_keeps_the_numbers_in_batches(tiny_run: TinyRun, stage: str) -> None:
+    """In bfloat16, the log-prob -129.3 of a response would become -129, and the rating 101.3 would become 101.5."""
+    run = tiny_run.train(stage, trainer={"precision": "bf16-true", "max_steps": 1})
+    tensors = [value for batch in run.recorder.batches for value in vars(batch).values() if isinstance(value, Tensor)]
+    assert {value.dtype for value in tensors if value.is_floating_point()} <= {torch.float32}
+    assert all(parameter.isfinite().all() for parameter in run.module.parameters())
 
 
 # Every stage

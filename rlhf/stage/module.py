@@ -29,7 +29,7 @@ from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
-from rlhf.stage.precision import autocast_dtype, gradient_scaler
+from rlhf.stage.precision import autocast_dtype, gradient_scaler, keep_batches
 from rlhf.stage.random_state import get_random_state, set_random_state
 from rlhf.stage.reporting import ReportingModule
 from rlhf.stage.step_metrics import Metrics
@@ -105,8 +105,7 @@ class StageModule(ReportingModule):
                 f"stage.warmup_ratio must be at least 0 and below 1, got {warmup_ratio}.",
                 "Set stage.warmup_ratio=0.05.",
             )
-        # Lightning's load_from_checkpoint passes these to the constructor again. The loggers do not need them: the
-        # run stores its complete configuration.
+        # For Lightning's load_from_checkpoint. The loggers do not need them: the run stores its configuration.
         self.save_hyperparameters(plain_arguments(inspect.currentframe()), logger=False)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -184,6 +183,7 @@ class StageModule(ReportingModule):
             self.open_models()
         if self._trainer is not None:
             check_positions(self, getattr(self._trainer, "datamodule", None))
+            keep_batches(self._trainer.precision_plugin)
             if self._trainer.strategy.root_device.type == "cpu":
                 limit_scan_chunks(self)
         self._models_opened = True
@@ -252,7 +252,7 @@ class StageModule(ReportingModule):
         has_scaler = gradient_scaler(self.trainer.precision_plugin) is not None
         optimizer = adamw(self.trainable_modules(), self.weight_decay, has_scaler=has_scaler, **settings)
         self._configured_groups = [{**group} for group in optimizer.param_groups]
-        scheduler = self._schedule.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self._schedule.scheduler(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from rlhf.errors import ConfigError
+
 log = logging.getLogger(__name__)
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
@@ -120,16 +122,25 @@ class LearningRateSchedule:
         self._resumed: dict[str, int] | None = None
         self._restarts = False
 
-    def scheduler(self, optimizer: Optimizer, end: int) -> LRScheduler:
+    def scheduler(self, optimizer: Optimizer, end: float) -> LRScheduler:
         """Return the scheduler of an optimizer, to be advanced once per optimizer step.
 
         Args:
             optimizer: The optimizer.
             end: Number of optimizer steps of the run.
+
+        Raises:
+            ConfigError: The run has no end.
         """
-        self.end = end
+        if not math.isfinite(end):
+            raise ConfigError(
+                "The learning rate schedule covers the whole run, but neither trainer.max_epochs nor trainer.max_steps "
+                "ends it.",
+                "Set trainer.max_epochs or trainer.max_steps. trainer.max_time may end the run earlier.",
+            )
+        self.end = int(end)
         if self._resumed is not None:
-            self._restarts = self._resumed["end"] != end
+            self._restarts = self._resumed["end"] != self.end
             self.start = self._resumed["step" if self._restarts else "start"]
         steps = max(self.end - self.start, 1)
         return LambdaLR(

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from torch import nn
 
 from rlhf.models import cast_frozen_matrices
@@ -22,6 +22,19 @@ def autocast_dtype(plugin: Precision) -> torch.dtype | None:
 def gradient_scaler(plugin: Precision) -> Any:
     """Return what multiplies the loss in float16, a ``torch.amp.GradScaler``; None in any other precision."""
     return getattr(plugin, "scaler", None)
+
+
+def keep_batches(plugin: Precision) -> None:
+    """Let ``bf16-true`` and ``16-true`` keep the numbers in batches, such as log-probs and ratings, in float32.
+
+    Lightning would round them: above 128 nats, the summed log-prob of a response to integers.
+    """
+    if isinstance(plugin, HalfPrecision):
+        plugin.convert_input = _unchanged  # type: ignore[method-assign]
+
+
+def _unchanged(data: Any) -> Any:
+    return data
 
 
 def move_frozen(module: lightning.LightningModule, model: nn.Module) -> Any:

@@ -21,12 +21,13 @@ class ReportingModule(lightning.LightningModule):
         metrics: The training metrics logged most recently, reduced over all ranks. Callbacks may read them and must not
             change them.
         metrics_step: The optimizer step that ``metrics`` belong to. -1 until the first step is complete.
+        validated_step: The optimizer step of the last validation. -1 until the first validation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.metrics: dict[str, float] = {}
-        self.metrics_step = -1
+        self.metrics_step = self.validated_step = -1
         self._meter = ThroughputMeter()
         self._step_metrics = StepMetrics()
 
@@ -36,6 +37,10 @@ class ReportingModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Batch) and not batch.is_filler:
             self._meter.add(batch.token_count, batch.sequence_count)
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated_step = self.global_step
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.is_log_step:
