@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat
 from rlhf.stage.random_state import get_random_state
@@ -102,7 +102,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
-        self._boundary: Boundary | None = None  # The last such position, unless the weights have changed since.
+        self._boundary: Boundary | None = None  # The last such position,
+        self._is_stepping = False  # and whether an optimizer step has begun since, which may have changed the weights.
         self._last_written = self._last_boundary = 0.0  # Seconds of the monotonic clock.
         self._write_seconds = self._step_seconds = 0.0  # What the last checkpoint and the last step took.
         self._numbered_step = 0  # The step of the last numbered checkpoint.
@@ -141,7 +142,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._reach_boundary(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._boundary = None  # From here on, the weights are those of the next position.
+        self._is_stepping = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._at_boundary = True  # An uninterrupted run does not train on the rest of a rollout, either.
@@ -165,9 +166,16 @@ class RunCheckpoint(ModelCheckpoint):
         if isinstance(exception, SIGTERMException):
             if trainer.training and self._at_boundary:
                 self._save_last(trainer)
-        elif isinstance(exception, Exception) and self._boundary and self._boundary.step == trainer.global_step:
+        elif self._weights_are_unchanged(trainer, exception) and self._boundary is not None:
             self._save_last(trainer, self._boundary)
             log.warning("Training has failed. %s holds step %d.", self.last_model_path, self._boundary.step)
+
+    def _weights_are_unchanged(self, trainer: Trainer, exception: BaseException) -> bool:
+        """Return whether an error was raised before the first step after the last resumable position."""
+        if not isinstance(exception, Exception) or self._boundary is None or self._boundary.step != trainer.global_step:
+            return False
+        # A step that is not finite raises a TrainingError before it changes the weights.
+        return not self._is_stepping or isinstance(exception, TrainingError)
 
     # What to write
 
@@ -175,7 +183,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._step_seconds = time.monotonic() - self._last_boundary
         self._save_if_due(trainer)
         if trainer.world_size == 1:
-            self._boundary = Boundary.here(trainer, module)
+            self._boundary, self._is_stepping = Boundary.here(trainer, module), False
         self._last_boundary = time.monotonic()
 
     def _save_if_due(self, trainer: Trainer) -> None:

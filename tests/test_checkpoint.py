@@ -1,5 +1,6 @@
 """Checkpoints resume training exactly, are written atomically, and survive SIGTERM and Ctrl-C."""
 
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from harness import (
 )
 from rlhf import checkpoint
 from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from rlhf.errors import ConfigError, Stopped
+from rlhf.errors import ConfigError, Stopped, TrainingError
 from rlhf.rl.collector import Collector
 from rlhf.signals import report_signals
 
@@ -219,6 +220,31 @@ def test_a_failure_writes_a_checkpoint_that_resumes_exactly(
             runs.fit(stage, runs.callback(every_n_minutes=None), fault, trainer=keys)
     assert step_of(runs.last) == step
     resumed = runs.fit(stage, runs.callback("resumed"), resume=runs.last, trainer=keys)
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+class NanGradient(lightning.Callback):
+    """Makes the gradient of the n-th batch NaN."""
+
+    def __init__(self, count: int) -> None:
+        self.remaining = count
+
+    def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.remaining -= 1
+        if self.remaining == 0:
+            next(parameter for parameter in module.parameters() if parameter.grad is not None).grad.fill_(math.nan)
+
+
+@pytest.mark.parametrize(("stage", "count", "step"), [("sft", 3, 2), ("ppo", 5, 4)])
+def test_a_step_that_is_not_finite_leaves_a_checkpoint_of_the_step_before(
+    runs: CheckpointedRuns, stage: str, count: int, step: int
+) -> None:
+    """In PPO, the fifth minibatch is the first one of the second rollout."""
+    whole = runs.fit(stage, runs.callback("whole", every_n_minutes=None))
+    with pytest.raises(TrainingError, match=rf"optimizer step {step + 1}: .* The weights have not been changed\."):
+        runs.fit(stage, runs.callback(every_n_minutes=None), NanGradient(count))
+    assert step_of(runs.last) == step
+    resumed = runs.fit(stage, runs.callback("resumed"), resume=runs.last)
     assert_same_weights(resumed.module, whole.module, **EXACT)
 
 
