@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from rlhf.logs import TextLogger
 from rlhf.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import StageModule
+from rlhf.stage.precision import gradient_scaler
 
 log = logging.getLogger(__name__)
 MAX_HISTORY = 50  # Earlier values of a metric that are kept.
@@ -178,7 +179,10 @@ class Alerts(Callback):
         if module.metrics_step == self._seen_step:
             return
         self._seen_step = module.metrics_step
-        messages = self.update(module.metrics)
+        metrics = dict(module.metrics)
+        if gradient_scaler(trainer.precision_plugin) is not None and not math.isfinite(metrics.get("grad_norm", 0.0)):
+            del metrics["grad_norm"]  # The scaler skips such steps, which is no fault.
+        messages = self.update(metrics)
         started = sorted(name for name, message in messages.items() if message and not self.active.get(name))
         self.active |= {name: bool(message) for name, message in messages.items()}
         if not trainer.is_global_zero:

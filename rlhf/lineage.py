@@ -94,6 +94,8 @@ def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
     directory = config.get("paths", {}).get("run", "")
     flat = {key: value for name, node in nodes.items() for key, value in _flatten(name, node)}
+    if "adapter" in config:
+        flat["adapter"] = "none" if config["adapter"] is None else "lora"
     return {key: _relative(value, directory) for key, value in flat.items() if key not in WITHOUT_EFFECT}
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,3 +211,15 @@ def test_tensors_are_read_in_log_steps_only() -> None:
     alerts = Alerts()
     train(alerts, gradient_norms=[float(n) for n in range(1, 11)], log_every_n_steps=5)
     assert alerts.recent_values["grad_norm"] == [5.0, 10.0]
+
+
+@pytest.mark.parametrize(("scaler", "fires"), [(None, True), (object(), False)])
+def test_a_gradient_scaler_handles_overflows_itself(
+    scaler: object, fires: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With float16, the scaler skips the step and lowers its factor."""
+    module = SimpleNamespace(metrics={"grad_norm": math.inf}, metrics_step=1)
+    plugin = SimpleNamespace(scaler=scaler)
+    trainer = SimpleNamespace(precision_plugin=plugin, is_global_zero=True, global_step=1, loggers=[])
+    Alerts()._report(trainer, module)  # type: ignore[arg-type]
+    assert ("alert gradient_norm" in caplog.text) is fires

@@ -174,3 +174,10 @@ def test_policies_of_different_parents_are_reported(
         warn_about_parents(policies)
     assert ("different models" in caplog.text) == warns
     assert not warns or "sft; dpo, ppo" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "now"), [("none", "lora"), ("lora", "none")])
+def test_a_run_does_not_continue_with_or_without_an_adapter(before: str, now: str) -> None:
+    recorded, changed = (provenance_of(f"adapter={name}") for name in (before, now))
+    with pytest.raises(ConfigError, match=f"adapter was {before} and is {now}"):
+        check_resumable("last.ckpt", recorded, changed)

@@ -95,7 +95,8 @@ class KLController(nn.Module):
         if self.target_per_sequence is None or not math.isfinite(kl_per_sequence):
             return
         error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
-        self.coef *= 1 + error * responses / self.horizon
+        # An iteration with more responses than the horizon must not make the coefficient negative.
+        self.coef *= 1 + error * min(responses / self.horizon, 1.0)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the coefficient, for checkpoints."""

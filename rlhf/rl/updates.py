@@ -105,13 +105,14 @@ class UpdateModule(StageModule):
         if minibatch.last:
             self._log_iteration()
 
-    def on_train_end(self) -> None:
-        if self.iteration_metrics.updates:  # trainer.max_steps ended training within an iteration.
+    def on_train_epoch_end(self) -> None:
+        if self.iteration_metrics.updates:  # The epoch or training has ended within an iteration.
             self._log_iteration()
 
     def _log_iteration(self) -> None:
         """Log the metrics of a rollout and of its updates."""
-        self.metrics, self.metrics_step = {**self.iteration_metrics.summarize(), **self.throughput()}, self.global_step
+        self.iteration_metrics.add_update(self.throughput())
+        self.metrics, self.metrics_step = self.iteration_metrics.summarize(), self.global_step
         self.send_metrics()
         if self.sample_rows:
             self.log_samples(("prompt", "response", "score", "KL in nats"), self.sample_rows)

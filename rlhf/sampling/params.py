@@ -1,5 +1,6 @@
 """Settings of response sampling."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -33,8 +34,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be >= 0, got {self.temperature}.", "0 selects the most likely token.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature must be a finite number >= 0, got {self.temperature}.", "0 selects the most likely token."
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0, got {self.top_k}.", "0 samples from all tokens.")
         if not 0 < self.top_p <= 1:

@@ -76,6 +76,14 @@ def test_the_coefficient_follows_the_target() -> None:
         assert float(kl.coef) == pytest.approx(expected, rel=1e-6)  # the KL is float32
 
 
+def test_the_coefficient_stays_positive_if_an_iteration_is_longer_than_the_horizon() -> None:
+    """64 responses, horizon 10, KL 0: a step of -0.2 instead of -0.2 * 6.4, so 0.1 becomes 0.08."""
+    kl = KLController(target_per_sequence=6.0, horizon=10)
+    kl.initialize(0.1)
+    kl.update(0.0, 64)
+    assert kl.coef == pytest.approx(0.08, rel=1e-6)
+
+
 @pytest.mark.parametrize("measured", [math.nan, math.inf])
 def test_a_kl_that_is_not_finite_leaves_the_coefficient_unchanged(measured: float) -> None:
     kl = KLController(target_per_sequence=6.0, horizon=100)

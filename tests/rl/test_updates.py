@@ -118,3 +118,10 @@ def test_a_limited_epoch_weighs_its_last_step_in_full(tiny_run: TinyRun, limit: 
     tokens = [batch.response_tokens for batch in run.batches[-2:]]
     weights = [batch.loss_weight for batch in run.batches[-2:]]
     assert weights == pytest.approx([4 * count / sum(tokens) for count in tokens])
+
+
+def test_an_iteration_that_the_epoch_cuts_off_is_logged(tiny_run: TinyRun) -> None:
+    """4 minibatches per iteration and 3 per epoch: each of the two epochs logs its iteration, with its rollout."""
+    run = tiny_run.train("ppo", ppo_epochs=2, minibatch_size=4, trainer={"max_epochs": 2, "limit_train_batches": 3})
+    assert len(run.curve("objective/scores")) == 2
+    assert run.trainer.global_step == 6

@@ -14,6 +14,8 @@ from rlhf.sampling import SamplingParams
     [
         {"max_new_tokens": 0},
         {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},
