@@ -66,6 +66,7 @@ class ChatPage:
         self.chat = chat
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.running: Turn | None = None
+        self.is_starting = False  # whether a turn is about to run
         self.stop_requested = threading.Event()
 
     def application(self, access: Access) -> Starlette:
@@ -100,8 +101,12 @@ class ChatPage:
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError(400, "The prompt must be text.")
         self.check_idle()
-        self.stop_requested.clear()
-        turn = await self.in_worker(self.chat.ask, prompt)
+        self.is_starting = True
+        try:
+            self.stop_requested.clear()
+            turn = await self.in_worker(self.chat.ask, prompt)
+        finally:
+            self.is_starting = False
         return StreamingResponse(self.updates(turn), media_type="application/jsonl")
 
     async def updates(self, turn: Turn) -> AsyncIterator[str]:
@@ -157,7 +162,7 @@ class ChatPage:
 
     def check_idle(self) -> None:
         """Refuse a request that has to wait until the responses are complete."""
-        if self.running is not None:
+        if self.is_starting or self.running is not None:
             raise RequestError(409, "Responses are being sampled. Stop them first.")
 
     async def in_worker(self, function: Any, *arguments: Any) -> Any:

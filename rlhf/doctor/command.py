@@ -22,6 +22,7 @@ from rlhf.export import Export
 from rlhf.logs import quiet_libraries
 
 SPLITS = ("train", "val", "test")
+BUNDLED = "${oc.select:files."  # how a value of conf/data/demo.yaml begins
 
 
 def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_tokens: int = 64) -> int:
@@ -70,11 +71,8 @@ def data_sets(cfg: DictConfig) -> dict[str, dict[str, str]]:
     Raises:
         ConfigError: The configuration names no file.
     """
-    chosen = {
-        name: str(cfg.data[name])
-        for name in SPLITS
-        if not OmegaConf.is_interpolation(cfg.data, name) and cfg.data[name]
-    }
+    raw: Any = OmegaConf.to_container(cfg.data, resolve=False)
+    chosen = {name: str(cfg.data[name]) for name in SPLITS if BUNDLED not in str(raw[name]) and cfg.data[name]}
     if chosen:
         return {"data": chosen}
     bundled: Any = OmegaConf.to_container(cfg.get("files", OmegaConf.create({})))

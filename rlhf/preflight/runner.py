@@ -21,6 +21,7 @@ from rlhf.logs import metrics_log
 from rlhf.preflight.checks import check_reload
 from rlhf.preflight.measurements import as_sequences, sample_rows
 from rlhf.stage import Result, StageModule
+from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)
 
@@ -92,27 +93,27 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
     This covers all random number generators, train and eval modes, buffers, extra state such as running moments, and
     the module's plain attributes. Checks never change weights or gradients.
     """
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), get_random_state()
     modes = {part: part.training for part in module.modules()}
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
     has_extra_state = [part for part in module.modules() if type(part).get_extra_state is not nn.Module.get_extra_state]
     extra_states = [part.get_extra_state() for part in has_extra_state]
     registries = vars(nn.Module()).keys()  # Those of parameters, buffers, submodules and hooks.
     attributes = {name: _shallow_copy(value) for name, value in vars(module).items() if name not in registries}
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            numpy.random.set_state(numpy_state)
-            for part, training in modes.items():
-                part.training = training
-            with torch.no_grad():
-                for buffer, value in buffers.items():
-                    buffer.copy_(value)
-            for part, state in zip(has_extra_state, extra_states, strict=True):
-                part.set_extra_state(state)
-            vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        set_random_state(torch_state)
+        for part, training in modes.items():
+            part.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for part, state in zip(has_extra_state, extra_states, strict=True):
+            part.set_extra_state(state)
+        vars(module).update(attributes)
 
 
 def _shallow_copy(value: Any) -> Any:

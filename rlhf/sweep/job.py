@@ -96,6 +96,9 @@ def run_job(run: Callable[[], float], directory: Path, overrides: Sequence[str])
         metric = run()
     except Stopped:
         raise
+    except SystemExit as exception:  # of a command, such as stage=doctor, that has found errors
+        code = exception.code if isinstance(exception.code, int) else 1
+        error = f"exit code {code}"
     except Exception as exception:
         message = explain(exception)
         error, code = message or f"{type(exception).__name__}: {exception}", exit_code_of(exception)

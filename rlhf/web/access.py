@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from rlhf.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-COOKIE = "rlhf_token"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from rlhf.errors import UserError
-from rlhf.web.access import COOKIE, Access
+from rlhf.web.access import Access
 
 MAX_BODY = 1 << 16  # bytes of a request
 HEADERS = {
@@ -97,16 +97,21 @@ def _check(access: Access, request: Request) -> Response | None:
         return _error(403, "This server does not have this name.")
     given = request.query_params.get("token")
     bearer = headers.get("authorization", "").removeprefix("Bearer ")
-    if not access.allows_token(given, bearer, request.cookies.get(COOKIE)):
+    if not access.allows_token(given, bearer, request.cookies.get(_cookie(request))):
         return _error(401, "The token is missing or wrong. Open the address that the server has printed.")
     changes = request.method not in ("GET", "HEAD")
     if changes and not access.allows_origin(host, headers.get("origin"), headers.get("sec-fetch-site")):
         return _error(403, "Requests from other sites are refused.")
     if access.token is not None and given is not None and request.url.path == "/":
         response = RedirectResponse("/", status_code=303)
-        response.set_cookie(COOKIE, access.token, httponly=True, samesite="strict")
+        response.set_cookie(_cookie(request), access.token, httponly=True, samesite="strict")
         return response
     return None
+
+
+def _cookie(request: Request) -> str:
+    """Return the name of the cookie with the token. Browsers send a cookie to all ports of a host."""
+    return f"rlhf_token_{request.url.port}"
 
 
 def _file(path: Path) -> Handler:

@@ -91,6 +91,8 @@ def test_bundled_data_are_examined_as_a_whole_unless_a_file_is_given() -> None:
         "heldout": ["test"],
     }
     assert data_sets(compose_config("stage=doctor", "data.val=x.jsonl")) == {"data": {"val": "x.jsonl"}}
+    interpolated = compose_config("stage=doctor", "data=jsonl", "data.train=${run}.jsonl")
+    assert data_sets(interpolated) == {"data": {"train": "rlhf.jsonl"}}
 
 
 def test_the_tokenizer_is_that_of_the_model_of_the_run_or_of_the_data(tmp_path: Path, lm: Any, tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_a_failed_job_returns_nan(
     assert job.error.startswith(message)
     assert (job.exit_code, job.value) == (code, None)
     assert ("Traceback" in capsys.readouterr().err) is isinstance(error, RuntimeError)
+
+
+def test_a_command_that_finds_errors_is_a_failed_job(tmp_path: Path) -> None:
+    """``stage=doctor`` exits with 1, and the sweep goes on with the next file."""
+    assert math.isnan(run_job(lambda: sys.exit(1), tmp_path, []))
+    job = Job.read(tmp_path / "job.json")
+    assert job is not None
+    assert (job.exit_code, job.error) == (1, "exit code 1")
 
 
 def test_a_signal_ends_the_whole_sweep(tmp_path: Path) -> None:

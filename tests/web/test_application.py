@@ -102,4 +102,7 @@ def test_every_request_needs_the_token(tmp_path: Path) -> None:
     assert "HttpOnly" in first.headers["set-cookie"]
     assert "SameSite=strict" in first.headers["set-cookie"]
     assert client.get("/").status_code == 200  # with the cookie
+    other = client_of(tmp_path, Access.of("0.0.0.0", TOKEN[::-1]), host="workstation:8089")
+    name = other.get("/", params={"token": TOKEN[::-1]}).headers["set-cookie"].split("=")[0]
+    assert name not in client.cookies  # Browsers send a cookie to all ports of a host.
     assert client.post("/echo", **kwargs).status_code == 200
