@@ -15,12 +15,14 @@ class Candidates:
         texts: The responses.
         scores: Score of each response, in reward units; empty if they have none.
         members: Scores of the members of an ensemble for each response; empty without one.
+        truncated: Number of responses without a stop token.
     """
 
     prompt: Prompt
     texts: list[str]
     scores: list[float] = field(default_factory=list)
     members: list[list[float]] = field(default_factory=list)
+    truncated: int = 0
 
     def row(self) -> dict[str, Any]:
         """Return the responses as a row of ``candidates.jsonl``, which ``stage=label`` reads."""

@@ -1,6 +1,7 @@
 """The collection stage: samples several responses per prompt, and has them labeled."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.collect.candidates import Candidates
 from rlhf.collect.labels import Labels, RewardLabels
-from rlhf.data import PromptBatch
-from rlhf.data.json_files import JsonLines
+from rlhf.data import Preference, PromptBatch
+from rlhf.data.files import read_rows
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
 from rlhf.distributed import gather_objects
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, end_as_in_training
@@ -95,6 +98,27 @@ class CollectModule(lightning.LightningModule):
                 f"labels=page requires a single process, but there are {self.trainer.world_size}.",
                 "Set trainer.devices=1 trainer.strategy=auto.",
             )
+        self.check_included()
+
+    def check_included(self) -> None:
+        """Read the files of ``include``, so that an invalid one is reported before anything is sampled.
+
+        Raises:
+            ConfigError: A file does not exist, or it contains a row that is not a preference pair.
+        """
+        for path in self.include:
+            if not path.is_file():
+                raise ConfigError(
+                    f"stage.include=[{path}]: there is no such file.",
+                    "Name a file of preference pairs, or set stage.include=[].",
+                )
+            try:
+                RecordReader(RecordParser()).read(str(path), "train", (Preference,))
+            except DataError as error:
+                raise ConfigError(
+                    f"stage.include=[{path}] must contain preference pairs.\n{error.args[0]}",
+                    "Correct the file, or remove it from stage.include.",
+                ) from error
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         # All prompts are sampled before the reward model is loaded, so that one model is in memory at a time.
@@ -134,9 +158,10 @@ class CollectModule(lightning.LightningModule):
     def candidates(self, batch: PromptBatch, rollout: Rollout) -> list[Candidates]:
         """Return the responses to each prompt of a batch, without scores."""
         texts, size = rollout.decode(self.tokenizer), self.num_generations
+        parts = [slice(number * size, (number + 1) * size) for number in range(len(batch.prompts))]
         return [
-            Candidates(prompt, texts[number * size : (number + 1) * size])
-            for number, prompt in enumerate(batch.prompts)
+            Candidates(prompt, texts[rows], truncated=size - int(rollout.finished[rows].sum()))
+            for prompt, rows in zip(batch.prompts, parts, strict=True)
         ]
 
     def score(self, rollout: Rollout, candidates: Sequence[Candidates]) -> None:
@@ -145,6 +170,9 @@ class CollectModule(lightning.LightningModule):
         Args:
             rollout: Prompts with sampled responses.
             candidates: The same responses.
+
+        Raises:
+            DataError: A score is not finite, so that it cannot be compared with the others.
         """
         prompts = [found.prompt for found in candidates for _ in found.texts]
         batch = ScoringBatch(
@@ -166,6 +194,7 @@ class CollectModule(lightning.LightningModule):
             rows = slice(number * size, (number + 1) * size)
             found.scores = scores[rows].float().tolist()
             found.members = members[rows].float().tolist() if members.shape[1] > 1 else []
+            check_scores(found)
 
     def report(self, candidates: Sequence[Candidates]) -> None:
         """Write the responses and the pairs, and log how many there are.
@@ -188,6 +217,7 @@ class CollectModule(lightning.LightningModule):
                 "Set stage.sampling.temperature=1, or more responses per prompt: stage.num_generations=8",
             )
         self.metrics = {"pairs": len(rows), "prompts": len(candidates)}
+        self._warn_about_truncated(candidates)
         if "chosen_score" in rows[0]:
             differences = [row["chosen_score"] - row["rejected_score"] for row in rows]
             self.metrics["score_difference"] = sum(differences) / len(differences)
@@ -196,6 +226,28 @@ class CollectModule(lightning.LightningModule):
         found = ", ".join(f"{name} {value:.6g}" for name, value in self.metrics.items())
         log.info("saved %s: %s", self.output, found)
 
+    def _warn_about_truncated(self, candidates: Sequence[Candidates]) -> None:
+        if truncated := sum(found.truncated for found in candidates):
+            log.warning(
+                "%d of %d responses were cut off at %d tokens. Training on the pairs would end them there with EOS. Raise "
+                "stage.sampling.max_new_tokens.",
+                truncated,
+                self.num_generations * len(candidates),
+                self.sampling.max_new_tokens,
+            )
+
     @staticmethod
     def _rows(path: Path | None, own: list[dict[str, Any]]) -> Iterable[Mapping[str, Any]]:
-        return own if path is None else JsonLines(str(path))
+        return own if path is None else read_rows(str(path))
+
+
+def check_scores(candidates: Candidates) -> None:
+    """Raise an error if a score of a response to a prompt is not finite."""
+    row, text = candidates.prompt.row, candidates.prompt.raw_text
+    prompt = f"the prompt {text!r:.60}" if row is None else f"the prompt in row {row + 1} of data.train"
+    for number, score in enumerate(candidates.scores, 1):
+        if not math.isfinite(score):
+            raise DataError(
+                f"The score of response {number} to {prompt} is {score}, but scores must be finite.",
+                "Correct the function of reward.path, or choose another reward model: stage.reward_model=<path>",
+            )

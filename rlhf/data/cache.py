@@ -45,10 +45,13 @@ class DataCache:
         """
         path = self._path(kind, key, "json")
         with self._lock(path):
-            if (stored := _read_json(path)) is not None:
+            with usable(self.directory):
+                stored = _read_json(path)
+            if stored is not None:
                 return stored
             summary = compute()
-            write_json(path, summary)
+            with usable(self.directory):
+                write_json(path, summary)
         return summary
 
     def rows(self, key: Any, row_type: type, compute: Callable[[Path], tuple[Rows, Summary]]) -> tuple[Rows, Summary]:
@@ -57,16 +60,18 @@ class DataCache:
         Args:
             key: Everything that they depend on, as JSON.
             row_type: The dataclass of the rows.
-            compute: Writes the rows to the file that it receives, and returns them.
+            compute: Writes the rows to the file that it receives, and returns them. It writes within ``usable``.
         """
         path = self._path("rows", key, "arrow")
         with self._lock(path):
-            stored = _read_rows(path, row_type)
+            with usable(self.directory):
+                stored = _read_rows(path, row_type)
             if stored is not None:
                 log.info("Encoded rows: read from %s", path)
                 return stored
             rows, summary = compute(path)
-            write_json(path.with_suffix(".json"), summary)  # The rows are complete if their summary exists.
+            with usable(self.directory):
+                write_json(path.with_suffix(".json"), summary)  # The rows are complete if their summary exists.
             log.info("Encoded rows: stored in %s", path)
         return rows, summary
 
@@ -76,15 +81,29 @@ class DataCache:
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        try:
+        lock = FileLock(path.with_suffix(".lock"))
+        with usable(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                yield
-        except OSError as error:
-            raise ConfigError(
-                f"data.cache_dir={self.directory}: the directory cannot be used ({error}).",
-                "Set data.cache_dir=<directory>, or data.cache_dir=null to encode the data at every start.",
-            ) from error
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """Report an error of the operating system as one of ``data.cache_dir``.
+
+    Reading and encoding the data happen outside of this context, because their errors have other causes.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={directory}: the directory cannot be used ({error}).",
+            "Set data.cache_dir=<directory>, or data.cache_dir=null to encode the data at every start.",
+        ) from error
 
 
 def content_key(path: str, rows: Sequence[Row]) -> str:

@@ -83,7 +83,7 @@ class Encoder:
             the prompt. A response that alone is longer than ``max_length - 1`` is truncated as well, without an EOS.
 
     Attributes:
-        counts: Number of ``truncated_prompts`` and ``truncated_responses`` so far.
+        counts: Number of ``responses``, ``truncated_prompts`` and ``truncated_responses`` so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -157,6 +157,7 @@ class Encoder:
         """
         opening = self._render(messages, response=None)
         pairs = [self._split(opening, self._rendered(messages, response)) for response in responses]
+        self.counts["responses"] += len(pairs)
         longest = max(len(response) for _, response in pairs)
         if longest > self.max_length - 1:
             self.counts["truncated_responses"] += sum(len(response) > self.max_length - 1 for _, response in pairs)
@@ -253,11 +254,13 @@ class Encoder:
         return bos + prompt[count:]
 
     def _one_eos(self, response: list[int]) -> list[int]:
-        """End with exactly one EOS. White space that a template writes after it, such as a line feed, is removed."""
+        """End with exactly one EOS. White space that a template writes after it, and an EOS before it, are removed."""
         eos = self.tokenizer.eos_token_id
         if eos in response:
             end = len(response) - response[::-1].index(eos)
             if end == len(response) or not str(self.tokenizer.decode(response[end:])).strip():
+                while end > 1 and response[end - 2] == eos:
+                    end -= 1
                 return response[:end]
         return [*response, eos]
 

@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.cache import CACHED_ROWS, Summary, source_of_class
+from rlhf.data.cache import CACHED_ROWS, Summary, source_of_class, usable
 from rlhf.data.encode import Encoder
 from rlhf.data.records import Message, prompt_of
 from rlhf.data.row_columns import leaves
@@ -56,14 +58,22 @@ def _encode_as_objects(data: Any, split: str, records: Sequence[Any]) -> tuple[R
 def _encode_as_table(
     data: Any, split: str, records: Sequence[Any], row_type: type, path: Path | None
 ) -> tuple[Rows, Summary]:
-    encoding, writer = _Encoding(data, split, records), RowWriter(row_type, path)
+    encoding, writing = _Encoding(data, split, records), partial(_writing, path)
+    with writing():
+        writer = RowWriter(row_type, path)
     try:
         for row, number in encoding:
-            writer.add(row, data.length(row), number)
-        return writer.finish(), encoding.summary
+            with writing():
+                writer.add(row, data.length(row), number)
+        with writing():
+            return writer.finish(), encoding.summary
     except BaseException:
         writer.discard()
         raise
+
+
+def _writing(path: Path | None) -> AbstractContextManager[None]:
+    return nullcontext() if path is None else usable(path.parent)
 
 
 class _Encoding:
@@ -99,6 +109,7 @@ class _Encoding:
                     yield row, place
         self.summary = {
             "dropped": dropped,
+            "responses": encoder.counts["responses"],
             "truncated_prompts": encoder.counts["truncated_prompts"],
             "truncated_responses": encoder.counts["truncated_responses"],
             "with_special_tokens": with_special,

@@ -4,14 +4,18 @@ import codecs
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.json_files import JsonLines, check_utf8, read_json
-from rlhf.data.records import Row
+from rlhf.data.records import FIELDS, Row
 from rlhf.errors import DataError
 
 LINE_PER_ROW = {".jsonl", ".ndjson"}
 SEPARATED = {".csv": ",", ".tsv": "\t"}  # what separates the fields
 EXTENSIONS = (*LINE_PER_ROW, ".json", *SEPARATED, ".parquet")
+NUMBERS = ("margin", "reward", "label")  # columns of a CSV or TSV file that do not contain text
+TEXTS = (*(name for name in FIELDS if name not in NUMBERS), "instruction", "input", "output")  # the last are of Alpaca
+MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # cells of NUMBERS without a number
 PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
 
 
@@ -67,15 +71,36 @@ def _read_table(path: str) -> Sequence[Row]:
     from datasets import disable_progress_bars, enable_progress_bars, load_dataset
 
     extension = Path(path).suffix.lower()
-    options = {"sep": _separator(path)} if extension in SEPARATED else {}
+    sep = _separator(path) if extension in SEPARATED else None
     (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
     try:
+        options = {} if sep is None else _csv_options(path, sep)
         rows: Sequence[Row] = load_dataset("csv" if options else "parquet", data_files=path, split="train", **options)
         if len(rows):
             rows[0]  # The library reports field names that it does not support only when a row is accessed.
     except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
         raise DataError(f"{path}: the file cannot be read ({_reason(error)}).") from error
     return rows
+
+
+def _csv_options(path: str, sep: str) -> dict[str, Any]:
+    """Return how pandas reads a file: texts as they are, although they look like numbers or like ``None``.
+
+    An empty cell is missing. Columns of other names contain numbers if all their cells do.
+    """
+    import pandas
+
+    columns = pandas.read_csv(path, sep=sep, nrows=0).columns
+    return {
+        "sep": sep,
+        "converters": dict.fromkeys(TEXTS, _text),
+        "keep_default_na": False,
+        "na_values": {name: MISSING if name in NUMBERS else [""] for name in columns},
+    }
+
+
+def _text(cell: str) -> str | None:
+    return cell or None
 
 
 def location(path: str, row: int) -> str:

@@ -19,8 +19,9 @@ from rlhf.data.records import (
 )
 from rlhf.errors import ConfigError, DataError
 
-# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
 SURROGATE = re.compile("[\ud800-\udfff]")
+TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
+# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -154,13 +155,32 @@ class RecordParser:
         return _conversation(self._messages(row, name))
 
     def _response(self, row: Row, name: str, kind: str) -> str:
-        """Parse a response: text, a number, or a list of messages that ends with it."""
+        """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
         value = self._get(row, name, kind)
         if isinstance(value, str | int | float):
             response = str(value)  # A CSV column may contain only numbers.
             _check_characters(self.column(name), response)
             return response
-        return self._final_response(self._messages(row, name), name)
+        messages = self._messages(row, name)
+        if len(messages) > 1:
+            self._check_prompt(row, name, kind, messages[:-1])
+        return self._final_response(messages, name)
+
+    def _check_prompt(self, row: Row, name: str, kind: str, before: Sequence[Message]) -> None:
+        """Raise an error if the messages before a response are not those of the prompt."""
+        prompt = self._prompt(row, kind).messages
+        if list(before) == list(prompt):
+            return
+        column, shared = self.column(name), self.column("prompt" if self.has(row, "prompt") else "document")
+        shorter = min(len(before), len(prompt))
+        different = next((i for i in range(shorter) if before[i] != prompt[i]), shorter)
+        raise RecordError(
+            f"the field '{column}' has {len(before) + 1} messages, but those before the last one are not the "
+            f"{len(prompt)} of the field '{shared}': message {different + 1} differs",
+            fix=f"To use the complete conversations, remove the field '{shared}'."
+            if name in ("chosen", "rejected")
+            else f"Write only the response to the field '{column}'.",
+        )
 
     def _transcripts(self, row: Row) -> tuple[Prompt, str, str]:
         """Parse two complete conversations that differ in the final response only."""
@@ -169,9 +189,8 @@ class RecordParser:
             value = self._get(row, name, "preference")
             if isinstance(value, str) and "\n\nAssistant:" not in value:
                 raise self._missing(row, "prompt", "preference")
-            if isinstance(value, str):
-                _check_characters(self.column(name), value)
-            conversations.append(_parse_transcript(value) if isinstance(value, str) else self._messages(row, name))
+            is_text = isinstance(value, str)
+            conversations.append(self._turns(value, name) if is_text else self._messages(row, name))
         chosen, rejected = conversations
         if chosen[:-1] != rejected[:-1]:
             raise RecordError(
@@ -182,6 +201,22 @@ class RecordParser:
             self._final_response(chosen, "chosen"),
             self._final_response(rejected, "rejected"),
         )
+
+    def _turns(self, text: str, name: str) -> list[Message]:
+        """Parse the ``\\n\\nHuman: ... \\n\\nAssistant: ...`` format of HH (Bai et al. 2022, arXiv:2204.05862)."""
+        column = self.column(name)
+        _check_characters(column, text)
+        before, *turns = TURN.split("\n\n" + text.lstrip())
+        if before.strip():
+            raise RecordError(
+                f"the field '{column}' contains text before its first turn: {before.strip()!r:.40}",
+                fix="Begin the transcript with 'Human:'.",
+            )
+        roles, contents = turns[::2], turns[1::2]
+        return [
+            {"role": "user" if role == "Human" else "assistant", "content": content.strip()}
+            for role, content in zip(roles, contents, strict=True)
+        ]
 
     def _messages(self, row: Row, name: str) -> list[Message]:
         column = self.column(name)
@@ -248,13 +283,3 @@ def _conversation(messages: Sequence[Message]) -> Prompt:
     if len(messages) == 1:
         return Prompt(messages, messages[0]["content"])
     return Prompt(messages, "\n\n".join(f"{message['role']}: {message['content']}" for message in messages))
-
-
-def _parse_transcript(text: str) -> list[Message]:
-    """Parse the ``\\n\\nHuman: ... \\n\\nAssistant: ...`` format of HH (Bai et al. 2022, arXiv:2204.05862)."""
-    messages = []
-    for turn in text.replace("\n\nHuman:", "\x00user\x01").replace("\n\nAssistant:", "\x00assistant\x01").split("\x00"):
-        role, mark, content = turn.partition("\x01")
-        if mark:
-            messages.append({"role": role, "content": content.strip()})
-    return messages

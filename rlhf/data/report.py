@@ -36,8 +36,9 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
             f"{path}: no record can be used with data.max_length={data.max_length}.",
             f"Set data.max_length={2 * data.max_length}.",
         )
-    if truncated > rows / 2:
-        log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, rows)
+    if truncated > summary["responses"] / 2:
+        responses = summary["responses"]
+        log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, responses)
     if split == "train" and data.batch_size > rows:
         log.warning("data.batch_size=%d exceeds the %d rows of %s.", data.batch_size, rows, path)
     if summary["first_special_token"] is not None:

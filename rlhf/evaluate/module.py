@@ -1,6 +1,7 @@
 """The evaluation stage: samples responses with every model and scores them."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate.best_of_n import best_of_n_name, check_best_of_n, choose_best
 from rlhf.evaluate.metrics import (
     TARGET,
@@ -77,6 +78,11 @@ class EvaluateModule(lightning.LightningModule):
             raise ConfigError(
                 f"stage.baseline must be one of the models ({', '.join(models)}), got {baseline}.",
                 f"Set stage.baseline={next(iter(models), '<model>')}.",
+            )
+        if TARGET in models:
+            raise ConfigError(
+                f"stage.models.{TARGET}: the name {TARGET} is reserved for the reference responses of the data.",
+                "Give the model another name: stage.models={<name>: <path>}",
             )
         if bootstrap < 1:
             raise ConfigError(f"stage.bootstrap must be at least 1, got {bootstrap}.", "Set stage.bootstrap=2000.")
@@ -233,7 +239,11 @@ class EvaluateModule(lightning.LightningModule):
         return {"gold": self.gold(prompts, texts, targets)}
 
     def score_with_reward_model(self, batches: Sequence[ResponseBatch]) -> None:
-        """Score responses with the reward model, if there is one."""
+        """Score responses with the reward model, if there is one.
+
+        Raises:
+            DataError: A score is not finite.
+        """
         if not self.reward_sources:
             return
         stop_ids = self.sampling.stop_ids(self.tokenizer)
@@ -241,7 +251,13 @@ class EvaluateModule(lightning.LightningModule):
             for batch in batches:
                 tokens = end_as_in_training(batch.rollout.to(self.device), self.tokenizer, stop_ids)
                 with self.trainer.precision_plugin.forward_context():
-                    batch.metrics["reward"] = model(*tokens).cpu()
+                    batch.metrics["reward"] = scores = model(*tokens).cpu()
+                for score, text in zip(scores.tolist(), batch.texts, strict=True):
+                    if not math.isfinite(score):
+                        raise DataError(
+                            f"The reward model returned the non-finite score {score} for the response {text!r}.",
+                            "Choose another reward model: stage.reward_model=<path>",
+                        )
 
     def report(self, evaluation: Evaluation) -> None:
         """Compute the metrics over all prompts, log them, and write them to files."""

@@ -1,6 +1,7 @@
 """Preference pairs or ratings as batches, and demonstrations to center the scores on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -19,6 +20,8 @@ from rlhf.data import (
     SequenceBatch,
 )
 from rlhf.data.loader import BucketBatchSampler
+from rlhf.data.parser import RecordParser
+from rlhf.errors import DataError
 from rlhf.schema import DataPath, PositiveInt
 
 
@@ -38,6 +41,8 @@ class RewardDataModule(PreferenceDataModule):
     Args:
         demonstrations: File of demonstrations. After training, the mean score of their responses is stored in the
             reward model and subtracted from every score (Huang et al. 2024, detail 12, arXiv:2403.17031). null: none.
+            If ``columns`` does not fit the file, it is read with the default column names. ``splits`` and ``subset``
+            do not apply to it.
         demonstration_rows: Number of demonstrations to score.
     """
 
@@ -98,9 +103,18 @@ class RewardDataModule(PreferenceDataModule):
     def demonstration_records(self) -> Sequence[Demonstration]:
         """Return the demonstrations to center the scores on; an empty list if there is no file of them."""
         if self._demonstrations is None and self.demonstrations is not None:
-            reader = replace(self.reader, max_rows=self.demonstration_rows, subset=None)
-            self._demonstrations = reader.read(self.demonstrations, "train", (Demonstration,))
+            self._demonstrations = self._read_demonstrations(self.demonstrations)
         return self._demonstrations or []
+
+    def _read_demonstrations(self, path: str) -> Sequence[Demonstration]:
+        # data.columns, data.splits and data.subset describe the preference data. Only column names are often the same.
+        reader = replace(self.reader, max_rows=self.demonstration_rows, splits={}, subset=None)
+        try:
+            return reader.read(path, "train", (Demonstration,))
+        except DataError:
+            with suppress(DataError):
+                return replace(reader, parser=RecordParser()).read(path, "train", (Demonstration,))
+            raise
 
     def demonstration_batches(self) -> Iterator[SequenceBatch]:
         """Yield this rank's share of the demonstrations in batches, or nothing if there is no file of them."""

@@ -9,7 +9,9 @@ from torch import Tensor
 from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+MINUS = "\N{MINUS SIGN}"
+# A hyphen after a word, a number or a closing bracket is no sign: 10-20, COVID-19.
+NUMBER = re.compile(rf"(?:(?<![\w)\]}}%])[-{MINUS}])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 class ExactMatchReward(RewardFunction):
@@ -29,6 +31,11 @@ class ExactMatchReward(RewardFunction):
             raise ConfigError(
                 f"reward.correct must be greater than reward.wrong ({wrong}), got {correct}.",
                 "Set reward.correct=1 reward.wrong=0.",
+            )
+        if not marker:
+            raise ConfigError(
+                "reward.marker must not be empty, got ''.",
+                "Set reward.marker='####'. Without it, the last number of a response counts if reward.strict=false.",
             )
         self.marker = marker
         self.strict = strict
@@ -67,6 +74,6 @@ def final_number(text: str, marker: str, *, strict: bool) -> Decimal | None:
     else:
         numbers = [] if strict else NUMBER.findall(after)[-1:]
     try:
-        return Decimal(numbers[0].replace(",", "")) if numbers else None
+        return Decimal(numbers[0].replace(",", "").replace(MINUS, "-")) if numbers else None
     except InvalidOperation:
         return None

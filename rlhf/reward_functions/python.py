@@ -1,7 +1,9 @@
 """Rewards from a Python function of the user."""
 
+import hashlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,6 +18,7 @@ from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.schema import ScorerPath
 
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
 Scorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
 
@@ -61,13 +64,14 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
         ConfigError: There is no such file or function.
     """
     function = _import_function(name, key)
-    parameters = signature(function).parameters.values()
-    takes_targets = len(parameters) > 2
-    if len(parameters) < 2 and not any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters):
+    takes_targets = sum(parameter.kind in POSITIONAL for parameter in signature(function).parameters.values()) > 2
+    try:
+        signature(function).bind(*range(3 if takes_targets else 2))
+    except TypeError as error:
         raise ConfigError(
-            f"{key}={name}: the function must have two parameters, the prompts and the responses.",
+            f"{key}={name}: the function must have two parameters, the prompts and the responses ({error}).",
             "Define it as def score(prompts, responses).",
-        )
+        ) from error
 
     def score(prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
         arguments: list[Any] = [list(prompts), list(responses), list(targets)]
@@ -96,13 +100,20 @@ def _import_function(name: str, key: str) -> Callable[..., Any]:
             f"{key} must name a function as <file.py>:<function>, got {name}: there is no such file.",
             f"Set {key}=<file.py>:<function>.",
         )
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
+    module_name = f"{Path(path).stem}_{digest}"  # unique: a file may have the name of an installed module
+    spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(
             f"{key} must name a function in a Python file, got {name}.", f"Set {key}=<file.py>:<function>."
         )
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[module_name] = module  # Dataclasses look up their module there.
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(module_name, None)
+        raise
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Preference pairs from sampled responses, in Lightning's test loop."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rlhf.collect import CollectDataModule, CollectModule
 from rlhf.data import Preference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions import ModelReward, PythonReward
 from rlhf.sampling import Rollout, SamplingParams
 
@@ -23,7 +24,7 @@ ROWS = [{"prompt": "the bridge"}, {"prompt": "the fair"}]
 
 
 class Scripted:
-    """Gives the responses of a list in turn, each followed by EOS."""
+    """Gives the responses of a list in turn, each followed by EOS unless it ends with dots."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = list(texts)
@@ -35,7 +36,8 @@ class Scripted:
         eos = self.tokenizer.eos_token_id
         texts = [self.texts.pop(0) for _ in prompts]
         ids = [self.tokenizer(" " + text, add_special_tokens=False)["input_ids"] for text in texts]
-        return Rollout.from_responses(prompts, [[*row, eos] for row in ids], [eos])
+        ends = [[] if text.endswith("...") else [eos] for text in texts]
+        return Rollout.from_responses(prompts, [[*row, *end] for row, end in zip(ids, ends, strict=True)], [eos])
 
 
 class Collection:
@@ -94,6 +96,14 @@ def test_the_file_is_a_preference_file(collection: Collection) -> None:
         ("Dunmore and Dalton", "May", 0.0),
         ("Monday", "May", 0.0),
     ]
+
+
+def test_responses_that_were_cut_off_are_counted(collection: Collection, caplog: pytest.LogCaptureFixture) -> None:
+    collection.run([WORDS[0], WORDS[1] + "...", WORDS[2], WORDS[0]])
+    assert "1 of 4 responses were cut off at 24 tokens" in caplog.text
+    caplog.clear()
+    collection.run([WORDS[0], WORDS[1], WORDS[2], WORDS[0]])
+    assert "cut off" not in caplog.text
 
 
 def test_identical_responses_and_equal_scores_give_no_pair(collection: Collection) -> None:
@@ -163,3 +173,46 @@ def test_a_scoring_function_receives_the_targets(collection: Collection, tmp_pat
     rows = [{"prompt": "the bridge", "completion": "May"}]
     collection.run(["Monday", "May"], rows=rows, reward=PythonReward(path=f"{function}:score"))
     assert [(row["chosen"], row["rejected"]) for row in collection.rows] == [("May", "Monday")]
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
+def test_a_score_that_is_not_finite_stops_the_collection(collection: Collection, tmp_path: Path, score: str) -> None:
+    """The second response to the second prompt has it; the prompts are those of rows 1 and 2."""
+    function = tmp_path / "broken.py"
+    function.write_text(
+        f"def score(prompts, responses): return [float('{score}' if r == 'Mai' else 1) for r in responses]"
+    )
+    message = (
+        rf"^The score of response 2 to the prompt in row 2 of data\.train is {score}, but .*\n  .* of reward\.path"
+    )
+    with pytest.raises(DataError, match=message):
+        collection.run(["May", "Monday", "Tue", "Mai"], reward=PythonReward(path=f"{function}:score"))
+    assert not collection.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"stage\.include=\[{path}\]: there is no such file\.\n  Name a file .*stage\.include=\[\]"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r"}\n{"prompt"\n', r"{path}:2: the line is not JSON"),
+        ('{"prompt": "p", "chosen": "c"}\n', r"{path}:1: the preference record has no field 'rejected'"),
+    ],
+    ids=["no file", "not JSON", "not a pair"],
+)
+def test_included_files_are_checked_before_anything_is_sampled(
+    collection: Collection, tmp_path: Path, content: str | None, message: str
+) -> None:
+    """There is no response to sample, so that sampling would fail."""
+    path = tmp_path / "earlier.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message.format(path=re.escape(str(path)))) as error:
+        collection.run([], include=[str(path)])
+    assert "stage.include" in str(error.value)
+
+
+def test_rows_of_an_included_csv_file_come_first(collection: Collection, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.csv"
+    earlier.write_text("prompt,chosen,rejected\np,c,r\n")
+    collection.run([*WORDS[:2], *WORDS[:2]], include=[str(earlier)])
+    assert collection.rows[0] == {"prompt": "p", "chosen": "c", "rejected": "r"}

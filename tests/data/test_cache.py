@@ -199,6 +199,38 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         sft(write, tokenizer, tmp_path / "cache").encoded("train")
 
 
+@pytest.mark.usefixtures("always_cached")
+@pytest.mark.parametrize("reads", ["rlhf.data.reading.RecordParser.parse", "rlhf.data.Encoder.prepared"])
+def test_errors_of_the_data_are_not_errors_of_the_cache(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    """The file of the data is on a disk that fails while the rows are parsed, or while they are encoded."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(reads, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        sft(write, tokenizer, tmp_path / "cache").encoded("train")
+
+
+@pytest.mark.usefixtures("always_cached")
+@pytest.mark.parametrize(
+    "writes", ["cache.write_json", "row_files.RowWriter._flush", "row_files.replace_part", "cache.FileLock.acquire"]
+)
+def test_errors_of_writing_are_errors_of_the_cache(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    """Summaries, rows, their final file, and the lock."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(f"rlhf.data.{writes}", fail)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*cannot be used \(\[Errno 5\] Input/output error\)"):
+        sft(write, tokenizer, tmp_path / "cache").encoded("train")
+
+
 def encode_on_a_rank(rank: int, folder: Path) -> list[list[int]]:
     """Encode 3,000 rows, at the same time as the other rank."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

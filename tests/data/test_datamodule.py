@@ -74,6 +74,19 @@ def test_truncated_responses_and_a_large_batch_are_reported(
     assert "data.batch_size=16 exceeds the 1 rows" in caplog.text
 
 
+def test_truncated_responses_are_counted_against_all_responses(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three of the four responses to two prompts are truncated."""
+    long = ["A long response", "Another long response", "One more long response"]
+    rows = [
+        {"prompt": "Q", "chosen": long[0], "rejected": long[1]},
+        {"prompt": "R", "chosen": long[2], "rejected": "A"},
+    ]
+    PreferenceDataModule(train=write(*rows), val_fraction=0.0, tokenizer=tokenizer, max_length=8).encoded("train")
+    assert "3 of 4 responses are truncated. Raise data.max_length." in caplog.text
+
+
 def test_nothing_is_held_out_if_there_is_a_validation_file(write: Write, demonstrations: Demonstrations) -> None:
     train, val = write(*demonstrations(20)), write(*demonstrations(2), name="val.jsonl")
     data = SFTDataModule(train=train, val=val, val_fraction=0.5)

@@ -1,6 +1,7 @@
 """Prompt and response are encoded as one text, with one BOS and a final EOS; truncation keeps the response."""
 
 import threading
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -103,6 +104,18 @@ def test_the_response_ends_with_one_eos_for_any_template(tokenizer: PreTrainedTo
     assert encoded.input_ids[encoded.start :] == [*encode(tokenizer, "May"), EOS]
 
 
+@pytest.mark.parametrize("closing", ["", "<eos>", "<eos>\n"], ids=["none", "EOS", "EOS and line feed"])
+def test_the_text_of_eos_at_the_end_of_a_response_gives_no_second_eos(
+    tokenizer: PreTrainedTokenizerFast, closing: str
+) -> None:
+    """Whether the template writes an EOS or not. An EOS within the response is part of its text."""
+    copy = deepcopy(tokenizer)
+    copy.chat_template = f"{{% for m in messages %}}[{{{{ m['role'] }}}}]{{{{ m['content'] }}}}{closing}{{% endfor %}}"
+    copy.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    encoded = Encoder(copy, 200).encode_response(user("Q"), "Ma<eos>y<eos>")
+    assert encoded.input_ids[encoded.start :] == [*encode(tokenizer, "Ma"), EOS, *encode(tokenizer, "y"), EOS]
+
+
 def test_eos_is_part_of_the_response_even_if_it_is_the_padding_token(tokenizer: PreTrainedTokenizerFast) -> None:
     """As with GPT-2, one token serves as BOS, EOS and padding (trl#1623)."""
     core = tokenizer.backend_tokenizer
@@ -142,7 +155,7 @@ def test_truncation_shortens_the_prompt_and_keeps_the_response(tokenizer: PreTra
         BOS,
         *complete.input_ids[: complete.start][-(12 - len(response) - 1) :],
     ]
-    assert encoder.counts == {"truncated_prompts": 1}
+    assert encoder.counts == {"responses": 1, "truncated_prompts": 1}
 
 
 def test_exactly_max_length_tokens_fit(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -172,7 +185,7 @@ def test_a_response_longer_than_max_length_is_truncated(tokenizer: PreTrainedTok
     assert encoded.start == 1
     assert encoded.input_ids[1:] == complete.input_ids[complete.start :][:9]
     assert EOS not in encoded.input_ids
-    assert encoder.counts == {"truncated_prompts": 1, "truncated_responses": 1}
+    assert encoder.counts == {"responses": 1, "truncated_prompts": 1, "truncated_responses": 1}
 
 
 @pytest.mark.parametrize(

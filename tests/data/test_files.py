@@ -148,6 +148,29 @@ def test_a_csv_file_may_have_semicolons(tmp_path: Path) -> None:
     assert list(read_rows(str(path))) == [{"prompt": "a, b", "reward": 0.5}]
 
 
+@pytest.mark.parametrize("extension", ["csv", "tsv"])
+def test_cells_of_text_are_read_as_they_are(tmp_path: Path, extension: str) -> None:
+    """Only empty cells are missing. pandas would take ``None`` and ``NA`` for missing, 007 for 7, and 5 for 5.0."""
+    path = tmp_path / f"rows.{extension}"
+    lines = ["prompt,chosen,rejected,topic", "None,NA,007,null", "nan,5,1.50,x", '"",,2,']
+    path.write_text("\n".join(lines).replace(",", "," if extension == "csv" else "\t") + "\n")
+    assert list(read_rows(str(path))) == [
+        {"prompt": "None", "chosen": "NA", "rejected": "007", "topic": "null"},
+        {"prompt": "nan", "chosen": "5", "rejected": "1.50", "topic": "x"},
+        {"prompt": None, "chosen": None, "rejected": "2", "topic": None},
+    ]
+
+
+def test_cells_of_numbers_are_numbers_or_missing(tmp_path: Path) -> None:
+    """R writes ``NA`` for a missing number. A column of another name that contains only numbers is one of numbers."""
+    path = tmp_path / "rows.csv"
+    path.write_text("reward,margin,label,stars\n1,NA,true,4\n0.5,2,false,\n")
+    assert list(read_rows(str(path))) == [
+        {"reward": 1.0, "margin": None, "label": True, "stars": 4.0},
+        {"reward": 0.5, "margin": 2.0, "label": False, "stars": None},
+    ]
+
+
 def test_a_local_file_has_no_subsets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.subset=small: .*rows\.jsonl is a local file"):
         read_rows(write(tmp_path / "rows.jsonl", ROWS), subset="small")

@@ -86,6 +86,75 @@ def test_a_transcript_keeps_the_lines_within_a_turn() -> None:
     assert (pair.chosen, pair.rejected) == ("a\n\nb", "c")
 
 
+def test_the_first_turn_of_a_transcript_needs_no_blank_line() -> None:
+    """The row that starts with 'Human:' is the same pair as the one that starts with a blank line."""
+    row = {"chosen": TRANSCRIPT + " C", "rejected": TRANSCRIPT + " D"}
+    stripped = {name: text.strip() for name, text in row.items()}
+    assert RecordParser().parse(stripped, Preference) == Preference(LONG_PROMPT, "C", "D")
+
+
+def test_text_before_the_first_turn_of_a_transcript_is_refused() -> None:
+    row = {"good": "Be kind." + TRANSCRIPT + " C", "rejected": TRANSCRIPT + " D"}
+    with pytest.raises(
+        RecordError, match=r"^the field 'good' contains text before its first turn: 'Be kind\.'$"
+    ) as error:
+        RecordParser({"chosen": "good"}).parse(row, Preference)
+    assert error.value.fix == "Begin the transcript with 'Human:'."
+
+
+def test_a_response_may_be_a_transcript_that_repeats_the_prompt() -> None:
+    """The response is the last message."""
+    pair = {"prompt": CONVERSATION, "chosen": ending_with("C"), "rejected": ending_with("D")}
+    assert RecordParser().parse(pair, Preference) == Preference(LONG_PROMPT, "C", "D")
+    assert RecordParser().parse({"prompt": "Q", "target": [USER, ASSISTANT]}, Demonstration).response == "A"
+
+
+@pytest.mark.parametrize(
+    ("row", "record_type", "name", "count", "prompt", "different", "fix"),
+    [
+        (
+            {"prompt": "Q", "chosen": ending_with("C"), "rejected": ending_with("D")},
+            Preference,
+            "chosen",
+            4,
+            "1 of the field 'prompt'",
+            2,
+            "To use the complete conversations, remove the field 'prompt'.",
+        ),
+        (
+            {"document": CONVERSATION, "completion": [USER, ASSISTANT]},
+            Demonstration,
+            "completion",
+            2,
+            "3 of the field 'document'",
+            2,
+            "Write only the response to the field 'completion'.",
+        ),
+        (
+            {"prompt": "R", "response": [USER, ASSISTANT], "reward": 1},
+            Rating,
+            "response",
+            2,
+            "1 of the field 'prompt'",
+            1,
+            "Write only the response to the field 'response'.",
+        ),
+    ],
+    ids=["longer", "shorter", "another message"],
+)
+def test_a_transcript_of_another_prompt_is_refused(
+    row: dict[str, Any], record_type: type, name: str, count: int, prompt: str, different: int, fix: str
+) -> None:
+    """The error states which message is the first that differs, from 1."""
+    with pytest.raises(RecordError) as error:
+        RecordParser().parse(row, record_type)
+    assert str(error.value) == (
+        f"the field '{name}' has {count} messages, but those before the last one are not the {prompt}: message "
+        f"{different} differs"
+    )
+    assert error.value.fix == fix
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

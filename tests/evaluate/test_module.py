@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from harness import DEMONSTRATIONS, FakeSource, MetricsLogger, quick_trainer, tiny_reward_model
 from rlhf.data import PromptDataModule
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate import EvaluateModule
 from rlhf.models import Policy
 from rlhf.sampling import Rollout, SamplingParams
@@ -273,6 +273,28 @@ def test_targets_are_left_out_if_a_prompt_has_none(evaluation: Evaluation, polic
 def test_baseline_must_be_one_of_the_models(policy: FakeSource) -> None:
     with pytest.raises(ConfigError, match=r"stage\.baseline must be one of the models \(ppo\), got sft"):
         EvaluateModule(models={"ppo": policy}, output="unused")
+
+
+def test_no_model_may_have_the_name_of_the_reference_responses(policy: FakeSource) -> None:
+    """They are listed as ``target`` and would replace the model."""
+    message = r"^stage\.models\.target: the name target is reserved .*\n  Give the model another name: stage\.models="
+    with pytest.raises(ConfigError, match=message):
+        EvaluateModule(models={"sft": policy, "target": policy}, output="unused")
+
+
+@pytest.mark.parametrize("score", ["nan", "inf"])
+def test_a_reward_that_is_not_finite_is_an_error(
+    evaluation: Evaluation, policy: FakeSource, tmp_path: Path, score: str
+) -> None:
+    """The sampled responses are kept."""
+    reward_model = tiny_reward_model(policy.model)
+    reward_model.reward_mean.fill_(-float(score))
+    message = (
+        rf"^The reward model returned the non-finite score {score} for the response '.*'\.\n  .*stage\.reward_model="
+    )
+    with pytest.raises(DataError, match=message):
+        evaluation.run(models={"sft": policy}, sampler=FakeSampler(), reward_model=FakeSource(reward_model))
+    assert (tmp_path / "out" / "unscored_samples.jsonl").is_file()
 
 
 def test_responses_survive_a_gold_function_that_raises(

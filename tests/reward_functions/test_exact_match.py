@@ -19,10 +19,22 @@ from rlhf.reward_functions.exact_match import final_number
         ("it is 12, or 13", "13"),
         ("none", None),
         ("#### none 3", "3"),
+        ("#### .5", "0.5"),
+        ("it is -.25", "-0.25"),
+        ("version 1.2.3", "3"),
+        ("it is ...5", "5"),
+        ("pages 10-20", "20"),
+        ("#### 10-20", "10"),
+        ("COVID-19", "19"),
+        ("(10)-20", "20"),
+        ("#### \N{MINUS SIGN}7", "-7"),
+        ("x=-7", "-7"),
+        ("$-7$", "-7"),
+        (r"\boxed{-7}", "-7"),
     ],
 )
 def test_final_number_is_the_first_after_the_last_marker(text: str, number: str | None) -> None:
-    """Without a marker it is the last number of the text."""
+    """Without a marker it is the last number of the text. A hyphen between words or numbers is no sign."""
     assert final_number(text, "####", strict=False) == (None if number is None else Decimal(number))
 
 
@@ -42,3 +54,10 @@ def test_targets_must_contain_a_number(make_batch: Any, target: str | None) -> N
 def test_correct_must_be_worth_more_than_wrong() -> None:
     with pytest.raises(ConfigError, match=r"reward\.correct must be greater than reward\.wrong \(0\.0\), got 0\.0"):
         ExactMatchReward(correct=0.0)
+
+
+def test_the_marker_must_not_be_empty() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^reward\.marker must not be empty, got ''\.\n  Set reward\.marker='####'\."
+    ):
+        ExactMatchReward(marker="")

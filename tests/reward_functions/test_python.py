@@ -1,5 +1,7 @@
 """Rewards from Python functions."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,59 @@ def test_function_with_three_arguments_receives_targets(
         tmp_path, "def score(prompts, responses, targets): return [float(r == t) for r, t in zip(responses, targets)]"
     )
     assert load(PythonReward(path=path))(make_batch("x", "y", targets=("x", "z"))).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "parameters", ["prompts, responses, *, scale=2", "prompts, responses, **keys", "prompts, responses, *, a=1, **keys"]
+)
+def test_only_positional_parameters_receive_arguments(tmp_path: Path, parameters: str) -> None:
+    """A third argument, the targets, would be one too many."""
+    path = write_function(tmp_path, f"def score({parameters}): return [len(text) for text in responses]")
+    assert load_scorer(path, key="reward.path")(["p"], ["abc"], [None]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ("prompts, responses, *, scale", "missing a required"),
+        ("prompts, responses, targets, scale", "missing a required argument: 'scale'"),
+        ("prompts, *, responses=()", "too many positional arguments"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_rejected_when_it_is_loaded(
+    tmp_path: Path, parameters: str, reason: str
+) -> None:
+    path = write_function(tmp_path, f"def score({parameters}): return [1.0]")
+    with pytest.raises(ConfigError, match=rf"must have two parameters, the prompts and the responses \({reason}"):
+        load_scorer(path, key="reward.path")
+
+
+def test_a_file_may_define_dataclasses_with_postponed_annotations(tmp_path: Path) -> None:
+    """``dataclasses`` looks up the module of such a class in ``sys.modules``."""
+    path = write_function(
+        tmp_path,
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Weights:\n"
+        "    length: float = 2.0\n"
+        "def score(prompts, responses): return [Weights().length * len(text) for text in responses]\n",
+    )
+    assert load_scorer(path, key="reward.path")(["p"], ["abc"], [None]) == [6.0]
+
+
+def test_a_file_with_the_name_of_a_library_does_not_replace_it(tmp_path: Path) -> None:
+    path = tmp_path / "json.py"
+    path.write_text("def score(prompts, responses): return [1.0]")
+    assert load_scorer(f"{path}:score", key="reward.path")(["p"], ["a"], [None]) == [1.0]
+    assert sys.modules["json"] is json
+
+
+def test_a_file_that_cannot_be_imported_leaves_no_module(tmp_path: Path) -> None:
+    before = set(sys.modules)
+    with pytest.raises(ZeroDivisionError):
+        load_scorer(write_function(tmp_path, "1 / 0"), key="reward.path")
+    assert set(sys.modules) == before
 
 
 @pytest.mark.parametrize(
