@@ -229,8 +229,8 @@ class CollectModule(lightning.LightningModule):
     def _warn_about_truncated(self, candidates: Sequence[Candidates]) -> None:
         if truncated := sum(found.truncated for found in candidates):
             log.warning(
-                "%d of %d responses were cut off at %d tokens. Training on the pairs would end them there with EOS. Raise "
-                "stage.sampling.max_new_tokens.",
+                "%d of %d responses were cut off at %d tokens. Training on the pairs would end them there with EOS. "
+                "Raise stage.sampling.max_new_tokens.",
                 truncated,
                 self.num_generations * len(candidates),
                 self.sampling.max_new_tokens,
