@@ -1,5 +1,6 @@
 """The files of a run: where the inputs of a stage are, what it exports, and how that was made."""
 
+import json
 import logging
 import platform
 import shutil
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf import __version__
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import RL_TRAINED, open_model_source, save_huggingface, save_result
+from rlhf.export import OUTPUTS, RL_TRAINED, RUN, open_model_source, save_huggingface, save_result
 from rlhf.files import atomic_write, sha256_of_file
 from rlhf.lineage import model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter
@@ -185,7 +186,15 @@ def make_final_model(path: Path, run_directory: Path) -> None:
         return
     with open(path, "rb") as source:
         atomic_write(run_directory / RL_TRAINED, lambda file: shutil.copyfileobj(source, file))
-    log.info("saved %s, which load_model('rl_trained') opens", run_directory / RL_TRAINED)
+    log.info("saved %s, which %s opens", run_directory / RL_TRAINED, load_call(run_directory / RL_TRAINED))
+
+
+def load_call(final: Path) -> str:
+    """Return the Python code that opens the final model of a run."""
+    run = final.parent
+    if run.parent != Path(OUTPUTS):
+        return f"load_model({json.dumps(str(final))})"
+    return 'load_model("rl_trained")' if run.name == RUN else f'load_model("rl_trained", run={json.dumps(run.name)})'
 
 
 def _write_huggingface(cfg: DictConfig, info: StageInfo, path: Path, directory: Path) -> None:

@@ -33,6 +33,7 @@ from rlhf.tokenizer_files import pack_tokenizer, unpack_tokenizer
 log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
 
+OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
 RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
 FINAL_PATTERN = "*_final.pt"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
@@ -41,9 +42,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "ada
 def load_model(
     name: str = "rl_trained",
     *,
-    run: str = "rlhf",
+    run: str = RUN,
     device: str | torch.device | None = None,
-    outputs: str = "outputs",
+    outputs: str = OUTPUTS,
     base: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase, torch.device]:
     """Open a trained model.

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.artifacts import make_final_model
+from rlhf.artifacts import load_call, make_final_model
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
@@ -187,10 +187,10 @@ def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[
         files = [output / name for name in names if (output / name).is_file()]
         table.add_row(step, f"{seconds[step]:.0f}", "\n".join(map(str, files)))
     if (final := directory / RL_TRAINED).is_file():
-        table.add_row("result", "", f'{final}   (load_model("rl_trained"))')
+        table.add_row("result", "", f"{final}   ({load_call(final)})")
     if (report := directory / REPORT).is_file():
         table.add_row("report", "", str(report))
-    table.add_row("curves", "", f"tensorboard --logdir {directory}")
+    table.add_row("curves", "", f"tensorboard --logdir {shlex.quote(str(directory))}")
     return table
 
 

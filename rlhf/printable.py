@@ -1,5 +1,7 @@
 """Text of unknown origin in the terminal."""
 
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+
 
 def printable(text: str, limit: int | None = None) -> str:
     """Return a text whose control characters and lone surrogates are escaped, so that a terminal only shows them.
@@ -15,5 +17,5 @@ def printable(text: str, limit: int | None = None) -> str:
 
 
 def _escape(char: str) -> str:
-    # Spaces such as U+00A0 count as not printable, too, but they do no harm.
-    return char if char.isspace() and ord(char) > 0x9F else char.encode("unicode_escape").decode()
+    # Spaces such as U+00A0 and the joiners within words and emoji count as not printable, too, but they do no harm.
+    return char if (char.isspace() and ord(char) > 0x9F) or char in JOINERS else char.encode("unicode_escape").decode()

@@ -46,7 +46,7 @@ def earlier_files(cfg: DictConfig, output: Path) -> list[Path]:
 
 def remove_earlier(cfg: DictConfig, output: Path) -> None:
     """Delete what an earlier run of the stage has left, so that it cannot be mistaken for that of this run."""
-    for path in earlier_files(cfg, output):
+    for path in (*earlier_files(cfg, output), output / "metrics.json"):
         remove(path)
 
 

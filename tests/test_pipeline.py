@@ -216,4 +216,6 @@ def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
         f"{directory}/sft/sft_final.pt\n{directory}/sft/sft.log",
         f"{directory}/evaluation/metrics.json",
     ]
+    call = f'load_model("{directory}/final_rl_model.pt")'
+    assert columns["files"][2:] == [f"{directory}/final_rl_model.pt   ({call})", f"tensorboard --logdir {directory}"]
     Console(width=20, quiet=True).print(table)

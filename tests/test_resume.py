@@ -101,10 +101,12 @@ def test_overwrite_starts_over(sft: Any, output: Path, kill: Any) -> None:
     run_stage(sft("seed=2", "overwrite=true"))
     second = weights(output / "sft_final.pt")
     assert any(not torch.equal(first[name], second[name]) for name in first)
+    (output / "metrics.json").touch()
     kill()
     with pytest.raises(Killed):
         run_stage(sft("overwrite=true"))
     assert not (output / "sft_final.pt").exists()
+    assert not (output / "metrics.json").exists()
     run_stage(sft("resume=true"))
     torch.testing.assert_close(weights(output / "sft_final.pt"), first, **EXACT)
 

@@ -49,9 +49,8 @@ def show(
     console.print(rows_table(examinations))
     if any(examination.lengths for examination in examinations):
         console.print(lengths_table(examinations, tokenizer))
-        for line in example_lines(
-            examinations[0].split, datamodule, examples, colored=console.color_system is not None
-        ):
+        colored = console.color_system is not None and not console.no_color
+        for line in example_lines(examinations[0].split, datamodule, examples, colored=colored):
             console.print(line)
     findings = [finding for examination in examinations for finding in examination.findings]
     if findings:

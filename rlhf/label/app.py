@@ -11,6 +11,7 @@ from starlette.routing import Route
 from rlhf.label.pairs import Pair
 from rlhf.label.session import Session
 from rlhf.label.summary import summarize
+from rlhf.printable import printable
 from rlhf.web.access import Access
 from rlhf.web.application import RequestError, application, json_body
 
@@ -78,6 +79,6 @@ def _name(value: Any) -> str:
         RequestError: There is none, or it is no line of text.
     """
     name = value.strip() if isinstance(value, str) else ""
-    if not name or len(name) > MAX_NAME or not name.isprintable():
+    if not name or len(name) > MAX_NAME or printable(name) != name or "\n" in name:
         raise RequestError(422, f"The annotator must have a name of at most {MAX_NAME} printable characters.")
     return name

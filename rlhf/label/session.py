@@ -101,12 +101,16 @@ class Session:
         return self.pairs[last]
 
     def progress(self, annotator: str) -> dict[str, int]:
-        """Return how many pairs there are, how many anybody has labeled, and how many this annotator has."""
+        """Count all pairs, those with a label, those that were only skipped, and those done by one annotator."""
         return {
             "total": len(self.pairs),
-            "labeled": sum(bool(self.choices[key]) for key in self.pairs),
+            "labeled": sum(map(self._is_labeled, self.pairs)),
+            "skipped": sum(bool(self.choices[key]) and not self._is_labeled(key) for key in self.pairs),
             "own": sum(annotator in self.choices[key] for key in self.pairs),
         }
+
+    def _is_labeled(self, key: str) -> bool:
+        return any(event.choice in DECISIONS for event in self.choices[key].values())
 
     @property
     def is_complete(self) -> bool:

@@ -1,7 +1,7 @@
 """Evaluation in a report: metrics and win rates of all policies, and rewards against the KL divergence."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf.report.events import is_finite
 from rlhf.report.figures import Line, Plot
@@ -137,7 +137,8 @@ def tradeoff_plots(run: RunRecord, colors: dict[str, int]) -> list[Plot]:
         if kl is None or scores is None:
             continue
         score_at = dict(zip(scores.steps, scores.values, strict=True))
-        pairs = [(x, score_at[step]) for step, x in zip(kl.steps, kl.values, strict=True) if step in score_at]
+        known = [(step, x) for step, x in zip(kl.steps, kl.values, strict=True) if is_finite(x)]
+        pairs = [(x, score_at[step]) for step, x in known if step in score_at]
         label = f"{record.name}, training"
         lines.append(Line(label, [x for x, _ in pairs], [y for _, y in pairs], colors.get(record.name, 0)))
     by_reward, by_gold = _points(run, "reward", colors), _points(run, "gold", colors)
@@ -154,15 +155,18 @@ def tradeoff_plots(run: RunRecord, colors: dict[str, int]) -> list[Plot]:
 
 def _points(run: RunRecord, metric: str, colors: dict[str, int]) -> list[Point]:
     """Return the evaluated policies that have both a KL divergence and a metric."""
-    points = []
+    if run.evaluation is None:
+        return []
+    points, kl = [], f"{KL_TO}{baseline_of(run.evaluation)}"
     for name, metrics in models_of(run.evaluation).items():
-        kl = next((entry for key, entry in metrics.items() if key.startswith(KL_TO)), None)
-        score = metrics.get(metric)
-        entries = [entry for entry in (kl, score) if isinstance(entry, dict) and is_finite(entry.get("mean"))]
-        if len(entries) == 2:
-            x, y = entries
+        x, y = metrics.get(kl), metrics.get(metric)
+        if _has_mean(x) and _has_mean(y):
             points.append(Point(name, x["mean"], y["mean"], _range(x), _range(y), colors.get(name, 0)))
     return points
+
+
+def _has_mean(entry: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(entry, dict) and is_finite(entry.get("mean"))
 
 
 def _range(entry: dict[str, Any]) -> tuple[float, float] | None:

@@ -107,14 +107,15 @@ def read_events(directory: Path) -> tuple[dict[str, Curve], list[str]]:
         except Exception as error:  # A damaged file raises errors of protobuf, TensorBoard or the standard library.
             problems.append(f"The event files in {version} cannot be read ({type(error).__name__}).")
             continue
+        # A resumed run repeats the steps since its checkpoint, and overwrite=true repeats all of them. Those of the
+        # earlier run do not count.
+        first = min((curve.steps[0] for curve in found.values()), default=math.inf)
+        points = {name: {step: value for step, value in old.items() if step < first} for name, old in points.items()}
         for name, curve in found.items():
-            # A resumed run repeats the steps since its checkpoint. Those of the interrupted run do not count.
-            earlier = points.get(name, {})
-            kept = {step: value for step, value in earlier.items() if step < curve.steps[0]}
-            points[name] = kept | dict(zip(curve.steps, curve.values, strict=True))
+            points[name] = points.get(name, {}) | dict(zip(curve.steps, curve.values, strict=True))
         if not found and any(version.glob("events.out.tfevents.*")):
             problems.append(f"The event files in {version} contain no metric. They may be damaged.")
-    return {name: _curve(values) for name, values in points.items()}, problems
+    return {name: _curve(values) for name, values in points.items() if values}, problems
 
 
 def find_alerts(curves: Mapping[str, Curve], log: TextLog) -> list[Alert]:

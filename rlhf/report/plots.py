@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from rlhf.report.events import Alert
@@ -107,11 +108,16 @@ def running_mean(values: Sequence[float]) -> list[float]:
     The point is in the middle of its window, so that the means do not lag behind the values. Windows end at the first
     and the last point. Values that are not finite are left out.
     """
-    half, means = max(5, len(values) // 20) // 2, []
-    for number in range(len(values)):
-        window = [value for value in values[max(0, number - half) : number + half + 1] if math.isfinite(value)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
+    if not values:
+        return []
+    half = max(5, len(values) // 20) // 2
+    padded = np.pad(np.asarray(values, dtype=np.float64), half, constant_values=np.nan)
+    finite = np.isfinite(padded)
+    sums, counts = (
+        np.lib.stride_tricks.sliding_window_view(array, 2 * half + 1).sum(-1)
+        for array in (np.where(finite, padded, 0.0), finite)
+    )
+    return list(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).tolist())
 
 
 def _limit_to_bulk(axes: Any, lines: Sequence[Line]) -> None:

@@ -89,8 +89,10 @@ class RunRecord:
 
     @property
     def evaluation(self) -> StageRecord | None:
-        """The record of ``stage=evaluate``, if it was run: that of the last round, which compares all rounds."""
-        return next(reversed(self.of_stage("evaluate")), None)
+        """The last complete record of ``stage=evaluate``, if it was run. That of the last round compares all rounds."""
+        found = self.of_stage("evaluate")
+        complete = [record for record in found if record.metrics]
+        return next(reversed(complete or found), None)
 
 
 def read_run(path: Path, name: str) -> RunRecord:

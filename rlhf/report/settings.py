@@ -48,8 +48,8 @@ def commands(run: RunRecord) -> list[str]:
 
 
 def command(overrides: Sequence[str]) -> str:
-    """Return a command line with overrides."""
-    return shlex.join(["python", "train.py", *overrides])
+    """Return a command line with overrides, without ``resume``, which the last start of an interrupted run has."""
+    return shlex.join(["python", "train.py", *(one for one in overrides if not one.startswith(("resume=", "replay=")))])
 
 
 def data_table(run: RunRecord) -> Table:

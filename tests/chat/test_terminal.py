@@ -22,6 +22,7 @@ from rlhf.chat.rendering import Tail, best_response, render_turn
 from rlhf.chat.session import Chat, Response, Turn
 from rlhf.chat.terminal import INTERRUPTED, Pipe, Terminal, is_command, prompt_of_line
 from rlhf.errors import UserError
+from rlhf.printable import printable
 from rlhf.sampling import SamplingParams
 
 HOSTILE = "a\x1b[2Jb\x1b]0;title\x07c\rd\x00e\x9bf\u202eg"
@@ -213,8 +214,7 @@ def test_a_pipe_writes_plain_text(opened: OpenChat) -> None:
 
 
 def plain(text: str) -> Sequence[str]:
-    escaped = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-    return f"{escaped}\n".splitlines()
+    return f"{printable(text)}\n".splitlines()
 
 
 def test_a_mistake_in_a_pipe_is_an_error(opened: OpenChat) -> None:

@@ -45,4 +45,6 @@ def test_escaped_text_is_harmless_and_can_be_encoded() -> None:
     shown = printable("a\x1b[2J\x00\ud800\r\u009b b\n\u00e9\u00a0")
     assert shown == "a\\x1b[2J\\x00\\ud800\\r\\x9b b\n\u00e9\u00a0"
     assert json.loads(json.dumps(shown)).encode()
+    family, persian = "\U0001f469\u200d\U0001f467", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    assert printable(f"{family} {persian} \u200e") == f"{family} {persian} \\u200e", "joiners are parts of words"
     assert printable("a" * 5 + "b" * 5, limit=4) == "aa ... bb"

@@ -48,6 +48,18 @@ def test_clean_data_have_exit_code_0(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
+def test_brackets_replace_colors_that_are_switched_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write(tmp_path / "train.jsonl", PAIR)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run(tmp_path, f"data.train={train}") == 0
+    assert "[[" not in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(tmp_path, f"data.train={train}") == 0
+    assert "[[ Yes.<eos>]]" in capsys.readouterr().out
+
+
 def test_errors_have_exit_code_1_and_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swapped = {**PAIR, "chosen": "No.", "rejected": "Yes."}
     train = write(tmp_path / "t.jsonl", PAIR, swapped, *[{**PAIR, "chosen": ""}] * 5, {**PAIR, "chosen": "\x1b[2J"})

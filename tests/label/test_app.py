@@ -26,7 +26,7 @@ def test_a_pair_is_shown_blind(client: TestClient) -> None:
     view = client.get("/api/pair", params={"annotator": "Ada"}).json()
     assert view["pair"].keys() == {"id", "prompt", "left", "right"}
     assert {view["pair"]["left"], view["pair"]["right"]} == {"text a 0", "text b 0"}
-    assert view["progress"] == {"total": 6, "labeled": 0, "own": 0}
+    assert view["progress"] == {"total": 6, "labeled": 0, "skipped": 0, "own": 0}
 
 
 def test_a_choice_returns_the_next_pair(client: TestClient, tmp_path: Path) -> None:
@@ -72,6 +72,11 @@ def test_invalid_requests_change_nothing(
     assert response.status_code == 422
     assert response.json()["error"]
     assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_names_of_any_script_are_accepted(client: TestClient) -> None:
+    for name in ("\u0645\u06cc\u200c\u062e", "Zo\u00eb\u00a0Q.", "\U0001f469\u200d\U0001f680"):
+        assert client.get("/api/pair", params={"annotator": name}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,18 @@ def test_two_annotators_at_once(server: Server, browser: Any) -> None:
     assert "a wins over b" in ada.locator("#statistics").text_content()
 
 
+def test_a_name_that_is_rejected_is_asked_for_again(server: Server, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    address = server.start()
+    page.goto(address + "?annotator=%E2%80%AEAda")
+    page.wait_for_selector("#message.error")
+    page.fill("#name", "Ada")
+    page.keyboard.press("Enter")
+    shown(page)
+    page.goto(address)
+    shown(page)  # The name has been stored.
+
+
 def test_the_server_ends_with_a_message(server: Server) -> None:
     with urllib.request.urlopen(server.start(), timeout=30):
         pass

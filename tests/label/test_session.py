@@ -133,13 +133,16 @@ def test_shared_pairs_are_judged_by_everybody(open_session: Open, pairs: list[Pa
     assert preferences(tmp_path) == []
     prefer(session, "Cem", pairs[0], "a")
     assert [(row["chosen"], row["annotators"]) for row in preferences(tmp_path)] == [("text a 0", ["Ben", "Cem"])]
-    assert session.progress("Ada") == {"total": 6, "labeled": 1, "own": 1}
+    assert session.progress("Ada") == {"total": 6, "labeled": 1, "skipped": 0, "own": 1}
 
 
 def test_a_skipped_pair_is_offered_to_others(open_session: Open, pairs: list[Pair]) -> None:
     session = open_session()
     session.choose("Ada", pairs[0].id, "skip")
+    assert session.progress("Ada") == {"total": 6, "labeled": 0, "skipped": 1, "own": 1}
     assert session.next_pair("Ben") is pairs[0]
+    prefer(session, "Ben", pairs[0], "a")
+    assert session.progress("Ada") == {"total": 6, "labeled": 1, "skipped": 0, "own": 1}
 
 
 def test_sides_are_random_but_fixed(open_session: Open, pairs: list[Pair]) -> None:
@@ -193,5 +196,5 @@ def test_unknown_pairs_and_damaged_journals_are_errors(open_session: Open, tmp_p
 def test_choices_of_other_pairs_are_kept(open_session: Open, tmp_path: Path) -> None:
     """Another file of pairs may have been labeled in the same directory."""
     Journal(tmp_path / "journal.jsonl").append(Event("elsewhere", "Ada", "first"))
-    assert open_session().progress("Ada") == {"total": 6, "labeled": 0, "own": 0}
+    assert open_session().progress("Ada") == {"total": 6, "labeled": 0, "skipped": 0, "own": 0}
     assert len(Journal(tmp_path / "journal.jsonl").events) == 1

@@ -46,6 +46,10 @@ def test_a_point_is_in_the_middle_of_its_running_mean() -> None:
     """A window of 5 points, of 3 and 4 at the ends: (0 + 10 + 20) / 3 = 10, (0 + 10 + 20 + 30) / 4 = 15."""
     assert running_mean([0.0, 10.0, 20.0, 30.0, 40.0]) == [10.0, 15.0, 20.0, 25.0, 30.0]
     assert running_mean([0.0, 0.0, 6.0, 0.0, math.nan]) == [2.0, 1.5, 1.5, 2.0, 3.0]
+    assert running_mean([]) == []
+    spiked = running_mean([1e30, *[1.0] * 9, math.inf, *[math.nan] * 5])
+    assert spiked[3:11] == [1.0] * 8
+    assert math.isnan(spiked[-1])
 
 
 def test_a_schedule_is_not_noisy() -> None:
@@ -101,6 +105,16 @@ def test_a_resumed_run_replaces_the_steps_since_its_checkpoint(tmp_path: Path) -
     write_events(tmp_path / "version_10", {"x": [(2, 5.0), (4, 6.0)]})
     curves, problems = read_events(tmp_path)
     assert curves == {"x": Curve([1, 2, 4], [1.0, 5.0, 6.0]), "y": Curve([1], [9.0])}
+    assert problems == []
+
+
+def test_a_run_that_starts_over_replaces_all_curves(tmp_path: Path) -> None:
+    """The second run has not validated yet, and has dropped a metric. The checkpoint of a resumed one was at step 3."""
+    write_events(tmp_path / "version_0", {"x": [(1, 1.0), (2, 2.0)], "val/x": [(2, 9.0)], "old": [(1, 7.0)]})
+    write_events(tmp_path / "version_1", {"x": [(1, 5.0), (3, 6.0), (4, 6.5)], "val/x": [(3, 8.0), (5, 8.5)]})
+    write_events(tmp_path / "version_2", {"x": [(4, 4.0)]})
+    curves, problems = read_events(tmp_path)
+    assert curves == {"x": Curve([1, 3, 4], [5.0, 6.0, 4.0]), "val/x": Curve([3], [8.0])}
     assert problems == []
 
 

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from contract.configs import compose_config
-from report.conftest import CURVES, EVALUATION, HOSTILE, REWARD, TEXTS, damage, write_stage
+from report.conftest import CURVES, EVALUATION, HOSTILE, REWARD, TEXTS, damage, write_events, write_stage
 from report.page_reader import Page, read_page
 from rlhf.errors import ConfigError
 from rlhf.report import write_report, write_run_report
@@ -101,6 +103,27 @@ def test_reward_against_kl(finished_run: Path) -> None:
     assert gold == {"sft, evaluated": [0.53363], "ppo, evaluated": [0.76727]}
 
 
+def test_a_tradeoff_plot_has_finite_points_of_the_baseline(finished_run: Path) -> None:
+    """The KL divergence to another model is not that of the axis, and an overflow in training has no place on it."""
+    path = finished_run / "evaluation" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    entry = metrics["models"]["ppo"]
+    metrics["models"]["ppo"] = {"kl_to_other": {"mean": 7.0, "low": 7.0, "high": 7.0}, **entry}
+    path.write_text(json.dumps(metrics))
+    scores = {"objective/kl": [(16, math.inf), (20, 12.0)], "objective/scores": [(16, 1.0), (20, 3.0)]}
+    write_events(finished_run / "ppo" / "tensorboard" / "version_1", scores)
+    lines = {line["label"]: line["x"] for line in report_of(finished_run).data["plots"]["tradeoff-reward"]["lines"]}
+    assert lines["ppo, evaluated"] == [1.52113]
+    assert lines["ppo, training"] == [0.25, 1.25, 11.0, 12.0]
+
+
+def test_an_evaluation_that_was_interrupted_does_not_hide_the_last_complete_one(finished_run: Path) -> None:
+    later = finished_run / "round_2_evaluation"
+    shutil.copytree(finished_run / "evaluation", later)
+    (later / "metrics.json").unlink()
+    assert report_of(finished_run).values("evaluation-metrics").keys() == EVALUATION["models"].keys()
+
+
 def test_alerts_are_listed_with_their_step_and_marked(finished_run: Path) -> None:
     page = report_of(finished_run)
     assert "kl at step 12: objective/kl is 11. Raise stage.kl_coef." in page.text
@@ -143,8 +166,11 @@ def test_responses_are_complete(finished_run: Path) -> None:
 
 
 def test_the_configuration_section(finished_run: Path) -> None:
+    with open(finished_run / "ppo" / ".hydra" / "overrides.yaml", "a") as file:
+        file.write("- resume=true\n")  # the last start of an interrupted run
     page = report_of(finished_run)
     assert "python train.py stage=ppo run=mine stage.kl_coef=0.1" in page.text
+    assert "resume=true" not in page.text
     assert page.tables["data"][0][0][0] == "sft, reward, ppo"
     assert [text for text, _ in page.tables["data"][1][1:]] == ["input policy", "o/sft/sft_final.pt", "cd657555"]
     assert [row[2][0] for row in page.tables["versions"]][:1] == ["2.13.0"]

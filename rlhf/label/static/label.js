@@ -19,10 +19,10 @@ async function request(path, body) {
 
 function show(view) {
   pair = view.pair;
-  const { total, labeled, own } = view.progress;
+  const { total, labeled, skipped, own } = view.progress;
   element("bar").max = total;
-  element("bar").value = labeled;
-  element("count").textContent = `${labeled} of ${total} labeled, ${own} by you`;
+  element("bar").value = labeled + skipped;
+  element("count").textContent = `${labeled} of ${total} labeled, ${skipped} skipped, ${own} by you`;
   element("pair").hidden = pair === null;
   element("done").hidden = pair !== null;
   if (pair !== null) {
@@ -43,6 +43,7 @@ async function perform(action, done) {
   try {
     show(await action());
     say(done);
+    return true;
   } catch (error) {
     say(`${error.message} Nothing was lost. Try again.`, true);
   } finally {
@@ -86,13 +87,17 @@ async function showStatistics() {
   }));
 }
 
-function start(name) {
+async function start(name) {
   annotator = name.trim();
   if (!annotator) return;
-  localStorage.setItem("annotator", annotator);
-  element("annotator").textContent = `Annotator: ${annotator}`;
   element("who").hidden = true;
-  perform(() => request(`/api/pair?annotator=${encodeURIComponent(annotator)}`), "");
+  if (await perform(() => request(`/api/pair?annotator=${encodeURIComponent(annotator)}`), "")) {
+    localStorage.setItem("annotator", annotator);
+    element("annotator").textContent = `Annotator: ${annotator}`;
+  } else {
+    localStorage.removeItem("annotator");
+    element("who").hidden = false;
+  }
 }
 
 document.addEventListener("keydown", (event) => {
