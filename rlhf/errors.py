@@ -1,6 +1,7 @@
 """User errors and how they are reported: the key, the value, the constraint and the fix, without a traceback."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -76,6 +77,8 @@ def plain_errors() -> Iterator[None]:
     A run that a signal has ended exits with 128 plus the number of the signal. If several ranks of a run fail, the
     first one reports its error, and all of them exit with its code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding != "utf-8":  # It lacks characters of the data.
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them itself.
     try:
         yield

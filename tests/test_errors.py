@@ -1,6 +1,7 @@
 """What a user sees of an error: plain text and an exit code for mistakes, a traceback for bugs."""
 
 import errno
+import os
 import re
 import shlex
 import signal
@@ -292,3 +293,11 @@ def test_a_reader_that_ends_early_is_no_error(repo: Path) -> None:
     assert process.wait(timeout=60) == 141
     assert process.stderr is not None
     assert process.stderr.read() == b""
+
+
+def test_output_that_the_encoding_lacks_is_escaped(repo: Path) -> None:
+    code = "from rlhf.errors import plain_errors\nwith plain_errors():\n    print('\u4f60 \u00e9')"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, encoding="latin-1", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4f60 \u00e9\n", "")

@@ -364,8 +364,8 @@ def test_callbacks_can_monitor_training_metrics() -> None:
 
 
 def test_markdown_table_by_hand() -> None:
-    table = markdown_table(("prompt", "response"), [("a | b", "c\nd")])
-    assert table == "| prompt | response |\n| --- | --- |\n| a \\| b | c<br>d |"
+    table = markdown_table(("prompt", "response"), [("a | b", "c\r\nd\re\nf")])
+    assert table == "| prompt | response |\n| --- | --- |\n| a \\| b | c<br>d<br>e<br>f |"
 
 
 def test_text_table_by_hand() -> None:

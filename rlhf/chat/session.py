@@ -1,5 +1,7 @@
 """A chat without a user interface: prompts, the responses of all models as they are sampled, and their scores."""
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +14,8 @@ from rlhf.chat.text import TokenText
 from rlhf.data import Message
 from rlhf.errors import ConfigError, UserError
 from rlhf.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "truncated", "stopped", "failed"]
 LARGEST_SEED = 2**32 - 1
@@ -29,7 +33,7 @@ class Response:
         text: The response so far, without special tokens.
         state: ``truncated``: it has reached ``max_new_tokens``. ``stopped``: the user has interrupted it. ``failed``:
             the model could not continue it.
-        reward: Score of the reward model; None if there is none or if the response is not complete.
+        reward: Score of the reward model; None if there is no finite one, or if the response is not complete.
         seconds: Time that sampling has taken.
         error: Why the response has failed.
     """
@@ -207,7 +211,13 @@ class Chat:
         model, response = running.model, running.response
         if self.scores is not None and self.scores.can_score(model):
             stop_ids = running.params.stop_ids(model.tokenizer)
-            response.reward = self.scores.score(response.prompt_ids, response.response_ids, model, stop_ids)
+            score = self.scores.score(response.prompt_ids, response.response_ids, model, stop_ids)
+            if math.isfinite(score):
+                response.reward = score
+            else:
+                log.warning(
+                    "The reward model gives the response of %s the score %s, which is left out.", model.name, score
+                )
 
 
 class _Running:

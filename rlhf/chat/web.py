@@ -49,7 +49,8 @@ def run_browser(chat: Chat, *, host: str, port: int, token: str | None) -> int:
     with bind(host, port) as bound:
         console.print(models_table(chat))
         console.print(Text(f"Open {access.url(bound.getsockname()[1])}   Ctrl-C ends the chat."))
-        serve(ChatPage(chat).application(access), bound)
+        page = ChatPage(chat)
+        serve(page.application(access), bound, on_exit=page.stop_requested.set)
     return 0
 
 
@@ -160,9 +161,14 @@ class ChatPage:
         self.chat.seed, self.chat.active = seed, [name for name in self.chat.models if name in active]
         return JSONResponse(self.describe())
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether responses are being sampled, or are about to be."""
+        return self.is_starting or self.running is not None
+
     def check_idle(self) -> None:
         """Refuse a request that has to wait until the responses are complete."""
-        if self.is_starting or self.running is not None:
+        if self.is_busy:
             raise RequestError(409, "Responses are being sampled. Stop them first.")
 
     async def in_worker(self, function: Any, *arguments: Any) -> Any:
@@ -190,6 +196,7 @@ class ChatPage:
             "settings": {key: getattr(chat.sampling, key) for key in SETTINGS},
             "seed": chat.seed,
             "conversation": chat.conversation,
+            "running": self.is_busy,
             "turns": [describe_turn(turn) for turn in chat.turns],
         }
 

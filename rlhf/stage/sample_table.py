@@ -1,5 +1,6 @@
 """Sampled responses as a table: in Markdown for TensorBoard's text tab, and as plain text."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -21,4 +22,4 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    return re.sub(r"\r\n?|\n", "<br>", text.replace("|", "\\|"))

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -41,15 +42,24 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: Starlette, bound: socket.socket, *, is_done: Callable[[], bool] | None = None) -> None:
+def serve(
+    app: Starlette,
+    bound: socket.socket,
+    *,
+    is_done: Callable[[], bool] | None = None,
+    on_exit: Callable[[], None] | None = None,
+) -> None:
     """Serve an application until SIGINT or SIGTERM.
+
+    Open requests are completed first. A second signal ends them.
 
     Args:
         app: The application.
         bound: Socket of ``bind``.
         is_done: Returns whether the server can end by itself. None: it never does.
+        on_exit: Called on a signal, so that requests that stream responses can end.
     """
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"), on_exit)
 
     async def run() -> None:
         watch = asyncio.create_task(_stop_when_done(server, is_done)) if is_done else None
@@ -63,6 +73,15 @@ def serve(app: Starlette, bound: socket.socket, *, is_done: Callable[[], bool] |
 
 class _Server(uvicorn.Server):
     """A server that a signal ends, and that then returns to its caller. uvicorn would raise the signal again."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self.on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.on_exit is not None:
+            self.on_exit()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

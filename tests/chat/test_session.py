@@ -1,6 +1,7 @@
 """Responses of a chat: the same as those of sampling and evaluation, for one model and for several."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,16 @@ def test_a_failed_model_does_not_stop_the_others(opened: OpenChat) -> None:
     assert other.state in ("finished", "truncated")
     assert other.reward is not None
     assert chat.models["sft"].multi_turn is False
+
+
+def test_a_score_that_is_not_finite_is_left_out(
+    opened: OpenChat, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = opened()
+    assert chat.scores is not None
+    monkeypatch.setattr(chat.scores, "score", lambda *_: math.nan)
+    assert [response.reward for response in finish(chat).responses] == [None, None]
+    assert "the response of sft the score nan, which is left out." in caplog.text
 
 
 def test_halves_of_characters_are_replaced(chat: Chat) -> None:

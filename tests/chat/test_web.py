@@ -133,12 +133,14 @@ def test_stopping_keeps_what_there_is(slow_page: ChatPage) -> None:
         client = TestClient(slow_page.application(Access.of("127.0.0.1", None)), base_url=HOST)
         for path in ("/api/ask", "/api/reset", "/api/settings"):
             assert client.post(path, json={"prompt": "Hi."}).status_code == 409
+        assert client.get("/api/state").json()["running"] is True
         assert client.post("/api/stop", json={}).status_code == 200
         return [*lines, *[line async for line in updates]]
 
     last = json.loads(asyncio.run(run())[-1])
     assert {response["state"] for response in last["responses"]} == {"stopped"}
     assert slow_page.running is None
+    assert slow_page.describe()["running"] is False
 
 
 def test_responses_stop_when_nobody_reads_them(slow_page: ChatPage) -> None:

@@ -27,6 +27,41 @@ def test_a_server_ends_when_it_is_done(tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
+def test_a_signal_ends_requests_that_stream(repo: Path) -> None:
+    """Without ``on_exit``, the server would wait for the stream, which has no end."""
+    code = """
+import asyncio, os, signal, threading, urllib.request
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+from rlhf.web.server import bind, serve
+
+stopped = threading.Event()
+
+async def lines():
+    while not stopped.is_set():
+        yield "line\\n"
+        await asyncio.sleep(0.01)
+    yield "end"
+
+def read(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as response:
+        response.readline()
+        os.kill(os.getpid(), signal.SIGINT)
+        texts.append(response.read().decode())
+
+texts = []
+with bind("127.0.0.1", 0) as bound:
+    reader = threading.Thread(target=read, args=[bound.getsockname()[1]])
+    reader.start()
+    serve(Starlette(routes=[Route("/", lambda request: StreamingResponse(lines()))]), bound, on_exit=stopped.set)
+    reader.join()
+    print(texts[0].splitlines()[-1])
+"""
+    done = run_python(["-c", code], repo)
+    assert (done.stdout, done.stderr) == ("end\n", "")
+
+
 def test_a_port_in_use_is_explained() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]

@@ -180,6 +180,19 @@ async function* linesOf(response) {
   }
 }
 
+// Show the responses that another page has asked for, and offer to stop them.
+async function follow() {
+  state = await (await request("/api/state")).json();
+  setBusy(state.running);
+  showTurns();
+  while (state.running) {
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    state = await (await request("/api/state")).json();
+    showTurns();
+  }
+  showSettings();
+}
+
 async function ask(prompt) {
   const turns = byId("turns");
   setBusy(true);
@@ -199,6 +212,7 @@ async function ask(prompt) {
     showSettings();
   } catch (error) {
     showMessage(error.message);
+    await follow().catch(() => {});
   }
   setBusy(false);
   byId("prompt").focus();
@@ -235,8 +249,4 @@ byId("reset").addEventListener("click", async () => {
   }
 });
 
-request("/api/state").then(async (response) => {
-  state = await response.json();
-  showSettings();
-  showTurns();
-}).catch((error) => showMessage(error.message));
+follow().catch((error) => showMessage(error.message)).then(() => setBusy(false));
