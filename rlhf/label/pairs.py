@@ -5,7 +5,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ class Pair:
     Args:
         prompt: The prompt as a row of data has it: text, or a list of messages.
         first, second: The responses, in the order of the file.
+        equal: Names of the models of ``first`` and ``second`` in equal pairs, which other models have given.
     """
 
     prompt: Any
     first: Response
     second: Response
+    equal: tuple[tuple[str, str], ...] = ()
 
     @property
     def id(self) -> str:
@@ -100,7 +102,8 @@ def read_pairs(path: Path, models: Sequence[str] | None = None) -> list[Pair]:
             ) from error
         names |= {response.model for response in responses}
         for pair in _pairs(prompt, [r for r in responses if models is None or r.model in models]):
-            found.setdefault((pair.prompt_text(), frozenset({pair.first.text, pair.second.text})), pair)
+            texts = pair.prompt_text(), frozenset({pair.first.text, pair.second.text})
+            found[texts] = _with_models(found[texts], pair) if texts in found else pair
     if models is not None and (unknown := [name for name in models if name not in names]):
         raise ConfigError(
             f"command.models contains {unknown[0]}, but {path} has responses of {', '.join(sorted(names))}.",
@@ -157,6 +160,14 @@ def _response(entry: dict[str, Any]) -> Response:
     text.encode()
     scores = tuple(float(value) for value in entry.get("scores") or ())
     return Response(text, str(entry.get("model", "")), None if score is None else float(score), scores)
+
+
+def _with_models(pair: Pair, other: Pair) -> Pair:
+    """Return a pair with the names of the models that have given the same two responses."""
+    names = {response.text: response.model for response in (other.first, other.second)}
+    models = names[pair.first.text], names[pair.second.text]
+    known = ((pair.first.model, pair.second.model), *pair.equal)
+    return pair if models in known else replace(pair, equal=(*pair.equal, models))
 
 
 def _pairs(prompt: Any, responses: Sequence[Response]) -> Iterator[Pair]:

@@ -67,13 +67,11 @@ def _reward_model(session: Session) -> dict[str, float] | None:
 def _win_rates(session: Session) -> list[dict[str, Any]]:
     wins: dict[tuple[str, str], list[float]] = {}
     for key, _, choice in _decisions(session):
-        models = session.pairs[key].first.model, session.pairs[key].second.model
-        if not all(models) or models[0] == models[1]:
-            continue
-        won = {"first": 1.0, "second": 0.0}.get(choice, 0.5)
-        if models[0] > models[1]:
-            models, won = (models[1], models[0]), 1.0 - won
-        wins.setdefault(models, []).append(won)
+        pair, won = session.pairs[key], {"first": 1.0, "second": 0.0}.get(choice, 0.5)
+        for first, second in ((pair.first.model, pair.second.model), *pair.equal):
+            if first and second and first != second:
+                ordered, share = ((first, second), won) if first < second else ((second, first), 1.0 - won)
+                wins.setdefault(ordered, []).append(share)
     return [
         {"model": model, "versus": versus, **(_proportion(sum(won), len(won)) or {})}
         for (model, versus), won in sorted(wins.items())

@@ -27,6 +27,7 @@ def test_every_two_different_responses_of_an_evaluation_form_a_pair(tmp_path: Pa
     """The responses of SFT and DPO are identical, and so are the two pairs with that of PPO: one of them is kept."""
     (pair,) = read_pairs(write(tmp_path, SAMPLE))
     assert (pair.prompt, pair.first, pair.second) == ("p", Response("x", "sft", 0.5), Response("y", "ppo", 1.5))
+    assert pair.equal == (("dpo", "ppo"),)
 
 
 def test_models_can_be_chosen(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,16 @@ def test_statistics_by_hand(open_session: Open, pairs: list[Pair]) -> None:
     assert rate["value"] == pytest.approx(2.5 / 6)
     assert found["reward_model"]["value"] == pytest.approx(3 / 5)
     assert found["kappa"] == [{"annotators": ["Ada", "Ben"], "kappa": 0.0, "pairs": 2}]
+
+
+def test_a_choice_counts_for_all_models_that_gave_the_responses(open_session: Open, pairs: list[Pair]) -> None:
+    pairs[0] = replace(pairs[0], equal=(("c", "b"), ("b", "a")))
+    session = open_session()
+    prefer(session, "Ada", pairs[0], "a")
+    rates = [
+        tuple(rate[key] for key in ("model", "versus", "value", "choices")) for rate in summarize(session)["win_rates"]
+    ]
+    assert rates == [("a", "b", 0.5, 2), ("b", "c", 0.0, 1)]
 
 
 def test_unknown_pairs_and_damaged_journals_are_errors(open_session: Open, tmp_path: Path) -> None:
