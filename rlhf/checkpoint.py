@@ -1,9 +1,7 @@
 """Checkpoints that a killed run can be resumed from exactly."""
 
-import copy
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
 
+from rlhf.boundary import Boundary, position_within_epoch
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat
-from rlhf.stage.random_state import get_random_state
 
 log = logging.getLogger(__name__)
 
@@ -37,40 +34,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_write(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """What a checkpoint at a resumable position holds in addition to weights and optimizer.
-
-    If the next step fails before it changes the weights, a checkpoint of this position can still be written.
-
-    Args:
-        step: Optimizer steps taken.
-        entries: Entries of the checkpoint: position in the loops and in the data, and random state.
-        module_state: Entries of its ``state_dict``, such as running moments and counters.
-    """
-
-    step: int
-    entries: dict[str, Any]
-    module_state: dict[str, Any]
-
-    @classmethod
-    def here(cls, trainer: Trainer, module: LightningModule) -> "Boundary":
-        """Return the present state of a run on a single process."""
-        entries = {
-            "loops": trainer._checkpoint_connector._get_loops_state_dict(),
-            "random_states": [get_random_state()],
-        }
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if datamodule is not None:
-            entries[type(datamodule).__qualname__] = datamodule.state_dict()
-        state = {
-            f"{name}.{nn.modules.module._EXTRA_STATE_KEY_SUFFIX}".lstrip("."): part.get_extra_state()
-            for name, part in module.named_modules()
-            if type(part).get_extra_state is not nn.Module.get_extra_state
-        }
-        return cls(trainer.global_step, copy.deepcopy(entries), copy.deepcopy(state))
-
-
 class RunCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every few minutes, at the end of every epoch and of training, and when training fails.
 
@@ -79,7 +42,8 @@ class RunCheckpoint(ModelCheckpoint):
     A checkpoint is written only at positions from which a resumed run continues exactly: after the last minibatch of a
     rollout in PPO and GRPO, after an optimizer step in the other stages, and after validation where validation
     follows. It is written at the last such position at which a killed run has lost at most ``every_n_minutes``, if the
-    next step and checkpoint take as long as the last ones. Writing one draws no random numbers.
+    next step and checkpoint take as long as the last ones. Writing one draws no random numbers. A time limit ends
+    training at such a position, too.
 
     Args:
         every_n_minutes: Minutes of work that a killed run may lose. If a step and a checkpoint take more than half of
@@ -104,6 +68,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
         self._boundary: Boundary | None = None  # The last such position,
         self._is_stepping = False  # and whether an optimizer step has begun since, which may have changed the weights.
+        self._end: dict[str, Any] = {}  # Entries of the checkpoint if training ends here, within an epoch.
+        self._stop_requested = False  # Whether training ends at the next resumable position.
         self._last_written = self._last_boundary = 0.0  # Seconds of the monotonic clock.
         self._write_seconds = self._step_seconds = 0.0  # What the last checkpoint and the last step took.
         self._numbered_step = 0  # The step of the last numbered checkpoint.
@@ -123,10 +89,11 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_written = self._last_boundary = time.monotonic()
         self._numbered_step = trainer.global_step
+        self._end, self._stop_requested = {}, False
         self.resumable = (Path(trainer.ckpt_path), trainer.global_step) if trainer.ckpt_path else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._at_boundary = False
+        self._at_boundary, self._end = False, {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,12 +101,24 @@ class RunCheckpoint(ModelCheckpoint):
         loop = trainer.fit_loop.epoch_loop
         is_last = getattr(batch, "last", True)  # A minibatch of PPO and GRPO: the last one of its rollout.
         self._at_boundary = is_last and not loop._should_accumulate()
-        if self._at_boundary and not loop._is_training_done and not self._validation_follows(trainer):
+        self._defer_stop(trainer)
+        validation_follows = self._validation_follows(trainer)
+        if not loop._should_accumulate() and (loop._is_training_done or trainer.should_stop or validation_follows):
+            self._end = position_within_epoch(trainer)
+        if self._at_boundary and not loop._is_training_done and not validation_follows:
             self._reach_boundary(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._at_boundary and not self._is_idle(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
+            if not trainer.should_stop:
+                self._end = {}
             self._reach_boundary(trainer, pl_module)
+
+    def _defer_stop(self, trainer: Trainer) -> None:
+        """Let a time limit that ends training between two resumable positions end it at the next one."""
+        self._stop_requested |= trainer.should_stop
+        can_stop = self._at_boundary or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        trainer.should_stop = self._stop_requested and can_stop
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._is_stepping = True
@@ -178,6 +157,9 @@ class RunCheckpoint(ModelCheckpoint):
         return not self._is_stepping or isinstance(exception, TrainingError)
 
     # What to write
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= self._end
 
     def _reach_boundary(self, trainer: Trainer, module: LightningModule) -> None:
         self._step_seconds = time.monotonic() - self._last_boundary

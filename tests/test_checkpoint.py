@@ -65,6 +65,7 @@ class CheckpointedRuns:
         *callbacks: lightning.Callback,
         resume: Path | None = None,
         trainer: dict[str, Any] | None = None,
+        schedule: str = "cosine",
     ) -> Run:
         """Train, from the same weights and seed in every call."""
         run = self.tiny_run.build(
@@ -72,7 +73,7 @@ class CheckpointedRuns:
             data={"train": self.rows, "val": self.rows, "max_length": 64, "batch_size": BATCH_SIZE[stage]},
             trainer={"max_epochs": 2, "enable_checkpointing": bool(callbacks), **(trainer or {})},
             callbacks=callbacks,
-            schedule="cosine",
+            schedule=schedule,
             **STAGE_KEYS[stage],
         )
         with report_signals(run.trainer):
@@ -173,6 +174,60 @@ def test_every_checkpoint_resumes_exactly(
         resumed = runs.fit(stage, runs.callback("resumed"), resume=path, trainer=keys)
         assert resumed.trainer.global_step == steps[-1]
         assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+class Stop(lightning.Callback):
+    """Requests the end of training in a batch, as a time limit does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "stop", "step"),
+    [
+        ("sft", {}, {"max_steps": 3}, 3),
+        ("sft", {}, {"max_steps": 3, "max_epochs": 1}, 3),
+        ("sft", {}, {"max_steps": 4}, 4),
+        ("sft", {}, {"max_steps": 7}, 7),
+        ("sft", {"val_check_interval": 2}, {"max_steps": 6}, 6),
+        ("sft", {"accumulate_grad_batches": 2}, {"max_steps": 3}, 3),
+        ("sft", {}, Stop(1), 2),
+        ("sft", {"accumulate_grad_batches": 2}, Stop(0), 1),
+        ("sft", {"accumulate_grad_batches": 3}, Stop(3), 2),
+        ("ppo", {}, {"max_steps": 4}, 4),
+        ("ppo", {}, Stop(1), 4),
+        ("ppo", {"limit_train_batches": 6}, Stop(5), 6),
+        ("ppo", {}, Stop(9), 12),
+    ],
+)
+def test_a_run_that_has_ended_within_an_epoch_can_be_extended(
+    runs: CheckpointedRuns, stage: str, keys: dict[str, Any], stop: Any, step: int
+) -> None:
+    """It continues as if it had not ended. A time limit ends it after an optimizer step, and in PPO after a rollout."""
+    whole = runs.fit(stage, trainer=keys, schedule="constant")
+    limits, callbacks = ({}, [stop]) if isinstance(stop, Stop) else (stop, [])
+    ended = runs.fit(stage, runs.callback(), *callbacks, trainer={**keys, **limits}, schedule="constant")
+    assert (ended.trainer.global_step, step_of(runs.last)) == (step, step)
+    resumed = runs.fit(stage, resume=runs.last, trainer=keys, schedule="constant")
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+def test_the_rest_of_a_rollout_is_not_used_after_the_end_of_training(runs: CheckpointedRuns) -> None:
+    """Of 16 steps, two are left of the first rollout when training ends at step 2."""
+    runs.fit("ppo", runs.callback(), trainer={"max_steps": 2})
+    steps: list[int] = []
+    validated = lightning.pytorch.callbacks.LambdaCallback(
+        on_validation_end=lambda trainer, module: steps.append(trainer.global_step)
+    )
+    resumed = runs.fit("ppo", validated, resume=runs.last)
+    assert resumed.trainer.global_step == 14
+    assert steps[-2:] == [6, 14], "the ends of the epochs"
 
 
 class Fault(lightning.Callback):

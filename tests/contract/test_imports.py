@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     {
         "alerts",
         "artifacts",
+        "boundary",
         "callbacks",
         "chat",
         "checkpoint",
