@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -174,9 +174,14 @@ class PreferenceModule(ReferenceModule):
     def validation_step(self, batch: LabeledBatch, batch_idx: int) -> None:
         self.fill_ref_logprobs(batch, "val")
         loss, nll, groups = self.loss_and_metrics(batch)
-        self.log_val({"loss": loss + self.sft_coef * nll}, batch.loss_terms)
+        self.log_val({"preference_loss" if self.sft_coef else "loss": loss}, batch.loss_terms)
         for terms, values in self._terms_and_values(batch, nll, groups):
             self.log_val(values, terms)
+
+    def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        if not metrics.keys() >= {"preference_loss", "nll"}:
+            return {}
+        return {"loss": metrics["preference_loss"] + self.sft_coef * metrics["nll"]}
 
     def _terms_and_values(self, batch: LabeledBatch, nll: Tensor, groups: list[MetricGroup]) -> list[MetricGroup]:
         groups = [MetricGroup(batch.sft_terms, {"nll": nll}), *groups]

@@ -75,8 +75,7 @@ class KTOModule(PreferenceModule):
         return kl
 
     def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        names = ("rewards/chosen", "rewards/rejected")
-        if not metrics.keys() >= set(names):
-            return {}
-        chosen, rejected = (metrics[name] for name in names)
-        return {"rewards/margins": chosen - rejected}
+        derived = super().derived_metrics(metrics)
+        if metrics.keys() >= {"rewards/chosen", "rewards/rejected"}:
+            derived["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return derived

@@ -55,7 +55,7 @@ def unpaired_metrics(
     """Metrics of a batch of unpaired preferences.
 
     ``rewards/accuracies`` is the fraction of responses whose reward is above the KL baseline exactly if they are
-    desirable. ``rewards/margins`` has no terms if all responses of the batch have the same label.
+    desirable.
 
     Args:
         batch: Unpaired preferences.
@@ -76,6 +76,4 @@ def unpaired_metrics(
     for name, mask, rows in (("chosen", desirable, desirable_rows), ("rejected", ~desirable, undesirable_rows)):
         means = {f"rewards/{name}": masked_mean(rewards, mask), f"logps/{name}": masked_mean(logprobs, mask)}
         groups.append(MetricGroup(rows, means))
-    margin = groups[2].values["rewards/chosen"] - groups[3].values["rewards/rejected"]
-    both_labels = desirable_rows > 0 and undesirable_rows > 0
-    return [*groups, MetricGroup(batch.loss_terms if both_labels else 0, {"rewards/margins": margin})]
+    return groups

@@ -132,6 +132,7 @@ class ReferenceModule(StageModule):
             gc.collect()
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self._known is not None:
             self._known.share()
 

@@ -91,6 +91,7 @@ class SFTModule(StageModule):
         )
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self.samples and not self.trainer.sanity_checking:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             with separate_random_state(0):  # Ranks sample together, which a sharded model requires.

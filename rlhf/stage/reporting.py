@@ -1,5 +1,6 @@
 """Base class of stages that log: training metrics, validation metrics, samples and throughput."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,12 @@ class ReportingModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Batch) and not batch.is_filler:
             self._meter.add(batch.token_count, batch.sequence_count)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        means = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith("val/")}
+        derived = self.derived_metrics({name: mean for name, mean in means.items() if math.isfinite(mean)})
+        self.log_dict({f"val/{name}": value for name, value in derived.items()}, sync_dist=True)
 
     def on_validation_end(self) -> None:
         if not self.trainer.sanity_checking:
@@ -81,7 +88,11 @@ class ReportingModule(lightning.LightningModule):
             self._step_metrics.add(metrics, weight)
 
     def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return training metrics that are functions of other ones, such as a difference of two means."""
+        """Return metrics that are functions of other ones, such as a difference of two means.
+
+        Args:
+            metrics: Training metrics of an optimizer step, or validation metrics of an epoch without ``val/``.
+        """
         return {}
 
     def log_val(self, metrics: Mapping[str, Tensor | float], weight: int) -> None:
@@ -92,7 +103,8 @@ class ReportingModule(lightning.LightningModule):
             weight: Number of terms that the values are means over.
         """
         names = {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(names, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
+        # The total weight of a rank must not be an integer: Lightning truncates the mean of integers over the ranks.
+        self.log_dict(names, on_step=False, on_epoch=True, batch_size=float(weight), sync_dist=True)  # type: ignore[arg-type]
 
     def log_samples(self, header: Sequence[str], rows: Sequence[Sequence[str | float]], name: str = "samples") -> None:
         """Show samples as a table in every logger that can, see ``log_table``. Only rank 0 writes.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import ON_POLICY, TinyRun, make_eos_likely
+from harness import ON_POLICY, STAGES, TinyRun, make_eos_likely
 from ranks import DDP, in_ranks
 from rlhf.rl.advantages import reinforce_pp
 from rlhf.sampling import Rollout, SamplingParams
@@ -76,8 +76,10 @@ def train(rank: int, tiny_run: TinyRun, stages: Sequence[str], ranks: int) -> di
         keys = settings(stage, ranks)
         flags = {**keys.pop("trainer"), **(DDP if ranks > 1 else {}), "default_root_dir": tiny_run.folder}
         module = "grpo" if stage == "reinforce_pp" else stage
-        run = tiny_run.train(module, trainer=flags, **keys)
-        names = {name for call in run.logger.calls for name in call if not name.startswith("throughput/")}
+        rows = STAGES[module].records[:5]  # an odd number, so that the ranks have different weights
+        data = {**keys.pop("data"), "val": tiny_run.write("val", rows), "eval_batch_size": 4 // ranks}
+        run = tiny_run.train(module, trainer=flags, data=data, **keys)
+        names = {name for call in run.logger.calls for name in call if not name.startswith(("throughput/", "report/"))}
         results[stage] = run.weights, {name: run.curve(name) for name in names}
     return results
 
@@ -118,7 +120,7 @@ def test_two_ranks_log_the_metrics_of_one_process(results: dict[str, Any], stage
     """Rewards of DPO are small differences of log-probs, whose rounding the first steps of AdamW amplify."""
     (_, one), (_, first), (_, second) = results[stage]
     assert one.keys() == first.keys() == second.keys()
-    assert ("train/loss" if stage in LOSS else "objective/kl") in one
+    assert one.keys() > ({"train/loss", "val/loss"} if stage in LOSS else {"objective/kl", "val/score"})
     for name, values in one.items():
         assert all(map(math.isfinite, values)), name
         assert first[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
