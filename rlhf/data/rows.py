@@ -39,12 +39,13 @@ class Rows(LazySequence[Any]):
         """Return the value of a field for each row."""
 
     @abstractmethod
-    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+    def extend(self, name: str, value: Callable[[int], Any], content: Iterable[Any] = ()) -> None:
         """Set a field of every row that is not known when the rows are encoded.
 
         Args:
             name: The field.
             value: Returns its value for the row of an index.
+            content: Buffers that determine the values, if ``content`` has to contain them.
         """
 
     @abstractmethod
@@ -71,7 +72,7 @@ class RowList(Rows):
     def column(self, name: str) -> Iterable[Any]:
         return [getattr(row, name) for row in self._rows]
 
-    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+    def extend(self, name: str, value: Callable[[int], Any], content: Iterable[Any] = ()) -> None:
         for index, row in enumerate(self._rows):
             setattr(row, name, value(index))
 
@@ -95,6 +96,7 @@ class RowTable(Rows):
         self._names = [name for name, _ in leaves(row_type)]
         self._readers = [{name: ColumnReader(batch.column(name)) for name in self._names} for batch in batches]
         self._extensions: dict[str, Callable[[int], Any]] = {}
+        self._content: dict[str, list[Any]] = {}  # what determines them
         self.lengths, self.numbers = (self._numeric(name) for name in (LENGTH, NUMBER))
 
     def _numeric(self, name: str) -> np.ndarray:
@@ -121,10 +123,13 @@ class RowTable(Rows):
         for batch in self._batches:
             yield from batch.column(name).to_pylist()
 
-    def extend(self, name: str, value: Callable[[int], Any]) -> None:
+    def extend(self, name: str, value: Callable[[int], Any], content: Iterable[Any] = ()) -> None:
         self._extensions[name] = value
+        self._content[name] = list(content)
 
     def content(self) -> Iterator[Any]:
         for batch in self._batches:
             for name in self._names:
                 yield from (buffer for buffer in batch.column(name).buffers() if buffer is not None)
+        for buffers in self._content.values():
+            yield from buffers

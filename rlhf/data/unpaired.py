@@ -112,8 +112,11 @@ class UnpairedDataModule(RecordDataModule):
         bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
         texts = _Texts(sources)
         chosen = array("Q", [other for other in others[: len(rows)] if other is not None])
+        others_content = (buffer for source in sources[1:] for buffer in source.content())
         rows.extend(
-            "mismatched", lambda index: replace_response(texts[index], texts[chosen[index]], self.max_length, bos)
+            "mismatched",
+            lambda index: replace_response(texts[index], texts[chosen[index]], self.max_length, bos),
+            [chosen, f"{self.max_length} {bos}".encode(), *others_content],
         )
 
     def length(self, row: Any) -> int:

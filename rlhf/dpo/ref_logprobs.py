@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ class ReferenceLogprobs:
         compute: Function from sequences to [batch] summed log-probs of their responses, in nats.
         batch_size: Responses per forward pass of ``fill``.
         directory: Directory of the cache, with one file per split. None: nothing is cached.
-        model_key: Identifies the reference model, see ``model_key``.
+        model_key: Identifies the reference model, see ``model_key``, or what it is computed with.
     """
 
     compute: Callable[[SequenceBatch], Tensor]
@@ -48,7 +48,7 @@ class ReferenceLogprobs:
     def __post_init__(self) -> None:
         self._rows: dict[str, Rows] = {}
         self._values: dict[str, Tensor] = {}  # [rows, responses of a row] of each split; NaN: unknown
-        self._paths: dict[str, Path | None] = {}
+        self._keys: dict[str, str] = {}  # what the values of each split depend on
         self._new: list[tuple[str, list[int], Tensor]] = []
 
     # Before training
@@ -87,26 +87,26 @@ class ReferenceLogprobs:
 
     # During training
 
-    def attach(self, rows: Sequence[Any], split: str, state: Tensor | None = None) -> None:
+    def attach(self, rows: Sequence[Any], split: str, state: Mapping[str, Any] | None = None) -> None:
         """Set ``ref_logprobs`` of the encoded rows whose log-probs are known.
 
         Args:
             rows: The encoded rows of a split.
             split: Its name.
-            state: Log-probs from a checkpoint, as ``state_dict`` returns them.
+            state: Log-probs of this split from a checkpoint, see ``state_dict``. Those of other rows, or of another
+                model, are ignored.
         """
         counts = len(rows), len(rows[0].responses)
-        self._rows[split] = rows if isinstance(rows, Rows) else RowList(list(rows))
-        self._paths[split], stored = None, None
-        if self.directory is not None:
-            path = self._paths[split] = self.directory / f"{self._key(split)}.pt"
+        self._rows[split], stored = rows if isinstance(rows, Rows) else RowList(list(rows)), None
+        self._keys[split] = self._key(split)
+        if (path := self._path(split)) is not None:
             # Only rank 0 reads the file, so that all ranks agree on what is known.
             stored = gather_objects(_read(path, counts[0] * counts[1]) if is_rank_zero() else None)[0]
             if stored is not None:
                 log.info("Reference log-probs of %s: read from %s", split, path)
         values = torch.full(counts, torch.nan) if stored is None else stored.view(counts).clone()
-        if state is not None and state.shape == values.shape:
-            values = torch.where(state.isnan(), values, state)
+        if isinstance(state, Mapping) and state["key"] == self._keys[split]:  # Version 0.1.0 stored tensors.
+            values = torch.where(state["logprobs"].isnan(), values, state["logprobs"])
         self._values[split] = values
         self._set(split)
 
@@ -138,9 +138,14 @@ class ReferenceLogprobs:
         """Whether the log-probs of all rows are known."""
         return not any(bool(values.isnan().any()) for values in self._values.values())
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the known log-probs of each split: [rows, responses of a row], NaN where they are unknown."""
-        return dict(self._values)
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of each split.
+
+        Returns:
+            For each split, ``logprobs``: [rows, responses of a row] in nats, NaN where they are unknown; ``key``: hash
+            of what they depend on.
+        """
+        return {split: {"key": self._keys[split], "logprobs": values} for split, values in self._values.items()}
 
     def _set(self, split: str) -> None:
         values = self._values[split]
@@ -152,13 +157,16 @@ class ReferenceLogprobs:
         self._rows[split].extend("ref_logprobs", known)
 
     def _write(self, split: str) -> None:
-        path, logprobs = self._paths[split], self._values[split].flatten()
+        path, logprobs = self._path(split), self._values[split].flatten()
         if path is None or not is_rank_zero():
             return
         # Parallel jobs of a sweep may write the same file.
         atomic_write(path, lambda file: torch.save({"logprobs": logprobs}, file), concurrent=True)
         known = int((~logprobs.isnan()).sum())
         log.info("Reference log-probs of %s: %d of %d stored in %s", split, known, len(logprobs), path)
+
+    def _path(self, split: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"{self._keys[split]}.pt"
 
     def _key(self, split: str) -> str:
         """Return the SHA-256 of the model and the token ids. It depends on their content, not on file paths."""

@@ -1,7 +1,7 @@
 """The reference model of preference stages, and its log-probs of the data."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class ReferenceModule(StageModule):
     ref_logprobs_cache: str | None
     _known: ReferenceLogprobs | None = None
     _known_data: RecordDataModule | None = None
-    _checkpointed: dict[str, Tensor] | None = None  # log-probs in the checkpoint that training resumes from
+    _checkpointed: Mapping[str, Any] | None = None  # log-probs in the checkpoint that training resumes from
 
     def open_reference(self) -> Frozen:
         """Open the reference model."""
@@ -118,9 +118,9 @@ class ReferenceModule(StageModule):
             self._free_reference()
 
     def _ref_logprobs(self, data: RecordDataModule, reference: Frozen) -> ReferenceLogprobs:
-        directory, key = None, ""
+        arithmetic = f"{self.trainer.precision} on {self.device.type}"
+        directory, key = None, arithmetic
         if self.ref_logprobs_cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            arithmetic = f"{self.trainer.precision} on {self.device.type}"
             model: Any = reference.model
             directory, key = Path(self.ref_logprobs_cache), model_key(model.lm, arithmetic)
         return ReferenceLogprobs(self.compute_ref_logprobs, data.eval_batch_size, directory, key)

@@ -1,5 +1,6 @@
 """Rows as columns of Arrow, and their cache: the same rows as without it, read again only for the same content."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness import EXACT, TinyRun
+from harness import EXACT, PAIRS, TinyRun
 from ranks import in_ranks
 from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
 from rlhf.data.rows import RowList, RowTable
@@ -274,6 +275,25 @@ def test_rows_of_other_types_stay_objects(write: Write, tokenizer: PreTrainedTok
     (row,) = SFTDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer).encoded("train")
     (pair,) = data.encoded("train")
     assert [*pair.parts[0], *pair.parts[1]] == row.input_ids
+
+
+@pytest.mark.usefixtures("always_cached")
+@one_architecture
+def test_the_content_of_unpaired_rows_covers_their_mismatched_responses(tiny_run: TinyRun) -> None:
+    """They depend on the limit of their length, and those of a few validation rows on the training data."""
+
+    def hash_of(split: str, **keys: Any) -> str:
+        data, _ = batches(tiny_run, "kto", **keys)
+        rows = data.encoded(split)
+        assert isinstance(rows, RowTable)
+        return hashlib.sha256(b"".join(bytes(memoryview(part)) for part in rows.content())).hexdigest()
+
+    longest = max(batches(tiny_run, "kto")[0].encoded("train").lengths)
+    train = hash_of("train", max_length=200)
+    assert hash_of("train", max_length=200) == train
+    assert hash_of("train", max_length=int(longest)) != train
+    val, train_of_val = tiny_run.write("one", PAIRS[:1]), [tiny_run.write(f"first{n}", PAIRS[:n]) for n in (4, 6)]
+    assert hash_of("val", val=val, train=train_of_val[0]) != hash_of("val", val=val, train=train_of_val[1])
 
 
 @pytest.mark.usefixtures("always_cached")
