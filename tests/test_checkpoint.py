@@ -66,11 +66,17 @@ class CheckpointedRuns:
         resume: Path | None = None,
         trainer: dict[str, Any] | None = None,
         schedule: str = "cosine",
+        batch_size: int | None = None,
     ) -> Run:
         """Train, from the same weights and seed in every call."""
         run = self.tiny_run.build(
             stage,
-            data={"train": self.rows, "val": self.rows, "max_length": 64, "batch_size": BATCH_SIZE[stage]},
+            data={
+                "train": self.rows,
+                "val": self.rows,
+                "max_length": 64,
+                "batch_size": batch_size or BATCH_SIZE[stage],
+            },
             trainer={"max_epochs": 2, "enable_checkpointing": bool(callbacks), **(trainer or {})},
             callbacks=callbacks,
             schedule=schedule,
@@ -216,6 +222,26 @@ def test_a_run_that_has_ended_within_an_epoch_can_be_extended(
     resumed = runs.fit(stage, resume=runs.last, trainer=keys, schedule="constant")
     assert resumed.trainer.global_step == whole.trainer.global_step
     assert_same_weights(resumed.module, whole.module, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "per_step", "steps"),
+    [("sft", 1, 1, 8 + 6), ("sft", 4, 1, 2 + 1), ("sft", 1, 2, 4 + 3), ("ppo", 2, 1, 4 + 8), ("ppo", 8, 1, 8 + 8)],
+)
+def test_an_epoch_continues_with_batches_of_another_size(
+    runs: CheckpointedRuns, copies: list[Path], stage: str, size: int, per_step: int, steps: int
+) -> None:
+    """The first checkpoint is after a quarter of the first epoch in SFT, and after half of it in PPO."""
+    runs.fit(stage, runs.callback(every_n_minutes=0))
+    before = step_of(copies[0])
+    seen: list[int] = []
+    validated = lightning.pytorch.callbacks.LambdaCallback(
+        on_validation_end=lambda trainer, module: seen.append(trainer.global_step)
+    )
+    flags = {"accumulate_grad_batches": per_step, "max_epochs": 2}
+    resumed = runs.fit(stage, runs.callback("resumed"), validated, resume=copies[0], trainer=flags, batch_size=size)
+    assert resumed.trainer.global_step == before + steps
+    assert len(seen) == 2
 
 
 def test_the_rest_of_a_rollout_is_not_used_after_the_end_of_training(runs: CheckpointedRuns) -> None:

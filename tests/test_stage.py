@@ -389,3 +389,29 @@ def test_samples_are_shown_in_tensorboard_and_in_the_text_log(tmp_path: Path) ->
     (event,) = events.Tensors("examples/text_summary")
     assert event.step == 2
     assert event.tensor_proto.string_val[0].decode() == "| prompt | score |\n| --- | --- |\n| It rains. | 0.1235 |"
+
+
+# Epochs of the Trainer
+
+
+def test_overfit_batches_repeat_the_same_rows(tiny_run: TinyRun) -> None:
+    run = tiny_run.train("sft", trainer={"overfit_batches": 2, "max_epochs": 3}, data={"batch_size": 2})
+    rows = [batch.indices for batch in run.batches]
+    assert len(rows) == 6
+    assert rows[:2] == rows[2:4] == rows[4:]
+
+
+def test_reloaded_data_have_the_weights_of_a_limited_epoch(tiny_run: TinyRun) -> None:
+    """The last of 3 batches is an optimizer step of 2 batches of which the second one never comes."""
+    flags = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 2}
+    run = tiny_run.train("sft", trainer={**flags, "max_epochs": 2}, data={"batch_size": 1})
+    assert [run.batches[number].loss_weight for number in (2, 5)] == [2.0, 2.0]
+
+
+def test_a_schedule_of_accumulation_changes_the_weights(tiny_run: TinyRun) -> None:
+    schedule = lightning.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    run = tiny_run.train("sft", callbacks=[schedule], trainer={"max_epochs": 2}, data={"batch_size": 2})
+    weights = [batch.loss_weight for batch in run.batches]
+    assert weights[:4] == [1.0] * 4
+    assert len(set(weights[4:])) > 1
+    assert sum(weights[4:]) == pytest.approx(4)

@@ -234,7 +234,7 @@ class RecordDataModule(lightning.LightningDataModule):
         batches = BucketBatchSampler(
             rows.lengths,
             self.batch_size if training else self.eval_batch_size,
-            shuffle=training,
+            shuffle=training and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
             bucket=self.bucket_by_length,
             seed=self.seed,
             drop_last=training and self.drop_last,

@@ -1,11 +1,12 @@
 """Loading: which rows form a batch, in which order, on which rank, and with which weight in the optimizer step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf.data.batches import Batch
 from rlhf.distributed import sum_over_ranks
@@ -59,30 +60,59 @@ class BucketBatchSampler:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    @property
+    def size(self) -> int:
+        """Rows of a batch of all ranks together."""
+        return self.batch_size * self.world
+
     def __len__(self) -> int:
-        size = self.batch_size * self.world
-        return len(self.lengths) // size if self.drop_last else -(-len(self.lengths) // size)
+        return len(self.lengths) // self.size if self.drop_last else -(-len(self.lengths) // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        return map(self._own_rows, self._batches(torch.arange(len(self.lengths)), self.size))
+
+    def rest(self, done: int, size: int) -> Iterator[list[int]]:
+        """Yield batches of the rows that are left of an epoch, over and over again.
+
+        With ``drop_last``, other rows fill the only batch if fewer rows are left.
+
+        Args:
+            done: Number of batches of the epoch that have been trained on.
+            size: Rows of each of them, over all ranks.
+        """
+        rows = torch.arange(len(self.lengths))
+        is_left = torch.ones(len(rows), dtype=torch.bool)
+        for batch in self._batches(rows, size)[:done]:
+            is_left[batch] = False
+        count = max(int(is_left.sum()), self.size if self.drop_last else 0)
+        rows = torch.cat([rows[is_left], rows[~is_left]])[:count]
+        return cycle(map(self._own_rows, self._batches(rows, self.size)))
+
+    def _batches(self, rows: Tensor, size: int) -> list[Tensor]:
+        """Return rows as batches of all ranks together, in the order of the epoch."""
         # 1. Put all rows in random order, or in file order.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        count, size = len(self.lengths), self.batch_size * self.world
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        count = len(rows)
+        order = rows[torch.randperm(count, generator=generator)] if self.shuffle else rows
+        if self.drop_last:
+            order = order[: count - count % size]
 
         # 2. Sort each bucket by length. Small data get four buckets or more, so that neighbors change every epoch.
         if self.bucket:
-            width = size * min(BUCKET_BATCHES, max(count // (4 * size), 1)) if self.shuffle else count
+            width = size * min(BUCKET_BATCHES, max(count // (4 * size), 1)) if self.shuffle else max(count, 1)
             buckets = order.split(width)
             order = torch.cat([rows[self.lengths[rows].argsort(descending=True, stable=True)] for rows in buckets])
 
-        # 3. Cut the rows into batches of all ranks together, and shuffle the batches.
-        batches = [batch for batch in order.split(size) if len(batch) == size or not self.drop_last]
+        # 3. Cut the rows into batches, and shuffle the batches.
+        batches = [batch for batch in order.split(size) if len(batch)]
         if self.shuffle:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        return batches
 
-        # 4. Yield this rank's rows. There may be none in the last batch.
-        for batch in batches:
-            yield batch[self.rank :: self.world].tolist()
+    def _own_rows(self, batch: Tensor) -> list[int]:
+        """Return the rows of a batch that belong to this rank. There may be none in the last batch."""
+        rows: list[int] = batch[self.rank :: self.world].tolist()
+        return rows
 
 
 class BatchLoader:
@@ -112,13 +142,21 @@ class BatchLoader:
         self._epoch_length = len(batches)  # batches of an epoch; fewer if the Trainer limits them
         self._position = 0  # batches of the current epoch that have been yielded
         self._resume_at = 0  # batches to skip in the first epoch after resuming
+        self._resume_size = batches.size  # and the rows of each of them, over all ranks
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._position, self._resume_at = self._resume_at, 0
-        indices = islice(iter(self.batch_sampler), self._position, self._epoch_length)
+        if (start := self.start) is None:
+            self._position = self._resume_at
+            indices = islice(iter(self.batch_sampler), self._position, self._epoch_length)
+        else:
+            self._position = start
+            indices = islice(
+                self.batch_sampler.rest(self._resume_at, self._resume_size), self._epoch_length - self._position
+            )
+        self._resume_at = 0
         for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world):
             self._position += 1
             yield batch
@@ -134,19 +172,36 @@ class BatchLoader:
         shortest = int(self.batch_sampler.lengths.argmin())
         return self.collate([self.rows[shortest]]).as_filler()
 
-    def limit_epoch(self, batches: int) -> None:
-        """Set the number of batches after which the Trainer ends an epoch, as ``trainer.limit_train_batches`` does.
+    def limit_epoch(self, batches: int, per_step: int) -> None:
+        """Set where the Trainer ends an epoch and an optimizer step.
 
         The loss weights of the last optimizer step then do not count batches that the Trainer never requests, and a
         checkpoint at the end of such an epoch has position 0: the next epoch starts from its first batch.
+
+        Args:
+            batches: Batches of an epoch, as ``trainer.limit_train_batches`` limits them.
+            per_step: Batches of an optimizer step.
         """
-        self._epoch_length = min(batches, len(self))
+        self._epoch_length, self.per_step = min(batches, len(self)), per_step
+
+    @property
+    def start(self) -> int | None:
+        """The number of batches of the epoch that count as done after resuming with batches of another size.
+
+        The epoch then continues with the rows that it has left, in new batches. It is rounded up to whole optimizer
+        steps, and at least one of them is left. None: the position is that of the checkpoint.
+        """
+        done, size = self._resume_at, self.batch_sampler.size
+        if done == 0 or self._resume_size == size:
+            return None
+        steps = -(-done * self._resume_size // (size * self.per_step))
+        return min(steps, (self._epoch_length - 1) // self.per_step) * self.per_step
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self._position % max(self._epoch_length, 1)}
+        return {"position": self._position % max(self._epoch_length, 1), "size": self.batch_sampler.size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume_at = state["position"]
+        self._resume_at, self._resume_size = state["position"], state.get("size", self.batch_sampler.size)
 
 
 def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:

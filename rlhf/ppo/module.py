@@ -40,7 +40,8 @@ class PPOModule(OnPolicyModule):
             al. 2016, arXiv:1506.02438).
         whiten_rewards: Scale the token rewards of a rollout to unit variance, keeping their mean, before advantages are
             estimated.
-        whiten_advantages: Shift and scale the advantages of a rollout to zero mean and unit variance.
+        whiten_advantages: Shift and scale the advantages of a rollout to zero mean and unit variance; null: only with a
+            critic, because the other estimators normalize them as published.
         value_clip_range: Clip range of the value loss, in reward units. null disables clipping.
         value_coef: Weight of the value loss.
         critic: ``separate`` trains a separate model, ``shared`` a value head on the policy.
@@ -65,7 +66,7 @@ class PPOModule(OnPolicyModule):
         gamma: Fraction = 0.99,
         gae_lambda: Fraction = 0.95,
         whiten_rewards: bool = False,
-        whiten_advantages: bool = True,
+        whiten_advantages: bool | None = None,
         value_clip_range: PositiveFloat | None = 0.2,
         value_coef: NonNegativeFloat = 0.1,
         critic: Literal["separate", "shared"] = "separate",
@@ -88,7 +89,7 @@ class PPOModule(OnPolicyModule):
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.whiten_rewards = whiten_rewards
-        self.whiten_advantages = whiten_advantages
+        self.whiten_advantages = needs_critic(advantage) if whiten_advantages is None else whiten_advantages
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
         self.has_critic = needs_critic(advantage)

@@ -82,10 +82,9 @@ def grpo(
 
     Reference: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300).
     """
-    groups = scores.reshape(-1, group_size)
-    centered = groups - groups.mean(dim=1, keepdim=True)
+    centered = _centered(scores, group_size)
     if scale_by_std:
-        centered = centered / (groups.std(dim=1, keepdim=True) + 1e-4)
+        centered = centered / (centered.std(dim=1, keepdim=True) + 1e-4)
     return _minus_penalty_to_go(centered, response_mask, kl_penalty)
 
 
@@ -129,8 +128,7 @@ def rloo(rewards: Tensor, response_mask: Tensor, *, group_size: int) -> Tensor:
 
     Reference: Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019.
     """
-    groups = masked_sum(rewards, response_mask).reshape(-1, group_size)
-    advantages = (groups - groups.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
+    advantages = _centered(masked_sum(rewards, response_mask), group_size) * (group_size / (group_size - 1))
     return torch.where(response_mask, advantages.reshape(-1, 1), 0.0)
 
 
@@ -171,9 +169,18 @@ def reinforce_pp_baseline(scores: Tensor, response_mask: Tensor, *, kl_penalty: 
 
     Reference: Hu et al. 2025, "REINFORCE++", the variant with a baseline (arXiv:2501.03262).
     """
-    groups = scores.reshape(-1, group_size)
-    centered = groups - groups.mean(dim=1, keepdim=True)
+    centered = _centered(scores, group_size)
     return masked_whiten(_minus_penalty_to_go(centered, response_mask, kl_penalty), response_mask)
+
+
+def _centered(values: Tensor, group_size: int) -> Tensor:
+    """Subtract from values their mean in each group: [batch] to [prompts, group_size].
+
+    Equal values give exact zeros, which division by a small standard deviation does not turn into a signal.
+    """
+    groups = values.reshape(-1, group_size)
+    shifted = groups - groups[:, :1]
+    return shifted - shifted.mean(dim=1, keepdim=True)
 
 
 def _minus_penalty_to_go(values: Tensor, response_mask: Tensor, kl_penalty: Tensor) -> Tensor:

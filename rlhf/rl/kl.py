@@ -85,18 +85,22 @@ class KLController(nn.Module):
         """The coefficient of the penalty in the rewards; 0 if the penalty is in the loss."""
         return 0.0 if self.in_loss else self.coef
 
-    def update(self, kl_per_sequence: float, responses: int) -> None:
-        """Adapt the coefficient after an iteration. Without a target, or if the KL is not finite, it stays fixed.
+    def update(self, kl_per_sequence: float, responses: int) -> float:
+        """Adapt the coefficient to the rollout of an iteration. Without a target, or if the KL is not finite, it stays.
 
         Args:
             kl_per_sequence: Mean KL over all devices, in nats per response.
             responses: Number of responses of the iteration, over all devices.
+
+        Returns:
+            The coefficient that the iteration uses: the previous one in the rewards, the adapted one in the loss.
         """
-        if self.target_per_sequence is None or not math.isfinite(kl_per_sequence):
-            return
-        error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
-        # An iteration with more responses than the horizon must not make the coefficient negative.
-        self.coef *= 1 + error * min(responses / self.horizon, 1.0)
+        used = self.coef
+        if self.target_per_sequence is not None and math.isfinite(kl_per_sequence):
+            error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
+            # An iteration with more responses than the horizon must not make the coefficient negative.
+            self.coef *= 1 + error * min(responses / self.horizon, 1.0)
+        return self.coef if self.in_loss else used
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the coefficient, for checkpoints."""

@@ -28,17 +28,21 @@ class ExperienceLoader:
     def __init__(
         self, prompts: BatchLoader, iteration: Callable[[PromptBatch], Iterator[Minibatch]], minibatches: int
     ) -> None:
-        if minibatches % prompts.per_step:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches={prompts.per_step} must divide the number of minibatches per "
-                f"iteration, {minibatches}: an optimizer step cannot mix responses of two policies.",
-                "Change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size.",
-            )
         self.prompts = prompts
         self.iteration = iteration
         self.minibatches = minibatches
+        self.per_step = prompts.per_step
+        self._check_steps()
         self.batch_sampler = prompts.batch_sampler  # Lightning sets its epoch.
         self._last_minibatches = minibatches  # of the last iteration of an epoch; fewer if the Trainer limits them
+
+    def _check_steps(self) -> None:
+        if self.minibatches % self.per_step:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.per_step} must divide the number of minibatches per "
+                f"iteration, {self.minibatches}: an optimizer step cannot mix responses of two policies.",
+                "Change it, or stage.ppo_epochs, stage.minibatch_size or data.batch_size.",
+            )
 
     def __len__(self) -> int:
         return len(self.prompts) * self.minibatches
@@ -50,14 +54,21 @@ class ExperienceLoader:
             minibatches = islice(
                 self.iteration(cast(PromptBatch, batch)), self._last_minibatches if is_last else self.minibatches
             )
-            weighted = with_loss_weights(minibatches, self.prompts.per_step, world)
+            weighted = with_loss_weights(minibatches, self.per_step, world)
             yield from cast(Iterator[Minibatch], weighted)
 
-    def limit_epoch(self, batches: int) -> None:
-        """Set the number of minibatches after which the Trainer ends an epoch; see ``BatchLoader.limit_epoch``."""
+    def limit_epoch(self, batches: int, per_step: int) -> None:
+        """Set the minibatches of an epoch and of an optimizer step, see ``BatchLoader.limit_epoch``."""
+        self.per_step = per_step
+        self._check_steps()
         iterations = -(-batches // self.minibatches)
         self._last_minibatches = batches - (iterations - 1) * self.minibatches
-        self.prompts.limit_epoch(iterations)
+        self.prompts.limit_epoch(iterations, 1)
+
+    @property
+    def start(self) -> int | None:
+        """The number of minibatches that count as done after resuming, see ``BatchLoader.start``."""
+        return None if self.prompts.start is None else self.prompts.start * self.minibatches
 
     def state_dict(self) -> dict[str, int]:
         return self.prompts.state_dict()

@@ -77,7 +77,6 @@ def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: Sco
         "response/length": means["length"],
         "response/truncated": 1 - means["finished"],
         "response/repetition": 1 - means["distinct_ngrams"] / means["ngrams"] if means["ngrams"] else 0.0,
-        "kl_coef": kl.coef,
         **{name: mean for name, mean in means.items() if name.startswith("reward/")},
     }
 

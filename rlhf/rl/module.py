@@ -230,7 +230,7 @@ class OnPolicyModule(UpdateModule):
         metrics |= critic_metrics(experience, returns)
 
         # 5. Adapt the KL coefficient.
-        self.kl.update(metrics["objective/kl"], len(columns["kl"]))
+        metrics["kl_coef"] = self.kl.update(metrics["objective/kl"], len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(

@@ -24,13 +24,14 @@ from rlhf.models import (
     shard,
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf.stage.epoch import prepare_epoch
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
 from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype, gradient_scaler, keep_batches
-from rlhf.stage.random_state import get_random_state, set_random_state
+from rlhf.stage.random_state import get_random_state, restore_random_state
 from rlhf.stage.reporting import ReportingModule
 from rlhf.stage.step_metrics import Metrics
 
@@ -258,13 +259,14 @@ class StageModule(ReportingModule):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.nonfinite.writes_dumps = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        self.restore_random_state()
+        restore_random_state(self._random_states, self.global_rank, self.trainer.world_size)
         set_hyperparameters(self.trainer.lr_scheduler_configs[0].scheduler, self._configured_groups)
         if (scheduler := self._schedule.restart(self.trainer.optimizers[0])) is not None:
             self.trainer.lr_scheduler_configs[0].scheduler = scheduler
-        loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "limit_epoch"):
-            loader.limit_epoch(int(self.trainer.num_training_batches))
+        prepare_epoch(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        prepare_epoch(self.trainer)
 
     # Checkpoints
 
@@ -283,18 +285,3 @@ class StageModule(ReportingModule):
             self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         if not self.strict_loading:
             check_complete(self, checkpoint["state_dict"], "the checkpoint")
-
-    def restore_random_state(self) -> None:
-        """Restore the random state of this rank from the checkpoint that training resumes from, if there is one.
-
-        Otherwise, or if the checkpoint was written by another number of ranks, each rank gets its own seed, because
-        ranks must sample different responses.
-        """
-        states = self._random_states
-        if len(states) == self.trainer.world_size:
-            set_random_state(states[self.global_rank])
-            return
-        if states:
-            set_random_state(states[0])
-        if self.global_rank:
-            torch.manual_seed(int(torch.randint(2**31, ())) + self.global_rank)

@@ -1,6 +1,6 @@
 """State of PyTorch's random number generators, saved in checkpoints so that a resumed run draws the same numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,3 +50,23 @@ def separate_random_state(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def restore_random_state(states: Sequence[dict[str, Any]], rank: int, world: int) -> None:
+    """Restore the random state of a rank.
+
+    Without states, or if they are those of another number of ranks, each rank gets a different seed, because ranks must
+    sample different responses.
+
+    Args:
+        states: The state of each rank in a checkpoint, see ``get_random_state``.
+        rank: This rank.
+        world: Number of ranks.
+    """
+    if len(states) == world:
+        set_random_state(states[rank])
+        return
+    if states:
+        set_random_state(states[0])
+    if rank:
+        torch.manual_seed(int(torch.randint(2**31, ())) + rank)

@@ -1,5 +1,6 @@
 """Batch order, sharing among ranks, resuming within an epoch, and loss weights."""
 
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def test_small_data_are_combined_differently_in_each_epoch() -> None:
     assert pairs[0] != pairs[1]
 
 
+def test_drop_last_leaves_out_short_and_long_rows_equally_often() -> None:
+    """Of 11 rows, 3 are left out of each of 400 epochs: each row of 109 on average."""
+    batches = BucketBatchSampler(LENGTHS, 4, shuffle=True, drop_last=True)
+    used = Counter(row for number in range(400) for batch in epoch(batches, number) for row in batch)
+    assert all(80 <= 400 - used[row] <= 140 for row in range(11))
+
+
 def test_drop_last_leaves_out_rows_that_do_not_fill_a_batch() -> None:
     """11 rows in batches of 4: two full batches, and 3 rows that are left out, different ones in each epoch."""
     batches = BucketBatchSampler(LENGTHS, 4, shuffle=True, bucket=False, drop_last=True)
@@ -130,7 +138,7 @@ def test_an_epoch_that_ends_within_an_optimizer_step_has_its_own_weights(limit: 
     """
     batches = BucketBatchSampler(LENGTHS, 1, shuffle=True, seed=3)
     limited = BatchLoader([row(i) for i in range(11)], SequenceBatch.collate, batches, per_step=4)
-    limited.limit_epoch(limit)
+    limited.limit_epoch(limit, 4)
     weights = [batch.loss_weight for batch in limited]
     assert len(weights) == limit
     assert [sum(weights[:4]), sum(weights[4:])] == pytest.approx([4.0, 4.0])
@@ -183,6 +191,26 @@ def test_a_resumed_loader_computes_the_same_weights() -> None:
     resumed.load_state_dict({"position": 2})
     assert [batch.loss_weight for batch in resumed] == complete[2:]
     assert len(set(complete)) > 1
+
+
+@pytest.mark.parametrize(
+    ("size", "per_step", "start"), [(3, 1, 2), (3, 2, 2), (1, 1, 6), (1, 4, 8), (8, 1, 1), (8, 2, 0)]
+)
+def test_an_epoch_continues_with_batches_of_another_size(size: int, per_step: int, start: int) -> None:
+    """3 batches of 2 rows are done, and 5 of 11 rows are left. They come first, in at least one step."""
+    first = loader()
+    stopped = iter(first)
+    done = [row for _ in range(3) for row in rows_of([next(stopped)])[0]]
+    batches = BucketBatchSampler(LENGTHS, size, shuffle=True, seed=7)
+    second = BatchLoader(first.rows, SequenceBatch.collate, batches, per_step)
+    second.load_state_dict(first.state_dict())
+    assert second.start == start
+    following = [row for batch in rows_of(list(second)) for row in batch]
+    left = set(range(11)) - set(done)
+    assert set(following) <= left
+    assert (set(following) == left) == (size * (len(second) - start) >= len(left))
+    assert second.start is None
+    assert sorted(row for batch in rows_of(list(second)) for row in batch) == list(range(11)), "the next epoch is whole"
 
 
 def batches_of(*terms: int) -> list[SequenceBatch]:

@@ -166,9 +166,9 @@ def test_a_name_that_is_rejected_is_asked_for_again(server: Server, browser: Any
     page.wait_for_selector("#message.error")
     page.fill("#name", "Ada")
     page.keyboard.press("Enter")
-    shown(page)
+    first = shown(page)
     page.goto(address)
-    shown(page)  # The name has been stored.
+    assert shown(page) == first, "The name has been stored."
 
 
 def test_the_server_ends_with_a_message(server: Server) -> None:

@@ -15,7 +15,7 @@ from harness import EXACT, TinyRun, assert_same_weights, isolated_logprobs, weig
 from rlhf.errors import ConfigError
 from rlhf.models import ScalarHead
 from rlhf.rl import Minibatch
-from rlhf.rl.advantages import gae, reinforce_pp, rloo
+from rlhf.rl.advantages import dr_grpo, gae, reinforce_pp, rloo
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
 
@@ -186,8 +186,7 @@ def best_of_group(rewards: Tensor, response_mask: Tensor, group_size: int, bonus
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_custom_estimators(tiny_run: TinyRun, stage: str) -> None:
     """An estimator receives what it declares, by name; its other keywords are settings."""
-    plain = {"whiten_advantages": False} if stage == "ppo" else {}
-    run = tiny_run.train(stage, advantage=partial(best_of_group, bonus=3.0), num_generations=4, **plain)
+    run = tiny_run.train(stage, advantage=partial(best_of_group, bonus=3.0), num_generations=4)
     assert {value for batch in run.batches for value in batch.advantages.unique().tolist()} == {0.0, 3.0}
 
 
@@ -201,9 +200,17 @@ def test_custom_estimators_are_selected_by_import_path(
     monkeypatch.syspath_prepend(tmp_path)
     overrides = ("stage.advantage._target_=my_advantages.constant", "+stage.advantage.value=2.0")
     cfg = compose_config(f"stage={stage}", "advantage=rloo", *overrides)
-    plain = {"whiten_advantages": False} if stage == "ppo" else {}
-    run = tiny_run.train(stage, advantage=instantiate(cfg.stage.advantage), **plain)
+    run = tiny_run.train(stage, advantage=instantiate(cfg.stage.advantage))
     assert {value for batch in run.batches for value in batch.advantages.unique().tolist()} <= {0.0, 2.0}
+
+
+@pytest.mark.parametrize(("whiten", "is_whitened"), [(None, False), (True, True)])
+def test_advantages_of_groups_are_whitened_on_request_only(
+    tiny_run: TinyRun, whiten: bool | None, is_whitened: bool
+) -> None:
+    run = tiny_run.train("ppo", advantage=dr_grpo, num_generations=4, whiten_advantages=whiten)
+    advantages = torch.cat([batch.advantages[batch.response_mask] for batch in run.batches])
+    assert (abs(float(advantages.mean())) < 1e-4) == is_whitened
 
 
 def test_an_estimator_with_values_must_return_returns(tiny_run: TinyRun) -> None:

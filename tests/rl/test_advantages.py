@@ -32,6 +32,14 @@ def test_grpo_by_hand() -> None:
     torch.testing.assert_close(advantages, expanded(-first, first, second, -second))
 
 
+@pytest.mark.parametrize("score", [10.1, 100.1, 1000.1])
+@pytest.mark.parametrize("size", [10, 12, 16])
+def test_groups_of_equal_scores_have_no_advantage(score: float, size: int) -> None:
+    """The mean of equal float32 numbers can differ from them by rounding, which the division would amplify."""
+    scores, mask = torch.full((size,), score), torch.ones(size, 2, dtype=torch.bool)
+    assert grpo(scores, mask, kl_penalty=torch.zeros(size, 2), group_size=size).eq(0).all()
+
+
 def test_grpo_without_scaling_and_dr_grpo_are_the_distance_from_the_group_mean() -> None:
     expected = expanded(-2.0, 2.0, 1.0, -1.0)
     unscaled = grpo(SCORES, MASK, kl_penalty=NO_PENALTY, group_size=2, scale_by_std=False)

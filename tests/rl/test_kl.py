@@ -76,6 +76,16 @@ def test_the_coefficient_follows_the_target() -> None:
         assert float(kl.coef) == pytest.approx(expected, rel=1e-6)  # the KL is float32
 
 
+@pytest.mark.parametrize(("apply_to", "used"), [("reward", 0.1), ("loss", 0.102)])
+def test_an_update_returns_the_coefficient_that_the_iteration_uses(apply_to: str, used: float) -> None:
+    """Rewards are computed before the update, and the loss after it."""
+    kl = KLController(
+        apply_to=apply_to, estimator="k3" if apply_to == "loss" else "k1", target_per_sequence=6.0, horizon=100
+    )
+    kl.initialize(0.1)
+    assert kl.update(12.0, 10) == pytest.approx(used)
+
+
 def test_the_coefficient_stays_positive_if_an_iteration_is_longer_than_the_horizon() -> None:
     """64 responses, horizon 10, KL 0: a step of -0.2 instead of -0.2 * 6.4, so 0.1 becomes 0.08."""
     kl = KLController(target_per_sequence=6.0, horizon=10)
