@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models.checkpointing import recomputes_layers
-from rlhf.models.layouts import Layout, Sizes
+from rlhf.models.layouts import Layout, SharedPrompts, Sizes
 from rlhf.models.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
@@ -108,7 +108,7 @@ def can_pack_rows(trunk: nn.Module) -> bool:
 def allows_packed_rows(trunk: Any) -> bool:
     """Return whether a model computes each sequence of a packed row as if it was alone.
 
-    The first call for a model makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
+    The first call for a model makes three short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.
 
     Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
@@ -117,10 +117,11 @@ def allows_packed_rows(trunk: Any) -> bool:
         return False
     tokens = torch.arange(1, 13, device=trunk.device) % trunk.config.get_text_config().vocab_size
     positions, sequences = (torch.tensor(x, device=trunk.device) for x in (_PROBE_POSITIONS, _PROBE_SEQUENCES))
+    padded = PaddedRows.of(SharedPrompts(_PROBE), torch.arange(len(tokens), device=trunk.device))
     try:
         with probing(trunk):
-            found = _packed(trunk, tokens, positions, _PROBE)[sequences]
             expected = trunk(input_ids=tokens[sequences], use_cache=False).last_hidden_state
+            found = [_packed(trunk, tokens, positions, _PROBE, rows)[sequences] for rows in (None, padded)]
     except FAILURES:
         return False
-    return are_close(found, expected)
+    return all(are_close(states, expected) for states in found)

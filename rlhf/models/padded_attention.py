@@ -55,13 +55,14 @@ class PaddedRows:
         Args:
             query: [1, heads, tokens, width of a head] queries of the packed rows.
             key: [1, heads of keys, tokens, width of a head] keys; several heads of queries may share one.
-            value: The values, like ``key``.
+            value: [1, heads of keys, tokens, width of a value] values.
             scale: Factor of the products of queries and keys. None: ``head_width ** -0.5``.
 
         Returns:
-            [1, tokens, heads, width of a head].
+            [1, tokens, heads, width of a value].
         """
         heads, tokens, head_width = query.shape[1:]
+        value_width = value.shape[-1]
         shared = heads // key.shape[1]
         keys, values = (self._padded(x).flatten(0, 1) for x in (key, value))
         queries = self._padded(query).reshape(len(keys), -1, head_width)
@@ -69,9 +70,9 @@ class PaddedRows:
         if len(bias) > 1:
             bias = bias.repeat_interleave(key.shape[1], dim=0)
         scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=head_width**-0.5 if scale is None else scale)
-        attended = torch.bmm(scores.softmax(dim=-1), values).view(self.rows, heads, self.width, head_width)
+        attended = torch.bmm(scores.softmax(dim=-1), values).view(self.rows, heads, self.width, value_width)
         unpadded: Tensor = _Unpad.apply(attended.transpose(1, 2).flatten(0, 1).flatten(1), self.places)  # type: ignore[no-untyped-call]
-        return unpadded.view(1, tokens, heads, head_width)
+        return unpadded.view(1, tokens, heads, value_width)
 
     def _padded(self, packed: Tensor) -> Tensor:
         """Move [1, heads, tokens, width of a head] to [rows, heads, width, width of a head]. Padding is 0."""

@@ -78,7 +78,7 @@ LATENT_ATTENTION = {
     "q_lora_rank": 8,
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
+    "v_head_dim": 6,  # another width than queries and keys, as in the published models
 }
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,

@@ -6,16 +6,29 @@ import pytest
 import torch
 from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model
 from torch import Tensor
-from transformers import GPT2Config, Qwen3Config
+from transformers import DeepseekV3Config, GPT2Config, Qwen3Config
 
 from rlhf.models import Policy
 from rlhf.models.layouts import SeparateRows, SharedPrompts
+from rlhf.models.packed_rows import allows_packed_rows
 from rlhf.models.padded_attention import MAX_TOKENS, PaddedRows
 
+# The first layers of DeepSeek V3, which have no experts. Queries and keys have a width of 6.
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 4,
+}
 ARCHITECTURES = {
     "two heads share keys": LLAMA,
     "learned positions": GPT2,
     "norms of queries and keys": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    "narrow values": DeepseekV3Config(**LATENT, v_head_dim=4),
+    "wide values": DeepseekV3Config(**LATENT, v_head_dim=12),
 }
 
 
@@ -45,15 +58,22 @@ def row_by_row(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
 def test_a_padded_batch_changes_nothing(name: str, shared: bool, padded: list[Tensor]) -> None:
     """Rows of 12, 9, 9, 21, 3 and 9 tokens, or of 24, 10 and 13 with prompts that are computed once."""
     policy = Policy(model(ARCHITECTURES[name]))
+    padded.clear()
     expected = row_by_row(policy, shared=shared)
     assert padded == []
     assert_same(loss_and_gradients(policy, shared=shared), expected)
     assert [query.shape[2] for query in padded] == 2 * [47 if shared else 63]
 
 
+def test_models_whose_padded_batch_fails_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PaddedRows, "attend", lambda rows, query, *others: torch.zeros_like(query).transpose(1, 2))
+    assert not allows_packed_rows(model(LLAMA).base_model)
+
+
 def test_dropout_and_mixed_precision_attend_row_by_row(padded: list[Tensor]) -> None:
     """Dropout is drawn by SDPA, and has other random numbers in a padded batch."""
     policy = Policy(model(GPT2Config(**{**GPT2.to_diff_dict(), "attn_pdrop": 0.5})).train())
+    padded.clear()
     loss_and_gradients(policy, shared=False)
     policy.eval()
     with torch.autocast("cpu", torch.bfloat16):
