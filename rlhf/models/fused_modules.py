@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rlhf.models.probes import FAILURES, are_close, probing
 
+_LARGE = 1000  # factor of the states that reach the limit of an activation
+
 _classes: dict[tuple[type["FusedModule"], type[nn.Module]], type["FusedModule"]] = {}
 
 
@@ -44,22 +46,28 @@ class FusedModule(nn.Module):
 def fuse_modules(trunk: nn.Module, fused: type[FusedModule]) -> None:
     """Replace the modules of a model that compute what a fused class computes.
 
-    The first module of each class is compared with its fused form on two tokens.
+    The first module of each class with the same settings is compared with its fused form on small and large states.
 
     Args:
         trunk: A causal model without its output layer.
         fused: The fused class.
     """
-    verified: dict[type[nn.Module], bool] = {}
+    verified: dict[tuple[type[nn.Module], str], bool] = {}
     for module in trunk.modules():
         kind = type(module)
         width = fused.input_width(module)
         if width is None or issubclass(kind, FusedModule):
             continue
-        if kind not in verified:
-            verified[kind] = _computes_the_same(module, fused, width)
-        if verified[kind]:
+        key = kind, _settings(module)
+        if key not in verified:
+            verified[key] = _computes_the_same(module, fused, width)
+        if verified[key]:
             module.__class__ = _fused_class(fused, kind)  # A method of the instance would be a reference cycle.
+
+
+def _settings(module: nn.Module) -> str:
+    """Return the numbers and names among the attributes of a module, such as the limit of an activation."""
+    return repr([(name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)])
 
 
 def _fused_class(fused: type[FusedModule], kind: type[nn.Module]) -> type[FusedModule]:
@@ -80,6 +88,7 @@ def _computes_the_same(module: Any, fused: type[FusedModule], width: int) -> boo
         with probing(module):
             # Random numbers would change those of the stage.
             hidden = torch.linspace(-1, 1, 2 * width, device=parameter.device, dtype=parameter.dtype).view(1, 2, -1)
-            return are_close(fused.fused_forward(module, hidden), module(hidden))
+            # Some MLPs limit large activations.
+            return all(are_close(fused.fused_forward(module, x), module(x)) for x in (hidden, _LARGE * hidden))
     except FAILURES:
         return False

@@ -42,7 +42,8 @@ class _DownProjection(torch.autograd.Function):
 class FusedGatedMLP(FusedModule):
     """A gated MLP, such as that of the Llama family, that stores half of the activations.
 
-    MLPs with another activation than SiLU, with dropout or with a bias after the product stay as they are.
+    MLPs with another activation than SiLU, with a limit of it, with dropout or with a bias after the product stay as
+    they are.
     """
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model, saved_numbers
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.models import Policy
 from rlhf.models.fused_modules import fuse_modules
@@ -61,6 +64,28 @@ def test_a_subclass_that_computes_something_else_stays_as_it_is() -> None:
         layer.mlp.__class__ = type("Scaled", (type(layer.mlp),), {"forward": lambda mlp, hidden: 2 * hidden})
     fuse_modules(lm.base_model, FusedGatedMLP)
     assert not is_fused(lm)
+
+
+class LimitedMLP(LlamaMLP):
+    """An MLP with a limit of its activations, as those of DeepSeek V4 and of some layers of Step 3.7 have."""
+
+    limit: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=self.limit)) * up)
+        return output
+
+
+def test_mlps_with_a_limit_stay_as_they_are() -> None:
+    """Layers of one class may have different limits."""
+    lm: Any = model(LLAMA)
+    first, second = (layer.mlp for layer in lm.model.layers)
+    for mlp, limit in ((first, math.inf), (second, 10.0)):
+        mlp.__class__, mlp.limit = LimitedMLP, limit
+    fuse_modules(lm.base_model, FusedGatedMLP)
+    assert isinstance(first, FusedGatedMLP)
+    assert not isinstance(second, FusedGatedMLP)
 
 
 @pytest.mark.parametrize("target", ["down_proj", "gate_proj"])
