@@ -66,7 +66,13 @@ def _own_attention(trunk: Any, sizes: Sequence[Sizes], padded: PaddedRows | None
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers calls it. There is no mask, because no row sees another one."""
+    """Compute attention as transformers calls it.
+
+    Raises:
+        ValueError: The model computes a mask by itself, which would have no effect.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed rows have no mask")
     keywords.pop("is_causal", None)
     sizes, padded = _rows.get()
     if padded is not None and query.dtype == torch.float32 and not keywords.get("dropout"):
@@ -111,7 +117,8 @@ def allows_packed_rows(trunk: Any) -> bool:
     The first call for a model makes three short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.
 
-    Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
+    Models with a recurrent state, with a sliding window, with a mask that depends on the tokens and with another
+    attention implementation than SDPA do not.
     """
     if not has_full_sdpa(trunk.config):
         return False

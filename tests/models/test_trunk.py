@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DogeConfig,
     LlamaConfig,
     Mamba2Config,
     MambaConfig,
@@ -101,6 +102,17 @@ def test_rows_of_one_length_are_not_packed() -> None:
     )
     policy(*(x[1:3, :9] for x in pair_batch()[:3]))
     assert shapes == [(2, 9)]
+
+
+def test_a_mask_that_the_model_computes_has_a_gradient() -> None:
+    """The mask of Doge is zero until its weights are trained."""
+    lm = AutoModelForCausalLM.from_config(DogeConfig(**SIZES, num_key_value_heads=2)).eval()
+    policy = Policy(lm)
+    assert not allows_packed_rows(lm.base_model)
+    loss_and_gradients(policy, shared=False)
+    for layer in lm.base_model.layers:
+        assert not layer.self_attn.A.any()
+        assert layer.self_attn.A.grad.any()
 
 
 @pytest.mark.parametrize("name", WITHOUT_SHARING)
