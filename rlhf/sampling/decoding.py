@@ -88,7 +88,9 @@ class DecodingBatch:
 
     def _attention_layers(self) -> list[Any]:
         """Return the layers of the cache that contain keys and values; hybrid models have recurrent layers as well."""
-        return [layer for layer in self.cache.layers if isinstance(layer, CacheLayerMixin)]
+        # Decoders with cross-attention have a second cache, which is empty without an encoder.
+        cache = getattr(self.cache, "self_attention_cache", self.cache)
+        return [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Remove rows from the batch and from the cache, and return the former indices of those that are left."""

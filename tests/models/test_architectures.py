@@ -61,6 +61,11 @@ def test_padding_does_not_reach_recurrent_layers_with_a_bias(name: str, lean: bo
         check_supported(lm)
 
 
+def test_a_decoder_with_cross_attention_needs_no_encoder() -> None:
+    architecture = next(one for one in SUPPORTED if one.name == "GPT-2")
+    check_supported(replace(architecture, settings={**architecture.settings, "add_cross_attention": True}).build())
+
+
 @pytest.mark.parametrize("architecture", REFUSED, ids=lambda architecture: architecture.name)
 def test_other_architectures_are_rejected_with_one_message(architecture: Architecture) -> None:
     skip_if_unknown(architecture)
