@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from rlhf.models import cache_name
+from rlhf.models.gated_mlp import is_silu
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
 from rlhf.sampling.unpadded import groups_of_equal_length, in_order, padding_reaches_state
@@ -78,6 +79,7 @@ class _Layer:
     projection: Function
     kernel: Tensor  # [kernel, channels]
     bias: Tensor | None
+    activation: Function
     decay: Tensor  # [heads]
     step_bias: Tensor
     skip: Tensor  # [heads, 1]
@@ -95,6 +97,7 @@ class _Layer:
             projection=linear(mixer.in_proj),
             kernel=mixer.conv1d.weight[:, 0].T.contiguous(),
             bias=mixer.conv1d.bias,
+            activation=F.silu if is_silu(mixer.act) else mixer.act,
             decay=-mixer.A_log.float().exp(),
             step_bias=mixer.dt_bias,
             skip=mixer.D[:, None],
@@ -115,7 +118,7 @@ class _Layer:
         gate, new, step = self.projection(self.norm(hidden)).split(self.sizes, dim=-1)
         inputs.copy_(torch.cat([inputs[:, 1:], new[:, None]], dim=1))
         convolved = (inputs * self.kernel).sum(dim=1)
-        convolved = F.silu(convolved if self.bias is None else convolved + self.bias)
+        convolved = self.activation(convolved if self.bias is None else convolved + self.bias)
         x, b, c = convolved.split([self.sizes[0], *[self.groups * self.state_size] * 2], dim=-1)
         x = x.reshape(rows, heads, -1)
         step = F.softplus(step + self.step_bias).float()

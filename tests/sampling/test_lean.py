@@ -62,6 +62,7 @@ LEAN = {
     "gpt2": GPT2Config(**GPT2),
     "gpt2, scaled by layer": GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
     "mamba2": Mamba2Config(**MAMBA2),
+    "mamba2, another activation": Mamba2Config(**MAMBA2, hidden_act="gelu"),
     "mamba2, groups and biases": Mamba2Config(**{**MAMBA2, "n_groups": 2}, use_bias=True, chunk_size=4),
 }
 OTHERS = {
