@@ -37,7 +37,7 @@ def attention_decoder(lm: Any, capacity: int) -> "Decoder":
         lm: A model for which ``has_attention_decoder`` is True.
         capacity: Largest number of tokens of a row.
     """
-    return _GPT2(lm) if type(lm) is GPT2LMHeadModel else _Rotary(lm, capacity)
+    return _GPT2(lm, capacity) if type(lm) is GPT2LMHeadModel else _Rotary(lm, capacity)
 
 
 class DecoderLayer(Protocol):
@@ -159,16 +159,17 @@ class _RotaryLayer(DecoderLayer):
 class _GPT2(Decoder):
     """GPT-2: learned positions, layer norms and one projection for queries, keys and values."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, capacity: int) -> None:
         trunk = lm.transformer
         self.layers = [_GPT2Layer.of(layer) for layer in trunk.h]
-        self.norm, self.tokens, self.positions = trunk.ln_f, trunk.wte, trunk.wpe
+        self.norm, self.tokens = trunk.ln_f, trunk.wte
+        self.positions: Tensor = trunk.wpe(torch.arange(min(capacity, lm.config.n_positions), device=lm.device))
 
     def start(self, tokens: Tensor, position: Position) -> tuple[Tensor, Any]:
         # A finished row that goes on until the end of an interval may have no position left.
-        last = self.positions.num_embeddings - 1
+        last = len(self.positions) - 1
         position = min(position, last) if isinstance(position, int) else position.clamp(max=last)
-        return self.tokens(tokens) + self.positions.weight[position], None
+        return self.tokens(tokens) + self.positions[position], None
 
 
 @dataclass

@@ -221,10 +221,13 @@ def test_equal_prompts_are_computed_once() -> None:
 
 
 @torch.no_grad()
-def test_adapters_are_part_of_the_logits() -> None:
-    lm = model(LEAN["llama"])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["wpe"]), ("mamba2", ["in_proj"])]
+)
+def test_adapters_are_part_of_the_logits(name: str, targets: list[str]) -> None:
+    lm = model(LEAN[name])
     before = plain_logits(lm, [[1, 2, 3, 4]])
-    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False), lm)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), lm)
     batch = decoder(lm)(lm, 1, 10)
     batch.prefill([0], [[1, 2, 3]])
     found = batch.decode(torch.tensor([4]))
