@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # What models raise that cannot do what they are asked to.
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+Result = TypeVar("Result")
 
 
 def are_close(found: Tensor, expected: Tensor) -> bool:
@@ -38,17 +40,34 @@ def has_full_sdpa(config: Any) -> bool:
     return has_full_attention(config) and config.get_text_config()._attn_implementation == "sdpa"
 
 
-def once_per_model(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the settings of the rotary positions of a model: one for all layers, or one for each kind of layer."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [one for one in (parameters, *parameters.values()) if isinstance(one, dict) and "rope_type" in one]
+
+
+def once_per_model(check: Callable[[Any], Result]) -> Callable[[Any], Result]:
     """Remember the result of a check for each model."""
-    results: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+    results: WeakKeyDictionary[nn.Module, Result] = WeakKeyDictionary()
 
     @wraps(check)
-    def remembered(model: Any) -> bool:
+    def remembered(model: Any) -> Result:
         if model not in results:
             results[model] = check(model)
         return results[model]
 
     return remembered
+
+
+@once_per_model
+def length_boundary(model: Any) -> int | None:
+    """Return the number of tokens above which a model encodes positions with other frequencies; None if there is none.
+
+    transformers chooses the frequencies of LongRoPE (Ding et al. 2024, arXiv:2402.13753) for all rows of a forward pass
+    by the longest one.
+    """
+    longrope = (one for one in rope_parameters(model.config) if one["rope_type"] == "longrope")
+    return min((one["original_max_position_embeddings"] for one in longrope), default=None)
 
 
 @contextmanager

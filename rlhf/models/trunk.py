@@ -14,6 +14,7 @@ from rlhf.models.gated_mlp import FusedGatedMLP
 from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
 from rlhf.models.layouts import Layout, SeparateRows
 from rlhf.models.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.probes import length_boundary
 from rlhf.models.rms_norm import FusedRMSNorm
 from rlhf.models.shared_prompts import shared_prompts
 from rlhf.speed import speed_settings
@@ -77,8 +78,16 @@ def hidden_states(
     settings = speed_settings()
     is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())  # Ranks must make the same calls.
     partial = settings.partial_last_layer and not is_sharded
+    max_groups = settings.row_groups if input_ids.is_cpu and not is_sharded else 1
+    boundary = length_boundary(trunk)
     if lengths is None:
-        return _left_padded(trunk, input_ids, attention_mask, positions, partial)
+        input_ids, positions = _right_padded(input_ids, attention_mask, positions)
+        if boundary is None:
+            return _padded(trunk, input_ids, positions, partial)
+        lengths = attention_mask.sum(dim=1).tolist()
+    if boundary is not None and not is_sharded and min(lengths) <= boundary < max(lengths):
+        groups = split_by_length(lengths, max(max_groups, 2), boundary)
+        return _grouped(trunk, input_ids, SeparateRows.of(lengths), groups, positions, partial)
     layout: Layout | None = None
     if settings.shared_prompts and shared_tokens and not is_sharded:
         layout = shared_prompts(trunk, lengths, shared_tokens)
@@ -90,7 +99,6 @@ def hidden_states(
         with _computing_used(trunk, used, sum(layout.lengths), partial):
             states = packed_hidden_states(trunk, input_ids, layout)
         return states.index_select(0, used)
-    max_groups = settings.row_groups if input_ids.is_cpu and not is_sharded else 1
     return _grouped(trunk, input_ids, layout, split_by_length(layout.lengths, max_groups), positions, partial)
 
 
@@ -149,17 +157,22 @@ def states_before(
     return hidden_states(trunk, input_ids, attention_mask, (rows, columns - 1), **layout)
 
 
-def _left_padded(
-    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: tuple[Tensor, Tensor], partial: bool
-) -> Tensor:
+def _right_padded(
+    input_ids: Tensor, attention_mask: Tensor, positions: tuple[Tensor, Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Move all padding to the right, whatever its place, without reading anything on the host."""
     rows, columns = positions
     time = torch.arange(input_ids.shape[1], device=input_ids.device)
     start = attention_mask.to(torch.int8).argmax(dim=1)
-    rolled = input_ids.gather(1, (time + start[:, None]) % len(time))
-    used = rows * len(time) + (columns - start[rows]) % len(time)
+    return input_ids.gather(1, (time + start[:, None]) % len(time)), (rows, (columns - start[rows]) % len(time))
+
+
+def _padded(trunk: nn.Module, input_ids: Tensor, positions: tuple[Tensor, Tensor], partial: bool) -> Tensor:
+    """Compute ``hidden_states`` of rows that are padded on the right, of unknown lengths."""
+    rows, columns = positions
+    used = rows * input_ids.shape[1] + columns
     with _computing_used(trunk, used, input_ids.numel(), partial):
-        states: Tensor = trunk(input_ids=rolled, use_cache=False).last_hidden_state
+        states: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1).index_select(0, used)
 
 
@@ -170,12 +183,14 @@ def _computing_used(trunk: nn.Module, used: Tensor, computed: int, partial: bool
     return nullcontext()
 
 
-def split_by_length(lengths: Sequence[int], max_groups: int) -> list[tuple[Tensor, int]]:
+def split_by_length(lengths: Sequence[int], max_groups: int, boundary: int | None = None) -> list[tuple[Tensor, int]]:
     """Split rows into groups of like length such that few padding tokens are computed.
 
     Args:
         lengths: Number of tokens of each row.
         max_groups: Largest number of groups.
+        boundary: Length above which rows are in other groups than those up to it, which needs two groups. None: rows of
+            any length may be in one group.
 
     Returns:
         The row indices of each group, and the length of its longest row.
@@ -187,7 +202,11 @@ def split_by_length(lengths: Sequence[int], max_groups: int) -> list[tuple[Tenso
     # cost[i, j]: tokens of a group of the rows from i to j - 1, and the overhead of a group.
     ends = torch.arange(count + 1)
     cost = (ends - ends[:, None]) * torch.cat([ordered[:1], ordered]) + GROUP_TOKENS
-    cost = torch.where(ends > ends[:, None], cost, torch.iinfo(torch.long).max // 2)
+    is_group = ends > ends[:, None]
+    if boundary is not None:
+        is_long = ordered > boundary
+        is_group &= torch.cat([is_long, is_long[-1:]])[:, None] == torch.cat([is_long[:1], is_long])
+    cost = torch.where(is_group, cost, torch.iinfo(torch.long).max // 2)
     best, starts = cost[0], []
     for _ in range(max_groups - 1):  # ``best`` is the lowest cost of the rows before j with at most so many groups.
         extended, start = (best[:, None] + cost).min(dim=0)

@@ -1,17 +1,22 @@
 """Responses in the making: one decoding step after the other, for ``sample`` and ``stream`` alike."""
 
+import logging
 from collections.abc import Collection, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError, UserError
+from rlhf.models.probes import length_boundary
 from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.unpadded import UnpaddedBatch, padding_reaches_state
+
+log = logging.getLogger(__name__)
 
 REFILL = 8  # The next prompts are computed when one in this many rows is free.
 
@@ -47,7 +52,7 @@ class Decoding:
         generator: torch.Generator | None = None,
     ) -> None:
         capacity = max(map(len, prompts)) + params.max_new_tokens
-        _check_positions(lm, capacity)
+        _check_positions(lm, min(map(len, prompts)), capacity)
         self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
         self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
         batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or (
@@ -170,11 +175,26 @@ def invalid_logits(position: int) -> UserError:
     )
 
 
-def _check_positions(lm: PreTrainedModel, needed: int) -> None:
-    """Refuse prompts that leave too few positions for ``max_new_tokens``."""
+def _check_positions(lm: PreTrainedModel, shortest: int, needed: int) -> None:
+    """Refuse prompts that leave too few positions for ``max_new_tokens``, and warn of positions that may change."""
     available = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if available is not None and needed > available:
         raise ConfigError(
             f"The longest prompt and max_new_tokens need {needed} positions together, but the model has {available}.",
             f"Set data.max_length={available} or reduce max_new_tokens.",
         )
+    boundary = length_boundary(lm.base_model)
+    if boundary is not None and shortest <= boundary < needed:
+        _warn_of_boundary(boundary)
+
+
+@cache
+def _warn_of_boundary(boundary: int) -> None:
+    """Warn once per run."""
+    log.warning(
+        "The model encodes positions of sequences of more than %d tokens differently (rope_type=longrope). Responses "
+        "that cross this length are scored with other log-probs than those they are sampled with. Set "
+        "data.max_length=%d or reduce max_new_tokens.",
+        boundary,
+        boundary,
+    )

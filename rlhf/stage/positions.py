@@ -3,18 +3,22 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rlhf.data import RecordDataModule
 from rlhf.errors import ConfigError
+from rlhf.models.probes import rope_parameters
 
 
 def check_positions(module: nn.Module, datamodule: Any) -> None:
-    """Reject data with longer sequences than a model of the stage has learned position embeddings for.
+    """Reject data with longer sequences than a model of the stage has positions for.
 
-    Other models, such as those with rotary embeddings, have no such limit.
+    Learned position embeddings have such a limit, and so do rotary embeddings of the type ``dynamic``: above it,
+    transformers chooses their frequencies by the longest sequence of this batch and of earlier ones. Other models have
+    no limit.
 
     Raises:
-        ConfigError: The first long sequence would be an index error during training.
+        ConfigError: A sequence is too long.
     """
     limits = [limit for part in module.modules() if (limit := _positions(part)) is not None]
     if not limits or not isinstance(datamodule, RecordDataModule):
@@ -23,17 +27,20 @@ def check_positions(module: nn.Module, datamodule: Any) -> None:
     longest = max(int(datamodule.encoded(split).lengths.max(initial=0)) for split in splits)
     if longest > min(limits):
         raise ConfigError(
-            f"data.max_length={datamodule.max_length} allows sequences of {longest} tokens, but the model has position "
-            f"embeddings for {min(limits)}.",
+            f"data.max_length={datamodule.max_length} allows sequences of {longest} tokens, but the model has "
+            f"{min(limits)} positions.",
             f"Set data.max_length={min(limits)}",
         )
 
 
 def _positions(part: nn.Module) -> int | None:
-    """Return the number of learned positions of a model's trunk; None if it has none."""
-    learned = any(isinstance(child, nn.Embedding) and name in _LEARNED for name, child in part.named_children())
+    """Return the number of positions of a model's trunk; None if it has no limit."""
     config: Any = getattr(part, "config", None)
-    return getattr(config, "max_position_embeddings", None) if learned else None
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    learned = any(isinstance(child, nn.Embedding) and name in _LEARNED for name, child in part.named_children())
+    dynamic = any(one["rope_type"] == "dynamic" for one in rope_parameters(config))
+    return getattr(config, "max_position_embeddings", None) if learned or dynamic else None
 
 
 _LEARNED = {"wpe", "embed_positions", "position_embedding", "position_embeddings"}

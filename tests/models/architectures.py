@@ -32,6 +32,17 @@ An architecture is supported if:
 
 An architecture that is not supported is rejected with one message when its model is opened.
 
+Two types of rotary positions depend on the length of a sequence:
+
+- `longrope`, as in Phi-3 with 128k tokens. Sequences of more than `original_max_position_embeddings` tokens have other
+  frequencies, and transformers chooses those of all rows of a forward pass by the longest row. Shorter and longer
+  sequences of a batch are therefore computed apart, except in sharded models (`trainer=fsdp`). A response that crosses
+  this length while it is sampled is scored with other log-probs than those it was sampled with, because the cache
+  contains keys with the frequencies of short sequences. The sampler warns once; keep `data.max_length` of PPO and GRPO
+  at or below this length.
+- `dynamic`. Above `max_position_embeddings` tokens, the frequencies depend on the longest sequence of this batch and of
+  earlier ones, so longer data are rejected.
+
 | architecture | configuration | model | result |
 |---|---|---|---|
 """

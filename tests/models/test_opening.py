@@ -176,14 +176,26 @@ def test_a_valid_export_and_folder_open(work: Workshop) -> None:
         assert open_completely(path).config.hidden_size == 16
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_data_longer_than_the_learned_positions_are_refused(tiny_run: TinyRun, stage: str) -> None:
-    """Otherwise, the first long sequence would be an index error."""
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
-    short = TinyRun(
-        tiny_run.folder,
-        tiny_run.tokenizer,
-        AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_positions=8, **sizes, **SPECIAL)),
-    )
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+EIGHT_POSITIONS = {
+    "learned": GPT2Config(vocab_size=300, n_positions=8, n_embd=16, n_layer=1, n_head=2, **SPECIAL),
+    "dynamic": LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        rope_parameters=DYNAMIC,
+        **SPECIAL,
+    ),
+}
+
+
+@pytest.mark.parametrize(("stage", "positions"), [("sft", "learned"), ("dpo", "learned"), ("sft", "dynamic")])
+def test_data_longer_than_the_positions_are_refused(tiny_run: TinyRun, stage: str, positions: str) -> None:
+    """Otherwise, the first long sequence would be an index error, or change the positions of all later ones."""
+    lm = AutoModelForCausalLM.from_config(EIGHT_POSITIONS[positions])
+    short = TinyRun(tiny_run.folder, tiny_run.tokenizer, lm)
     with pytest.raises(ConfigError, match=r"^data\.max_length=\d+ allows sequences of \d+ tokens.*\n.*max_length=8$"):
         short.train(stage, trainer={"max_steps": 1})

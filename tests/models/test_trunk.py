@@ -1,6 +1,7 @@
 """Which rows are computed together changes hidden states, log-probs and gradients by rounding only."""
 
 from itertools import combinations
+from math import inf
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -173,6 +175,34 @@ def test_short_prompts_are_computed_twice() -> None:
     assert counts == [6 * 21]
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_long_rows_do_not_change_the_positions_of_short_ones(groups: int, window: int | None) -> None:
+    """LongRoPE has other frequencies above 12 tokens. Rows of 12, 9, 9, 21, 3 and 9 tokens, padded on either side.
+
+    Models with a window are not packed.
+    """
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 12, **factors}
+    sizes = {**SIZES, "pad_token_id": 0, "max_position_embeddings": 48, "original_max_position_embeddings": 12}
+    policy = Policy(model(Phi3Config(**sizes, sliding_window=window, rope_parameters=rope)))
+    tokens, mask, response, lengths, shared = pair_batch()
+    alone = [
+        policy(*(x[i : i + 1, :length] for x in (tokens, mask, response))).logprobs for i, length in enumerate(lengths)
+    ]
+    expected = torch.cat(alone, dim=1)[0]
+    padded_left = [
+        torch.stack([row.roll(tokens.shape[1] - length) for row, length in zip(x, lengths, strict=True)])
+        for x in (tokens, mask, response)
+    ]
+    with speed(row_groups=groups):
+        found = policy(tokens, mask, response, lengths=lengths).logprobs[mask]
+        pairs = policy(tokens, mask, response, lengths=lengths, shared_tokens=shared).logprobs[mask]
+        left = policy(*padded_left).logprobs[padded_left[1]]
+    for logprobs in (found, pairs, left):
+        torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_of_the_probe_is_off_and_training_goes_on() -> None:
     lm = model(GPT2).train()
     assert allows_shared_prompts(lm.base_model)
@@ -197,17 +227,21 @@ def test_before_is_the_next_token_shift() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 500, 2, 480, 3, 300], list(range(1, 200, 9))])
-@pytest.mark.parametrize("groups", [1, 2, 3])
-def test_groups_are_the_cheapest_ones(lengths: list[int], groups: int) -> None:
-    """Compared with every way to cut the sorted rows."""
+@pytest.mark.parametrize(("groups", "boundary"), [(1, None), (2, None), (3, None), (2, 6), (3, 300), (3, 1000)])
+def test_groups_are_the_cheapest_ones(lengths: list[int], groups: int, boundary: int | None) -> None:
+    """Compared with every way to cut the sorted rows that no group crosses the boundary."""
     ordered = sorted(lengths)
+    limit = max(lengths) if boundary is None else boundary
 
-    def cost(cuts: tuple[int, ...]) -> int:
-        ends = [*cuts, len(ordered)]
-        return sum((b - a) * ordered[b - 1] + GROUP_TOKENS for a, b in zip([0, *cuts], ends, strict=True))
+    def cost(cuts: tuple[int, ...]) -> float:
+        pairs = list(zip([0, *cuts], [*cuts, len(ordered)], strict=True))
+        if any(ordered[a] <= limit < ordered[b - 1] for a, b in pairs):
+            return inf
+        return sum((b - a) * ordered[b - 1] + GROUP_TOKENS for a, b in pairs)
 
     cheapest = min(cost(cuts) for k in range(groups) for cuts in combinations(range(1, len(ordered)), k))
-    found = split_by_length(lengths, groups)
+    found = split_by_length(lengths, groups, boundary)
+    assert not any(min(lengths[row] for row in rows) <= limit < width for rows, width in found)
     assert sorted(torch.cat([rows for rows, _ in found]).tolist()) == list(range(len(lengths)))
     assert all(width == max(lengths[row] for row in rows) for rows, width in found)
     assert sum(len(rows) * width + GROUP_TOKENS for rows, width in found) == cheapest

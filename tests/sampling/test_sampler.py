@@ -14,6 +14,7 @@ from transformers import (
     FalconMambaConfig,
     GPT2Config,
     JambaConfig,
+    LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -389,6 +390,25 @@ def test_too_few_positions_are_refused() -> None:
     assert sample(lm, PROMPTS, SamplingParams(max_new_tokens=23, temperature=0.0)).input_ids.shape == (4, 32)
     with pytest.raises(ConfigError, match=r"need 33 positions together, but the model has 32\.\n.*max_new_tokens"):
         sample(lm, PROMPTS, SamplingParams(max_new_tokens=24, temperature=0.0))
+
+
+def test_positions_that_may_change_give_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """LongRoPE has other frequencies above 6 tokens."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 6, "factor": 4.0, "rope_theta": 100.0}
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    lm = AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=24, rope_parameters={**rope, **factors})
+    )
+    params = SamplingParams(max_new_tokens=3, temperature=0.0)
+    sample(lm, [[1, 5, 7]], params)
+    sample(lm, [[1] * 7], params)
+    assert not caplog.records
+    for _ in range(2):
+        sample(lm, [[1, 5, 7, 9]], params)
+    assert [record.message.split(".")[0] for record in caplog.records] == [
+        "The model encodes positions of sequences of more than 6 tokens differently (rope_type=longrope)"
+    ]
 
 
 def streamed(
