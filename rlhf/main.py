@@ -16,6 +16,7 @@ from rlhf.garbage import imports
 from rlhf.precision import resolve_precision
 from rlhf.run_names import check_run_name
 from rlhf.speed import set_speed
+from rlhf.stages import stages
 from rlhf.sweep import run_job
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def run(cfg: DictConfig) -> float:
         cfg: The composed configuration. Each job of a multirun gets its own copy, whose ``paths.output`` is set to the
             directory that Hydra has created for the job.
     """
-    if not (HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN):
+    if not _is_job():
         return run_checked(cfg)
     cfg = cfg.copy()
     cfg.paths.output = HydraConfig.get().runtime.output_dir
@@ -64,8 +65,11 @@ def run_stages(cfg: DictConfig) -> float:
         from rlhf.distributed import barrier
         from rlhf.pipeline import run_pipeline
         from rlhf.replay import replay
+        from rlhf.resume import earlier_files
         from rlhf.run import run_stage
 
+    if _is_job() and cfg.stage_name in stages() and not earlier_files(cfg, Path(cfg.paths.output)):
+        cfg.resume = False  # resume=true starts the jobs that have not begun.
     if cfg.replay is not None:
         monitored = replay(cfg)
     else:
@@ -87,3 +91,8 @@ def run_command(cfg: DictConfig) -> float:
     if exit_code:
         sys.exit(exit_code)
     return float("nan")
+
+
+def _is_job() -> bool:
+    """Return whether this is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN

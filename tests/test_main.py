@@ -59,6 +59,21 @@ def test_a_job_of_a_multirun_gets_a_copy(
         assert own.paths.run == cfg.paths.run
 
 
+@pytest.mark.parametrize(("begun", "resume"), [(False, False), (True, True)])
+def test_resume_starts_the_jobs_that_have_not_begun(
+    calls: list[tuple[str, DictConfig]], tmp_path: Path, begun: bool, resume: bool
+) -> None:
+    """Outside of a multirun, ``resume=true`` requires a checkpoint."""
+    if begun:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").touch()
+    command = ["stage=sft", "resume=true", f"paths.output={tmp_path}"]
+    for mode in ("hydra.mode=MULTIRUN", "hydra.mode=RUN"):
+        with hydra_command(*command, mode, f"hydra.runtime.output_dir={tmp_path}") as cfg:
+            main.run(cfg)
+    assert [cfg.resume for _, cfg in calls] == [resume, True]
+
+
 def test_check_must_be_a_known_choice(calls: list[tuple[str, DictConfig]]) -> None:
     with (
         hydra_command("stage=sft", "check=onyl") as cfg,
