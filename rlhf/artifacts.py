@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,24 +160,53 @@ def export_result(cfg: DictConfig, output: Path, result: Result, provenance: dic
         run_directory = Path(cfg.paths.run)
         if output == run_directory / info.name:
             warn_about_outdated(run_directory, info)
-            _update_final_model(info, path, run_directory)
+        if _makes_final_model(info, path, run_directory):
+            make_final_model(path, run_directory)
         _write_huggingface(cfg, info, path, output / "hf")
     barrier()
 
 
-def _update_final_model(info: StageInfo, path: Path, run_directory: Path) -> None:
-    """Copy the result of a stage to the final model of the run, unless a preferred stage has made that.
+def complete_export(cfg: DictConfig, output: Path, start: Callable[[], None]) -> None:
+    """Write what the export of a finished stage lacks: the run's final model and an HF folder where they apply.
+
+    Args:
+        cfg: The configuration of the stage.
+        output: Directory of the stage.
+        start: Called before anything is written.
+    """
+    info, run_directory = stages()[cfg.stage_name], Path(cfg.paths.run)
+    path = output / str(info.final)
+    log.info("stage=%s is finished: %s stays as it is.", info.name, path)
+    if not is_rank_zero() or cfg.trainer.fast_dev_run or cfg.check == "only":
+        return
+    lacks_folder = bool(cfg.save_hf) and info.exports == "policy" and not _has_huggingface(cfg, path, output / "hf")
+    lacks_model = _is_older(run_directory / RL_TRAINED, path) and _makes_final_model(info, path, run_directory)
+    if lacks_folder or lacks_model:
+        start()
+    if lacks_model:
+        make_final_model(path, run_directory)
+    if lacks_folder:
+        _write_huggingface(cfg, info, path, output / "hf")
+
+
+def _makes_final_model(info: StageInfo, path: Path, run_directory: Path) -> bool:
+    """Return whether the result of a stage becomes the final model of the run: no preferred stage has made that.
 
     Stages of a lower ``rl_priority`` are preferred, if they were trained from the present models of the run.
     """
-    if info.rl_priority is None:
-        return
+    if info.rl_priority is None or path.parent != run_directory / info.name:
+        return False
     outdated = outdated_stages(run_directory)
-    for other in stages().values():
-        is_preferred = other.rl_priority is not None and other.rl_priority < info.rl_priority
-        if is_preferred and (run_directory / other.name / str(other.final)).is_file() and other.name not in outdated:
-            return
-    make_final_model(path, run_directory)
+    return not any(
+        (run_directory / other.name / str(other.final)).is_file() and other.name not in outdated
+        for other in stages().values()
+        if other.rl_priority is not None and other.rl_priority < info.rl_priority
+    )
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    """Return whether a file is older than another one, or missing."""
+    return not path.is_file() or path.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 def make_final_model(path: Path, run_directory: Path) -> None:
@@ -195,6 +224,13 @@ def load_call(final: Path) -> str:
     if run.parent != Path(OUTPUTS):
         return f"load_model({json.dumps(str(final))})"
     return 'load_model("rl_trained")' if run.name == RUN else f'load_model("rl_trained", run={json.dumps(run.name)})'
+
+
+def _has_huggingface(cfg: DictConfig, path: Path, directory: Path) -> bool:
+    """Return whether a Hugging Face folder of a result exists, with the adapter as ``save_hf`` asks for it."""
+    is_adapter = (directory / "adapter_config.json").is_file()
+    wants_adapter = cfg.adapter is not None and cfg.save_hf != "merged"
+    return is_adapter == wants_adapter and not _is_older(directory / "tokenizer.json", path)  # the last file written
 
 
 def _write_huggingface(cfg: DictConfig, info: StageInfo, path: Path, directory: Path) -> None:

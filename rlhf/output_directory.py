@@ -92,10 +92,14 @@ class StartOutput(Callback):
     def __init__(self, *functions: Callable[[], None]) -> None:
         self.functions = functions
 
+    def start(self) -> None:
+        """Call the functions."""
+        for function in self.functions:
+            function()
+
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for function in self.functions:
-                function()
+            self.start()
 
     on_test_start = on_fit_start
 

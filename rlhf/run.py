@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.artifacts import (
+    complete_export,
     describe_provenance,
     export_result,
     open_sources,
@@ -86,7 +87,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> fl
     build, inputs = open_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
-        log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, finished.path)
+        complete_export(cfg, output, start.start)
         recorded = finished.provenance
         return Monitored(recorded.get("monitored", "nan"), recorded.get("monitor", ""))
     checkpoint = resume_checkpoint(cfg, output, provenance)

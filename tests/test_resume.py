@@ -145,6 +145,47 @@ def test_a_finished_stage_stays_as_it_is(sft: Any, output: Path, caplog: pytest.
         run_stage(sft("resume=true", "stage.eps=0.1"))
 
 
+@pytest.fixture
+def dpo(sft: Any, tmp_path: Path) -> Callable[..., DictConfig]:
+    """Return a function that composes DPO with the SFT model of the run for one step."""
+    run_stage(sft())
+
+    def compose(*overrides: str) -> DictConfig:
+        own = ["stage=dpo", "stage.samples=0", "trainer.max_steps=1", "trainer.limit_val_batches=1"]
+        return compose_config(*own, *TINY, f"paths.root={tmp_path}", *overrides)
+
+    return compose
+
+
+def test_an_export_that_was_interrupted_is_completed(dpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final model of the run is that of an earlier stage, and ``hf/`` is missing. Both are written once."""
+
+    def make_final_model(*_: Any) -> None:
+        raise Killed
+
+    folder, final = tmp_path / "rlhf" / "dpo" / "hf", tmp_path / "rlhf" / "final_rl_model.pt"
+    final.write_text("an earlier result")
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.artifacts.make_final_model", make_final_model)
+        with pytest.raises(Killed):
+            run_stage(dpo("save_hf=true"))
+    run_stage(dpo("resume=true", "save_hf=true"))
+    assert Export(str(final)).provenance["stage"] == "dpo"
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (final, *folder.iterdir())}
+    run_stage(dpo("resume=true", "save_hf=true"))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_later_final_model_stays_as_it_is(dpo: Any, tmp_path: Path) -> None:
+    """It may be that of the last round of a pipeline."""
+    run_stage(dpo())
+    final = tmp_path / "rlhf" / "final_rl_model.pt"
+    final.write_text("of round_2")
+    run_stage(dpo("resume=true"))
+    assert final.read_text() == "of round_2"
+
+
 def test_a_finished_stage_is_extended(sft: Any, output: Path) -> None:
     run_stage(sft())
     run_stage(sft("resume=true", "trainer.max_epochs=2"))
