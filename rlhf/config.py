@@ -25,6 +25,13 @@ RESUME_CHOICES = (False, True, "force")
 NODES = ("stage", "data", "model", "adapter", "reward", "callbacks", "trainer", "logger", "speed")
 KEYS_ONLY = ("trainer", "logger")  # Lightning checks the types of their values.
 SEED = 1  # an example of a valid value
+# Keys that no class declares, with examples of valid values.
+TOP_LEVEL = {
+    "overwrite": (bool, False),
+    "pipeline.report": (bool, True),
+    "pipeline.rounds": (NonNegativeInt, 0),
+    "pipeline.round.accumulate": (bool, False),
+}
 # Flags of the Trainer that Lightning does not check, with examples of valid values.
 LIMIT = PositiveInt | Annotated[float, "> 0", "<= 1"] | None
 TRAINER = {
@@ -59,6 +66,7 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
     _check_value("seed", content.get("seed", SEED), Seed, SEED)
+    _check_top_level(cfg)
     trainer = (content.get("trainer") or {}) if "trainer" in nodes else {}
     for key, (annotation, example) in TRAINER.items():
         _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)
@@ -67,7 +75,8 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
 
 
 def check_choices(cfg: DictConfig) -> None:
-    """Reject unknown values of the top-level keys ``check``, ``resume`` and ``save_hf``."""
+    """Reject unknown values of the keys that no class declares, such as ``check``, ``resume`` and ``save_hf``."""
+    _check_top_level(cfg)
     if cfg.resume not in RESUME_CHOICES:
         raise ConfigError(f"resume must be false, true or force, got {cfg.resume}.", "Set resume=true.")
     if cfg.check not in CHECK_CHOICES:
@@ -76,6 +85,11 @@ def check_choices(cfg: DictConfig) -> None:
         raise ConfigError(f"save_hf must be false, true or merged, got {cfg.save_hf}.", "Set save_hf=true.")
     if cfg.save_hf == "merged" and cfg.adapter is None and cfg.stage_name != "pipeline":
         raise ConfigError("save_hf=merged has no effect with adapter=none.", "Set save_hf=true.")
+
+
+def _check_top_level(cfg: DictConfig) -> None:
+    for key, (annotation, example) in TOP_LEVEL.items():
+        _check_value(key, OmegaConf.select(cfg, key, default=example), annotation, example)
 
 
 def _check_node(node: Any, path: str, *, keys_only: bool) -> None:

@@ -134,3 +134,16 @@ def test_check_has_three_choices(choice: str) -> None:
 def test_another_choice_of_check_is_rejected(choice: str) -> None:
     with pytest.raises(ConfigError, match=r"^check must be false, true or only, got "):
         check_choices(compose_config("stage=sft", f"check={choice}"))
+
+
+@pytest.mark.parametrize("key", ["overwrite", "pipeline.report", "pipeline.round.accumulate"])
+@pytest.mark.parametrize("value", ["no", "abc", "null", "0"])
+def test_text_for_true_or_false_is_rejected(key: str, value: str) -> None:
+    """Text is true in Python: ``overwrite=no`` would delete the result of an earlier run."""
+    with pytest.raises(ConfigError, match=rf"^{key} must be true or false, got .*\n  Set {key}=(true|false)\.$"):
+        check_choices(compose_config(f"{key}={value}"))
+
+
+def test_the_text_is_rejected_in_a_step_of_the_pipeline() -> None:
+    with pytest.raises(ConfigError, match=r"^overwrite must be true or false, got 'no'\."):
+        check_values(compose_config("stage=sft", "overwrite=no"))
