@@ -32,6 +32,12 @@ TOP_LEVEL = {
     "pipeline.rounds": (NonNegativeInt, 0),
     "pipeline.round.accumulate": (bool, False),
 }
+# Nodes and paths that cannot be null. Hydra rejects null for a configuration group.
+REQUIRED = (
+    *("speed", "paths.root", "paths.run"),
+    *("pipeline", "pipeline.steps", "pipeline.variants", "pipeline.overrides"),
+    *("pipeline.round", "pipeline.round.steps"),
+)
 # Flags of the Trainer that Lightning does not check, with examples of valid values.
 LIMIT = PositiveInt | Annotated[float, "> 0", "<= 1"] | None
 TRAINER = {
@@ -88,6 +94,9 @@ def check_choices(cfg: DictConfig) -> None:
 
 
 def _check_top_level(cfg: DictConfig) -> None:
+    for key in REQUIRED:
+        if OmegaConf.select(cfg, key, default="") is None:
+            raise ConfigError(f"{key} must not be null.", "Leave it out, or give it a value.")
     for key, (annotation, example) in TOP_LEVEL.items():
         _check_value(key, OmegaConf.select(cfg, key, default=example), annotation, example)
 

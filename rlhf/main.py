@@ -45,7 +45,8 @@ def run_checked(cfg: DictConfig) -> float:
         resolve_precision(cfg)
         return run_command(cfg) if "command" in cfg else run_stages(cfg)
     finally:
-        remove_if_empty(Path(cfg.paths.output), Path(cfg.paths.run))  # Hydra creates it even for a rejected command.
+        top = cfg.paths.root and cfg.paths.run  # Null becomes the directory None.
+        remove_if_empty(Path(cfg.paths.output), Path(str(top)))  # Hydra creates it even for a rejected command.
 
 
 def warn_about_repeated_keys() -> None:

@@ -74,6 +74,21 @@ def test_resume_starts_the_jobs_that_have_not_begun(
     assert [cfg.resume for _, cfg in calls] == [resume, True]
 
 
+@pytest.mark.parametrize("key", ["speed", "paths.run", "paths.root", "pipeline", "pipeline.overrides"])
+def test_what_cannot_be_null_is_rejected(
+    calls: list[tuple[str, DictConfig]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The directory ``None``, which Hydra has created, is removed."""
+    monkeypatch.chdir(tmp_path)
+    with hydra_command(f"{key}=null") as cfg:
+        Path(cfg.paths.output).mkdir(parents=True)
+        with pytest.raises(ConfigError) as error:
+            main.run(cfg)
+    assert str(error.value) == f"{key} must not be null.\n  Leave it out, or give it a value."
+    assert calls == []
+    assert not Path("None").exists()
+
+
 def test_check_must_be_a_known_choice(calls: list[tuple[str, DictConfig]]) -> None:
     with (
         hydra_command("stage=sft", "check=onyl") as cfg,
