@@ -1,7 +1,9 @@
 """What files of a run were made from: whether a run can be resumed, and which outputs still belong together."""
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,10 +29,13 @@ TRAINER_KEYS = (
 
 
 def model_digest(path: str | Path) -> str | None:
-    """Return the SHA-256 of the weights in a result of a stage, or else of the whole file; None if there is no file.
+    """Return the SHA-256 of the weights in a result of a stage or in a Hugging Face folder, or else of the whole file.
 
-    A result that is written again with equal weights has the same digest.
+    A result that is written again with equal weights has the same digest. If there is no file, the result is None.
     """
+    if path and Path(path).is_dir():
+        files = {file.name: sha256_of_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else None
     if not Path(path).is_file():
         return None
     try:
@@ -48,7 +53,7 @@ def check_resumable(
         path: The checkpoint or the result.
         recorded: Its provenance.
         provenance: That of this run, see ``rlhf.artifacts.describe_provenance``.
-        force: Accept other settings, with a warning. Other inputs and data are never accepted.
+        force: Accept other settings, with a warning. Inputs and data of another SHA-256 are never accepted.
 
     Raises:
         ConfigError: Something has changed. The message names every key.
@@ -76,15 +81,18 @@ def check_resumable(
 def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the settings that affect training and that differ: key -> value before and now, as they are typed.
 
-    Inputs and data files are compared by their content instead, and the length of training may change.
+    Inputs and data files are compared by their content instead, and the length of training may change. Inputs without
+    a SHA-256, such as a model on the Hub, are compared by their path.
     """
     by_content = {f"stage.{name}" for name in provenance.get("inputs", {})} | {"data.train", "data.val", "data.test"}
     before, now = settings(recorded), settings(provenance)
-    return {
+    changed = {
         key: (_typed(before[key]), _typed(now[key]))
         for key in sorted(before.keys() & now.keys() - by_content)
         if before[key] != now[key] and key not in LENGTH
     }
+    paths = {key: pair for key, pair in _changed_paths(recorded, provenance).items() if pair not in changed.values()}
+    return changed | paths  # Without the path of the base model, which ``model.path`` reports.
 
 
 def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +118,24 @@ def _flatten(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 def _relative(value: Any, directory: str) -> Any:
     is_path = isinstance(value, str) and directory and Path(value).is_relative_to(directory)
     return str(Path(value).relative_to(directory)) if is_path else value
+
+
+def _changed_paths(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the inputs that come from another path, and of which no SHA-256 tells whether they have changed."""
+    before, now = _input_paths(recorded), _input_paths(provenance)
+    keys = before.keys() & now.keys() - (_digests(recorded).keys() & _digests(provenance).keys())
+    return {key: (before[key], now[key]) for key in sorted(keys) if before[key] != now[key]}
+
+
+def _input_paths(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return the path or paths of each input by configuration key, as they are typed; null for random weights."""
+    directory = provenance.get("config", {}).get("paths", {}).get("run", "")
+    found = {}
+    for name, files in provenance.get("inputs", {}).items():
+        matches = [re.search(r"\bpath=(['\"])(.*?)\1", str(file["source"])) for file in files]
+        paths = [_relative(match[2], directory) if match else "null" for match in matches]
+        found[f"stage.{name}"] = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
+    return found
 
 
 def _typed(value: Any) -> str:

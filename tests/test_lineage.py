@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from contract.configs import compose_config
 from rlhf.artifacts import describe_provenance, export_result, open_sources
 from rlhf.errors import ConfigError
-from rlhf.export import Export, save_result
+from rlhf.export import Export, save_huggingface, save_result
 from rlhf.files import sha256_of_file
 from rlhf.lineage import check_resumable, outdated_stages, warn_about_parents
 from rlhf.models import Pretrained
@@ -91,6 +91,47 @@ def test_changed_inputs_and_data_cannot_be_resumed(
     message = rf"^resume: {key} is not what last\.ckpt was trained with: .*\n  Restore the previous file, or start over"
     with pytest.raises(ConfigError, match=message):
         check_resumable("last.ckpt", recorded, provenance, force=True)
+
+
+@pytest.fixture
+def folder(outputs: Outputs, tmp_path: Path) -> Path:
+    """The SFT model as a Hugging Face folder."""
+    save_huggingface(str(outputs.export("sft")), str(tmp_path / "folder"))
+    return tmp_path / "folder"
+
+
+def test_changed_weights_in_a_folder_cannot_be_resumed(outputs: Outputs, folder: Path, tmp_path: Path) -> None:
+    """A moved folder with equal weights can. Other files in it do not matter."""
+    recorded = outputs.provenance("dpo", folder)
+    (folder / "README.md").touch()
+    folder = folder.rename(tmp_path / "moved")
+    check_resumable("last.ckpt", recorded, outputs.provenance("dpo", folder))
+    save_huggingface(str(outputs.export("sft", change=0.1)), str(folder))
+    with pytest.raises(ConfigError, match=r"^resume: stage\.policy is not what last\.ckpt was trained with: "):
+        check_resumable("last.ckpt", recorded, outputs.provenance("dpo", folder), force=True)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_inputs_without_a_digest_are_compared_by_their_path(
+    outputs: Outputs, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    """Such as a model on the Hub, or a folder in a checkpoint of an earlier version."""
+    recorded = outputs.provenance(stage, Path("owner/name"))
+    check_resumable("last.ckpt", recorded, outputs.provenance(stage, Path("owner/name")))
+    other = outputs.provenance(stage, outputs.export("sft"))
+    with pytest.raises(ConfigError, match=r"stage\.policy was owner/name and is sft/sft_final\.pt\.\n  Restore them "):
+        check_resumable("last.ckpt", recorded, other)
+    check_resumable("last.ckpt", recorded, other, force=True)
+    assert "stage.policy was owner/name and is sft/sft_final.pt" in caplog.text
+
+
+def test_another_base_model_is_reported_once() -> None:
+    def provenance(path: str) -> dict[str, Any]:
+        cfg = compose_config("stage=sft", "model=pretrained", f"model.path={path}")
+        return describe_provenance(cfg, {"policy": Pretrained(path)})
+
+    with pytest.raises(ConfigError, match=r"other settings: model\.path was a/b and is c/d\.\n"):
+        check_resumable("last.ckpt", provenance("a/b"), provenance("c/d"))
 
 
 def provenance_of(*overrides: str) -> dict[str, Any]:
