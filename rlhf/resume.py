@@ -45,9 +45,17 @@ def earlier_files(cfg: DictConfig, output: Path) -> list[Path]:
 
 
 def remove_earlier(cfg: DictConfig, output: Path) -> None:
-    """Delete what an earlier run of the stage has left, so that it cannot be mistaken for that of this run."""
-    for path in (*earlier_files(cfg, output), output / "metrics.json"):
-        remove(path)
+    """Delete what an earlier run of the stage has left, so that it cannot be mistaken for that of this run.
+
+    This is called before the run has written a checkpoint. Files of the earlier run that it starts from stay.
+    """
+    values = [cfg.model.get("path"), *(cfg.stage[key] for key in stages()[cfg.stage_name].inputs)]
+    chosen = [path for value in values if value for path in ([value] if isinstance(value, str) else value)]
+    inputs = {Path(path).resolve() for path in chosen}
+    checkpoints = (output / "checkpoints").glob("*.ckpt")
+    for path in (*earlier_files(cfg, output), *checkpoints, output / "metrics.json", output / "hf"):
+        if path.resolve() not in inputs:
+            remove(path)
 
 
 def finished_result(cfg: DictConfig, output: Path, provenance: Mapping[str, Any]) -> Export | None:

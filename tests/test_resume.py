@@ -111,6 +111,19 @@ def test_overwrite_starts_over(sft: Any, output: Path, kill: Any) -> None:
     torch.testing.assert_close(weights(output / "sft_final.pt"), first, **EXACT)
 
 
+def test_overwrite_deletes_numbered_checkpoints_and_the_folder(sft: Any, output: Path) -> None:
+    """Those of the new run stay, and so does the checkpoint that it starts from."""
+    numbered = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=-1"]
+    run_stage(sft(*numbered, "trainer.max_steps=4", "save_hf=true"))
+    names = {f"step{step}.ckpt" for step in (1, 2, 3, 4)}
+    assert {path.name for path in (output / "checkpoints").glob("step*")} == names
+    start = output / "checkpoints" / "step4.ckpt"
+    run_stage(sft(*numbered, "trainer.max_steps=1", "overwrite=true", f"stage.policy={start}"))
+    assert {path.name for path in (output / "checkpoints").glob("step*")} == {"step1.ckpt", "step4.ckpt"}
+    assert torch.load(output / "checkpoints" / "step1.ckpt", weights_only=True)["global_step"] == 1
+    assert not (output / "hf").exists()
+
+
 def test_resume_and_overwrite_exclude_each_other(sft: Any) -> None:
     with pytest.raises(ConfigError, match=r"^resume continues a run, and overwrite=true starts over\."):
         run_stage(sft("resume=true", "overwrite=true"))
