@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,36 @@ def resolve_input(cfg: DictConfig, key: str) -> ModelSource | list[ModelSource]:
     Raises:
         ConfigError: None of these exists.
     """
+    if (path := input_path(cfg, key)) is not None:
+        return open_sources(cfg, path)
+    if (made_by := stages()[cfg.stage_name].inputs[key]) != BASE_MODEL:
+        log.warning("run=%s has no %s model. The stage starts from model.path=%s.", cfg.run, made_by, cfg.model.path)
+    return _base_model(cfg)
+
+
+def input_path(cfg: DictConfig, key: str, planned: Collection[Path] = ()) -> Any:
+    """Return the path or the paths of one input of a stage, as ``resolve_input`` finds it; None for the base model.
+
+    Args:
+        cfg: The configuration of the stage.
+        key: The input.
+        planned: Absolute directories of stages that will have been trained before this one.
+
+    Raises:
+        ConfigError: There is no such input.
+    """
     if (chosen := cfg.stage[key]) is not None:
-        return open_sources(cfg, chosen)
+        return chosen
     made_by = stages()[cfg.stage_name].inputs[key]
     if made_by == BASE_MODEL:
-        return _base_model(cfg)
-    if (path := output_of(cfg, made_by)) is not None:
-        return open_sources(cfg, path)
+        return None
+    path = Path(cfg.paths.run) / made_by / str(stages()[made_by].final)
+    if path.is_file() or path.parent.absolute() in planned:
+        return str(path)
     if stages()[made_by].exports == "policy" and "path" in cfg.model:
-        log.warning("run=%s has no %s model. The stage starts from model.path=%s.", cfg.run, made_by, cfg.model.path)
-        return _base_model(cfg)
+        return None
     raise ConfigError(
-        f"stage={cfg.stage_name} requires the output of stage={made_by}, but run={cfg.run} has no "
-        f"{Path(cfg.paths.run) / made_by / str(stages()[made_by].final)}.",
+        f"stage={cfg.stage_name} requires the output of stage={made_by}, but run={cfg.run} has no {path}.",
         f"Run python train.py stage={made_by} run={cfg.run}, or set stage.{key}=<path>",
     )
 
@@ -105,9 +122,7 @@ def open_policies(cfg: DictConfig, models: Any, *, key: str) -> dict[str, ModelS
         ConfigError: There is no such model, or the run has no policy.
     """
     if models:
-        listed: Any = OmegaConf.to_container(models) if OmegaConf.is_config(models) else models
-        pairs = listed.items() if isinstance(listed, Mapping) else ((name, name) for name in listed)
-        chosen = {str(name): str(path) for name, path in pairs}
+        chosen = named(models)
     else:
         chosen = policies_of_run(Path(cfg.paths.run))
         if not chosen:
@@ -117,6 +132,13 @@ def open_policies(cfg: DictConfig, models: Any, *, key: str) -> dict[str, ModelS
     attention = cfg.model.get("attention")
     paths = {name: _policy_path(cfg, path, key) for name, path in chosen.items()}
     return {name: open_model_source(path, attention=attention) for name, path in paths.items()}
+
+
+def named(models: Any) -> dict[str, str]:
+    """Return the stages, variants or paths in ``stage.models`` by name."""
+    listed: Any = OmegaConf.to_container(models) if OmegaConf.is_config(models) else models
+    pairs = listed.items() if isinstance(listed, Mapping) else ((name, name) for name in listed)
+    return {str(name): str(path) for name, path in pairs}
 
 
 def policies_of_run(directory: Path) -> dict[str, str]:

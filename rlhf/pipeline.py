@@ -8,22 +8,22 @@ from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.artifacts import load_call, make_final_model
+from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import RL_TRAINED
+from rlhf.export import RL_TRAINED, open_model_source
 from rlhf.output_directory import OutputDirectory
 from rlhf.precision import resolve_precision
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
 from rlhf.resume import check_start, earlier_files
 from rlhf.rounds import final_policy, round_steps
-from rlhf.run import run_stage
+from rlhf.run import required_inputs, run_stage
 from rlhf.runs.scan import stage_directories
 from rlhf.stages import stages
 
@@ -54,6 +54,7 @@ def run_pipeline(cfg: DictConfig) -> float:
     for config in configs.values():
         check_values(config)
         check_start(config, Path(config.paths.output))
+    check_inputs(configs)
 
     # 2. Run them in order.
     monitored, seconds = float("nan"), {}
@@ -149,6 +150,35 @@ def check_ranks(configs: dict[str, DictConfig]) -> None:
                     "steps of a pipeline run on the same processes.",
                     f"Set trainer.{key}={expected} for all steps, or run step {step} by its own command.",
                 )
+
+
+def check_inputs(configs: dict[str, DictConfig]) -> None:
+    """Reject a step with an input that does not exist and that no earlier step makes.
+
+    Raises:
+        ConfigError: There is no such input.
+    """
+    planned: list[Path] = []
+    for config in configs.values():
+        for key in required_inputs(config)[1]:
+            chosen = input_path(config, key, planned)
+            for path in chosen if OmegaConf.is_list(chosen) else [chosen]:
+                if path is not None and not _is_planned(Path(path), planned):
+                    open_model_source(str(path))
+        if models := config.stage.get("models"):  # of stage=evaluate
+            run = Path(config.paths.run)
+            missing = {
+                name: path
+                for name, path in named(models).items()
+                if not (_is_planned(run / path, planned) or _is_planned(Path(path), planned))
+            }
+            if missing:
+                open_policies(config, missing, key="stage.models")
+        planned.append(Path(config.paths.output).absolute())
+
+
+def _is_planned(path: Path, planned: list[Path]) -> bool:
+    return any(path.absolute().is_relative_to(directory) for directory in planned)
 
 
 def step_overrides(cfg: DictConfig, step: str, directory: Path, of_round: Sequence[str] = ()) -> list[str]:

@@ -148,12 +148,16 @@ def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _declared_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what builds the module of a stage, and its inputs. One that is neither used nor set is None."""
+    build, required = required_inputs(cfg)
+    return build, {key: resolve_input(cfg, key) if key in required else None for key in stages()[cfg.stage_name].inputs}
+
+
+def required_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], list[str]]:
+    """Return what builds the module of a stage, and the names of the inputs that are used or set."""
     build = instantiate(cfg.stage, _partial_=True)
-    unused = build.func.unused_inputs(build.keywords)
-    return build, {
-        key: None if key in unused and cfg.stage[key] is None else resolve_input(cfg, key)
-        for key in stages()[cfg.stage_name].inputs
-    }
+    inputs = stages()[cfg.stage_name].inputs
+    unused = build.func.unused_inputs(build.keywords) if inputs else ()
+    return build, [key for key in inputs if key not in unused or cfg.stage[key] is not None]
 
 
 def evaluate(cfg: DictConfig, start: StartOutput) -> float:

@@ -131,12 +131,12 @@ def test_a_directory_for_all_steps_is_rejected(recorded_steps: list[DictConfig],
 
 def test_steps_run_in_their_order(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
     """The metric of the last one is returned, and the directory of the pipeline contains its configuration."""
-    with hydra_command(f"paths.root={tmp_path}", RLOO, "pipeline.steps=[sft,rloo,evaluate]") as cfg:
+    with hydra_command(f"paths.root={tmp_path}", RLOO, "pipeline.steps=[sft,reward,rloo]") as cfg:
         assert run_pipeline(cfg) == 3.0
-    assert [cfg.stage_name for cfg in recorded_steps] == ["sft", "grpo", "evaluate"]
+    assert [cfg.stage_name for cfg in recorded_steps] == ["sft", "reward", "grpo"]
     assert OmegaConf.load(tmp_path / "rlhf" / "pipeline" / ".hydra" / "config.yaml") == cfg
     log = (tmp_path / "rlhf" / "pipeline" / "pipeline.log").read_text()
-    assert [f"step {number} of 3: {name}" in log for number, name in enumerate(("sft", "rloo", "evaluate"), 1)]
+    assert [f"step {number} of 3: {name}" in log for number, name in enumerate(("sft", "reward", "rloo"), 1)]
 
 
 def test_a_mistyped_key_of_a_later_step_is_reported_before_the_first_one(
@@ -147,6 +147,63 @@ def test_a_mistyped_key_of_a_later_step_is_reported_before_the_first_one(
         run_pipeline(cfg)
     assert recorded_steps == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pipeline.steps=[sft,ppo]"],
+            "stage=ppo requires the output of stage=reward, but run=rlhf has no {run}/reward/",
+        ),
+        (
+            ["pipeline.steps=[reward,sft]"],
+            "stage=reward requires the output of stage=sft, but run=rlhf has no {run}/sft/",
+        ),
+        (
+            ["pipeline.steps=[sft,dpo]", "pipeline.overrides.dpo=['stage.policy={run}/other.pt']"],
+            "{run}/other.pt: there is no such file.",
+        ),
+        (
+            ["pipeline.steps=[reward]", "pipeline.rounds=1", "model=pretrained", "model.path=x"],
+            "{run}/sft/sft_final.pt: ",
+        ),
+        (
+            ["pipeline.steps=[sft,evaluate]", "pipeline.overrides.evaluate=['stage.models=[sft,dpo]']"],
+            "stage.models contains dpo, but run=rlhf has no dpo model.",
+        ),
+    ],
+)
+def test_a_missing_input_of_a_later_step_is_reported_before_the_first_one(
+    recorded_steps: list[DictConfig], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    run = tmp_path / "rlhf"
+    command = [f"paths.root={tmp_path}", *(override.format(run=run) for override in overrides)]
+    with hydra_command(*command) as cfg, pytest.raises(ConfigError) as error:
+        run_pipeline(cfg)
+    assert str(error.value).startswith(message.format(run=run))
+    assert recorded_steps == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pipeline.steps=[sft,ppo]", "pipeline.overrides.ppo=['reward=exact_match']"],
+        ["pipeline.steps=[reward,dpo]", "model=pretrained", "model.path=x"],
+        ["pipeline.steps=[sft,dpo]", "pipeline.overrides.dpo=['stage.policy={run}/sft/checkpoints/last.ckpt']"],
+        ["pipeline.steps=[sft,dpo]", "pipeline.overrides.dpo=['stage.policy=owner/name']"],
+        [RLOO, "pipeline.steps=[sft,reward,rloo,evaluate]", "pipeline.overrides.evaluate=['stage.models=[sft,rloo]']"],
+        ["pipeline.steps=[sft]", "pipeline.rounds=2", "pipeline.overrides.collect=['reward=exact_match']"],
+    ],
+)
+def test_an_input_that_is_not_needed_or_made_by_an_earlier_step_may_be_missing(
+    recorded_steps: list[DictConfig], tmp_path: Path, overrides: list[str]
+) -> None:
+    command = [f"paths.root={tmp_path}", *(override.format(run=tmp_path / "rlhf") for override in overrides)]
+    with hydra_command(*command) as cfg:
+        run_pipeline(cfg)
+    assert recorded_steps
 
 
 def test_a_job_of_a_sweep_is_a_separate_run(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
