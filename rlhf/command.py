@@ -7,6 +7,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from rlhf.overrides import quote
+
 
 def command_line(cfg: DictConfig, overrides: Sequence[str] | None = None) -> str:
     """Return the command that runs a stage as it is running now, on its own or as a step of a pipeline.
@@ -19,7 +21,7 @@ def command_line(cfg: DictConfig, overrides: Sequence[str] | None = None) -> str
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-            directory = [f"paths.output='{cfg.paths.output}'"]  # of a job of a sweep
+            directory = [f"paths.output={quote(cfg.paths.output)}"]  # of a job of a sweep
     own = [override for override in overrides if not _is_left_out(override.split("=")[0].lstrip("+"))]
     return shlex.join(["python", "train.py", f"stage={cfg.stage_name}", *own, *directory])
 

@@ -18,6 +18,7 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import RL_TRAINED, open_model_source
 from rlhf.output_directory import OutputDirectory
+from rlhf.overrides import quote
 from rlhf.precision import resolve_precision
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
@@ -193,9 +194,9 @@ def step_overrides(cfg: DictConfig, step: str, directory: Path, of_round: Sequen
     typed = [override for override in HydraConfig.get().overrides.task if _key(override) != "stage"]
     shared = [override for override in typed if not _key(override).startswith("pipeline.")]
     variant = cfg.pipeline.variants.get(step)
-    chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output='{directory / step}'"]
+    chosen = [f"stage={step}"] if variant is None else [*variant, f"paths.output={quote(directory / step)}"]
     own = list(cfg.pipeline.overrides.get(step, []))
-    of_run = [] if directory == Path(cfg.paths.run) else [f"paths.run='{directory}'"]
+    of_run = [] if directory == Path(cfg.paths.run) else [f"paths.run={quote(directory)}"]
     return [*chosen, *shared, *of_run, *of_round, *own]
 
 

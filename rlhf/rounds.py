@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf.errors import ConfigError
+from rlhf.overrides import quote
 from rlhf.stages import policy_stages, stages
 
 
@@ -96,18 +97,18 @@ def _overrides(cfg: DictConfig, directory: Path, number: int, stage: str, polici
         policies: The policy that the rounds start from, and those of the rounds so far, by name.
     """
     own, start = directory / f"round_{number}", next(iter(policies))
-    found = [f"paths.output='{own / stage}'", f"seed={_seed(cfg.seed, number)}"]
+    found = [f"paths.output={quote(own / stage)}", f"seed={_seed(cfg.seed, number)}"]
     if stage == "evaluate":
-        models = ",".join(f"{Path(name).stem}:'{path}'" for name, path in policies.items())
+        models = ",".join(f"{Path(name).stem}:{quote(path)}" for name, path in policies.items())
         return [*found, f"stage.models={{{models}}}", f"stage.baseline={Path(start).stem}"]
     # A reward model starts from the same policy in every round; a policy is trained further.
-    found.append(f"stage.policy='{policies[start] if stage == 'reward' else list(policies.values())[-1]}'")
+    found.append(f"stage.policy={quote(policies[start] if stage == 'reward' else list(policies.values())[-1])}")
     if stage == "collect" and number > 1 and cfg.pipeline.round.accumulate:
-        found.append(f"stage.include=['{directory / f'round_{number - 1}' / 'collect' / _preferences()}']")
+        found.append(f"stage.include=[{quote(directory / f'round_{number - 1}' / 'collect' / _preferences())}]")
     if stages()[stage].reads == "preferences":
-        found += [f"data.train='{own / 'collect' / _preferences()}'", "data.val=null"]
+        found += [f"data.train={quote(own / 'collect' / _preferences())}", "data.val=null"]
     elif stage != "collect" and "reward" in cfg.pipeline.round.steps:
-        found.append(f"stage.reward_model='{own / 'reward' / str(stages()['reward'].final)}'")
+        found.append(f"stage.reward_model={quote(own / 'reward' / str(stages()['reward'].final))}")
     return found
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from contract.configs import hydra_command
 from rlhf import pipeline
 from rlhf.errors import ConfigError
+from rlhf.overrides import quote
 from rlhf.pipeline import check_steps, output_table, run_pipeline, step_config, step_overrides
 
 RLOO = "+pipeline.variants.rloo=['stage=grpo','advantage=rloo']"
@@ -111,6 +112,20 @@ def test_a_variant_has_its_own_directory(tmp_path: Path) -> None:
     assert grpo.paths.output == str(directory / "grpo")
     assert rloo.paths.run == grpo.paths.run == str(directory)
     assert rloo.callbacks.checkpoint.dirpath == str(directory / "rloo" / "checkpoints")
+
+
+def test_an_apostrophe_in_a_directory_is_kept(recorded_steps: list[DictConfig], tmp_path: Path) -> None:
+    """Of the steps of a job of a sweep, of a variant, and of a round."""
+    directory = tmp_path / "it's" / "rlhf"
+    steps = ["pipeline.steps=[sft,reward,rloo]", "pipeline.rounds=2", "pipeline.round.accumulate=true"]
+    with hydra_command(RLOO, *steps, f"paths.root={quote(directory.parent)}") as cfg:
+        run_pipeline(cfg)
+        cfg.paths.output = str(directory / "job")
+        run_pipeline(cfg)
+    for step in recorded_steps:
+        assert step.paths.output.startswith(f"{directory}/")
+    assert recorded_steps[-2].stage.policy == f"{directory}/job/round_1/dpo/dpo_final.pt"
+    assert recorded_steps[-3].stage.include == [f"{directory}/job/round_1/collect/preferences.jsonl"]
 
 
 def test_overrides_of_a_variant_apply_to_it() -> None:

@@ -17,6 +17,7 @@ from rlhf.distributed import gather_objects, world_size
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.logs import metrics_log
 from rlhf.models.sharding import local_tensor
+from rlhf.overrides import to_override
 from rlhf.stage.dumps import row_locations, write_dump
 from rlhf.stage.precision import gradient_scaler
 from rlhf.stage.random_state import get_random_state, set_random_state
@@ -261,8 +262,7 @@ def _directory(trainer: Any, step: int) -> Path:
 
 def _replay(directory: Path) -> str:
     """Return the override that replays a dump, quoted for Hydra and for the shell where that is necessary."""
-    value = f"'{directory}'" if set(str(directory)) & set(",=(){}[]") else str(directory)
-    return shlex.quote(f"replay={value}")
+    return shlex.quote(to_override("replay", directory))
 
 
 def _listed(names: Iterable[str]) -> str:
