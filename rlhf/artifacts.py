@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import __version__
+from rlhf.command import command_in_run
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import OUTPUTS, RL_TRAINED, RUN, open_model_source, save_huggingface, save_result
@@ -67,7 +68,7 @@ def input_path(cfg: DictConfig, key: str, planned: Collection[Path] = ()) -> Any
         return None
     raise ConfigError(
         f"stage={cfg.stage_name} requires the output of stage={made_by}, but run={cfg.run} has no {path}.",
-        f"Run python train.py stage={made_by} run={cfg.run}, or set stage.{key}=<path>",
+        f"Run {command_in_run(Path(cfg.paths.run), f'stage={made_by}')}, or set stage.{key}=<path>",
     )
 
 
@@ -127,7 +128,8 @@ def open_policies(cfg: DictConfig, models: Any, *, key: str) -> dict[str, ModelS
         chosen = policies_of_run(Path(cfg.paths.run))
         if not chosen:
             raise ConfigError(
-                f"stage={cfg.stage_name} found no model in {cfg.paths.run}.", f"Run python train.py run={cfg.run}"
+                f"stage={cfg.stage_name} found no model in {cfg.paths.run}.",
+                f"Run {command_in_run(Path(cfg.paths.run))}",
             )
     attention = cfg.model.get("attention")
     paths = {name: _policy_path(cfg, path, key) for name, path in chosen.items()}
@@ -156,7 +158,7 @@ def _policy_path(cfg: DictConfig, path: str, key: str) -> str:
     if (output := output_of(cfg, path)) is None:
         raise ConfigError(
             f"{key} contains {path}, but run={cfg.run} has no {path} model.",
-            f"Run python train.py stage={path} run={cfg.run}",
+            f"Run {command_in_run(Path(cfg.paths.run), f'stage={path}')}",
         )
     return str(output)
 

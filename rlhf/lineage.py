@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf.command import command_in_run
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import sha256_of_file
@@ -194,7 +195,7 @@ def warn_about_outdated(run_directory: Path, changed: StageInfo) -> None:
             "The result of %s was trained from an earlier result of stage=%s. To train again: %s",
             " and of ".join(f"stage={name}" for name in outdated),
             changed.name,
-            "; ".join(f"python train.py stage={name} run={run_directory.name}" for name in outdated),
+            "; ".join(command_in_run(run_directory, f"stage={name}", "overwrite=true") for name in outdated),
         )
 
 

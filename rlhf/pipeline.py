@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
+from rlhf.command import command_in_run
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
@@ -87,7 +88,7 @@ def write_pipeline_report(cfg: DictConfig, directory: Path) -> None:
         directory: Directory of the run, or of this job of a sweep.
     """
     name = str(cfg.run) if directory == Path(cfg.paths.run) else directory.name
-    command = shlex.join(["python", "train.py", "stage=report", f"run={cfg.run}", f"paths.root={cfg.paths.root}"])
+    command = command_in_run(directory, "stage=report")
     try:
         if stage_directories(directory):  # With trainer.fast_dev_run=true, no stage writes anything.
             write_run_report(directory, name, directory / REPORT)

@@ -108,7 +108,7 @@ def test_a_missing_input_names_the_command_and_the_key(
         resolve_input(config(tmp_path, "stage=ppo", *model), key)
     assert str(error.value) == (
         f"stage=ppo requires the output of stage={made_by}, but run=rlhf has no {tmp_path}/rlhf/{made_by}/{final}.\n"
-        f"  Run python train.py stage={made_by} run=rlhf, or set stage.{key}=<path>"
+        f"  Run python train.py stage={made_by} run=rlhf paths.root={tmp_path}, or set stage.{key}=<path>"
     )
 
 
@@ -155,14 +155,16 @@ def test_chosen_policies_are_stages_variants_or_paths(tmp_path: Path, models: st
 
 
 def test_a_run_without_policies_cannot_be_evaluated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"found no model in .*\n  Run python train\.py run=rlhf"):
+    command = rf"python train\.py run=rlhf paths\.root={tmp_path}"
+    with pytest.raises(ConfigError, match=rf"found no model in .*\n  Run {command}$"):
         policies_to_evaluate(config(tmp_path, "stage=evaluate"))
 
 
 def test_a_chosen_stage_must_have_an_output(tmp_path: Path) -> None:
     touch(tmp_path, "sft/sft_final.pt")
-    with pytest.raises(ConfigError, match=r"stage\.models contains dpo, but run=rlhf has no dpo model\.\n  Run python"):
+    with pytest.raises(ConfigError, match=r"stage\.models contains dpo, but run=rlhf has no dpo model\.") as error:
         policies_to_evaluate(config(tmp_path, "stage=evaluate", "stage.models=[sft,dpo]"))
+    assert str(error.value).endswith(f"  Run python train.py stage=dpo run=rlhf paths.root={tmp_path}")
 
 
 # Outputs

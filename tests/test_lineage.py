@@ -186,6 +186,8 @@ def test_an_output_of_an_earlier_sft_model_is_outdated(outputs: Outputs, caplog:
         outputs.export("sft", change=0.1)
     assert outdated_stages(outputs.run) == {"ppo": "sft", "dpo": "sft"}
     assert "stage=ppo and of stage=dpo was trained from an earlier result of stage=sft." in caplog.text
+    own = f"overwrite=true run=rlhf paths.root={outputs.root}"
+    assert f"To train again: python train.py stage=ppo {own}; python train.py stage=dpo {own}" in caplog.text
     outputs.export("dpo", sft)
     assert Export(str(final)).provenance["stage"] == "dpo"
 
