@@ -46,7 +46,12 @@ def model_digest(path: str | Path) -> str | None:
 
 
 def check_resumable(
-    path: str, recorded: Mapping[str, Any], provenance: Mapping[str, Any], *, force: bool = False
+    path: str,
+    recorded: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    *,
+    force: bool = False,
+    is_finished: bool = False,
 ) -> None:
     """Reject to continue from a checkpoint or a result that was made from other inputs, data or settings.
 
@@ -55,16 +60,18 @@ def check_resumable(
         recorded: Its provenance.
         provenance: That of this run, see ``rlhf.artifacts.describe_provenance``.
         force: Accept other settings, with a warning. Inputs and data of another SHA-256 are never accepted.
+        is_finished: Whether nothing is left to do.
 
     Raises:
         ConfigError: Something has changed. The message names every key.
     """
+    made = "made" if is_finished else "trained"
     present = _digests(provenance)
     for key, digests in _digests(recorded).items():
         if key in present and present[key] != digests:
             old, new = (", ".join(digest[:SHOWN] for digest in found) for found in (digests, present[key]))
             raise ConfigError(
-                f"resume: {key} is not what {path} was trained with: its SHA-256 was {old} and is {new}.",
+                f"resume: {key} is not what {path} was {made} with: its SHA-256 was {old} and is {new}.",
                 "Restore the previous file, or start over: overwrite=true",
             )
     changed = changed_settings(recorded, provenance)
@@ -72,11 +79,18 @@ def check_resumable(
         differences = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
         restored = " ".join(f"{key}={before}" for key, (before, _) in changed.items())
         raise ConfigError(
-            f"resume: {path} was trained with other settings: {differences}.",
-            f"Restore them ({restored}), or continue with the new ones: resume=force",
+            f"resume: {path} was {made} with other settings: {differences}.",
+            f"Restore them ({restored}), start over (overwrite=true), or keep the result as it is: resume=force"
+            if is_finished
+            else f"Restore them ({restored}), or continue with the new ones: resume=force",
         )
+    effect = (
+        ", which has no effect because the stage is finished. To apply it, start over: overwrite=true"
+        if is_finished
+        else " from now on."
+    )
     for key, (before, now) in changed.items():
-        log.warning("resume=force: %s was %s and is %s from now on.", key, before, now)
+        log.warning("resume=force: %s was %s and is %s%s", key, before, now, effect)
 
 
 def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

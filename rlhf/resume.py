@@ -73,7 +73,7 @@ def finished_result(cfg: DictConfig, output: Path, provenance: Mapping[str, Any]
     recorded, present = settings(result.provenance), settings(provenance)
     if any(recorded.get(key) != present.get(key) for key in LENGTH):
         return None
-    check_resumable(result.path, result.provenance, provenance, force=cfg.resume == "force")
+    check_resumable(result.path, result.provenance, provenance, force=cfg.resume == "force", is_finished=True)
     return result
 
 

@@ -154,8 +154,11 @@ def test_a_finished_stage_stays_as_it_is(sft: Any, output: Path, caplog: pytest.
     assert math.isfinite(monitored)
     assert f"stage=sft is finished: {output}/sft_final.pt stays as it is." in caplog.text
     assert (output / "sft_final.pt").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"stage\.eps was .* and is 0\.1\.\n"):
+    with pytest.raises(ConfigError, match=r"stage\.eps was .* and is 0\.1\.\n .*, or keep the result as it is: "):
         run_stage(sft("resume=true", "stage.eps=0.1"))
+    run_stage(sft("resume=force", "stage.eps=0.1"))
+    assert "is 0.1, which has no effect because the stage is finished. To apply it, start over: " in caplog.text
+    assert (output / "sft_final.pt").stat().st_mtime_ns == before
 
 
 @pytest.fixture
