@@ -31,10 +31,12 @@ from rlhf.command import command_line
 from rlhf.config import check_values
 from rlhf.distributed import disconnect, is_rank_zero
 from rlhf.errors import ConfigError
+from rlhf.export_content import parse_json
+from rlhf.files import write_json
 from rlhf.fsdp import check_loadable, without_sharding
 from rlhf.heap import keep_heap, release_heap
 from rlhf.hparams import log_hyperparameters
-from rlhf.lineage import warn_about_parents
+from rlhf.lineage import check_resumable, warn_about_parents
 from rlhf.logs import quiet_libraries
 from rlhf.models import ModelSource
 from rlhf.output_directory import OutputDirectory, StartOutput
@@ -185,16 +187,21 @@ def evaluate(cfg: DictConfig, start: StartOutput) -> float:
 
 def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     """Write preference pairs of the responses of a policy, and return the mean difference of their scores."""
-    path = output / str(stages()[cfg.stage_name].final)
-    if cfg.resume and path.is_file():
-        log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, path)
-        return float("nan")
+    path, record = output / str(stages()[cfg.stage_name].final), output / "provenance.json"
     datamodule = instantiate(cfg.data)
     build, inputs = _declared_inputs(cfg)
+    provenance = describe_provenance(cfg, inputs)
+    if cfg.resume and path.is_file():
+        recorded = parse_json(record.read_text(), str(record), "provenance") if record.is_file() else {}
+        check_resumable(str(path), recorded, provenance, force=cfg.resume == "force", is_finished=True)
+        log.info("stage=%s is finished: %s stays as it is.", cfg.stage_name, path)
+        return float("nan")
     module = build(**inputs)
     trainer = build_trainer(without_sharding(cfg), [start])
     with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
+    if is_rank_zero() and path.is_file():
+        write_json(record, provenance)
     return Monitored(module.metrics.get("score_difference", "nan"), "collect/score_difference")
 
 

@@ -172,6 +172,25 @@ def test_a_reward_function_without_a_model_needs_no_reward_model(tmp_path: Path)
         run.open_inputs(compose_config("stage=ppo", *policy))
 
 
+# Collection
+
+
+@pytest.mark.usefixtures("policies")
+def test_a_collection_is_not_kept_for_other_settings(configure: Any, directory: Path) -> None:
+    """With ``resume=true``; with ``resume=force``, and for a file without a record, the pairs stay as they are."""
+    keys = ["stage.sampling.max_new_tokens=4", "data.max_length=64", "reward=python", "reward.path=data/gold.py:score"]
+    run_stage(configure("collect", *keys, "data.num_prompts=4"))
+    pairs = directory / "collect" / "preferences.jsonl"
+    before = pairs.stat().st_mtime_ns
+    run_stage(configure("collect", *keys, "data.num_prompts=4", "resume=true"))
+    with pytest.raises(ConfigError, match=r"preferences\.jsonl was made with .*: data\.num_prompts was 4 and is 8\."):
+        run_stage(configure("collect", *keys, "data.num_prompts=8", "resume=true"))
+    run_stage(configure("collect", *keys, "data.num_prompts=8", "resume=force"))
+    (directory / "collect" / "provenance.json").unlink()
+    run_stage(configure("collect", *keys, "data.num_prompts=8", "resume=true"))
+    assert pairs.stat().st_mtime_ns == before
+
+
 # Evaluation
 
 
