@@ -140,6 +140,12 @@ def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: An
             f"{cfg.trainer.val_check_interval}.",
             "Set trainer.val_check_interval=1.0 for one validation per epoch.",
         ) from error
+    if 0 <= trainer.max_steps < trainer.global_step:
+        log.warning(
+            "trainer.max_steps=%d has no effect: the checkpoint has %d optimizer steps already.",
+            trainer.max_steps,
+            trainer.global_step,
+        )
 
 
 def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:

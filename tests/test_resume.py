@@ -208,6 +208,18 @@ def test_a_finished_stage_is_extended(sft: Any, output: Path) -> None:
     assert Export(str(output / "sft_final.pt")).provenance["step"] == 10
 
 
+def test_a_stage_that_has_ended_within_an_epoch_is_extended(
+    sft: Any, output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The epoch has 5 steps. A limit below the steps of the checkpoint is reported."""
+    run_stage(sft("trainer.max_steps=3"))
+    run_stage(sft("trainer.max_steps=-1", "resume=true"))
+    assert Export(str(output / "sft_final.pt")).provenance["step"] == 5
+    assert "has no effect" not in caplog.text
+    run_stage(sft("trainer.max_steps=2", "resume=true"))
+    assert "trainer.max_steps=2 has no effect: the checkpoint has 5 optimizer steps already." in caplog.text
+
+
 def test_a_changed_setting_takes_effect_with_force(sft: Any, output: Path, kill: Any) -> None:
     """The optimizer and the schedule take the new learning rate and weight decay instead of those in the checkpoint."""
     kill()
