@@ -109,13 +109,16 @@ class RunCheckpoint(ModelCheckpoint):
             self._reach_boundary(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._at_boundary and not self._is_idle(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
+        if self._is_idle(trainer):
+            return
+        self._defer_stop(trainer)
+        if self._at_boundary and not trainer.fit_loop.epoch_loop._is_training_done:
             if not trainer.should_stop:
                 self._end = {}
             self._reach_boundary(trainer, pl_module)
 
     def _defer_stop(self, trainer: Trainer) -> None:
-        """Let a time limit that ends training between two resumable positions end it at the next one."""
+        """Let what ends training between two resumable positions, such as a time limit, end it at the next one."""
         self._stop_requested |= trainer.should_stop
         can_stop = self._at_boundary or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         trainer.should_stop = self._stop_requested and can_stop

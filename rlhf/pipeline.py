@@ -176,7 +176,8 @@ def check_inputs(configs: dict[str, DictConfig]) -> None:
             }
             if missing:
                 open_policies(config, missing, key="stage.models")
-        planned.append(Path(config.paths.output).absolute())
+        if not (config.trainer.fast_dev_run or config.check == "only"):
+            planned.append(Path(config.paths.output).absolute())
 
 
 def _is_planned(path: Path, planned: list[Path]) -> bool:

@@ -183,13 +183,14 @@ def test_every_checkpoint_resumes_exactly(
 
 
 class Stop(lightning.Callback):
-    """Requests the end of training in a batch, as a time limit does."""
+    """Requests the end of training in a batch, as a time limit does, or after its validation, as early stopping."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, hook: str = "on_train_batch_end") -> None:
         self.batch = batch
+        setattr(self, hook, self.stop)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+    def stop(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and not trainer.sanity_checking:
             trainer.should_stop = True
 
 
@@ -205,6 +206,9 @@ class Stop(lightning.Callback):
         ("sft", {}, Stop(1), 2),
         ("sft", {"accumulate_grad_batches": 2}, Stop(0), 1),
         ("sft", {"accumulate_grad_batches": 3}, Stop(3), 2),
+        ("sft", {"val_check_interval": 3}, Stop(2, "on_validation_end"), 3),
+        ("sft", {"accumulate_grad_batches": 2, "val_check_interval": 3}, Stop(2, "on_validation_end"), 2),
+        ("ppo", {"val_check_interval": 3}, Stop(2, "on_validation_end"), 4),
         ("ppo", {}, {"max_steps": 4}, 4),
         ("ppo", {}, Stop(1), 4),
         ("ppo", {"limit_train_batches": 6}, Stop(5), 6),
@@ -226,7 +230,7 @@ def test_a_run_that_has_ended_within_an_epoch_can_be_extended(
 
 @pytest.mark.parametrize(
     ("stage", "size", "per_step", "steps"),
-    [("sft", 1, 1, 8 + 6), ("sft", 4, 1, 2 + 1), ("sft", 1, 2, 4 + 3), ("ppo", 2, 1, 4 + 8), ("ppo", 8, 1, 8 + 8)],
+    [("sft", 1, 1, 8 + 6), ("sft", 4, 1, 2 + 2), ("sft", 1, 2, 4 + 3), ("ppo", 2, 1, 4 + 8), ("ppo", 8, 1, 8 + 8)],
 )
 def test_an_epoch_continues_with_batches_of_another_size(
     runs: CheckpointedRuns, copies: list[Path], stage: str, size: int, per_step: int, steps: int

@@ -99,7 +99,7 @@ class RecordDataModule(lightning.LightningDataModule):
         self.cache = DataCache(Path(cache_dir)) if cache_dir is not None else None
         self._records: dict[str, Sequence[Any]] = {}
         self._rows: dict[str, Rows] = {}
-        self._loader_state: dict[str, int] | None = None  # of the checkpoint that training resumes from
+        self._loader_state: dict[str, Any] | None = None  # of the checkpoint that training resumes from
         self._common_attributes = set(vars(self))
 
     @staticmethod
@@ -271,3 +271,7 @@ class RecordDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loader_state = state["train"]
+        loader: Any = self.trainer.train_dataloader if self.trainer else None
+        if loader is not None:  # A sharded run is restored after the loader has been made.
+            loader.load_state_dict(self._loader_state)
+            self._loader_state = None

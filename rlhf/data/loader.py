@@ -69,24 +69,31 @@ class BucketBatchSampler:
         return len(self.lengths) // self.size if self.drop_last else -(-len(self.lengths) // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self._own_rows, self._batches(torch.arange(len(self.lengths)), self.size))
+        return map(self.own_rows, self._batches(torch.arange(len(self.lengths)), self.size))
 
-    def rest(self, done: int, size: int) -> Iterator[list[int]]:
-        """Yield batches of the rows that are left of an epoch, over and over again.
+    def rest(self, parts: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return batches of all ranks together of the rows that are left of an epoch.
 
         With ``drop_last``, other rows fill the only batch if fewer rows are left.
 
         Args:
-            done: Number of batches of the epoch that have been trained on.
-            size: Rows of each of them, over all ranks.
+            parts: What has been trained on: a number of batches, and the rows of each of them over all ranks. The parts
+                have followed each other, and each had the rows that those before it had left.
         """
-        rows = torch.arange(len(self.lengths))
-        is_left = torch.ones(len(rows), dtype=torch.bool)
-        for batch in self._batches(rows, size)[:done]:
-            is_left[batch] = False
-        count = max(int(is_left.sum()), self.size if self.drop_last else 0)
-        rows = torch.cat([rows[is_left], rows[~is_left]])[:count]
-        return cycle(map(self._own_rows, self._batches(rows, self.size)))
+        left, skipped = torch.arange(len(self.lengths)), 0
+        for number, (done, size) in enumerate(parts, 1):
+            if number == len(parts) and size == self.size:
+                skipped = done  # The last part goes on.
+            else:
+                trained = self._batches(self._filled(left, size), size)[:done]
+                left = left[~torch.isin(left, torch.cat([left[:0], *trained]))]
+        return self._batches(self._filled(left, self.size), self.size)[skipped:]
+
+    def _filled(self, rows: Tensor, size: int) -> Tensor:
+        """Return rows and, if they are too few for a batch, other ones."""
+        others = torch.arange(len(self.lengths))
+        others = others[~torch.isin(others, rows)]
+        return torch.cat([rows, others])[: max(len(rows), size if self.drop_last else 1)]
 
     def _batches(self, rows: Tensor, size: int) -> list[Tensor]:
         """Return rows as batches of all ranks together, in the order of the epoch."""
@@ -109,7 +116,7 @@ class BucketBatchSampler:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         return batches
 
-    def _own_rows(self, batch: Tensor) -> list[int]:
+    def own_rows(self, batch: Tensor) -> list[int]:
         """Return the rows of a batch that belong to this rank. There may be none in the last batch."""
         rows: list[int] = batch[self.rank :: self.world].tolist()
         return rows
@@ -141,23 +148,29 @@ class BatchLoader:
         self.row_numbers = row_numbers
         self._epoch_length = len(batches)  # batches of an epoch; fewer if the Trainer limits them
         self._position = 0  # batches of the current epoch that have been yielded
-        self._resume_at = 0  # batches to skip in the first epoch after resuming
-        self._resume_size = batches.size  # and the rows of each of them, over all ranks
+        self._parts: list[tuple[int, int]] = []  # parts of the current epoch with batches of other sizes, see ``rest``
+        self._part_start = 0  # position at which the present part has begun
+        self._resume_at = 0  # position to resume from
+        self._resume_parts: list[tuple[int, int]] = []  # and what the epoch consisted of before
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         if (start := self.start) is None:
-            self._position = self._resume_at
+            self._position, self._part_start, self._parts = self._resume_at, 0, []
             indices = islice(iter(self.batch_sampler), self._position, self._epoch_length)
         else:
-            self._position = start
-            indices = islice(
-                self.batch_sampler.rest(self._resume_at, self._resume_size), self._epoch_length - self._position
-            )
-        self._resume_at = 0
-        for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world):
+            parts = self._resume_parts
+            done, size = parts[-1]
+            goes_on = size == self.batch_sampler.size
+            self._parts = parts[:-1] if goes_on else parts
+            self._position, self._part_start = start, start - done if goes_on else start
+            rest = map(self.batch_sampler.own_rows, self.batch_sampler.rest(parts))
+            indices = islice(cycle(rest), self._epoch_length - start)
+        self._resume_at, self._resume_parts = 0, []
+        begun = self._position % self.per_step  # batches of an optimizer step that has begun before
+        for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world, begun):
             self._position += 1
             yield batch
 
@@ -191,20 +204,27 @@ class BatchLoader:
         The epoch then continues with the rows that it has left, in new batches. It is rounded up to whole optimizer
         steps, and at least one of them is left. None: the position is that of the checkpoint.
         """
-        done, size = self._resume_at, self.batch_sampler.size
-        if done == 0 or self._resume_size == size:
+        size, parts = self.batch_sampler.size, self._resume_parts
+        if self._resume_at == 0 or [size] == [size_of_part for _, size_of_part in parts]:
             return None
-        steps = -(-done * self._resume_size // (size * self.per_step))
-        return min(steps, (self._epoch_length - 1) // self.per_step) * self.per_step
+        if parts[-1][1] == size:
+            return self._resume_at
+        done = self._epoch_length - len(self.batch_sampler.rest(parts))
+        return min(-(-done // self.per_step), (self._epoch_length - 1) // self.per_step) * self.per_step
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._position % max(self._epoch_length, 1), "size": self.batch_sampler.size}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position within the epoch, and its parts up to there, see ``BucketBatchSampler.rest``."""
+        position = self._position % max(self._epoch_length, 1)
+        present = self._position - self._part_start, self.batch_sampler.size
+        return {"position": position, "parts": [*self._parts, present] if position else []}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume_at, self._resume_size = state["position"], state.get("size", self.batch_sampler.size)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume_at = state["position"]
+        parts = state.get("parts", [(self._resume_at, self.batch_sampler.size)])
+        self._resume_parts = [(done, size) for done, size in parts]
 
 
-def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -> Iterator[Batch]:
+def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1, begun: int = 0) -> Iterator[Batch]:
     """Set the weights of each batch within its optimizer step, over micro-batches and ranks.
 
     Lightning averages ``loss * loss_weight`` over ``per_step`` batches and ``world`` ranks. With these weights, the
@@ -215,8 +235,10 @@ def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1) -
         batches: The batches of this rank.
         per_step: Batches per optimizer step and rank.
         world: Number of ranks.
+        begun: Batches of the first optimizer step that come no more.
     """
-    while step := list(islice(batches, per_step)):
+    while step := list(islice(batches, per_step - begun)):
+        begun = 0
         if per_step > 1 or world > 1:
             terms = torch.tensor([[batch.loss_terms, batch.sft_terms] for batch in step])
             totals = sum_over_ranks(terms.sum(dim=0)) if world > 1 else terms.sum(dim=0)

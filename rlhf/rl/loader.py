@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 from rlhf.data import BatchLoader, PromptBatch
 from rlhf.data.loader import with_loss_weights
@@ -70,8 +70,8 @@ class ExperienceLoader:
         """The number of minibatches that count as done after resuming, see ``BatchLoader.start``."""
         return None if self.prompts.start is None else self.prompts.start * self.minibatches
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return self.prompts.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prompts.load_state_dict(state)

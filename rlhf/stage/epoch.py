@@ -12,6 +12,7 @@ def prepare_epoch(trainer: Any) -> None:
     loader = trainer.train_dataloader
     if not hasattr(loader, "limit_epoch"):
         return
+    loader.batch_sampler.set_epoch(trainer.current_epoch)
     loader.limit_epoch(int(trainer.num_training_batches), trainer.accumulate_grad_batches)
     if (start := loader.start) is None:
         return

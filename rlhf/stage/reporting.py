@@ -1,6 +1,5 @@
 """Base class of stages that log: training metrics, validation metrics, samples and throughput."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,9 +39,9 @@ class ReportingModule(lightning.LightningModule):
             self._meter.add(batch.token_count, batch.sequence_count)
 
     def on_validation_epoch_end(self) -> None:
-        values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        means = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith("val/")}
-        derived = self.derived_metrics({name: mean for name, mean in means.items() if math.isfinite(mean)})
+        metrics = self.trainer.callback_metrics.items()
+        means = {name.removeprefix("val/"): float(mean) for name, mean in metrics if name.startswith("val/")}
+        derived = self.derived_metrics(means)
         self.log_dict({f"val/{name}": value for name, value in derived.items()}, sync_dist=True)
 
     def on_validation_end(self) -> None:

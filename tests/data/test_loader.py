@@ -1,7 +1,8 @@
 """Batch order, sharing among ranks, resuming within an epoch, and loss weights."""
 
 from collections import Counter
-from itertools import chain
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,16 @@ def test_a_loader_resumes_within_an_epoch(position: int) -> None:
     assert rows_of(list(second)) == following
 
 
+def test_an_optimizer_step_that_has_begun_has_fewer_batches() -> None:
+    """Of 11 batches, 3 are done. With two batches per step, Lightning steps after batches 4, 6, 8, 10 and 11."""
+    batches = BucketBatchSampler(LENGTHS, 1, shuffle=True, seed=7)
+    resumed = BatchLoader([row(i) for i in range(11)], SequenceBatch.collate, batches, per_step=2)
+    resumed.load_state_dict({"position": 3})
+    weights = [batch.loss_weight for batch in resumed]
+    assert weights[0] == weights[-1] == 2.0
+    assert [sum(weights[k : k + 2]) for k in (1, 3, 5)] == pytest.approx([2.0] * 3)
+
+
 def test_a_resumed_loader_computes_the_same_weights() -> None:
     """Batches 2 and 3 form an optimizer step, whether or not this process has loaded batches 0 and 1."""
     complete = [batch.loss_weight for batch in loader(per_step=2)]
@@ -211,6 +222,22 @@ def test_an_epoch_continues_with_batches_of_another_size(size: int, per_step: in
     assert (set(following) == left) == (size * (len(second) - start) >= len(left))
     assert second.start is None
     assert sorted(row for batch in rows_of(list(second)) for row in batch) == list(range(11)), "the next epoch is whole"
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 2), (2, 1, 2, 1), (1, 3, 3, 1), (1, 2, 1, 1), (2, 2, 1, 1)])
+def test_an_epoch_can_be_resumed_with_other_sizes_again_and_again(sizes: Sequence[int]) -> None:
+    """One batch in each run, and then the rest: every row comes once."""
+    rows, seen, state = [row(i) for i in range(11)], list[int](), None
+    for number, size in enumerate(sizes):
+        batches = BucketBatchSampler(LENGTHS, size, shuffle=True, seed=7)
+        run = BatchLoader(rows, SequenceBatch.collate, batches)
+        if state is not None:
+            run.load_state_dict(state)
+        count = None if number == len(sizes) - 1 else 1
+        seen += [index for batch in rows_of(list(islice(run, count))) for index in batch]
+        state = run.state_dict()
+    assert sorted(seen) == list(range(11))
+    assert state == {"position": 0, "parts": []}
 
 
 def batches_of(*terms: int) -> list[SequenceBatch]:

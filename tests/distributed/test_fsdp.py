@@ -280,6 +280,23 @@ def test_a_checkpoint_of_another_strategy_restores_the_moments(new_run: Any, tmp
     assert largest_difference(uninterrupted["weights"], resumed["weights"]) <= LIMIT
 
 
+def test_a_sharded_run_continues_within_an_epoch(new_run: Any, tmp_path: Path) -> None:
+    """Lightning restores it after the data have been loaded. Every row is trained on once."""
+    (rows,) = in_ranks(end_and_extend, new_run(), tmp_path, ranks=1)
+    assert sorted(row for batch in rows for row in batch) == list(range(8))
+
+
+def end_and_extend(rank: int, tiny_run: TinyRun, folder: Path) -> list[list[int]]:
+    """Train on one of four batches, and on the others in a second run. Return the rows of all batches."""
+    flags = {"max_epochs": 1, "default_root_dir": tiny_run.folder}
+    keys: dict[str, Any] = {"data": {"batch_size": 2}}
+    callback = RunCheckpoint(None, dirpath=folder, save_last=True, save_top_k=0)
+    limits = {"max_steps": 1, "enable_checkpointing": True}
+    first = tiny_run.train("sft", trainer={**strategy(1), **flags, **limits}, callbacks=[callback], **keys)
+    second = tiny_run.train("sft", trainer={**strategy(1), **flags}, resume=folder / "last.ckpt", **keys)
+    return [batch.indices for run in (first, second) for batch in run.batches]
+
+
 def resume_file(rank: int, tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
     """Continue a run that was not sharded."""
     return fit(tiny_run, "sft", 1, 2, kind="file", save=None, resume=folder / "sft-file-0")
