@@ -209,7 +209,7 @@ class BatchLoader:
             return None
         if parts[-1][1] == size:
             return self._resume_at
-        done = self._epoch_length - len(self.batch_sampler.rest(parts))
+        done = len(self) - len(self.batch_sampler.rest(parts))
         return min(-(-done // self.per_step), (self._epoch_length - 1) // self.per_step) * self.per_step
 
     def state_dict(self) -> dict[str, Any]:

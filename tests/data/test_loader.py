@@ -224,6 +224,18 @@ def test_an_epoch_continues_with_batches_of_another_size(size: int, per_step: in
     assert sorted(row for batch in rows_of(list(second)) for row in batch) == list(range(11)), "the next epoch is whole"
 
 
+def test_a_limited_epoch_continues_with_batches_of_another_size() -> None:
+    """Of 6 batches of 2 rows, the Trainer takes 4, of which 2 are done. With batches of 1, 4 of 8 are."""
+    first = loader()
+    first.limit_epoch(4, 1)
+    list(islice(first, 2))
+    second = BatchLoader(first.rows, SequenceBatch.collate, BucketBatchSampler(LENGTHS, 1, shuffle=True, seed=7))
+    second.load_state_dict(first.state_dict())
+    second.limit_epoch(8, 1)
+    assert second.start == 4
+    assert len(list(second)) == 4
+
+
 @pytest.mark.parametrize("sizes", [(2, 1, 1, 2), (2, 1, 2, 1), (1, 3, 3, 1), (1, 2, 1, 1), (2, 2, 1, 1)])
 def test_an_epoch_can_be_resumed_with_other_sizes_again_and_again(sizes: Sequence[int]) -> None:
     """One batch in each run, and then the rest: every row comes once."""
