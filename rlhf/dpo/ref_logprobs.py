@@ -105,7 +105,7 @@ class ReferenceLogprobs:
             if stored is not None:
                 log.info("Reference log-probs of %s: read from %s", split, path)
         values = torch.full(counts, torch.nan) if stored is None else stored.view(counts).clone()
-        if isinstance(state, Mapping) and state["key"] == self._keys[split]:  # Version 0.1.0 stored tensors.
+        if isinstance(state, Mapping) and state["key"] == self._keys[split]:  # Earlier versions stored tensors.
             values = torch.where(state["logprobs"].isnan(), values, state["logprobs"])
         self._values[split] = values
         self._set(split)

@@ -56,6 +56,11 @@ class Pair:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
+    def matchups(self) -> tuple[tuple[str, str], ...]:
+        """Names of the models of ``first`` and ``second``, for all pairs with these texts."""
+        return ((self.first.model, self.second.model), *self.equal)
+
+    @property
     def disagreement(self) -> float | None:
         """Standard deviation over the members of the ensemble of the difference between the two scores."""
         if len(self.first.scores) < 2 or len(self.first.scores) != len(self.second.scores):
@@ -166,8 +171,7 @@ def _with_models(pair: Pair, other: Pair) -> Pair:
     """Return a pair with the names of the models that have given the same two responses."""
     names = {response.text: response.model for response in (other.first, other.second)}
     models = names[pair.first.text], names[pair.second.text]
-    known = ((pair.first.model, pair.second.model), *pair.equal)
-    return pair if models in known else replace(pair, equal=(*pair.equal, models))
+    return pair if models in pair.matchups else replace(pair, equal=(*pair.equal, models))
 
 
 def _pairs(prompt: Any, responses: Sequence[Response]) -> Iterator[Pair]:

@@ -68,7 +68,7 @@ def _win_rates(session: Session) -> list[dict[str, Any]]:
     wins: dict[tuple[str, str], list[float]] = {}
     for key, _, choice in _decisions(session):
         pair, won = session.pairs[key], {"first": 1.0, "second": 0.0}.get(choice, 0.5)
-        for first, second in ((pair.first.model, pair.second.model), *pair.equal):
+        for first, second in pair.matchups:
             if first and second and first != second:
                 ordered, share = ((first, second), won) if first < second else ((second, first), 1.0 - won)
                 wins.setdefault(ordered, []).append(share)

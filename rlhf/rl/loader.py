@@ -68,7 +68,8 @@ class ExperienceLoader:
     @property
     def start(self) -> int | None:
         """The number of minibatches that count as done after resuming, see ``BatchLoader.start``."""
-        return None if self.prompts.start is None else self.prompts.start * self.minibatches
+        start = self.prompts.start
+        return None if start is None else start * self.minibatches
 
     def state_dict(self) -> dict[str, Any]:
         return self.prompts.state_dict()
