@@ -1,6 +1,7 @@
 """Loading: which rows form a batch, in which order, on which rank, and with which weight in the optimizer step."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -122,6 +123,25 @@ class BucketBatchSampler:
         return rows
 
 
+@dataclass
+class EpochPosition:
+    """A position within an epoch.
+
+    Attributes:
+        batches: Batches of the epoch that count as done.
+        parts: The parts of the epoch up to here, see ``BucketBatchSampler.rest``.
+    """
+
+    batches: int = 0
+    parts: list[tuple[int, int]] = field(default_factory=list)
+
+    def advance(self, size: int) -> None:
+        """Count a batch of this many rows over all ranks."""
+        done = self.parts.pop()[0] if self.parts and self.parts[-1][1] == size else 0
+        self.parts.append((done + 1, size))
+        self.batches += 1
+
+
 class BatchLoader:
     """An iterable of batches that can be resumed within an epoch.
 
@@ -147,31 +167,20 @@ class BatchLoader:
         self.per_step = per_step
         self.row_numbers = row_numbers
         self._epoch_length = len(batches)  # batches of an epoch; fewer if the Trainer limits them
-        self._position = 0  # batches of the current epoch that have been yielded
-        self._parts: list[tuple[int, int]] = []  # parts of the current epoch with batches of other sizes, see ``rest``
-        self._part_start = 0  # position at which the present part has begun
-        self._resume_at = 0  # position to resume from
-        self._resume_parts: list[tuple[int, int]] = []  # and what the epoch consisted of before
+        self._position = EpochPosition()  # after the last batch that has been yielded
+        self._resume_from = EpochPosition()  # at which the next epoch starts
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        if (start := self.start) is None:
-            self._position, self._part_start, self._parts = self._resume_at, 0, []
-            indices = islice(iter(self.batch_sampler), self._position, self._epoch_length)
-        else:
-            parts = self._resume_parts
-            done, size = parts[-1]
-            goes_on = size == self.batch_sampler.size
-            self._parts = parts[:-1] if goes_on else parts
-            self._position, self._part_start = start, start - done if goes_on else start
-            rest = map(self.batch_sampler.own_rows, self.batch_sampler.rest(parts))
-            indices = islice(cycle(rest), self._epoch_length - start)
-        self._resume_at, self._resume_parts = 0, []
-        begun = self._position % self.per_step  # batches of an optimizer step that has begun before
+        start = self._resume_from.batches if self.start is None else self.start
+        self._position, self._resume_from = EpochPosition(start, self._resume_from.parts), EpochPosition()
+        rest = map(self.batch_sampler.own_rows, self.batch_sampler.rest(self._position.parts))
+        indices = islice(cycle(rest), self._epoch_length - start)
+        begun = start % self.per_step  # batches of an optimizer step that has begun before
         for batch in with_loss_weights(map(self._batch, indices), self.per_step, self.batch_sampler.world, begun):
-            self._position += 1
+            self._position.advance(self.batch_sampler.size)
             yield batch
 
     def _batch(self, indices: list[int]) -> Batch:
@@ -204,24 +213,21 @@ class BatchLoader:
         The epoch then continues with the rows that it has left, in new batches. It is rounded up to whole optimizer
         steps, and at least one of them is left. None: the position is that of the checkpoint.
         """
-        size, parts = self.batch_sampler.size, self._resume_parts
-        if self._resume_at == 0 or [size] == [size_of_part for _, size_of_part in parts]:
+        size, position = self.batch_sampler.size, self._resume_from
+        if position.batches == 0 or all(size_of_part == size for _, size_of_part in position.parts):
             return None
-        if parts[-1][1] == size:
-            return self._resume_at
-        done = len(self) - len(self.batch_sampler.rest(parts))
+        if position.parts[-1][1] == size:
+            return position.batches
+        done = len(self) - len(self.batch_sampler.rest(position.parts))
         return min(-(-done // self.per_step), (self._epoch_length - 1) // self.per_step) * self.per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position within the epoch, and its parts up to there, see ``BucketBatchSampler.rest``."""
-        position = self._position % max(self._epoch_length, 1)
-        present = self._position - self._part_start, self.batch_sampler.size
-        return {"position": position, "parts": [*self._parts, present] if position else []}
+        position = self._position.batches % max(self._epoch_length, 1)
+        return {"position": position, "parts": [*self._position.parts] if position else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resume_at = state["position"]
-        parts = state.get("parts", [(self._resume_at, self.batch_sampler.size)])
-        self._resume_parts = [(done, size) for done, size in parts]
+        parts = state.get("parts", [(state["position"], self.batch_sampler.size)])
+        self._resume_from = EpochPosition(state["position"], [(done, size) for done, size in parts])
 
 
 def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1, begun: int = 0) -> Iterator[Batch]:
