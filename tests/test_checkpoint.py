@@ -235,17 +235,42 @@ def test_a_run_that_has_ended_within_an_epoch_can_be_extended(
 def test_an_epoch_continues_with_batches_of_another_size(
     runs: CheckpointedRuns, copies: list[Path], stage: str, size: int, per_step: int, steps: int
 ) -> None:
-    """The first checkpoint is after a quarter of the first epoch in SFT, and after half of it in PPO."""
+    """The first checkpoint is after a quarter of the first epoch in SFT, and after half of it in PPO.
+
+    The steps that are left take the learning rate from where it was down to 0.
+    """
     runs.fit(stage, runs.callback(every_n_minutes=0))
     before = step_of(copies[0])
     seen: list[int] = []
     validated = lightning.pytorch.callbacks.LambdaCallback(
         on_validation_end=lambda trainer, module: seen.append(trainer.global_step)
     )
+    rates: list[float] = []
+    stepped = lightning.pytorch.callbacks.LambdaCallback(
+        on_before_optimizer_step=lambda trainer, module, optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    )
     flags = {"accumulate_grad_batches": per_step, "max_epochs": 2}
-    resumed = runs.fit(stage, runs.callback("resumed"), validated, resume=copies[0], trainer=flags, batch_size=size)
+    callbacks = runs.callback("resumed"), validated, stepped
+    resumed = runs.fit(stage, *callbacks, resume=copies[0], trainer=flags, batch_size=size)
     assert resumed.trainer.global_step == before + steps
     assert len(seen) == 2
+    (group,) = torch.load(copies[0], weights_only=True)["optimizer_states"][0]["param_groups"][:1]
+    assert rates[0] == pytest.approx(group["lr"])
+    assert rates == sorted(rates, reverse=True)
+    assert resumed.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_every_checkpoint_continues_the_learning_rates(
+    runs: CheckpointedRuns, copies: list[Path], caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    """Within an epoch, at the end of one, and with validation in between: the steps that are left are counted alike."""
+    flags = {"val_check_interval": 2 if stage == "sft" else 4}
+    whole = runs.fit(stage, runs.callback(every_n_minutes=0), trainer=flags)
+    for checkpoint_path in copies:
+        resumed = runs.fit(stage, resume=checkpoint_path, trainer=flags)
+        assert resumed.trainer.global_step == whole.trainer.global_step
+    assert "learning rate schedule" not in caplog.text
 
 
 def test_the_rest_of_a_rollout_is_not_used_after_the_end_of_training(runs: CheckpointedRuns) -> None:

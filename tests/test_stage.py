@@ -9,6 +9,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -260,6 +261,34 @@ def test_a_longer_run_starts_the_schedule_again(tmp_path: Path, caplog: pytest.L
     fit(fourth := TinyStage(**longer), steps=4, max_epochs=3, resume=tmp_path / "second.ckpt")
     assert fourth.learning_rates == third.learning_rates[4:]
     assert caplog.text.count("starts again") == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected", "message"),
+    [
+        ({}, [1 / 2, 1 / 4], "continues at step 4"),
+        ({"max_steps": 4}, [1, 1 / 2], "starts again at step 4"),
+    ],
+)
+def test_a_schedule_covers_epochs_of_other_lengths(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: dict[str, int], expected: list[float], message: str
+) -> None:
+    """After an epoch of 4 steps, the second one has 2. With a limit of 4 steps, the first run ended after its epoch."""
+    save = SaveAtStep(4, tmp_path / "last.ckpt")
+    fit(TinyStage(schedule="linear"), steps=4, **{"max_epochs": 2, **limits}, callbacks=[save])
+    resumed = TinyStage(schedule="linear")
+    trainer = fit(resumed, steps=2, max_epochs=2, resume=tmp_path / "last.ckpt")
+    assert resumed.learning_rates == pytest.approx([0.1 * rate for rate in expected])
+    assert trainer.global_step == 6
+    assert message in caplog.text
+
+
+def test_the_learning_rate_finder_tries_the_rates_that_it_is_given(tmp_path: Path) -> None:
+    module = TinyStage(slope=1.0)
+    tuner = Tuner(quick_trainer(default_root_dir=tmp_path))
+    tuner.lr_find(module, Batches(8), min_lr=1e-8, num_training=8, update_attr=False)
+    assert module.learning_rates == sorted(module.learning_rates)
+    assert module.learning_rates[:2] == pytest.approx([1e-8, 1e-6]), "the configured one is 0.1"
 
 
 def test_hyperparameters_contain_plain_values_only(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rlhf.models import (
     shard,
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
-from rlhf.stage.epoch import prepare_epoch
+from rlhf.stage.epoch import prepare_epoch, remaining_steps
 from rlhf.stage.hyperparameters import plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
@@ -253,17 +253,19 @@ class StageModule(ReportingModule):
         has_scaler = gradient_scaler(self.trainer.precision_plugin) is not None
         optimizer = adamw(self.trainable_modules(), self.weight_decay, has_scaler=has_scaler, **settings)
         self._configured_groups = [{**group} for group in optimizer.param_groups]
-        scheduler = self._schedule.scheduler(optimizer, self.trainer.estimated_stepping_batches)
+        scheduler = self._schedule.scheduler(optimizer, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self.nonfinite.writes_dumps = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         restore_random_state(self._random_states, self.global_rank, self.trainer.world_size)
-        set_hyperparameters(self.trainer.lr_scheduler_configs[0].scheduler, self._configured_groups)
-        if (scheduler := self._schedule.restart(self.trainer.optimizers[0])) is not None:
-            self.trainer.lr_scheduler_configs[0].scheduler = scheduler
         prepare_epoch(self.trainer)
+        if self._schedule.is_resumed:
+            scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+            set_hyperparameters(scheduler, self._configured_groups)
+            step = self.trainer.global_step
+            self._schedule.resume(scheduler, step, step + remaining_steps(self.trainer))
 
     def on_train_epoch_start(self) -> None:
         prepare_epoch(self.trainer)
@@ -279,8 +281,8 @@ class StageModule(ReportingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get("random_states", [])
-        if "schedule" in checkpoint:
-            self._schedule.load_state_dict(checkpoint["schedule"], checkpoint["global_step"])
+        if "schedule" in checkpoint and checkpoint["global_step"]:
+            self._schedule.load_state_dict(checkpoint["schedule"])
         if "nonfinite" in checkpoint:
             self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         if not self.strict_loading:

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -80,13 +79,10 @@ def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, A
     """
     for index, (group, settings) in enumerate(zip(scheduler.optimizer.param_groups, configured, strict=True)):
         group.update({key: settings[key] for key in ("weight_decay", "betas", "eps")})
-        peak, restored = settings["lr"], group["initial_lr"]
-        if peak != restored:
-            group["lr"] *= peak / restored
-            group["initial_lr"] = scheduler.base_lrs[index] = peak
+        group["initial_lr"] = scheduler.base_lrs[index] = settings["lr"]
 
 
-def relative_rate(step: int, *, name: str, warmup: int, steps: int) -> float:
+def relative_rate(step: float, *, name: str, warmup: int, steps: float) -> float:
     """Return the learning rate relative to its peak, as ``transformers.get_scheduler`` does.
 
     The module of that function imports peft, which takes 0.4 s at every start.
@@ -106,8 +102,9 @@ def relative_rate(step: int, *, name: str, warmup: int, steps: int) -> float:
 class LearningRateSchedule:
     """The learning rate over the optimizer steps of a run: linear warmup, then the chosen schedule.
 
-    A resumed run continues its schedule. If the Trainer now trains for another number of steps than before, the
-    schedule starts again and covers the remaining steps.
+    A resumed run continues its schedule. If its remaining epochs now take another number of steps, because the batches
+    or the number of processes have changed, these steps cover the rest of the schedule. If the run is to be longer or
+    shorter than before, the schedule starts again and covers the remaining steps.
 
     Args:
         name: ``cosine`` or ``linear`` decay to 0, or ``constant``.
@@ -117,21 +114,26 @@ class LearningRateSchedule:
     def __init__(self, name: str, warmup_ratio: float) -> None:
         self.name = name
         self.warmup_ratio = warmup_ratio
-        self.start = 0  # The optimizer step at which the schedule starts,
-        self.end = 0  # and the one at which it ends.
-        self._resumed: dict[str, int] | None = None
-        self._restarts = False
+        self.start = 0.0  # Optimizer step at which the schedule starts; negative if its rest takes more steps now.
+        self.end = 0  # Optimizer step at which the schedule and training end.
+        self.limits: list[int | None] = []  # ``max_epochs`` and ``max_steps`` of the Trainer.
+        self._resumed: dict[str, Any] = {}  # the state in the checkpoint that training resumes from
 
-    def scheduler(self, optimizer: Optimizer, end: float) -> LRScheduler:
+    @property
+    def is_resumed(self) -> bool:
+        return bool(self._resumed)
+
+    def scheduler(self, optimizer: Optimizer, trainer: Any) -> LambdaLR:
         """Return the scheduler of an optimizer, to be advanced once per optimizer step.
 
         Args:
             optimizer: The optimizer.
-            end: Number of optimizer steps of the run.
+            trainer: The Trainer of the run.
 
         Raises:
             ConfigError: The run has no end.
         """
+        end = trainer.estimated_stepping_batches
         if not math.isfinite(end):
             raise ConfigError(
                 "The learning rate schedule covers the whole run, but neither trainer.max_epochs nor trainer.max_steps "
@@ -139,30 +141,44 @@ class LearningRateSchedule:
                 "Set trainer.max_epochs or trainer.max_steps. trainer.max_time may end the run earlier.",
             )
         self.end = int(end)
-        if self._resumed is not None:
-            self._restarts = self._resumed["end"] != self.end
-            self.start = self._resumed["step" if self._restarts else "start"]
+        self.limits = [trainer.max_epochs, trainer.max_steps]
+        return LambdaLR(optimizer, self.rate)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of an optimizer step relative to its peak."""
         steps = max(self.end - self.start, 1)
-        return LambdaLR(
-            optimizer, partial(relative_rate, name=self.name, warmup=int(self.warmup_ratio * steps), steps=steps)
-        )
+        return relative_rate(step - self.start, name=self.name, warmup=int(self.warmup_ratio * steps), steps=steps)
 
-    def restart(self, optimizer: Optimizer) -> LRScheduler | None:
-        """Return a new scheduler if the schedule starts again. Call this after restoring the checkpoint."""
-        if not self._restarts or self._resumed is None:
-            return None
-        log.warning(
-            "The run had %d optimizer steps when its checkpoint was written, and now it has %d. The learning rate "
-            "schedule starts again at step %d and covers the remaining steps.",
-            self._resumed["end"],
-            self.end,
-            self.start,
-        )
-        return self.scheduler(optimizer, self.end)
+    def resume(self, scheduler: LambdaLR, step: int, end: int) -> None:
+        """Continue the schedule of the checkpoint that training resumes from.
 
-    def state_dict(self) -> dict[str, int]:
-        return {"start": self.start, "end": self.end}
+        Args:
+            scheduler: The scheduler, whose optimizer has been restored.
+            step: Number of optimizer steps taken.
+            end: Number of optimizer steps at the end of training.
+        """
+        previous_start, previous_end = self._resumed["start"], self._resumed["end"]
+        self.start, self.end = previous_start, end
+        if end != previous_end:
+            left = (previous_end - step) / max(previous_end - previous_start, 1)  # fraction of the schedule
+            continues = left > 0 and self._resumed.get("limits") == self.limits
+            self.start = end - (end - step) / left if continues else step
+            log.warning(
+                "The run had %d optimizer steps when its checkpoint was written, and now it has %d. The learning rate "
+                "schedule %s step %d and covers the remaining steps.",
+                previous_end,
+                end,
+                "continues at" if continues else "starts again at",
+                step,
+            )
+        scheduler.last_epoch = step
+        for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = peak * self.rate(step)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
-    def load_state_dict(self, state: dict[str, int], step: int) -> None:
-        """Continue from the state in a checkpoint of the given optimizer step."""
-        self._resumed = {**state, "step": step}
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start, "end": self.end, "limits": self.limits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state in a checkpoint."""
+        self._resumed = state
