@@ -18,7 +18,7 @@ from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import OUTPUTS, RL_TRAINED, RUN, open_model_source, save_huggingface, save_result
 from rlhf.files import atomic_write, sha256_of_file
-from rlhf.lineage import model_digest, outdated_stages, warn_about_outdated
+from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter
 from rlhf.stage import Result
 from rlhf.stages import BASE_MODEL, StageInfo, policy_stages, stages
@@ -271,6 +271,7 @@ def _write_huggingface(cfg: DictConfig, info: StageInfo, path: Path, directory: 
 def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return how a result is made: stage, inputs and data with their digests, configuration and versions."""
     paths = {name: path for name in ("train", "val") if (path := cfg.data.get(name))}
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     return {
         "stage": cfg.stage_name,
         "inputs": {
@@ -282,7 +283,8 @@ def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, An
             if sources is not None
         },
         "data": {name: {"path": path, "sha256": sha256_of_file(path)} for name, path in paths.items()},
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "code": {key: {"path": path, "sha256": sha256_of_file(path)} for key, path in code_files(config).items()},
+        "config": config,
         "versions": {
             "rlhf": __version__,
             "python": platform.python_version(),

@@ -59,30 +59,33 @@ def check_resumable(
         path: The checkpoint or the result.
         recorded: Its provenance.
         provenance: That of this run, see ``rlhf.artifacts.describe_provenance``.
-        force: Accept other settings, with a warning. Inputs and data of another SHA-256 are never accepted.
+        force: Accept other settings and reward functions, with a warning. Inputs and data of another SHA-256 are never
+            accepted.
         is_finished: Whether nothing is left to do.
 
     Raises:
         ConfigError: Something has changed. The message names every key.
     """
     made = "made" if is_finished else "trained"
-    present = _digests(provenance)
-    for key, digests in _digests(recorded).items():
-        if key in present and present[key] != digests:
-            old, new = (", ".join(digest[:SHOWN] for digest in found) for found in (digests, present[key]))
-            raise ConfigError(
-                f"resume: {key} is not what {path} was {made} with: its SHA-256 was {old} and is {new}.",
-                "Restore the previous file, or start over: overwrite=true",
-            )
+    for key, old, new in _replaced(_digests(recorded), _digests(provenance)):
+        raise ConfigError(
+            f"resume: {key} is not what {path} was {made} with: its SHA-256 was {old} and is {new}.",
+            "Restore the previous file, or start over: overwrite=true",
+        )
+    proceed = "keep the result as it is" if is_finished else "continue with the new {}"
+    for key, old, new in _replaced(_code_digests(recorded), _code_digests(provenance)):
+        difference = f"{key} is not what {path} was {made} with: the SHA-256 of the file was {old} and is {new}."
+        if not force:
+            fix = f"Restore the previous file, start over (overwrite=true), or {proceed.format('one')}: resume=force"
+            raise ConfigError(f"resume: {difference}", fix)
+        log.warning("resume=force: %s", difference)
     changed = changed_settings(recorded, provenance)
     if changed and not force:
         differences = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
         restored = " ".join(f"{key}={before}" for key, (before, _) in changed.items())
         raise ConfigError(
             f"resume: {path} was {made} with other settings: {differences}.",
-            f"Restore them ({restored}), start over (overwrite=true), or keep the result as it is: resume=force"
-            if is_finished
-            else f"Restore them ({restored}), or continue with the new ones: resume=force",
+            f"Restore them ({restored}), start over (overwrite=true), or {proceed.format('ones')}: resume=force",
         )
     effect = (
         ", which has no effect because the stage is finished. To apply it, start over: overwrite=true"
@@ -120,6 +123,15 @@ def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     if "adapter" in config:
         flat["adapter"] = "none" if config["adapter"] is None else "lora"
     return {key: _relative(value, directory) for key, value in flat.items() if key not in WITHOUT_EFFECT}
+
+
+def code_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the Python files of a resolved configuration that training calls functions of, by key.
+
+    They are those that are set as ``file.py:function``. Modules that these import are not known.
+    """
+    values = {key: str(value).rpartition(":")[0] for key, value in _flatten("stage", config["stage"])}
+    return {key: path for key, path in values.items() if path.endswith(".py") and Path(path).is_file()}
 
 
 def _flatten(key: str, node: Any) -> Iterator[tuple[str, Any]]:
@@ -167,6 +179,19 @@ def _digests(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
     entries |= {f"data.{name}": [file] for name, file in provenance.get("data", {}).items()}
     digests = {key: [file["sha256"] for file in files] for key, files in entries.items()}
     return {key: found for key, found in digests.items() if found and all(found)}
+
+
+def _code_digests(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the SHA-256 of the Python files of the configuration, by key and path."""
+    return {f"{key}={file['path']}": [file["sha256"]] for key, file in provenance.get("code", {}).items()}
+
+
+def _replaced(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield the keys whose files differ, with their earlier and their current SHA-256 as messages show them."""
+    for key, digests in before.items():
+        if key in now and now[key] != digests:
+            old, new = (", ".join(digest[:SHOWN] for digest in found) for found in (digests, now[key]))
+            yield key, old, new
 
 
 # Outputs of a run

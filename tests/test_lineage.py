@@ -93,6 +93,27 @@ def test_changed_inputs_and_data_cannot_be_resumed(
         check_resumable("last.ckpt", recorded, provenance, force=True)
 
 
+def test_a_changed_reward_function_cannot_be_resumed_without_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a component of a weighted sum as well. A file that has not changed, and one that has moved, can."""
+    rewards = tmp_path / "rewards.py"
+
+    def provenance() -> dict[str, Any]:
+        components = ("reward.weights.python=1.0", f"reward.components.python.path={rewards}:score")
+        return describe_provenance(compose_config("stage=grpo", "reward=weighted_sum", *components), {})
+
+    rewards.write_text("def score(prompts, responses): return [1.0] * len(responses)")
+    recorded = provenance()
+    check_resumable("last.ckpt", recorded, provenance())
+    rewards.write_text("def score(prompts, responses): return [2.0] * len(responses)")
+    message = r"rewards\.py is not what last\.ckpt was trained with: .*\n  Restore the previous file, .*resume=force"
+    with pytest.raises(ConfigError, match=message):
+        check_resumable("last.ckpt", recorded, provenance())
+    check_resumable("last.ckpt", recorded, provenance(), force=True)
+    assert "stage.reward.components.python.path=" in caplog.text
+
+
 @pytest.fixture
 def folder(outputs: Outputs, tmp_path: Path) -> Path:
     """The SFT model as a Hugging Face folder."""
@@ -148,7 +169,7 @@ def test_changed_settings_are_named_key_by_key(caplog: pytest.LogCaptureFixture)
         "resume: last.ckpt was trained with other settings: data.seed was 1 and is 7, seed was 1 and is 7, "
         "stage.beta was 0.2 and is 0.3, stage.reference_free was false and is true, trainer.gradient_clip_val was 1.0 "
         "and is null.\n  Restore them (data.seed=1 seed=1 stage.beta=0.2 stage.reference_free=false "
-        "trainer.gradient_clip_val=1.0), or continue with the new ones: resume=force"
+        "trainer.gradient_clip_val=1.0), start over (overwrite=true), or continue with the new ones: resume=force"
     )
     check_resumable("last.ckpt", recorded, changed, force=True)
     assert "resume=force: stage.beta was 0.2 and is 0.3 from now on." in caplog.text
