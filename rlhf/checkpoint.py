@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat
 
 log = logging.getLogger(__name__)
+UNSUPPORTED: dict[str, Callable[[Any], bool]] = {  # keywords of ModelCheckpoint, and which values
+    "train_time_interval": lambda value: value is not None,
+    "save_weights_only": bool,
+    "save_last": lambda value: value == "link",
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -50,10 +56,11 @@ class RunCheckpoint(ModelCheckpoint):
             this time, it may lose more. ``0`` writes ``last.ckpt`` at every possible position, and ``None`` only at the
             end of epochs and of training. Default: ``5.0``.
         keys: Keywords of Lightning's ``ModelCheckpoint``. ``every_n_train_steps`` counts optimizer steps and writes
-            numbered checkpoints, of which ``save_top_k`` are kept.
+            numbered checkpoints, of which ``save_top_k`` are kept. With ``monitor`` set to a metric of validation,
+            such as ``val/loss``, they are written after validations only, so that the metric is that of their weights.
 
     Raises:
-        ConfigError: ``every_n_minutes`` is negative.
+        ConfigError: ``every_n_minutes`` is negative, or a keyword contradicts resuming.
     """
 
     def __init__(self, every_n_minutes: NonNegativeFloat | None = 5.0, **keys: Any) -> None:
@@ -62,6 +69,13 @@ class RunCheckpoint(ModelCheckpoint):
                 f"callbacks.checkpoint.every_n_minutes must be >= 0 or null, got {every_n_minutes}.",
                 "Set callbacks.checkpoint.every_n_minutes=5",
             )
+        for key, unsupported in UNSUPPORTED.items():
+            if unsupported(keys.get(key)):
+                raise ConfigError(
+                    f"callbacks.checkpoint.{key}={keys[key]} is not supported: last.ckpt, from which a run is resumed, "
+                    "is a complete checkpoint and written every callbacks.checkpoint.every_n_minutes.",
+                    f"Remove callbacks.checkpoint.{key}.",
+                )
         super().__init__(**keys)
         self.every_n_minutes = every_n_minutes
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
@@ -106,16 +120,21 @@ class RunCheckpoint(ModelCheckpoint):
         if not loop._should_accumulate() and (loop._is_training_done or trainer.should_stop or validation_follows):
             self._end = position_within_epoch(trainer)
         if self._at_boundary and not loop._is_training_done and not validation_follows:
-            self._reach_boundary(trainer, pl_module)
+            self._reach_boundary(trainer, pl_module, numbered=self._step_is_due(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_idle(trainer):
             return
         self._defer_stop(trainer)
-        if self._at_boundary and not trainer.fit_loop.epoch_loop._is_training_done:
+        if not self._at_boundary:
+            return
+        numbered = self._step_is_due(trainer, validated=True) or self._epoch_is_due(trainer, validated=True)
+        if not trainer.fit_loop.epoch_loop._is_training_done:
             if not trainer.should_stop:
                 self._end = {}
-            self._reach_boundary(trainer, pl_module)
+            self._reach_boundary(trainer, pl_module, numbered=numbered)
+        elif numbered:
+            self._save_numbered(trainer)
 
     def _defer_stop(self, trainer: Trainer) -> None:
         """Let what ends training between two resumable positions, such as a time limit, end it at the next one."""
@@ -130,8 +149,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._at_boundary = True  # An uninterrupted run does not train on the rest of a rollout, either.
         if self._is_idle(trainer):
             return
-        epochs = self._every_n_epochs
-        if self._numbered_is_due(trainer) or (epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0):
+        if self._step_is_due(trainer) or self._epoch_is_due(trainer):
             self._save_numbered(trainer)
         if trainer.received_sigterm or not _is_last_epoch(trainer):  # At the end of training, on_train_end writes it.
             self._save_last(trainer)
@@ -164,15 +182,14 @@ class RunCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= self._end
 
-    def _reach_boundary(self, trainer: Trainer, module: LightningModule) -> None:
+    def _reach_boundary(self, trainer: Trainer, module: LightningModule, *, numbered: bool) -> None:
         self._step_seconds = time.monotonic() - self._last_boundary
-        self._save_if_due(trainer)
+        self._save_if_due(trainer, numbered)
         if trainer.world_size == 1:
             self._boundary, self._is_stepping = Boundary.here(trainer, module), False
         self._last_boundary = time.monotonic()
 
-    def _save_if_due(self, trainer: Trainer) -> None:
-        numbered = self._numbered_is_due(trainer)
+    def _save_if_due(self, trainer: Trainer, numbered: bool) -> None:
         due = False
         if self.every_n_minutes is not None:
             interval = 60 * self.every_n_minutes
@@ -217,9 +234,26 @@ class RunCheckpoint(ModelCheckpoint):
         self.last_model_path = str(Path(self.dirpath, LAST))
         trainer.strategy.save_checkpoint(checkpoint, self.last_model_path)
 
-    def _numbered_is_due(self, trainer: Trainer) -> bool:
+    def _step_is_due(self, trainer: Trainer, *, validated: bool = False) -> bool:
+        """Return whether ``every_n_train_steps`` asks for a numbered checkpoint here.
+
+        Args:
+            trainer: The Trainer.
+            validated: Whether the current weights have just been validated.
+        """
         steps = self._every_n_train_steps
-        return steps >= 1 and trainer.global_step // steps > self._numbered_step // steps
+        is_due = steps >= 1 and trainer.global_step // steps > self._numbered_step // steps
+        return is_due and (validated or not self._monitors_validation)
+
+    def _epoch_is_due(self, trainer: Trainer, *, validated: bool = False) -> bool:
+        """Return whether ``every_n_epochs`` asks for one, here or at each validation of this epoch."""
+        epochs = self._every_n_epochs
+        is_due = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0
+        return is_due and validated == self._monitors_validation
+
+    @property
+    def _monitors_validation(self) -> bool:
+        return self.monitor is not None and self.monitor.startswith("val/")
 
     def _is_saved(self, trainer: Trainer) -> bool:
         return self.resumable is not None and self.resumable[1] == trainer.global_step

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,45 @@ def test_numbered_checkpoints_are_kept(runs: CheckpointedRuns, stage: str, every
     assert found == expected
     assert all(step_of(runs.last.with_name(f"step{step}.ckpt")) == step for step in found)
     assert runs.last.is_file()
+
+
+@pytest.mark.parametrize(
+    ("stage", "interval", "keys", "expected"),
+    [
+        ("sft", 2, {"mode": "max", "save_top_k": 1}, [2]),
+        ("sft", 2, {"save_top_k": 2}, [6, 8]),
+        ("sft", 2, {"save_top_k": -1, "every_n_train_steps": 3}, [4, 6]),
+        ("sft", 1.0, {"save_top_k": -1, "every_n_epochs": 2}, [8]),
+        ("ppo", 4, {"save_top_k": -1}, [4, 8, 12, 16]),
+    ],
+)
+def test_the_monitored_metric_is_that_of_the_weights(
+    runs: CheckpointedRuns, stage: str, interval: float, keys: dict[str, Any], expected: list[int]
+) -> None:
+    """The loss of validation falls at each validation of SFT. Numbered checkpoints are written after validations."""
+    monitor = "val/loss" if stage == "sft" else "val/score"
+    values: dict[int, float] = {}
+    recorded = lightning.pytorch.callbacks.LambdaCallback(
+        on_validation_end=lambda trainer, module: values.update(
+            {trainer.global_step: float(trainer.callback_metrics[monitor])}
+        )
+    )
+    callback = runs.callback(monitor=monitor, **keys)
+    runs.fit(stage, recorded, callback, trainer={"val_check_interval": interval})
+    found = sorted(runs.last.parent.glob("step*.ckpt"), key=step_of)
+    assert [step_of(path) for path in found] == expected
+    assert {step_of(Path(path)): float(value) for path, value in callback.best_k_models.items()} == {
+        step: values[step] for step in expected
+    }
+
+
+@pytest.mark.parametrize(
+    "keys", [{"train_time_interval": timedelta(minutes=1)}, {"save_weights_only": True}, {"save_last": "link"}]
+)
+def test_keywords_that_contradict_resuming_are_rejected(keys: dict[str, Any]) -> None:
+    (key,) = keys
+    with pytest.raises(ConfigError, match=rf"^callbacks\.checkpoint\.{key}=.* is not supported: "):
+        RunCheckpoint(**keys)
 
 
 def test_the_configuration_selects_the_callback() -> None:
