@@ -35,6 +35,8 @@ from rlhf.stage.random_state import get_random_state, restore_random_state
 from rlhf.stage.reporting import ReportingModule
 from rlhf.stage.step_metrics import Metrics
 
+AVERAGED = "current_model_state"  # the second entry with weights in checkpoints of Lightning's WeightAveraging
+
 
 @dataclass
 class Result:
@@ -276,8 +278,9 @@ class StageModule(ReportingModule):
         checkpoint["random_states"] = gather_objects(get_random_state())
         checkpoint["schedule"] = self._schedule.state_dict()
         checkpoint["nonfinite"] = self.nonfinite.state_dict()
-        for name in base_weights(self):
-            checkpoint["state_dict"].pop(name, None)
+        for weights in _stored_weights(checkpoint):
+            for name in base_weights(self):
+                weights.pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get("random_states", [])
@@ -287,3 +290,11 @@ class StageModule(ReportingModule):
             self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         if not self.strict_loading:
             check_complete(self, checkpoint["state_dict"], "the checkpoint")
+        if AVERAGED in checkpoint:  # The callback loads complete models only.
+            own = self.state_dict()
+            for weights in _stored_weights(checkpoint):
+                weights.update({name: own[name] for name in base_weights(self)})
+
+
+def _stored_weights(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [checkpoint[key] for key in ("state_dict", AVERAGED) if key in checkpoint]

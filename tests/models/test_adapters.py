@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from contract.configs import compose_config
-from harness import EXACT, TINY_DATA, TinyRun, assert_same_weights, tiny_reward_model
+from harness import EXACT, TINY_DATA, Run, TinyRun, assert_same_weights, tiny_reward_model
 from rlhf import load_model
 from rlhf.artifacts import with_adapter
 from rlhf.callbacks import ExportHeader
@@ -458,6 +459,25 @@ def test_resuming_is_exact_and_checkpoints_contain_no_base(
         assert torch.equal(logits(opened), logits(first.module.policy.lm))
     else:
         assert source.scalar_model(tiny_run.tokenizer, merge=False).head is not None
+
+
+def test_averaged_weights_resume_without_the_base(
+    tiny_run: TinyRun, base: Export, reward_base: Export, tmp_path: Path
+) -> None:
+    """Lightning's EMA callback moves the current weights to another entry of the checkpoint."""
+
+    def train(epochs: int, *callbacks: Any, resume: Path | None = None) -> Run:
+        flags = {"max_epochs": epochs, "enable_checkpointing": len(callbacks) > 0}
+        ema = EMAWeightAveraging(decay=0.5)
+        keys = sources("sft", base, reward_base)
+        return tiny_run.train("sft", trainer=flags, callbacks=[ema, *callbacks], resume=resume, **keys)
+
+    uninterrupted = train(2)
+    first = train(1, RunCheckpoint(dirpath=tmp_path, save_last=True))
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["state_dict"].keys() == content["current_model_state"].keys() == stored_weights(first.module).keys()
+    resumed = train(2, resume=tmp_path / "last.ckpt")
+    assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
 
 def test_a_checkpoint_without_a_part_of_the_adapter_is_rejected(
