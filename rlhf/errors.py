@@ -101,7 +101,7 @@ def plain_errors() -> Iterator[None]:
 
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a command that fails with an error: 2 for a mistake of the user, 1 for a bug."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EFBIG):
         return 1
     codes = (cause.exit_code for cause in _causes(error) if isinstance(cause, UserError | Stopped))
     return next(codes, 1 if explain(error) is None else 2)
@@ -132,7 +132,8 @@ def explain(error: BaseException) -> str | None:
             return _trainer_message(cause)
     if isinstance(error, InstantiationException):
         reason = error.__cause__
-        if isinstance(reason, TypeError | ValueError) and str(error).endswith("full_key: trainer"):
+        errors_of_arguments = TypeError | ValueError | ModuleNotFoundError  # The last one: trainer.precision.
+        if isinstance(reason, errors_of_arguments) and str(error).endswith("full_key: trainer"):
             return _trainer_message(reason)
         return (
             f"{reason}\n  The valid keys are the keywords of the configured class; see conf/."
@@ -142,6 +143,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
     if isinstance(error, TypeError | ValueError | AssertionError) and _is_raised_by_hydra(error):
+        if "Got NoneType" in str(error):
+            return "A config group cannot be null.\n  To select none of its configurations, type [], as in logger=[]"
         problem = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
         return f"Hydra rejects an override: {problem}.\n  {_hydra_hint(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -180,6 +183,12 @@ def _file_message(error: OSError) -> str | None:
         return (
             f"{error.filename or 'The output directory'}: there is no space left on the disk. Earlier results and "
             "checkpoints are intact.\n  Free some space, and repeat the command with resume=true."
+        )
+    if error.errno == errno.EFBIG:
+        return (
+            f"{error.filename or 'An output file'}: the file would be larger than the file system or a limit of the "
+            "process (ulimit -f) allows. Earlier results and checkpoints are intact.\n  Raise the limit, or choose "
+            "another file system with paths.root=<directory>, and repeat the command with resume=true."
         )
     makes_directory = any(frame.name == "mkdir" for frame in traceback.extract_tb(error.__traceback__))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or makes_directory:

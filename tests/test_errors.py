@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from contract.configs import compose_config
-from rlhf.errors import ConfigError, DataError, Stopped, UserError, explain, plain_errors
+from rlhf.errors import ConfigError, DataError, Stopped, UserError, exit_code_of, explain, plain_errors
 from rlhf.preflight import PreflightFailed
 
 
@@ -126,6 +126,10 @@ OVERRIDES = {
         ["stage=sft", "+=[]"],
         "Hydra rejects an override: its key is empty.\n  python train.py stage=<stage> --cfg job   shows every key.",
     ),
+    "a group without a configuration": (
+        ["stage=sft", "logger=null"],
+        "A config group cannot be null.\n  To select none of its configurations, type [], as in logger=[]",
+    ),
     "a new step without a plus sign": (
         ["pipeline.variants={rloo: ['stage=grpo']}"],
         "pipeline.variants.rloo: there is no such key.\n"
@@ -208,6 +212,13 @@ def test_a_full_disk_is_explained(number: int) -> None:
     message = str(explain(OSError(number, "no space", "outputs/last.ckpt")))
     assert message.startswith("outputs/last.ckpt: there is no space left on the disk.")
     assert "resume=true" in message
+
+
+def test_a_file_that_is_too_large_is_explained() -> None:
+    """By a file system such as FAT32, or by ``ulimit -f``."""
+    error = OSError(errno.EFBIG, "File too large", "outputs/last.ckpt")
+    assert str(explain(error)).startswith("outputs/last.ckpt: the file would be larger than ")
+    assert exit_code_of(error) == 1
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
