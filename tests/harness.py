@@ -211,8 +211,9 @@ class RunRecorder(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
         if hasattr(module, "iteration_metrics"):
-            updates = module.iteration_metrics.updates
-            self.updates.append({name: float(values[-1]) for name, values in updates.items()})
+            collected = module.iteration_metrics
+            means = {**collected.steps.means, **collected.step.means}
+            self.updates.append({name: float(values[-1].value) for name, values in means.items()})
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -369,7 +369,7 @@ def test_metrics_are_collected_in_log_steps_only(monkeypatch: pytest.MonkeyPatch
     """With a log every 2 steps, steps 1 and 3 add nothing, read nothing and communicate nothing."""
     reduced: list[int] = []
     reduce = StepMetrics.reduce
-    monkeypatch.setattr(StepMetrics, "reduce", lambda self: reduced.append(len(self._means)) or reduce(self))
+    monkeypatch.setattr(StepMetrics, "reduce", lambda self: reduced.append(len(self.means)) or reduce(self))
     fit(module := Measuring(), steps=4, log_every_n_steps=2, logger=(logger := MetricsLogger()))
     assert [call["number"] for call in logger.calls if "number" in call] == [2.0, 4.0]
     assert len(reduced) == 2

@@ -1,12 +1,10 @@
 """Metrics of rollouts and of updates, over all ranks. docs/metrics.md explains each of them."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rlhf.distributed import gather_objects
 from rlhf.models import PolicyOutput
@@ -14,6 +12,7 @@ from rlhf.rl.experience import Experience, Minibatch
 from rlhf.rl.kl import KLController
 from rlhf.rl.objective import explained_variance, policy_ratio
 from rlhf.rl.scores import ScoreShaping
+from rlhf.stage.step_metrics import StepMetrics
 from rlhf.tensors import masked_mean, masked_sum
 
 
@@ -84,30 +83,16 @@ def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: Sco
 def count_ngrams(responses: Sequence[Sequence[int]], size: int = 4) -> tuple[list[int], list[int]]:
     """Return the number of n-grams and the number of distinct n-grams of each response.
 
-    Args:
-        responses: Token ids of each response.
-        size: Number of tokens in an n-gram.
-    """
-    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
-    return [len(own) for own in ngrams], [len(set(own)) for own in ngrams]
-
-
-def repeated_ngram_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
-    """Fraction of n-grams that already occurred earlier in the same response.
-
-        1 - distinct n-grams / n-grams,    both summed over the responses
+    ``response/repetition`` is 1 - distinct n-grams / n-grams, both summed over the responses.
 
     Args:
         responses: Token ids of each response.
         size: Number of tokens in an n-gram.
-
-    Returns:
-        A fraction between 0 and 1; 0 if every response is shorter than one n-gram.
 
     Reference: Welleck et al. 2019, section 6, seq-rep-n (arXiv:1908.04319).
     """
-    ngrams, distinct = (sum(counts) for counts in count_ngrams(responses, size))
-    return 1 - distinct / ngrams if ngrams else 0.0
+    ngrams = [list(zip(*(response[i:] for i in range(size)), strict=False)) for response in responses]
+    return [len(own) for own in ngrams], [len(set(own)) for own in ngrams]
 
 
 def critic_metrics(experience: Experience, returns: Tensor | None) -> dict[str, Any]:
@@ -145,76 +130,39 @@ class IterationMetrics:
 
     Attributes:
         rollout: Metrics of the current rollout.
-        updates: Values of each update metric since the last ``summarize``.
-        weights: Weight of each of these values in the mean over updates and ranks.
+        steps: Metrics of the optimizer steps that have ended since the last ``summarize``.
+        step: Metrics of the current optimizer step.
     """
 
     def __init__(self) -> None:
         self.rollout: Mapping[str, Any] = {}
-        self.updates: dict[str, list[Tensor]] = defaultdict(list)
-        self.weights: dict[str, list[float]] = defaultdict(list)
-        self._lengths: dict[str, int] = {}  # Number of values of each metric when the last optimizer step ended.
+        self.steps, self.step = StepMetrics(), StepMetrics()
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether there are metrics of updates that ``summarize`` has not returned."""
+        return bool(self.steps.means or self.step.means)
 
     def finish_step(self, metrics: Mapping[str, Tensor | float]) -> None:
         """End an optimizer step and add its metrics."""
-        self.add_update(metrics)
-        self._lengths = {name: len(values) for name, values in self.updates.items()}
+        self.step.add(metrics)
+        self.steps.take(self.step)
 
     def skip_step(self) -> None:
         """End an optimizer step that is skipped: its minibatches count in ``policy/skipped`` only."""
-        minibatches = len(self.updates["policy/skipped"]) - self._lengths.get("policy/skipped", 0)
-        for name in list(self.updates):
-            del self.updates[name][self._lengths.get(name, 0) :]
-            del self.weights[name][self._lengths.get(name, 0) :]
-            if not self.updates[name]:
-                del self.updates[name], self.weights[name]
-        for _ in range(minibatches):
-            self.add_update({"policy/skipped": 1.0})
-        self._lengths = {name: len(values) for name, values in self.updates.items()}
+        minibatches = len(self.step.means["policy/skipped"])
+        self.step = StepMetrics()
+        self.steps.add({"policy/skipped": 1.0}, minibatches)
 
     def add_minibatch(self, minibatch: Minibatch, metrics: Mapping[str, Tensor]) -> None:
         """Add the metrics of an update: losses as means over their terms, the others as means over tokens."""
         losses = {name: value for name, value in metrics.items() if name.startswith(("loss/", "train/"))}
         others = {name: value for name, value in metrics.items() if name not in losses}
-        self.add_update(losses, minibatch.loss_terms)
-        self.add_update(others, minibatch.response_tokens)
-        self.add_update({"policy/skipped": 0.0})
-
-    def add_update(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
-        """Add metrics of one update.
-
-        Args:
-            metrics: Names and values.
-            weight: Number of terms on this rank that the values are means over.
-        """
-        for name, value in metrics.items():
-            value = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
-            self.updates[name].append(value.detach().float())
-            self.weights[name].append(weight)
+        self.step.add(losses, minibatch.loss_terms)
+        self.step.add(others, minibatch.response_tokens)
+        self.step.add({"policy/skipped": 0.0})
 
     def summarize(self) -> dict[str, float]:
         """Return the metrics of the rollout and the weighted means of the update metrics, and forget the latter."""
-        sums = gather_objects(self._weighted_sums())
-        means = {name: _ratio([of_rank[name] for of_rank in sums if name in of_rank]) for name in self.updates}
-        self.updates.clear()
-        self.weights.clear()
-        self._lengths = {}
-        return {name: float(value) for name, value in {**self.rollout, **means}.items()}
-
-    def _weighted_sums(self) -> dict[str, tuple[float, float]]:
-        """Return the weighted sum of the values of this rank, and the sum of their weights, by name."""
-        values = [value for name in self.updates for value in self.updates[name]]
-        if not values:
-            return {}
-        # Some values are numbers of the host, such as the norm of no gradients at all.
-        device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-        numbers = iter(torch.stack([value.to(device) for value in values]).tolist())
-        return {
-            name: (sum(weight * next(numbers) for weight in weights), sum(weights))
-            for name, weights in self.weights.items()
-        }
-
-
-def _ratio(sums: Sequence[tuple[float, float]]) -> float:
-    """Divide the total of the first numbers by the total of the second ones."""
-    return sum(total for total, _ in sums) / sum(weight for _, weight in sums)
+        self.steps.take(self.step)
+        return {**{name: float(value) for name, value in self.rollout.items()}, **self.steps.reduce()}

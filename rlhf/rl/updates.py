@@ -54,7 +54,7 @@ class UpdateModule(StageModule):
             if self.guard.accepts(metrics, minibatch.response_tokens):
                 self.add_metrics(minibatch, metrics)
                 return self.nonfinite.watch(loss)
-        self.iteration_metrics.add_update({"policy/skipped": 1.0})
+        self.iteration_metrics.step.add({"policy/skipped": 1.0})
         return zero_loss(self._trained())
 
     def training_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,12 +106,12 @@ class UpdateModule(StageModule):
             self._log_iteration()
 
     def on_train_epoch_end(self) -> None:
-        if self.iteration_metrics.updates:  # The epoch or training has ended within an iteration.
+        if self.iteration_metrics.has_updates:  # The epoch or training has ended within an iteration.
             self._log_iteration()
 
     def _log_iteration(self) -> None:
         """Log the metrics of a rollout and of its updates."""
-        self.iteration_metrics.add_update(self.throughput())
+        self.iteration_metrics.step.add(self.throughput())
         self.metrics, self.metrics_step = self.iteration_metrics.summarize(), self.global_step
         self.send_metrics()
         if self.sample_rows:

@@ -1,4 +1,4 @@
-"""Training metrics of one optimizer step: weighted means over its micro-batches and over all ranks."""
+"""Training metrics: weighted means over micro-batches and over all ranks."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed import gather_objects
+from rlhf.models import full_tensor
 
 
 class Mean(NamedTuple):
@@ -26,13 +27,16 @@ Metrics: TypeAlias = Mapping[str, Tensor | float | Mean]
 
 
 class StepMetrics:
-    """Collects the metrics of one optimizer step.
+    """Collects the metrics of one optimizer step, or of several.
 
     Tensors stay on their device until ``reduce`` reads all of them at once.
+
+    Attributes:
+        means: The values of each metric, with their weights.
     """
 
     def __init__(self) -> None:
-        self._means: dict[str, list[Mean]] = defaultdict(list)
+        self.means: dict[str, list[Mean]] = defaultdict(list)
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add metrics of a micro-batch.
@@ -44,8 +48,14 @@ class StepMetrics:
         for name, value in metrics.items():
             mean = value if isinstance(value, Mean) else Mean(value, weight)
             if mean.weight:
-                held = mean.value.detach() if isinstance(mean.value, Tensor) else mean.value
-                self._means[name].append(Mean(held, mean.weight))
+                held = full_tensor(mean.value.detach()) if isinstance(mean.value, Tensor) else mean.value
+                self.means[name].append(Mean(held, mean.weight))
+
+    def take(self, other: "StepMetrics") -> None:
+        """Move all values of another collection to this one."""
+        for name, means in other.means.items():
+            self.means[name] += means
+        other.means.clear()
 
     def reduce(self) -> dict[str, float]:
         """Return the weighted mean of each metric over micro-batches and ranks, and forget all values.
@@ -53,7 +63,7 @@ class StepMetrics:
         This is one collective operation. A metric may be missing on some ranks.
         """
         own = _means_by_name(self._read())
-        self._means.clear()
+        self.means.clear()
         ranks = gather_objects(own)
         if len(ranks) == 1:
             return {name: float(mean.value) for name, mean in own.items()}
@@ -63,12 +73,12 @@ class StepMetrics:
 
     def _read(self) -> dict[str, list[Mean]]:
         """Return the collected values as floats. The host waits for the device once."""
-        tensors = [mean.value for means in self._means.values() for mean in means if isinstance(mean.value, Tensor)]
+        tensors = [mean.value for means in self.means.values() for mean in means if isinstance(mean.value, Tensor)]
         device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), "cpu")
         values = iter(torch.stack([tensor.to(device).float() for tensor in tensors]).tolist() if tensors else [])
         return {
             name: [Mean(next(values), mean.weight) if isinstance(mean.value, Tensor) else mean for mean in means]
-            for name, means in self._means.items()
+            for name, means in self.means.items()
         }
 
 

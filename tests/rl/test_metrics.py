@@ -1,19 +1,36 @@
 """Metrics of rollouts, by hand."""
 
 import pytest
+import torch
 
-from rlhf.rl.metrics import repeated_ngram_fraction
-
-
-def test_repeated_ngram_fraction_by_hand() -> None:
-    """Bigrams of 1 2 1 2 1: 12, 21, 12, 21, two of four are repeated; of 5 6 7: 56, 67, none. In total 2 of 6."""
-    assert repeated_ngram_fraction([[1, 2, 1, 2, 1], [5, 6, 7], [9]], 2) == pytest.approx(1 / 3)
+from rlhf.rl import KLController, ScoreShaping
+from rlhf.rl.metrics import count_ngrams, rollout_metrics
 
 
-def test_repeated_ngram_fraction_of_short_responses_is_zero() -> None:
-    assert repeated_ngram_fraction([[9], []], 2) == 0.0
+def repetition(responses: list[list[int]]) -> float:
+    """``response/repetition`` of a rollout whose scores and log-probs are 0."""
+    ngrams, distinct_ngrams = (torch.tensor(counts).float() for counts in count_ngrams(responses))
+    zeros = torch.zeros(len(responses))
+    names = ("scores", "kl", "kl_estimate", "logprobs", "length", "finished")
+    columns = dict.fromkeys(names, zeros) | {"ngrams": ngrams, "distinct_ngrams": distinct_ngrams}
+    (kl := KLController()).initialize(0.1)
+    return float(rollout_metrics(columns, kl, ScoreShaping())["response/repetition"])
 
 
-def test_repeated_ngram_fraction_of_one_repeated_token() -> None:
+def test_count_ngrams_by_hand() -> None:
+    """Bigrams of 1 2 1 2 1: 12, 21, 12, 21, of which two are distinct; of 5 6 7: 56, 67; of 9: none."""
+    assert count_ngrams([[1, 2, 1, 2, 1], [5, 6, 7], [9]], 2) == ([4, 2, 0], [2, 2, 0])
+
+
+def test_repetition_sums_over_responses() -> None:
+    """The first response has the 4-grams 1212, 2121 and 1212, the second 5678: one of four is repeated."""
+    assert repetition([[1, 2, 1, 2, 1, 2], [5, 6, 7, 8], [9]]) == pytest.approx(1 / 4)
+
+
+def test_repetition_of_short_responses_is_zero() -> None:
+    assert repetition([[9], []]) == 0.0
+
+
+def test_repetition_of_one_repeated_token() -> None:
     """Ten equal tokens contain 7 n-grams of 4 tokens, and all but the first are repeated."""
-    assert repeated_ngram_fraction([[4] * 10]) == pytest.approx(1 - 1 / 7)
+    assert repetition([[4] * 10]) == pytest.approx(1 - 1 / 7)
