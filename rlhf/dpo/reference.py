@@ -16,7 +16,7 @@ from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.errors import ConfigError
 from rlhf.models import Frozen, Policy, allows_shared_prompts, open_reference
 from rlhf.stage import StageModule
-from rlhf.stage.precision import autocast_dtype
+from rlhf.stage.precision import move_frozen
 from rlhf.stage.random_state import separate_random_state
 
 SPLITS = ("train", "val")
@@ -54,12 +54,9 @@ class ReferenceModule(StageModule):
         if self.reference is not None:
             yield self.reference
             return
-        plugin: Any = self.trainer.precision_plugin
         with separate_random_state(0), torch.device("cpu"):
             reference = self.open_reference()
-        if (dtype := autocast_dtype(plugin)) is not None:
-            reference.cast_matrices(dtype)
-        yield plugin.convert_module(reference).to(self.device)
+        yield move_frozen(self, reference)
 
     # Log-probs
 

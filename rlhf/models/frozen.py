@@ -38,14 +38,6 @@ class Frozen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def cast_matrices(self, dtype: torch.dtype) -> None:
-        """Store the weights of linear layers in the dtype of autocast, see ``cast_frozen_matrices``.
-
-        Args:
-            dtype: The dtype that autocast computes in.
-        """
-        cast_frozen_matrices(self.model, dtype)
-
 
 def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of frozen linear layers in the dtype of autocast.
@@ -63,7 +55,7 @@ def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
     in_heads = {id(layer) for part in parts if isinstance(part, ScalarHead) for layer in part.modules()}
     for part in parts:
         if isinstance(part, Frozen):
-            part.cast_matrices(dtype)
+            cast_frozen_matrices(part.model, dtype)
         elif isinstance(part, nn.Linear | Conv1D) and id(part) not in in_heads:
             parameters = list(part.parameters(recurse=False))
             if not any(parameter.requires_grad or id(parameter) in embeddings for parameter in parameters):

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.models import Frozen, Policy, disable_dropout
+from rlhf.models import Frozen, Policy, cast_frozen_matrices, disable_dropout
 from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 
 VOCABULARY = 120
@@ -299,7 +299,7 @@ def check_supported(lm: PreTrainedModel) -> None:
     frozen = Frozen(policy)
     with torch.autocast("cpu", torch.bfloat16):
         before = frozen(*inputs).logprobs
-        frozen.cast_matrices(torch.bfloat16)
+        cast_frozen_matrices(frozen, torch.bfloat16)
         assert torch.equal(frozen(*inputs).logprobs, before), "bfloat16 weights change the results under autocast"
 
 

@@ -161,7 +161,7 @@ def test_cast_matrices_change_no_bit_under_autocast(name: str, dtype: torch.dtyp
         return [output.logprobs, output.entropy, output.states]
 
     expected = outputs()
-    frozen.cast_matrices(dtype)
+    cast_frozen_matrices(frozen, dtype)
     assert all(torch.equal(value, other) for value, other in zip(outputs(), expected, strict=True))
     cast = {name for name, parameter in model.named_parameters() if parameter.dtype == dtype}
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
