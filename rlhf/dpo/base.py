@@ -158,7 +158,11 @@ class PreferenceModule(ReferenceModule):
 
     @abstractmethod
     def loss_and_metrics(self, batch: Any) -> tuple[Tensor, Tensor, list[MetricGroup]]:
-        """Compute the preference loss and the SFT term of a batch, which are scalars, and the metrics to log."""
+        """Compute the preference loss and the SFT term of a batch, which are scalars, and the metrics to log.
+
+        Args:
+            batch: A batch with its reference log-probs, see ``fill_ref_logprobs``.
+        """
 
     def training_loss(self, batch: LabeledBatch) -> tuple[Tensor, Metrics]:
         self.fill_ref_logprobs(batch, "train")

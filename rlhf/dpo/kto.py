@@ -42,7 +42,6 @@ class KTOModule(PreferenceModule):
         )
 
     def loss_and_metrics(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
-        self.fill_ref_logprobs(batch)
         logprobs, entropy = self.response_logprobs(batch.sequences)
         scores = self.response_scores(logprobs, batch.ref_logprobs, batch.sequences)
         kl, desirable = self.kl_baseline(batch), batch.desirable
@@ -59,12 +58,14 @@ class KTOModule(PreferenceModule):
 
         The mean runs over the rows of all ranks; y_j is a response to another prompt than x_i.
 
+        Args:
+            batch: A batch with its reference log-probs, see ``fill_ref_logprobs``.
+
         Returns:
             Scalar, in nats, or nats per token with ``length_normalized``.
 
         Reference: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
         """
-        self.fill_ref_logprobs(batch)
         sequences = batch.mismatched
         logprobs, _ = self.response_logprobs(sequences)
         scores = self.response_scores(logprobs, batch.mismatched_ref_logprobs, sequences)

@@ -24,7 +24,6 @@ class DPOModule(PreferenceModule):
         super().__init__(loss=loss, **keys)
 
     def loss_and_metrics(self, batch: PairBatch) -> tuple[Tensor, Tensor, list[MetricGroup]]:
-        self.fill_ref_logprobs(batch)
         logprobs, entropy = self.response_logprobs(batch.sequences)
         scores = self.response_scores(logprobs, batch.ref_logprobs, batch.sequences)
         chosen, rejected = batch.halves(scores)

@@ -63,9 +63,6 @@ class FixedLogprobs(DPOModule):
     def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         return self.logprobs, torch.tensor(0.0)
 
-    def fill_ref_logprobs(self, batch: Any, split: str | None = None) -> None:
-        batch.ref_logprobs = torch.zeros_like(self.logprobs)
-
 
 def loss_by_module(loss: Callable[..., Tensor] | nn.Module) -> float:
     """The loss of two pairs as the module computes it, with beta 0.5.
@@ -76,7 +73,7 @@ def loss_by_module(loss: Callable[..., Tensor] | nn.Module) -> float:
     """
     lengths = [3, 2, 1, 4]
     sequences = SequenceBatch.collate([EncodedResponse([1, *[5] * length], 1) for length in lengths])
-    batch = PairBatch(sequences, margin=torch.tensor([1.0, 3.0]))
+    batch = PairBatch(sequences, ref_logprobs=torch.zeros(4), margin=torch.tensor([1.0, 3.0]))
     return float(FixedLogprobs([2, -1, -4, 1], loss=loss).loss_and_metrics(batch)[0])
 
 

@@ -104,7 +104,8 @@ def test_length_normalized_log_ratios_are_means_per_token(tiny_run: TinyRun) -> 
     """With a reference model, after a step: rewards are beta x the sum of token log-ratios / number of tokens."""
     run = tiny_run.train("dpo", length_normalized=True, trainer={"max_steps": 1})
     module, rows = run.module, run.datamodule.encoded("train")
-    _, _, [(terms, metrics), _] = module.loss_and_metrics(run.datamodule.collate(rows))
+    module.fill_ref_logprobs(batch := run.datamodule.collate(rows))
+    _, _, [(terms, metrics), _] = module.loss_and_metrics(batch)
     with module.opened_reference() as reference:
         ratios = [
             (token_logprobs(module.policy.lm, row.chosen) - token_logprobs(reference.model.lm, row.chosen)).mean()
