@@ -73,15 +73,14 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dim=1)
 
 
-def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+def masked_scale(values: Tensor, mask: Tensor) -> Tensor:
     """Scale to unit variance over the unmasked entries of all ranks, keeping their mean.
 
-        x' = mean + (x - mean) / sqrt(variance + epsilon)
+        x' = mean + (x - mean) / sqrt(variance + 1e-8)
 
     Args:
         values: [batch, time] values of any unit.
         mask: [batch, time] bool, True on the entries to scale.
-        epsilon: Added to the variance, so that equal values stay as they are.
 
     Returns:
         [batch, time] scaled values; 0 on masked entries.
@@ -89,20 +88,19 @@ def masked_scale(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tens
     Reference: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shifting the mean (arXiv:2403.17031).
     """
     mean = _mean_over_ranks(values, mask)
-    return torch.where(mask, masked_whiten(values, mask, epsilon=epsilon) + mean, 0.0)
+    return torch.where(mask, masked_whiten(values, mask) + mean, 0.0)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Shift to zero mean and scale to unit variance over the unmasked entries of all ranks.
 
-        x' = (x - mean) / sqrt(variance + epsilon)
+        x' = (x - mean) / sqrt(variance + 1e-8)
 
     Every rank must call this function at the same time, because mean and variance are computed over all ranks.
 
     Args:
         values: [batch, time] values of any unit.
         mask: [batch, time] bool, True on the entries to whiten.
-        epsilon: Added to the variance, so that equal values become 0.
 
     Returns:
         [batch, time] whitened values, in standard deviations; 0 on masked entries.
@@ -111,7 +109,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Ten
     one does not.
     """
     centered = torch.where(mask, values - _mean_over_ranks(values, mask), 0.0)
-    return centered * torch.rsqrt(_mean_over_ranks(centered.square(), mask) + epsilon)
+    return centered * torch.rsqrt(_mean_over_ranks(centered.square(), mask) + 1e-8)  # Equal values become 0.
 
 
 def masked_variance(values: Tensor, mask: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def _first_rows(datamodule: RecordDataModule) -> list[Any]:
     return sorted(datamodule.encoded("train")[:CANDIDATE_ROWS], key=datamodule.length)
 
 
-def micro_batches(rows: list[Any], datamodule: RecordDataModule, count: int = 4) -> list[Batch]:
-    """Split rows into at most ``count`` batches, in order, so that their lengths differ."""
-    size = -(-len(rows) // count)
+def micro_batches(rows: list[Any], datamodule: RecordDataModule) -> list[Batch]:
+    """Split rows into at most 4 batches, in order, so that their lengths differ."""
+    size = -(-len(rows) // 4)
     return [datamodule.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
