@@ -20,7 +20,7 @@ from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, end_as_in_training
+from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch
 from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen
 
@@ -175,12 +175,7 @@ class CollectModule(lightning.LightningModule):
             DataError: A score is not finite, so that it cannot be compared with the others.
         """
         prompts = [found.prompt for found in candidates for _ in found.texts]
-        batch = ScoringBatch(
-            *end_as_in_training(rollout.to(self.device), self.tokenizer, self.sampling.stop_ids(self.tokenizer)),
-            [prompt.raw_text for prompt in prompts],
-            [text for found in candidates for text in found.texts],
-            [prompt.target for prompt in prompts],
-        )
+        batch = ScoringBatch.of(rollout.to(self.device), prompts, self.sampling, self.tokenizer)
         reward: RewardFunction = self.reward
         with self.trainer.precision_plugin.forward_context():
             if isinstance(reward, ModelReward):

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data import Prompt
 from rlhf.models import ModelSource
+from rlhf.reward_functions.endings import end_as_in_training
+from rlhf.sampling import Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,25 @@ class ScoringBatch:
     prompts: Sequence[str]
     responses: Sequence[str]
     targets: Sequence[str | None]
+
+    @classmethod
+    def of(
+        cls, rollout: Rollout, prompts: Sequence[Prompt], sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
+    ) -> "ScoringBatch":
+        """Return the responses of a rollout, which end as those that reward models are trained on.
+
+        Args:
+            rollout: Prompts with sampled responses.
+            prompts: The prompt of each response.
+            sampling: The settings that the responses were sampled with.
+            tokenizer: Tokenizer of the policy.
+        """
+        return cls(
+            *end_as_in_training(rollout, tokenizer, sampling.stop_ids(tokenizer)),
+            [prompt.raw_text for prompt in prompts],
+            rollout.decode(tokenizer),
+            [prompt.target for prompt in prompts],
+        )
 
 
 class RewardFunction(nn.Module):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
 from rlhf.models import PolicyOutput, gathered
-from rlhf.reward_functions import RewardFunction, ScoringBatch, end_as_in_training
+from rlhf.reward_functions import RewardFunction, ScoringBatch
 from rlhf.rl.experience import Experience, Lengths, select_rows
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.sampling import Rollout, Sampler, SamplingParams
@@ -116,12 +116,7 @@ class Collector:
             [batch] scores, in reward units, and the components that they consist of, by name: [batch] each.
         """
         repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
-        batch = ScoringBatch(
-            *end_as_in_training(rollout, self.tokenizer, self.sampling.stop_ids(self.tokenizer)),
-            [prompt.raw_text for prompt in repeated],
-            rollout.decode(self.tokenizer),
-            [prompt.target for prompt in repeated],
-        )
+        batch = ScoringBatch.of(rollout, repeated, self.sampling, self.tokenizer)
         with self.precision_context():
             scores, components = self.reward.score_with_components(batch)
         # Under trainer.precision=bf16-true, new tensors of a reward function are bfloat16 unless it says otherwise.
