@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout
+from rlhf.rl import ModelInputs
 from rlhf.tensors import scatter
 
 Critic: TypeAlias = ScalarModel | ScalarHead  # a separate model, or a head on the policy
@@ -42,11 +43,8 @@ def critic_width(critic: Critic, policy_width: int) -> int:
 def critic_values(
     critic: Critic,
     output: PolicyOutput,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
+    inputs: ModelInputs,
     *,
-    response_tokens: int | None = None,
     states: Tensor | None = None,
     detach: bool = False,
 ) -> Tensor:
@@ -55,10 +53,7 @@ def critic_values(
     Args:
         critic: A separate model, or a head on the policy.
         output: Output of the policy, whose hidden states a head reads.
-        input_ids: [batch, time] prompt and response.
-        attention_mask: [batch, time] bool, True on real tokens.
-        response_mask: [batch, time] bool, True on response tokens including EOS.
-        response_tokens: Number of True entries of ``response_mask``, see ``Policy.forward``.
+        inputs: Prompts with responses.
         states: States of a separate critic, see ``PolicyWithReference.states_with_critic``. None: they are computed
             here.
         detach: Do not propagate the gradient of a head into the policy.
@@ -67,7 +62,7 @@ def critic_values(
         [batch, time] values, in reward units; 0 on masked tokens.
     """
     if isinstance(critic, ScalarHead):
-        return scatter(critic(output.states.detach() if detach else output.states), response_mask)
+        return scatter(critic(output.states.detach() if detach else output.states), inputs.response_mask)
     if states is not None:
-        return scatter(critic.values(states), response_mask)
-    return critic.token_values(input_ids, attention_mask, response_mask, response_tokens)
+        return scatter(critic.values(states), inputs.response_mask)
+    return critic.token_values(*inputs)

@@ -13,7 +13,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput, ScalarHead
 from rlhf.ppo.critic import CRITIC_INITS, Critic, critic_values, critic_width, open_critic
 from rlhf.ppo.preflight import critic_checks
-from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
+from rlhf.rl import AdvantageEstimator, Experience, Minibatch, ModelInputs, OnPolicyModule
 from rlhf.rl.advantages import gae
 from rlhf.rl.estimators import estimator_name, needs_critic
 from rlhf.rl.objective import clipped_value_loss
@@ -124,18 +124,8 @@ class PPOModule(OnPolicyModule):
         if self.has_critic:
             yield self.critic, self.critic_learning_rate
 
-    def token_values(
-        self,
-        output: PolicyOutput,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_mask: Tensor,
-        response_tokens: int | None = None,
-    ) -> Tensor | None:
-        if not self.has_critic:
-            return None
-        tokens = (input_ids, attention_mask, response_mask)
-        return critic_values(self.critic, output, *tokens, response_tokens=response_tokens)
+    def token_values(self, output: PolicyOutput, inputs: ModelInputs) -> Tensor | None:
+        return critic_values(self.critic, output, inputs) if self.has_critic else None
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         yield from super().preflight_checks(datamodule)
@@ -175,14 +165,10 @@ class PPOModule(OnPolicyModule):
     def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:
         if not self.has_critic:
             return super().policy_and_values(minibatch)
-        tokens = (minibatch.input_ids, minibatch.attention_mask, minibatch.response_mask)
-        count = minibatch.response_tokens
-        states, critic_states = self.policies.states_with_critic(*tokens, response_tokens=count)
+        states, critic_states = self.policies.states_with_critic(minibatch.inputs)
         output = self.policy_update.policy_output(self.policies, minibatch, states)
-        values = critic_values(
-            self.critic, output, *tokens, response_tokens=count, states=critic_states, detach=self.warming_up
-        )
-        return output, values
+        detach = self.warming_up
+        return output, critic_values(self.critic, output, minibatch.inputs, states=critic_states, detach=detach)
 
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.has_critic:

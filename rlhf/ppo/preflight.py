@@ -7,6 +7,7 @@ from torch import Tensor
 from rlhf.data import RecordDataModule
 from rlhf.ppo.critic import Critic, critic_values
 from rlhf.preflight import Check, check_no_dropout, check_padding_invariance, shortest_and_longest
+from rlhf.rl import ModelInputs
 from rlhf.rl.collector import Collector
 from rlhf.rl.preflight import sampled_responses
 from rlhf.stage import StageModule
@@ -27,7 +28,8 @@ def critic_checks(
 
     def measure_values(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
         output = policy(input_ids, attention_mask, response_mask)
-        return critic_values(critic, output, input_ids, attention_mask, response_mask)
+        inputs = ModelInputs(input_ids, attention_mask, response_mask, int(response_mask.sum()))
+        return critic_values(critic, output, inputs)
 
     with sampled_responses(datamodule, collector) as (_, _, sequences):
         yield check_no_dropout(module, "critic", critic, measure_values, sequences)

@@ -2,7 +2,7 @@
 
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.datamodule import RolloutDataModule
-from rlhf.rl.experience import Experience, Minibatch
+from rlhf.rl.experience import Experience, Minibatch, ModelInputs
 from rlhf.rl.kl import KLController
 from rlhf.rl.module import OnPolicyModule
 from rlhf.rl.scores import ScoreShaping
@@ -13,6 +13,7 @@ __all__ = [
     "Experience",
     "KLController",
     "Minibatch",
+    "ModelInputs",
     "OnPolicyModule",
     "RolloutDataModule",
     "ScoreShaping",

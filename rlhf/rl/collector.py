@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import PromptBatch
 from rlhf.models import PolicyOutput, gathered
 from rlhf.reward_functions import RewardFunction, ScoringBatch
-from rlhf.rl.experience import Experience, Lengths, select_rows
+from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.sampling import Rollout, Sampler, SamplingParams
-
-# From the policy's output, input_ids, attention_mask, response_mask and the number of response tokens to values,
-# [batch, time]; None without a critic.
-ValueFunction: TypeAlias = Callable[[PolicyOutput, Tensor, Tensor, Tensor, int], Tensor | None]
 
 
 class Collector:
@@ -26,7 +22,8 @@ class Collector:
 
     Args:
         policies: The policy and its reference model.
-        token_values: Values of the critic at each token, or None for stages without a critic.
+        token_values: Maps the output of the policy and the inputs that it is computed from to the values of the critic
+            at each token, [batch, time]; to None without a critic.
         reward: The reward function.
         sampler: The sampler.
         sampling: Sampling settings.
@@ -40,7 +37,7 @@ class Collector:
         self,
         *,
         policies: PolicyWithReference,
-        token_values: ValueFunction,
+        token_values: Callable[[PolicyOutput, ModelInputs], Tensor | None],
         reward: RewardFunction,
         sampler: Sampler,
         sampling: SamplingParams,
@@ -86,26 +83,22 @@ class Collector:
         with self.precision_context():
             for rows in split:
                 index = torch.tensor(rows, device=rollout.input_ids.device)
-                input_ids, attention_mask, response_mask = select_rows(rollout, lengths, rows)
-                count = sum(lengths.responses[row] for row in rows)
-                for name, values in self._evaluate(input_ids, attention_mask, response_mask, count).items():
+                inputs, _ = select_rows(rollout, lengths, rows)
+                for name, values in self._evaluate(inputs).items():
                     if name not in tensors:
                         tensors[name] = torch.zeros_like(rollout.input_ids, dtype=torch.float)
                     tensors[name][index, : values.shape[1]] = values.float()
         return Experience(rollout, lengths, **tensors)
 
-    def _evaluate(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, response_tokens: int
-    ) -> dict[str, Tensor]:
+    def _evaluate(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""
-        tokens = (input_ids, attention_mask, response_mask)
-        output, reference = self.policies.both_outputs(*tokens, response_tokens=response_tokens)
+        output, reference = self.policies.both_outputs(inputs)
         tensors = {
             "logprobs": output.logprobs,
             "ref_logprobs": reference.logprobs,
-            "kl": self.policies.kl(output, reference.logprobs, response_mask, reference),
+            "kl": self.policies.kl(output, reference.logprobs, inputs.response_mask, reference),
         }
-        values = self.token_values(output, input_ids, attention_mask, response_mask, response_tokens)
+        values = self.token_values(output, inputs)
         return tensors if values is None else {**tensors, "values": values}
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,22 @@ class Lengths:
         """Read the lengths of a rollout, in one transfer from its device."""
         counts = torch.stack([rollout.attention_mask.sum(dim=1), rollout.response_mask.sum(dim=1)])
         return cls(*counts.tolist())
+
+
+class ModelInputs(NamedTuple):
+    """Prompts with responses, as models read them.
+
+    Args:
+        input_ids: [rows, time] prompt and response, padded on the right.
+        attention_mask: [rows, time] bool, True on real tokens.
+        response_mask: [rows, time] bool, True on response tokens including EOS.
+        response_tokens: Number of True entries of ``response_mask``, see ``Policy.forward``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    response_tokens: int
 
 
 @dataclass
@@ -78,12 +94,12 @@ class Minibatch(Batch):
         input_ids: Prompt and response, padded on the right.
         attention_mask: bool, True on real tokens.
         response_mask: bool, True on response tokens including EOS.
+        response_tokens: Number of tokens of the responses, counted before the minibatch was formed.
         old_logprobs: Log-probs under the policy that sampled the responses, in nats.
         ref_logprobs: Log-probs under the reference model, in nats.
         advantages: Advantages.
         old_values: Values of the critic at sampling time, in reward units; None without a critic.
         returns: Regression targets of the critic, in reward units; None without a critic.
-        response_tokens: Number of tokens of the responses, counted before the minibatch was formed.
         terms_are_sequences: The loss is a mean over sequences instead of tokens.
         first: This is the first minibatch of its rollout.
         last: This is the last minibatch of the last pass over its rollout.
@@ -95,19 +111,24 @@ class Minibatch(Batch):
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    response_tokens: int
     old_logprobs: Tensor
     ref_logprobs: Tensor
     advantages: Tensor
     old_values: Tensor | None = None
     returns: Tensor | None = None
     _: KW_ONLY
-    response_tokens: int
     terms_are_sequences: bool = False
     first: bool = False
     last: bool = False
     new_tokens: int = 0
     new_sequences: int = 0
     rollout_metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """What the models read."""
+        return ModelInputs(self.input_ids, self.attention_mask, self.response_mask, self.response_tokens)
 
     def recount(self, rows: Sequence[int]) -> dict[str, int | None]:
         return {"response_tokens": int(self.response_mask[list(rows)].sum())}
@@ -129,7 +150,9 @@ class Minibatch(Batch):
         return self.new_sequences
 
 
-def select_rows(rollout: Rollout, lengths: Lengths, rows: Sequence[int], *others: Tensor | None) -> tuple[Any, ...]:
+def select_rows(
+    rollout: Rollout, lengths: Lengths, rows: Sequence[int], *others: Tensor | None
+) -> tuple[ModelInputs, list[Any]]:
     """Select rows of a rollout, trimmed to the longest sequence among them.
 
     Args:
@@ -139,12 +162,16 @@ def select_rows(rollout: Rollout, lengths: Lengths, rows: Sequence[int], *others
         others: Further [batch, time] tensors, or None.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``response_mask`` and ``others`` of these rows: [rows, shorter time].
+        The inputs of models, and ``others``: [rows, shorter time] each.
     """
     width = max(lengths.sequences[row] for row in rows)
     index = torch.tensor(rows, device=rollout.input_ids.device)
-    tensors = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, *others)
-    return tuple(None if tensor is None else tensor[index, :width] for tensor in tensors)
+
+    def select(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor[index, :width]
+
+    tensors = (select(rollout.input_ids), select(rollout.attention_mask), select(rollout.response_mask))
+    return ModelInputs(*tensors, sum(lengths.responses[row] for row in rows)), [select(other) for other in others]
 
 
 def shuffled_split(rows: int, size: int) -> list[list[int]]:
@@ -184,9 +211,10 @@ def minibatches(
         split = first_split if number == 0 else shuffled_split(count, size)
         for position, rows in enumerate(split):
             first = number == position == 0
+            inputs, others = select_rows(rollout, lengths, rows, *tensors)
             yield Minibatch(
-                *select_rows(rollout, lengths, rows, *tensors),
-                response_tokens=sum(lengths.responses[row] for row in rows),
+                *inputs,
+                *others,
                 terms_are_sequences=terms_are_sequences,
                 first=first,
                 last=number == passes - 1 and position == len(split) - 1,

@@ -13,7 +13,7 @@ from rlhf.reward_functions import RewardFunction
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
-from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
+from rlhf.rl.experience import Experience, Minibatch, ModelInputs, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
 from rlhf.rl.metrics import IterationMetrics, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.objective import token_rewards
@@ -179,14 +179,7 @@ class OnPolicyModule(UpdateModule):
             precision_context=lambda: self.trainer.precision_plugin.forward_context(),
         )
 
-    def token_values(
-        self,
-        output: PolicyOutput,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_mask: Tensor,
-        response_tokens: int | None = None,
-    ) -> Tensor | None:
+    def token_values(self, output: PolicyOutput, inputs: ModelInputs) -> Tensor | None:
         """Return the critic's value before each response token, [batch, time]; None without a critic."""
         return None
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, ScalarModel, kl_divergence
 from rlhf.models.concurrent import can_compute_concurrently, concurrent_states
+from rlhf.rl.experience import ModelInputs
 from rlhf.rl.kl import ESTIMATORS, FULL
 
 
@@ -15,8 +16,7 @@ from rlhf.rl.kl import ESTIMATORS, FULL
 class PolicyWithReference:
     """A policy and its frozen reference model, both evaluated at the sampling temperature.
 
-    The tensor arguments of all methods have shape [batch, time]. ``response_tokens`` is the number of True entries of
-    ``response_mask``, and ``states`` are those of ``concurrent_states``; see ``Policy.forward``.
+    The ``states`` that methods accept are those of ``concurrent_states``; see ``Policy.forward``.
 
     Args:
         policy: The policy that is trained.
@@ -33,50 +33,26 @@ class PolicyWithReference:
     critic: ScalarModel | None = None
 
     def policy_output(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_mask: Tensor,
-        *,
-        entropy: EntropyMode = "none",
-        response_tokens: int | None = None,
-        states: Tensor | None = None,
+        self, inputs: ModelInputs, *, entropy: EntropyMode = "none", states: Tensor | None = None
     ) -> PolicyOutput:
         """Evaluate the response tokens under the current policy."""
-        tokens = (input_ids, attention_mask, response_mask)
-        output: PolicyOutput = self.policy(
-            *tokens, self.temperature, entropy=entropy, response_tokens=response_tokens, states=states
-        )
-        return output
+        return self._output(self.policy, inputs, entropy=entropy, states=states)
 
-    def reference_output(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_mask: Tensor,
-        *,
-        response_tokens: int | None = None,
-        states: Tensor | None = None,
-    ) -> PolicyOutput:
+    def reference_output(self, inputs: ModelInputs, *, states: Tensor | None = None) -> PolicyOutput:
         """Evaluate the response tokens under the reference model, without gradients."""
-        tokens = (input_ids, attention_mask, response_mask)
-        output: PolicyOutput = self.reference(*tokens, self.temperature, response_tokens=response_tokens, states=states)
+        return self._output(self.reference, inputs, states=states)
+
+    def _output(self, model: nn.Module, inputs: ModelInputs, **keys: Any) -> PolicyOutput:
+        *tensors, response_tokens = inputs
+        output: PolicyOutput = model(*tensors, self.temperature, response_tokens=response_tokens, **keys)
         return output
 
-    def both_outputs(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
-    ) -> tuple[PolicyOutput, PolicyOutput]:
+    def both_outputs(self, inputs: ModelInputs) -> tuple[PolicyOutput, PolicyOutput]:
         """Evaluate the response tokens under the current policy and under the reference model."""
-        tokens = (input_ids, attention_mask, response_mask)
-        states, ref_states = self._states(self._reference_policy.lm.base_model, *tokens, response_tokens)
-        return (
-            self.policy_output(*tokens, response_tokens=response_tokens, states=states),
-            self.reference_output(*tokens, response_tokens=response_tokens, states=ref_states),
-        )
+        states, ref_states = self._states(self._reference_policy.lm.base_model, inputs)
+        return self.policy_output(inputs, states=states), self.reference_output(inputs, states=ref_states)
 
-    def states_with_critic(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, *, response_tokens: int | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def states_with_critic(self, inputs: ModelInputs) -> tuple[Tensor | None, Tensor | None]:
         """Compute the states of policy and critic at the same time; None if that is not possible.
 
         Returns:
@@ -84,9 +60,9 @@ class PolicyWithReference:
         """
         if self.critic is None:
             return None, None
-        return self._states(self.critic.trunk, input_ids, attention_mask, response_mask, response_tokens)
+        return self._states(self.critic.trunk, inputs)
 
-    def _states(self, trunk: nn.Module, *tokens: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _states(self, trunk: nn.Module, inputs: ModelInputs) -> tuple[Tensor | None, Tensor | None]:
         """Compute the states of the policy and of another model.
 
         Rounding may depend on the number of threads, and the first ratio is exactly 1 and the first KL exactly 0 only
@@ -95,7 +71,7 @@ class PolicyWithReference:
         policy, reference = self.policy.lm.base_model, self._reference_policy.lm.base_model
         if self.critic is None or not can_compute_concurrently(policy, reference, self.critic.trunk):
             return None, None
-        return concurrent_states((policy, trunk), *tokens)
+        return concurrent_states((policy, trunk), *inputs)
 
     @property
     def _reference_policy(self) -> Policy:

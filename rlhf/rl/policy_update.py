@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rlhf.models import PolicyOutput
+from rlhf.models import EntropyMode, PolicyOutput
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.kl import KLController
 from rlhf.rl.metrics import update_metrics
@@ -52,14 +52,8 @@ class PolicyUpdate:
             minibatch: The minibatch.
             states: See ``PolicyWithReference``.
         """
-        return policies.policy_output(
-            minibatch.input_ids,
-            minibatch.attention_mask,
-            minibatch.response_mask,
-            entropy="grad" if self.entropy_coef else "value",
-            response_tokens=minibatch.response_tokens,
-            states=states,
-        )
+        entropy: EntropyMode = "grad" if self.entropy_coef else "value"
+        return policies.policy_output(minibatch.inputs, entropy=entropy, states=states)
 
     def loss(
         self, policies: PolicyWithReference, minibatch: Minibatch, output: PolicyOutput
@@ -100,12 +94,5 @@ class PolicyUpdate:
     @staticmethod
     def _kl(policies: PolicyWithReference, minibatch: Minibatch, output: PolicyOutput) -> Tensor:
         """Compute the KL at each token, [minibatch, time], with the gradient of the policy."""
-        reference = None
-        if policies.needs_ref_output:
-            reference = policies.reference_output(
-                minibatch.input_ids,
-                minibatch.attention_mask,
-                minibatch.response_mask,
-                response_tokens=minibatch.response_tokens,
-            )
+        reference = policies.reference_output(minibatch.inputs) if policies.needs_ref_output else None
         return policies.kl(output, minibatch.ref_logprobs, minibatch.response_mask, reference)
