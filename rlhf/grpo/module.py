@@ -1,10 +1,7 @@
 """The GRPO stage."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
-
-from torch import nn
 
 from rlhf.errors import ConfigError
 from rlhf.rl import AdvantageEstimator, KLController, OnPolicyModule, ScoreShaping
@@ -60,7 +57,3 @@ class GRPOModule(OnPolicyModule):
             loss_reduction=loss_reduction,
             **keys,
         )
-
-    def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
-        assert self.policy is not None
-        yield self.policy, self.learning_rate

@@ -104,7 +104,6 @@ class PPOModule(OnPolicyModule):
 
     def open_models(self) -> None:
         super().open_models()
-        assert self.policy is not None
         _check_dimension("action_dim", self.action_dim, self.policy.vocab_size)
         if not self.has_critic:
             return
@@ -119,8 +118,7 @@ class PPOModule(OnPolicyModule):
         _check_dimension("obs_dim", self.obs_dim, critic_width(self.critic, self.policy.hidden_size))
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
-        assert self.policy is not None
-        yield self.policy, self.learning_rate
+        yield from super().trainable_modules()
         if self.has_critic:
             yield self.critic, self.critic_learning_rate
 
@@ -159,7 +157,7 @@ class PPOModule(OnPolicyModule):
         return self.has_critic and self.iterations <= self.critic_warmup
 
     def frozen_modules(self) -> list[nn.Module]:
-        warmup = [self.policy] if self.warming_up and self.policy is not None else []
+        warmup = [self.policy] if self.warming_up else []
         return [*super().frozen_modules(), *warmup]
 
     def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
@@ -43,8 +43,8 @@ from rlhf.tensors import masked_mean
 class OnPolicyModule(UpdateModule):
     """Base class of the on-policy stages: the policy improves on its own responses by clipped updates.
 
-    A subclass implements ``trainable_modules`` and may override ``token_values``, ``policy_and_values``,
-    ``estimate_advantages``, ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
+    A subclass may override ``trainable_modules``, ``token_values``, ``policy_and_values``, ``estimate_advantages``,
+    ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
 
     Args:
         policy: The model to start from, which is also the reference model. null: the SFT model of the run.
@@ -84,6 +84,7 @@ class OnPolicyModule(UpdateModule):
     monitor = "val/score"
     default_kl: Callable[[], KLController] = KLController
     default_scores: Callable[[], ScoreShaping] = ScoreShaping
+    policy: Policy
 
     def __init__(
         self,
@@ -143,7 +144,6 @@ class OnPolicyModule(UpdateModule):
         )
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
-        self.policy: Policy | None = None
         self.iterations = 0  # number of iterations started
         self.rollout_is_nonfinite = False
         self.iteration_metrics = IterationMetrics()
@@ -178,6 +178,9 @@ class OnPolicyModule(UpdateModule):
             rollout_batch_size=self.rollout_batch_size,
             precision_context=lambda: self.trainer.precision_plugin.forward_context(),
         )
+
+    def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
+        yield self.policy, self.learning_rate
 
     def token_values(self, output: PolicyOutput, inputs: ModelInputs) -> Tensor | None:
         """Return the critic's value before each response token, [batch, time]; None without a critic."""
@@ -289,5 +292,4 @@ class OnPolicyModule(UpdateModule):
         yield from on_policy_checks(self, datamodule, self.collector, self.policy_and_values, self.iteration)
 
     def result(self) -> Result:
-        assert self.policy is not None, "open_models opens the policy"
         return Result(self.policy.lm, self.tokenizer)
