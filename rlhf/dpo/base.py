@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -46,15 +46,8 @@ class PreferenceModule(ReferenceModule):
         loss: Preference loss, see ``rlhf.dpo.objective``: a function with its settings filled in, or an ``nn.Module``.
         beta: Strength of the regularization towards the reference model, in reward units per nat. Some losses define it
             differently.
-        reference_free: Train without a reference model. The loss then reads log-probs instead of log-ratios.
         length_normalized: Average log-probs over the tokens of a response instead of summing them.
         sft_coef: Weight of the SFT term, the negative log-likelihood per token of the chosen responses.
-        precompute_ref_logprobs: When the reference model's log-probs of the data are computed. ``lazy``: together with
-            the first batch that needs them, and then no more. true: those of all rows before training. In both cases,
-            the memory of the reference model is then freed, and the data must be a ``RecordDataModule``. false: at
-            every step.
-        ref_logprobs_cache: Directory where these log-probs are stored, keyed by model and data, so that the runs of a
-            sweep compute them once. null: they are not stored.
         samples: Number of validation prompts to which responses are sampled after each validation and after training,
             greedily. TensorBoard and the log show them with their implicit rewards. If the reference model has been
             freed, it is opened again for each table. 0 disables it.
@@ -63,7 +56,7 @@ class PreferenceModule(ReferenceModule):
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
         warmup_ratio: Fraction of all optimizer steps over which the learning rate rises linearly from 0.
-        optimizer: Further keywords of ``StageModule``.
+        keys: Further keywords of ``ReferenceModule``.
     """
 
     monitor = "val/rewards/accuracies"
@@ -74,32 +67,25 @@ class PreferenceModule(ReferenceModule):
         policy: ModelSource,
         loss: Callable[..., Tensor],
         beta: PositiveFloat = 0.3,
-        reference_free: bool = False,
         length_normalized: bool = False,
         sft_coef: NonNegativeFloat = 0.0,
-        precompute_ref_logprobs: bool | Literal["lazy"] = "lazy",
-        ref_logprobs_cache: str | None = None,
         samples: NonNegativeInt = 4,
         max_new_tokens: PositiveInt = 64,
         sampler: Sampler | None = None,
         learning_rate: PositiveFloat = 1e-4,
         schedule: Schedule = "linear",
         warmup_ratio: FractionBelowOne = 0.05,
-        **optimizer: Any,
+        **keys: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio, **optimizer)
+        super().__init__(learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio, **keys)
         self.source = policy
         self.loss = loss
         self.beta = beta
-        self.reference_free = reference_free
         self.length_normalized = length_normalized
         self.sft_coef = sft_coef
-        self.precompute_ref_logprobs = precompute_ref_logprobs
-        self.ref_logprobs_cache = ref_logprobs_cache
         self.samples = samples
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.sampler = sampler or LocalSampler()
-        self.reference = None
         self._sampled_at = -1  # Optimizer step of the latest table of samples.
         self._check_ranges()
         self._check_loss()

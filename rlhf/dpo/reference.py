@@ -25,22 +25,39 @@ SPLITS = ("train", "val")
 class ReferenceModule(StageModule):
     """A stage with a frozen reference model, whose log-probs of the data are computed once.
 
+    Args:
+        reference_free: Train without a reference model. The loss then reads log-probs instead of log-ratios.
+        precompute_ref_logprobs: When the reference model's log-probs of the data are computed. ``lazy``: together with
+            the first batch that needs them, and then no more. true: those of all rows before training. In both cases,
+            the memory of the reference model is then freed, and the data must be a ``RecordDataModule``. false: at
+            every step.
+        ref_logprobs_cache: Directory where these log-probs are stored, keyed by model and data, so that the runs of a
+            sweep compute them once. null: they are not stored.
+        optimizer: Further keywords of ``StageModule``.
+
     Attributes:
         policy: The policy.
         reference: The reference model; None without one, and after its memory has been freed.
-        reference_free: Train without a reference model.
-        precompute_ref_logprobs: See ``PreferenceModule``.
-        ref_logprobs_cache: See ``PreferenceModule``.
     """
 
     policy: Policy
-    reference: Frozen | None
-    reference_free: bool
-    precompute_ref_logprobs: bool | Literal["lazy"]
-    ref_logprobs_cache: str | None
-    _known: ReferenceLogprobs | None = None
-    _known_data: RecordDataModule | None = None
-    _checkpointed: Mapping[str, Any] | None = None  # log-probs in the checkpoint that training resumes from
+
+    def __init__(
+        self,
+        *,
+        reference_free: bool = False,
+        precompute_ref_logprobs: bool | Literal["lazy"] = "lazy",
+        ref_logprobs_cache: str | None = None,
+        **optimizer: Any,
+    ) -> None:
+        super().__init__(**optimizer)
+        self.reference_free = reference_free
+        self.precompute_ref_logprobs = precompute_ref_logprobs
+        self.ref_logprobs_cache = ref_logprobs_cache
+        self.reference: Frozen | None = None
+        self._known: ReferenceLogprobs | None = None
+        self._known_data: RecordDataModule | None = None
+        self._checkpointed: Mapping[str, Any] = {}  # log-probs in the checkpoint that training resumes from
 
     def open_reference(self) -> Frozen:
         """Open the reference model."""
@@ -108,7 +125,7 @@ class ReferenceModule(StageModule):
         for split in SPLITS:
             if data.records(split):
                 if self.precompute_ref_logprobs == "lazy" and not is_sharded:
-                    self._known.attach(data.encoded(split), split, (self._checkpointed or {}).get(split))
+                    self._known.attach(data.encoded(split), split, self._checkpointed.get(split))
                 else:
                     self._known.fill(data.encoded(split), split)
         if not is_sharded:  # A sharded model cannot be opened again.
@@ -146,4 +163,4 @@ class ReferenceModule(StageModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._checkpointed = checkpoint.get("ref_logprobs")
+        self._checkpointed = checkpoint.get("ref_logprobs") or {}

@@ -15,7 +15,7 @@ from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, ModelInputs, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import IterationMetrics, critic_metrics, response_columns, rollout_metrics
+from rlhf.rl.metrics import critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.objective import token_rewards
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
@@ -29,8 +29,6 @@ from rlhf.rl.settings import (
     check_update,
     loss_reduction_function,
 )
-from rlhf.rl.skipping import UpdateGuard
-from rlhf.rl.update_limits import UpdateLimits
 from rlhf.rl.updates import UpdateModule
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -61,7 +59,6 @@ class OnPolicyModule(UpdateModule):
             None: the defaults of ``SamplingParams``.
         scores: Normalization and clipping of scores. None: the defaults of ``ScoreShaping``.
         kl: Where and how the KL penalty is applied. None: the defaults of ``KLController``.
-        limits: Limits on updates, in addition to the clip range. None: no limits.
         kl_coef: KL coefficient, in reward units per nat, or in loss units per nat with ``stage.kl.apply_to=loss``.
         clip_range: epsilon of the clipped surrogate loss (Schulman et al. 2017, section 3, arXiv:1707.06347).
         clip_range_high: epsilon for ratios above 1. A larger one lets unlikely tokens gain probability faster: Yu et
@@ -75,7 +72,7 @@ class OnPolicyModule(UpdateModule):
         learning_rate: Peak learning rate of AdamW.
         eps: AdamW epsilon.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
-        optimizer: The remaining keys are those of ``StageModule``.
+        keys: The remaining keys are those of ``UpdateModule``.
 
     Raises:
         ConfigError: A value is out of range, or settings contradict each other.
@@ -101,7 +98,6 @@ class OnPolicyModule(UpdateModule):
         sampling: SamplingParams | None = None,
         scores: ScoreShaping | None = None,
         kl: KLController | None = None,
-        limits: UpdateLimits | None = None,
         kl_coef: NonNegativeFloat = 0.1,
         clip_range: PositiveFloat = 0.2,
         clip_range_high: PositiveFloat | None = None,
@@ -112,9 +108,9 @@ class OnPolicyModule(UpdateModule):
         learning_rate: PositiveFloat = 3e-4,
         eps: PositiveFloat = 1e-5,
         schedule: Schedule = "linear",
-        **optimizer: Any,
+        **keys: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, eps=eps, schedule=schedule, **optimizer)
+        super().__init__(learning_rate=learning_rate, eps=eps, schedule=schedule, **keys)
         self.sampling = sampling or SamplingParams()
         check_sampling(self.sampling)
         check_update(clip_range, clip_range_high, loss_reduction, ppo_epochs, minibatch_size)
@@ -133,22 +129,16 @@ class OnPolicyModule(UpdateModule):
         self.kl = kl or self.default_kl()
         self.kl.initialize(kl_coef)
         self.loss_reduction = loss_reduction_function(loss_reduction, self.sampling.max_new_tokens)
-        limits = limits or UpdateLimits()
         self.policy_update = PolicyUpdate(
             kl=self.kl,
             clip_range=clip_range,
             clip_range_high=clip_range if clip_range_high is None else clip_range_high,
             entropy_coef=entropy_coef,
-            limits=limits,
+            limits=self.guard.limits,
             loss_reduction=self.loss_reduction,
         )
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
-        self.iterations = 0  # number of iterations started
-        self.rollout_is_nonfinite = False
-        self.iteration_metrics = IterationMetrics()
-        self.guard = UpdateGuard(limits)
-        self.sample_rows: list[tuple[str | float, ...]] = []  # the table of samples of this iteration
 
     # Models
 

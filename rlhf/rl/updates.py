@@ -11,11 +11,16 @@ from rlhf.errors import ConfigError
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.metrics import IterationMetrics, checked_columns
 from rlhf.rl.skipping import UpdateGuard, zero_loss
+from rlhf.rl.update_limits import UpdateLimits
 from rlhf.stage import StageModule
 
 
 class UpdateModule(StageModule):
     """A stage that trains on minibatches of experience and logs once per iteration.
+
+    Args:
+        limits: Limits on updates, in addition to the clip range. None: no limits.
+        optimizer: Further keywords of ``StageModule``.
 
     Attributes:
         guard: Decides which minibatches are skipped.
@@ -25,11 +30,13 @@ class UpdateModule(StageModule):
         sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
     """
 
-    guard: UpdateGuard
-    iteration_metrics: IterationMetrics
-    iterations: int
-    rollout_is_nonfinite: bool
-    sample_rows: Sequence[tuple[str | float, ...]]
+    def __init__(self, *, limits: UpdateLimits | None = None, **optimizer: Any) -> None:
+        super().__init__(**optimizer)
+        self.guard = UpdateGuard(limits or UpdateLimits())
+        self.iteration_metrics = IterationMetrics()
+        self.iterations = 0
+        self.rollout_is_nonfinite = False
+        self.sample_rows: Sequence[tuple[str | float, ...]] = []
 
     def must_skip_rollout(self, columns: Mapping[str, Tensor], dump: Mapping[str, Any]) -> bool:
         """Return whether a rollout is not finite. Its iteration then keeps its length, but nothing is trained on it.
