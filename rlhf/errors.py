@@ -143,10 +143,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return _override_message(error.override)
     if isinstance(error, TypeError | ValueError | AssertionError) and _is_raised_by_hydra(error):
-        if "Got NoneType" in str(error):
-            return "A config group cannot be null.\n  To select none of its configurations, type [], as in logger=[]"
-        problem = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
-        return f"Hydra rejects an override: {problem}.\n  {_hydra_hint(error)}"
+        return _rejected_override(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         override = getattr(error, "override", None)
         return f"{f'{override}: ' if override else ''}{_hydra_message(error)}\n  {_hydra_hint(error)}"
@@ -158,6 +155,14 @@ def _is_raised_by_hydra(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     directories = (("hydra", "_internal"), ("hydra", "core"))
     return bool(frames) and Path(frames[-1].filename).parent.parts[-2:] in directories
+
+
+def _rejected_override(error: Exception) -> str:
+    """Return the message for an override that Hydra rejects with a Python error."""
+    if "Got NoneType" in str(error):
+        return "A config group cannot be null.\n  To select none of its configurations, type [], as in logger=[]"
+    problem = "its key is empty" if isinstance(error, AssertionError) else str(error).split(" : ")[0]
+    return f"Hydra rejects an override: {problem}.\n  {_hydra_hint(error)}"
 
 
 def _override_message(override: str) -> str:
