@@ -181,7 +181,7 @@ class Alerts(Callback):
         self._seen_step = module.metrics_step
         metrics = dict(module.metrics)
         if gradient_scaler(trainer.precision_plugin) is not None and not math.isfinite(metrics.get("grad_norm", 0.0)):
-            del metrics["grad_norm"]  # The scaler skips such steps, which is no fault.
+            del metrics["grad_norm"]  # The scaler skips such steps, which is expected.
         messages = self.update(metrics)
         started = sorted(name for name, message in messages.items() if message and not self.active.get(name))
         self.active |= {name: bool(message) for name, message in messages.items()}

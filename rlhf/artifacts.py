@@ -216,7 +216,7 @@ def complete_export(cfg: DictConfig, output: Path, start: Callable[[], None]) ->
 def _makes_final_model(info: StageInfo, path: Path, run_directory: Path) -> bool:
     """Return whether the result of a stage becomes the final model of the run: no preferred stage has made that.
 
-    Stages of a lower ``rl_priority`` are preferred, if they were trained from the present models of the run.
+    Stages of a lower ``rl_priority`` are preferred, if they were trained from the current models of the run.
     """
     if info.rl_priority is None or path.parent != run_directory / info.name:
         return False

@@ -28,7 +28,7 @@ class Boundary:
 
     @classmethod
     def here(cls, trainer: Trainer, module: LightningModule) -> "Boundary":
-        """Return the present state of a run on a single process."""
+        """Return the current state of a run on a single process."""
         entries = {
             "loops": trainer._checkpoint_connector._get_loops_state_dict(),
             "random_states": [get_random_state()],

@@ -211,7 +211,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._numbered_step = trainer.global_step
 
     def _save_last(self, trainer: Trainer, boundary: Boundary | None = None) -> None:
-        """Write ``last.ckpt`` of the present position, or of an earlier one after which no weight has changed."""
+        """Write ``last.ckpt`` of the current position, or of an earlier one after which no weight has changed."""
         if not self.save_last:
             return
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a ``*_final.pt`` contains, read from a file of anyone: data only, checked before it is used."""
+"""The contents of a possibly untrusted ``*_final.pt``: plain data, validated before use."""
 
 import json
 import tempfile

@@ -53,7 +53,7 @@ def check_resumable(
     force: bool = False,
     is_finished: bool = False,
 ) -> None:
-    """Reject to continue from a checkpoint or a result that was made from other inputs, data or settings.
+    """Refuse to continue from a checkpoint or result that was made from other inputs, data or settings.
 
     Args:
         path: The checkpoint or the result.

@@ -70,8 +70,8 @@ def finished_result(cfg: DictConfig, output: Path, provenance: Mapping[str, Any]
     if not cfg.resume or not path.is_file():
         return None
     result = Export(str(path))
-    recorded, present = settings(result.provenance), settings(provenance)
-    if any(recorded.get(key) != present.get(key) for key in LENGTH):
+    recorded, current = settings(result.provenance), settings(provenance)
+    if any(recorded.get(key) != current.get(key) for key in LENGTH):
         return None
     check_resumable(result.path, result.provenance, provenance, force=cfg.resume == "force", is_finished=True)
     return result

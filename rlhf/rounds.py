@@ -1,4 +1,4 @@
-"""Rounds of the pipeline: collect preferences of the present policy's responses, train on them, and evaluate."""
+"""Rounds of the pipeline: collect preferences of the current policy's responses, train on them, and evaluate."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from rlhf.errors import ConfigError
 
 MAX_JOB_NAME = 100  # characters
-swept_keys: set[str] = set()  # what the present sweep iterates over; ``SweepTable`` sets it
+swept_keys: set[str] = set()  # what the current sweep iterates over; ``SweepTable`` sets it
 _NAME = re.compile(r"\w[\w.,+=@ -]{0,199}")
 
 

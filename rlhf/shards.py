@@ -1,6 +1,6 @@
 """Checkpoint directories of ``trainer=fsdp``, read without running code that they may contain.
 
-PyTorch stores the index of such a directory, and every value that is no tensor, as a pickle.
+PyTorch stores the index of such a directory, and every value that is not a tensor, as a pickle.
 """
 
 import io
@@ -84,7 +84,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Loads values that are no tensors with ``weights_only=True``."""
+    """Loads non-tensor values with ``weights_only=True``."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         try:

@@ -90,7 +90,8 @@ class SignalReceiver:
         are in another collective operation.
         """
         received = signal.Signals(number)
-        started = bool(self.trainer._signal_connector._original_handlers)  # Before, the Trainer checks for no signal.
+        # Before it installs its handlers, the Trainer does not check for signals.
+        started = bool(self.trainer._signal_connector._original_handlers)
         if received is signal.SIGINT and (self.first is signal.SIGINT or not started):
             signal.default_int_handler(number, frame)
         launcher: Any = self.trainer.strategy.launcher

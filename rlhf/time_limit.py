@@ -1,4 +1,4 @@
-"""A time limit for what files of others make this process do."""
+"""A time limit for work that untrusted files cause."""
 
 import signal
 import threading

@@ -65,7 +65,7 @@ def unpack_tokenizer(files: Mapping[Any, Any], origin: str) -> PreTrainedTokeniz
             )
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is no Exception.
+        except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is not an Exception.
             reason = str(error).splitlines()[:1] or [type(error).__name__]
             raise DataError(f"{origin}: its tokenizer cannot be opened ({reason[0]}).", _REPLACE) from error
     check_tokenizer(tokenizer, origin)

@@ -1,4 +1,4 @@
-"""Try out tokenizers and chat templates of others in a separate process with a time limit.
+"""Test untrusted tokenizers and chat templates in a separate process with a time limit.
 
 A chat template is a program, and a regular expression can take exponential time. Neither can be interrupted reliably
 within a process.
@@ -71,7 +71,7 @@ def check_template(tokenizer: Any) -> None:
 
 @contextmanager
 def encoding() -> Iterator[None]:
-    """Turn a failure within the Rust code of a tokenizer, which is no ``Exception``, into a ``DataError``.
+    """Turn a failure within the Rust code of a tokenizer, which is not an ``Exception``, into a ``DataError``.
 
     Its regular expressions give up after some million steps, and the code panics.
     """
@@ -143,7 +143,7 @@ def _encode(serialized: str) -> str | None:
     for text in TEXTS:
         try:
             tokenizer.encode(text)
-        except BaseException as error:  # A panic in Rust is no Exception.
+        except BaseException as error:  # A panic in Rust is not an Exception.
             return f"fails ({_reason(error)})"
     return None
 

@@ -57,7 +57,7 @@ def test_a_pickle_as_the_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pickle_as_a_value_is_refused(tmp_path: Path) -> None:
-    """PyTorch stores values that are no tensors as pickles, and would run them."""
+    """PyTorch stores non-tensor values as pickles, and would run them."""
     write(tmp_path / "dcp", extra=Bomb(tmp_path))
     with pytest.raises(DataError, match=r"state\.extra: the value in the checkpoint is not plain data"):
         load_shards(empty(extra=0.0), tmp_path / "dcp")

@@ -77,7 +77,7 @@ class Commands:
             name = "/quit"
         if name not in self.commands:
             raise ConfigError(
-                f"There is no command {name}. /help lists the commands.", "A prompt that starts with / is typed as //."
+                f"There is no command {name}. /help lists the commands.", "To start a prompt with /, type //."
             )
         return self.commands[name].run(argument.strip())
 

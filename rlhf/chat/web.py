@@ -57,7 +57,7 @@ def run_browser(chat: Chat, *, host: str, port: int, token: str | None) -> int:
 class ChatPage:
     """The requests of the page. The conversation is on the server, so that reloading the page keeps it.
 
-    One prompt at a time is processed. All computations are done in one thread.
+    Prompts are processed one at a time, in a single worker thread.
 
     Args:
         chat: The chat.

@@ -1,4 +1,4 @@
-"""Preference pairs from the responses of the present policy."""
+"""Preference pairs from the responses of the current policy."""
 
 from rlhf.collect.datamodule import CollectDataModule
 from rlhf.collect.labels import Labels, PageLabels, RewardLabels

@@ -14,7 +14,7 @@ def best_and_worst(scores: Tensor) -> Tensor:
 
     Reference: Yuan et al. 2024, Self-Rewarding Language Models, section 2.4 (arXiv:2401.10020).
     """
-    # argmax and argmin both return the first index of equal scores only by chance, so ties are resolved here.
+    # argmax and argmin do not specify which of several equal scores they return, so ties are broken here.
     order = scores.argsort(dim=1, stable=True)
     is_tie = scores.amax(dim=1) == scores.amin(dim=1)
     pairs = order[:, [-1, 0]]

@@ -23,7 +23,7 @@ class JsonLines(LazySequence[Row]):
     """Rows of a JSON Lines file. A line is parsed when its row is accessed, so memory holds 16 bytes per row.
 
     Args:
-        path: The file, which is not empty. Blank lines are no rows.
+        path: The file, which is not empty. Blank lines are skipped.
     """
 
     def __init__(self, path: str) -> None:

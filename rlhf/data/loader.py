@@ -78,8 +78,8 @@ class BucketBatchSampler:
         With ``drop_last``, other rows fill the only batch if fewer rows are left.
 
         Args:
-            parts: What has been trained on: a number of batches, and the rows of each of them over all ranks. The parts
-                have followed each other, and each had the rows that those before it had left.
+            parts: What has been trained on: a number of batches, and the rows of each of them over all ranks. Parts
+                are consecutive; each one drew from the rows that the earlier parts had left.
         """
         left, skipped = torch.arange(len(self.lengths)), 0
         for number, (done, size) in enumerate(parts, 1):
@@ -241,7 +241,7 @@ def with_loss_weights(batches: Iterator[Batch], per_step: int, world: int = 1, b
         batches: The batches of this rank.
         per_step: Batches per optimizer step and rank.
         world: Number of ranks.
-        begun: Batches of the first optimizer step that come no more.
+        begun: Number of batches of the first optimizer step that were consumed before.
     """
     while step := list(islice(batches, per_step - begun)):
         begun = 0

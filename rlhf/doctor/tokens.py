@@ -118,7 +118,10 @@ def special_tokens(split: Split, tokenizer: PreTrainedTokenizerBase) -> list[Fin
 
 
 def percentiles(values: Sequence[int]) -> list[int]:
-    """Return the 50th, 90th and 99th percentile and the maximum: the smallest value that so many do not exceed."""
+    """Return the 50th, 90th and 99th percentile and the maximum.
+
+    A percentile is the smallest value that at least this share of the values does not exceed.
+    """
     ordered = sorted(values)
     return [ordered[max(0, -(-len(ordered) * percent // 100) - 1)] for percent in PERCENTILES]
 

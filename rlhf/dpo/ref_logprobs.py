@@ -37,7 +37,8 @@ class ReferenceLogprobs:
         compute: Function from sequences to [batch] summed log-probs of their responses, in nats.
         batch_size: Responses per forward pass of ``fill``.
         directory: Directory of the cache, with one file per split. None: nothing is cached.
-        model_key: Identifies the reference model, see ``model_key``, or what it is computed with.
+        model_key: Hash of the reference model (see the function ``model_key``), or only its precision and device if
+            nothing is cached.
     """
 
     compute: Callable[[SequenceBatch], Tensor]

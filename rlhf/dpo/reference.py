@@ -27,10 +27,10 @@ class ReferenceModule(StageModule):
 
     Args:
         reference_free: Train without a reference model. The loss then reads log-probs instead of log-ratios.
-        precompute_ref_logprobs: When the reference model's log-probs of the data are computed. ``lazy``: together with
-            the first batch that needs them, and then no more. true: those of all rows before training. In both cases,
-            the memory of the reference model is then freed, and the data must be a ``RecordDataModule``. false: at
-            every step.
+        precompute_ref_logprobs: When the reference model's log-probs of the data are computed. ``lazy``: when a batch
+            first needs them; later epochs reuse them. true: those of all rows before training. In both cases, the
+            memory of the reference model is then freed, and the data must be a ``RecordDataModule``. false: at every
+            step.
         ref_logprobs_cache: Directory where these log-probs are stored, keyed by model and data, so that the runs of a
             sweep compute them once. null: they are not stored.
         optimizer: Further keywords of ``StageModule``.

@@ -47,7 +47,7 @@ class EvaluateModule(lightning.LightningModule):
         baseline: Name of the model that win rates and KL refer to.
         reward_model: Reward model that scores the responses, or several as an ensemble. null: the reward model of the
             run, if there is one.
-        gold: Function that scores the responses as well, as ``file.py:function``; see ``PythonReward``. null: none.
+        gold: Additional function that scores the responses, as ``file.py:function``; see ``PythonReward``. null: none.
         sampling: Sampling settings, equal for all models.
         sampler: Sampler of the responses. null: ``LocalSampler``.
         output: Directory of metrics.json and samples.jsonl.
@@ -195,7 +195,7 @@ class EvaluateModule(lightning.LightningModule):
         return [self.sample_once(batch) for _ in range(max(self.best_of_n))]
 
     def sample_once(self, batch: PromptBatch) -> ResponseBatch:
-        """Sample a response to each prompt with the present model of the sampler."""
+        """Sample a response to each prompt with the current model of the sampler."""
         with self.trainer.precision_plugin.forward_context():
             rollout = self.sampler.sample(batch.input_ids, self.sampling)
         texts = rollout.decode(self.tokenizer)

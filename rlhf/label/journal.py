@@ -44,7 +44,7 @@ class Journal:
         path: The file. It is created with the first event.
 
     Raises:
-        DataError: A line is no event.
+        DataError: A line is not an event.
     """
 
     def __init__(self, path: Path) -> None:

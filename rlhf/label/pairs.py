@@ -115,7 +115,7 @@ def read_pairs(path: Path, models: Sequence[str] | None = None) -> list[Pair]:
             f"Set command.models=[{','.join(sorted(names))}].",
         )
     if not found:
-        raise ConfigError(f"{path} has no two different responses to a prompt.", "Compare other models.")
+        raise ConfigError(f"{path} contains no prompt with two different responses.", "Compare other models.")
     return list(found.values())
 
 

@@ -1,7 +1,7 @@
 """Hidden states of two models that compute at the same time on the CPU, each with half of the threads.
 
-The operations of small models are too short for all threads: they wait for each other at the end of each operation, and
-for Python in between.
+The operations of small models are too short to keep all threads busy: threads wait for each other after every
+operation, and for Python in between.
 """
 
 import os

@@ -77,5 +77,5 @@ def allows_partial_last_layer(trunk: Any) -> bool:
 
 
 def last_layer(trunk: Any) -> Any:
-    """Return the last layer, whose place has one of two names in transformers."""
+    """Return the last decoder layer; transformers stores the layers under one of two names."""
     return (trunk.layers if hasattr(trunk, "layers") else trunk.h)[-1]

@@ -55,7 +55,7 @@ def opening(path: str, kind: str, fix: str = MODEL_FOLDER) -> Iterator[None]:
         yield
     except (UserError, *_TOLERATED):
         raise
-    except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is no Exception.
+    except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is not an Exception.
         reason = _damaged_file(Path(path)) or _explained(error, path)
         raise DataError(f"{path}: could not load a {kind} from this path ({reason}).", fix) from error
 

@@ -1,7 +1,7 @@
 """Attention of short rows that are packed in a single row, in one padded batch.
 
-With few tokens in a row, PyTorch's SDPA on a CPU takes most of its time outside of the products of matrices. A batch of
-them is faster, although it computes padding.
+With few tokens in a row, PyTorch's SDPA on a CPU spends most of its time outside the matrix products. One batched
+product is faster, even though it includes padding.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What short forward passes that find out what a model can do have in common."""
+"""Helpers for probes: short forward passes that detect what a model supports."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# What models raise that cannot do what they are asked to.
+# Exceptions that models raise for an unsupported operation.
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""Responses in the making: one decoding step after the other, for ``sample`` and ``stream`` alike."""
+"""Step-by-step decoding, shared by ``sample`` and ``stream``."""
 
 import logging
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""What the Trainer and the training loader have to know of each other."""
+"""Keep the Trainer and the training loader in agreement about where epochs and steps end."""
 
 import math
 from typing import Any

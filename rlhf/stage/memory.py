@@ -61,7 +61,7 @@ class BatchSplitter:
         step = [micro.batch for micro in module.nonfinite.step]
         todo = step[-1:]
         while (metrics := self._compute(module, todo)) is None:
-            # The error has been forgotten here, and with it the activations that its traceback has held.
+            # The exception has been released by now, and with it the activations that its traceback kept alive.
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
@@ -152,7 +152,7 @@ def _phase(error: BaseException) -> str:
 
 
 def _fix(phase: str, module: Any, datamodule: Any) -> str:
-    """Return the keys to change, with values where one half of the present value is enough."""
+    """Return the keys to change, with values where one half of the current value is enough."""
     length = f"data.max_length={max(datamodule.max_length // 2, 2)}"
     on_policy = hasattr(module, "minibatch_size")
     if phase == SAMPLING:

@@ -126,7 +126,7 @@ class NonfiniteGuard:
     def _is_finite(module: Any, norm: float, step: Sequence[MicroBatch]) -> bool:
         if gradient_scaler(module.trainer.precision_plugin) is None:
             return math.isfinite(norm)
-        # With float16, the gradient scaler skips steps whose scaled gradient overflows, which is no fault.
+        # With float16, the gradient scaler skips steps whose scaled gradient overflows, which is expected.
         losses = [micro.loss.float() for micro in step if micro.loss is not None]
         return all(gather_objects(bool(torch.stack(losses).isfinite().all()) if losses else True))
 

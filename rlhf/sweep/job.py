@@ -50,7 +50,7 @@ class Job:
         value: Its value; None if there is none, or if the job has failed.
         seconds: How long the job took.
         error: Why it has failed; empty if it has not.
-        exit_code: With which exit code the same command would have ended outside of a sweep.
+        exit_code: Exit code of the same command outside a sweep.
     """
 
     overrides: list[str]

@@ -61,7 +61,7 @@ def test_help_lists_every_command(typed: Typed) -> None:
     ],
 )
 def test_sampling_settings(typed: Typed, line: str, name: str, value: float) -> None:
-    """A command without a value shows the present one."""
+    """A command without a value shows the current one."""
     assert f"{name}: {value}" in typed(line)
     assert getattr(typed.chat.sampling, name) == value
     assert f"{name}: {value}" in typed(line.split()[0])

@@ -82,7 +82,7 @@ def test_other_rows_are_located(tmp_path: Path, row: Any) -> None:
 
 
 def test_a_file_without_pairs_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no two different responses to a prompt"):
+    with pytest.raises(ConfigError, match="contains no prompt with two different responses"):
         read_pairs(write(tmp_path, {"prompt": "p", "responses": [{"text": "x"}, {"text": "x"}]}))
     with pytest.raises(ConfigError, match="there is no such file, or it is empty"):
         read_pairs(tmp_path / "nothing.jsonl")
