@@ -79,7 +79,7 @@ class LeanBatch(ABC):
         """Copy the cache of one row to another."""
 
     def rewind(self, rows: Sequence[int]) -> None:  # noqa: B027
-        """Reset finished rows that remain in the batch so that they neither overflow the cache nor slow down decoding."""
+        """Reset finished rows of the batch, so that they neither overflow the cache nor slow down decoding."""
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Remove rows from the batch. The last rows move into their places.
