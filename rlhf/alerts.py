@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from rlhf.alert_rules import RULES
 from rlhf.logs import TextLogger
 from rlhf.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import StageModule
@@ -18,52 +19,6 @@ from rlhf.stage.precision import gradient_scaler
 log = logging.getLogger(__name__)
 MAX_HISTORY = 50  # Earlier values of a metric that are kept.
 MIN_HISTORY = 10  # Values of a metric before its median or the critic's explained variance is used.
-
-
-class Advice(NamedTuple):
-    """What an active alert means, and what to change. The documentation's table of alerts is generated from these."""
-
-    meaning: str
-    change: str
-
-
-ADVICE = {
-    "kl": Advice(
-        "The policy has moved far away from the reference model.",
-        "Raise stage.kl_coef, lower stage.learning_rate, or set stage.clip_range=0.1 or stage.ppo_epochs=2.",
-    ),
-    "length": Advice(
-        "Scores rise because responses get longer, which is a form of reward hacking.",
-        "Raise stage.kl_coef, train for fewer iterations (trainer.limit_train_batches), or use a reward model without "
-        "length bias. Compare the responses of stage=evaluate.",
-    ),
-    "repetition": Advice(
-        "Responses repeat themselves.",
-        "Raise stage.kl_coef, lower stage.learning_rate, or set stage.sampling.temperature=1.",
-    ),
-    "truncation": Advice(
-        "Responses reach the maximum length without EOS.",
-        "Raise stage.scores.missing_eos_penalty or stage.sampling.max_new_tokens, or train stage=sft for longer.",
-    ),
-    "entropy": Advice(
-        "The policy has collapsed: it samples nearly the same response every time.",
-        "Set stage.sampling.temperature=1, raise stage.kl_coef, or lower stage.learning_rate.",
-    ),
-    "constant_scores": Advice(
-        "Every response of an iteration has the same score, so there is nothing to learn from.",
-        "Check the function in reward.path, and the samples in the log.",
-    ),
-    "explained_variance": Advice(
-        "The critic predicts returns worse than a constant would, so advantages are mostly noise.",
-        "Raise stage.critic_learning_rate or stage.value_coef, or set stage.value_clip_range=null. Check val/accuracy "
-        "of the reward model.",
-    ),
-    "gradient_norm": Advice(
-        "The gradient is much larger than before, or not finite: training is unstable.",
-        "Lower stage.learning_rate, raise stage.warmup_ratio, or set trainer.gradient_clip_val=1.0. Inspect the data "
-        "of this step.",
-    ),
-}
 
 
 class Alerts(Callback):
@@ -115,19 +70,10 @@ class Alerts(Callback):
 
     # Rules
 
-    def rules(self) -> dict[str, tuple[tuple[str, ...], float]]:
-        """Return the metrics and the threshold of every enabled alert, by name."""
-        rules = {
-            "kl": (("objective/kl",), self.max_kl_per_sequence),
-            "length": (("response/length", "objective/scores"), self.max_length_growth),
-            "repetition": (("response/repetition",), self.max_repetition_share),
-            "truncation": (("response/truncated",), self.max_truncated_share),
-            "entropy": (("policy/entropy_avg",), self.min_entropy_per_token),
-            "constant_scores": (("objective/score_range",), self.min_score_range),
-            "explained_variance": (("critic/explained_variance",), self.min_explained_variance),
-            "gradient_norm": (("grad_norm",), self.max_gradient_norm_ratio),
-        }
-        return {name: (metrics, limit) for name, (metrics, limit) in rules.items() if limit is not None}
+    def thresholds(self) -> dict[str, float]:
+        """Return the threshold of every enabled alert, by name."""
+        thresholds = {name: getattr(self, rule.setting) for name, rule in RULES.items()}
+        return {name: threshold for name, threshold in thresholds.items() if threshold is not None}
 
     def update(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Add the metrics of one step.
@@ -136,28 +82,33 @@ class Alerts(Callback):
             A message for each alert that fires, and an empty string for each one that does not. Alerts whose metrics
             are missing are left out.
         """
-        rules = {name: rule for name, rule in self.rules().items() if metrics.keys() >= set(rule[0])}
-        for name in {name for names, _ in rules.values() for name in names}:
+        measured = {
+            name: threshold
+            for name, threshold in self.thresholds().items()
+            if metrics.keys() >= set(RULES[name].metrics)
+        }
+        for name in {metric for alert in measured for metric in RULES[alert].metrics}:
             value = float(metrics[name])
             if len(first := self.first_values.setdefault(name, [])) < self.window:
                 first.append(value)
             self.recent_values[name] = [*self.recent_values.get(name, []), value][-MAX_HISTORY - 1 :]
-        return {name: self._message(name, names, limit) for name, (names, limit) in rules.items()}
+        return {name: self._message(name, threshold) for name, threshold in measured.items()}
 
-    def _message(self, alert: str, names: tuple[str, ...], limit: float) -> str:
+    def _message(self, alert: str, limit: float) -> str:
         """Return what was measured if the alert fires, otherwise an empty string."""
-        values = self.recent_values[names[0]]
+        metric = RULES[alert].metrics[0]
+        values = self.recent_values[metric]
         if alert == "gradient_norm":
             fires = is_spike(values, limit)
-            return f"{names[0]} is {values[-1]:.3g}, more than {limit:g} times its median" if fires else ""
+            return f"{metric} is {values[-1]:.3g}, more than {limit:g} times its median" if fires else ""
         mean = recent_mean(values, self.window)
         if mean is None or (alert == "explained_variance" and len(values) < MIN_HISTORY + self.window):
             return ""
         if alert == "length":
             return self._length_message(mean, limit)
-        if alert in ("entropy", "constant_scores", "explained_variance"):
-            return f"{names[0]} is {mean:.3g}, below {limit:g}" if not mean >= limit else ""
-        return f"{names[0]} is {mean:.3g}, above {limit:g}" if not mean <= limit else ""
+        if RULES[alert].is_minimum:
+            return f"{metric} is {mean:.3g}, below {limit:g}" if not mean >= limit else ""
+        return f"{metric} is {mean:.3g}, above {limit:g}" if not mean <= limit else ""
 
     def _length_message(self, length: float, limit: float) -> str:
         score = recent_mean(self.recent_values["objective/scores"], self.window)
@@ -188,9 +139,8 @@ class Alerts(Callback):
         if not trainer.is_global_zero:
             return
         for name in started:
-            log.warning(
-                "alert %s at step %d: %s. %s", name, trainer.global_step, messages[name], " ".join(ADVICE[name])
-            )
+            advice = f"{RULES[name].meaning} {RULES[name].change}"
+            log.warning("alert %s at step %d: %s. %s", name, trainer.global_step, messages[name], advice)
         scalars = {f"alerts/{name}": float(bool(message)) for name, message in messages.items()}
         for logger in trainer.loggers:
             if scalars and not isinstance(logger, TextLogger):  # The text log already has the warnings.

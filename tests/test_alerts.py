@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness import MetricsLogger, quick_trainer
-from rlhf.alerts import ADVICE, Alerts, is_spike, recent_mean
+from rlhf.alert_rules import RULES
+from rlhf.alerts import Alerts, is_spike, recent_mean
 from rlhf.stage import Metrics, Result, StageModule
 
 
@@ -116,8 +117,8 @@ def test_nan_fires_an_alert(name: str) -> None:
 
 
 def test_every_alert_has_advice() -> None:
-    assert Alerts().rules().keys() == ADVICE.keys() == FAULTS.keys()
-    assert all(sentence.endswith(".") for advice in ADVICE.values() for sentence in advice)
+    assert Alerts().thresholds().keys() == RULES.keys() == FAULTS.keys()
+    assert all(sentence.endswith(".") for rule in RULES.values() for sentence in (rule.meaning, rule.change))
 
 
 def test_resumed_alerts_continue_where_they_stopped() -> None:
@@ -177,7 +178,7 @@ def test_an_alert_warns_once_until_it_clears(caplog: pytest.LogCaptureFixture) -
         "alert gradient_norm at step 13",
         "alert gradient_norm at step 16",
     ]
-    assert all(sentence in warnings[0] for sentence in ADVICE["gradient_norm"])
+    assert all(text in warnings[0] for text in (RULES["gradient_norm"].meaning, RULES["gradient_norm"].change))
     logged = [metrics["alerts/gradient_norm"] for metrics in logger.calls if "alerts/gradient_norm" in metrics]
     assert logged == [0.0] * 12 + [1.0, 1.0, 0.0, 1.0, 0.0]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rlhf.alert_rules import RULES
 from rlhf.report.events import Alert, Curve
 from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import curves_plot
@@ -25,17 +26,6 @@ PREFERRED = (
     *("policy/entropy_avg", "critic/explained_variance", "grad_norm", "lr"),
 )
 SHOWN = 6  # plots that are not folded
-# Alert -> the metric that it watches.
-WATCHED = {
-    "kl": "objective/kl",
-    "length": "response/length",
-    "repetition": "response/repetition",
-    "truncation": "response/truncated",
-    "entropy": "policy/entropy_avg",
-    "constant_scores": "objective/score_range",
-    "explained_variance": "critic/explained_variance",
-    "gradient_norm": "grad_norm",
-}
 TRAINING_COLOR, VALIDATION_COLOR = 0, 1
 
 
@@ -61,7 +51,7 @@ class StageCurves:
 def stage_curves(record: StageRecord) -> StageCurves:
     """Draw the curves of a stage."""
     groups = metric_groups(record.curves)
-    fired = {WATCHED.get(alert.name) for alert in record.alerts}
+    fired = {_watched(alert) for alert in record.alerts}
     preferred = [name for name in PREFERRED if name in groups]
     main = [name for name in groups if name in fired and name not in preferred[:SHOWN]]
     main = [*preferred[:SHOWN], *main] or list(groups)[:SHOWN]
@@ -87,6 +77,11 @@ def metric_groups(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
     return {first: names for first, names in groups.items() if any(len(curves[name].steps) > 1 for name in names)}
 
 
+def _watched(alert: Alert) -> str | None:
+    """Return the metric that an alert compares with its threshold; None for an alert of another version."""
+    return RULES[alert.name].metrics[0] if alert.name in RULES else None
+
+
 def _plot(record: StageRecord, title: str, names: Sequence[str]) -> Plot:
     lines = [
         Line(
@@ -97,7 +92,7 @@ def _plot(record: StageRecord, title: str, names: Sequence[str]) -> Plot:
         )
         for name in names
     ]
-    alerts = [alert for alert in record.alerts if WATCHED.get(alert.name) in names]
+    alerts = [alert for alert in record.alerts if _watched(alert) in names]
     return curves_plot(f"curve-{identifier(record.name)}-{identifier(title)}", title, lines, alerts)
 
 
