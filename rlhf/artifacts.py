@@ -19,7 +19,7 @@ from rlhf.errors import ConfigError
 from rlhf.export import OUTPUTS, RL_TRAINED, RUN, open_model_source, save_huggingface, save_result
 from rlhf.files import atomic_write, sha256_of_file
 from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
-from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter
+from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter, as_sequence
 from rlhf.stage import Result
 from rlhf.stages import BASE_MODEL, StageInfo, policy_stages, stages
 
@@ -277,7 +277,7 @@ def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, An
         "inputs": {
             name: [
                 {"source": str(source), "sha256": model_digest(getattr(source, "path", ""))}
-                for source in (sources if isinstance(sources, list) else [sources])
+                for source in as_sequence(sources)
             ]
             for name, sources in inputs.items()
             if sources is not None

@@ -13,6 +13,7 @@ from rlhf.chat.session import Chat
 from rlhf.chat.terminal import run_terminal
 from rlhf.config import check_values
 from rlhf.logs import quiet_libraries
+from rlhf.models import as_sequence
 from rlhf.sampling import SamplingParams
 from rlhf.schema import PositiveInt
 
@@ -96,8 +97,7 @@ def open_chat(
     chosen = reward_model or output_of(cfg, "reward")
     scores = None
     if chosen:
-        found: Any = open_sources(cfg, chosen)
-        members = found if isinstance(found, list) else [found]
+        members = as_sequence(open_sources(cfg, chosen))
         vocabulary = members[0].tokenizer(()).get_vocab()
         tokenizers = [model.tokenizer for model in opened.values()]
         fitting = [tokenizer for tokenizer in tokenizers if tokenizer.get_vocab() == vocabulary]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import lightning
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -21,13 +20,14 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch
-from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
+from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen
+from rlhf.stage.sampling_module import SamplingModule
 
 log = logging.getLogger(__name__)
 
 
-class CollectModule(lightning.LightningModule):
+class CollectModule(SamplingModule):
     """Samples responses of a policy, and writes which of them are preferred to a file that reward models and DPO read.
 
     The responses themselves are written to ``candidates.jsonl`` in the same directory.
@@ -60,24 +60,17 @@ class CollectModule(lightning.LightningModule):
         output: str,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reward_model, sampling, sampler)
         self.source, self.reward, self.labels = policy, reward, labels or RewardLabels()
-        if reward_model is None or isinstance(reward_model, Sequence):
-            self.reward_sources = list(reward_model or ())
-        else:
-            self.reward_sources = [reward_model]
         self.num_generations = num_generations
-        self.sampling = sampling or SamplingParams()
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "stage.sampling.temperature must be above 0 in stage=collect, got 0: all responses to a prompt would "
                 "be the same.",
                 "Set stage.sampling.temperature=1.",
             )
-        self.sampler = sampler or LocalSampler()
         self.include, self.output = [Path(path) for path in include], Path(output)
         self.tokenizer = tokenizer or policy.tokenizer(())
-        self.batches: list[PromptBatch] = []
         self.metrics: dict[str, float] = {}
 
     @staticmethod
@@ -86,13 +79,8 @@ class CollectModule(lightning.LightningModule):
         needs_scores = settings["labels"] is None or settings["labels"].needs_scores
         return set() if needs_scores and settings["reward"].needs_model else {"reward_model"}
 
-    @property
-    def response_budget(self) -> int:
-        """Maximum response length in tokens, which the data module reserves in ``max_length``."""
-        return self.sampling.max_new_tokens
-
     def on_test_start(self) -> None:
-        self.batches = []
+        super().on_test_start()
         if self.labels.needs_single_process and self.trainer.world_size > 1:
             raise ConfigError(
                 f"labels=page requires a single process, but there are {self.trainer.world_size}.",
@@ -119,11 +107,6 @@ class CollectModule(lightning.LightningModule):
                     f"stage.include=[{path}] must contain preference pairs.\n{error.args[0]}",
                     "Correct the file, or remove it from stage.include.",
                 ) from error
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        # All prompts are sampled before the reward model is loaded, so that one model is in memory at a time.
-        if not batch.is_filler:
-            self.batches.append(batch)
 
     def on_test_epoch_end(self) -> None:
         # 1. Sample.

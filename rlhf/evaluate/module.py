@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import lightning
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -29,15 +28,16 @@ from rlhf.evaluate.responses import Evaluation, ResponseBatch
 from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
-from rlhf.sampling import LocalSampler, Rollout, Sampler, SamplingParams
+from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.schema import PositiveInt, ScorerPath
 from rlhf.stage.precision import frozen_on_device
+from rlhf.stage.sampling_module import SamplingModule
 from rlhf.tensors import masked_sum
 
 log = logging.getLogger(__name__)
 
 
-class EvaluateModule(lightning.LightningModule):
+class EvaluateModule(SamplingModule):
     """Compares the responses of several models to held-out prompts.
 
     One model at a time is in memory. With several processes, each of them evaluates a share of the prompts.
@@ -73,7 +73,7 @@ class EvaluateModule(lightning.LightningModule):
         best_of_n_model: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reward_model, sampling, sampler)
         if baseline not in models:
             raise ConfigError(
                 f"stage.baseline must be one of the models ({', '.join(models)}), got {baseline}.",
@@ -88,13 +88,7 @@ class EvaluateModule(lightning.LightningModule):
             raise ConfigError(f"stage.bootstrap must be at least 1, got {bootstrap}.", "Set stage.bootstrap=2000.")
         self.sources = dict(models)
         self.baseline = baseline
-        if reward_model is None or isinstance(reward_model, Sequence):
-            self.reward_sources = list(reward_model or ())
-        else:
-            self.reward_sources = [reward_model]
         self.gold = load_scorer(gold, key="stage.gold") if gold else None
-        self.sampling = sampling or SamplingParams()
-        self.sampler = sampler or LocalSampler()
         self.output = Path(output)
         self.bootstrap = bootstrap
         self.best_of_n = sorted(set(best_of_n or ()))
@@ -107,21 +101,7 @@ class EvaluateModule(lightning.LightningModule):
             has_reward_model=bool(self.reward_sources),
         )
         self.tokenizer = tokenizer or self.sources[baseline].tokenizer(())
-        self.batches: list[PromptBatch] = []
         self.metrics: dict[str, Any] = {}
-
-    @property
-    def response_budget(self) -> int:
-        """Maximum response length in tokens, which the data module reserves in ``max_length``."""
-        return self.sampling.max_new_tokens
-
-    def on_test_start(self) -> None:
-        self.batches = []
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        # Models are evaluated one after the other, each on all prompts, so that one of them is in memory at a time.
-        if not batch.is_filler:
-            self.batches.append(batch)
 
     def on_test_epoch_end(self) -> None:
         responses: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}

@@ -11,7 +11,7 @@ from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
 from rlhf.models.scan import limit_scan_chunks
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
 from rlhf.models.shared_prompts import allows_shared_prompts
-from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer
+from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer, as_sequence
 from rlhf.models.token_statistics import EntropyMode
 from rlhf.models.tokenizer import chat_template, train_tokenizer
 from rlhf.models.trunk import hidden_states
@@ -36,6 +36,7 @@ __all__ = [
     "WithAdapter",
     "adapter_of",
     "allows_shared_prompts",
+    "as_sequence",
     "base_weights",
     "cache_name",
     "cast_frozen_matrices",

@@ -1,9 +1,9 @@
 """Model sources: random weights, a Hugging Face directory or a model ID. ``conf/model/`` configures these classes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from rlhf.models.tokenizer import check_embedding, check_vocabulary, train_token
 from rlhf.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.tokenizer_probe import check_tokenizer
 
+T = TypeVar("T")
+
 
 class ModelSource(Protocol):
     """Where a stage gets its models from. ``rlhf.export.Export``, the result of an earlier stage, is one as well."""
@@ -48,6 +50,13 @@ class ModelSource(Protocol):
         Raises:
             UserError: The source does not contain a reward model.
         """
+
+
+def as_sequence(given: T | Sequence[T] | None) -> Sequence[T]:
+    """Return one item or several as a sequence; empty for None."""
+    if given is None:
+        return ()
+    return given if isinstance(given, Sequence) else (given,)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
-from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, disable_dropout, open_reference
+from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, as_sequence, disable_dropout, open_reference
 from rlhf.reward_functions import RewardFunction
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
@@ -23,7 +23,6 @@ from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.settings import (
     LossReduction,
-    as_sequence,
     check_collection,
     check_sampling,
     check_update,

@@ -1,9 +1,9 @@
 """Checks of the settings that the on-policy stages share, made before any model is loaded."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from rlhf.tensors import masked_mean, sequence_mean, sequence_sum
 LossReduction: TypeAlias = Literal["token_mean", "sequence_mean", "sequence_sum"]
 LOSS_REDUCTIONS = get_args(LossReduction)
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -82,10 +81,3 @@ def check_update(
             f"stage.clip_range_high must be positive, got {clip_range_high}.",
             "Set stage.clip_range_high=0.28 or remove it.",
         )
-
-
-def as_sequence(given: T | Sequence[T] | None) -> Sequence[T]:
-    """Return one item or several as a sequence; empty for None."""
-    if given is None:
-        return ()
-    return given if isinstance(given, Sequence) else (given,)

@@ -133,6 +133,7 @@ def test_only_training_code_imports_lightning() -> None:
         "loggers",
         "hyperparameters",
         "reporting",
+        "sampling_module",
     }
     assert kinds <= files
     assert {"stage.reporting", "run"} <= users
