@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.logs import TextLogger
+from rlhf.overrides import leaves
 
 # Metrics of the last logged step; those of validation are shown completely.
 TRAINING_METRICS = ("train/loss", "objective/scores", "objective/kl", "response/length")
@@ -52,20 +53,18 @@ def hyperparameters(cfg: DictConfig) -> dict[str, str | int | float | bool]:
     }
     return {
         name: value
-        for name, value in _flatten("", nodes)
+        for name, value in _shown(nodes)
         if not (isinstance(value, str) and value.startswith(f"{cfg.paths.root}/"))
     }
 
 
-def _flatten(prefix: str, node: Any) -> Iterator[tuple[str, str | int | float | bool]]:
-    """Yield the values below a node. A ``_target_`` is the value of its node, without the module's path."""
-    if isinstance(node, dict):
-        if prefix and (target := node.get("_target_")):
-            yield prefix, str(target).rpartition(".")[2]
-        for key, value in node.items():
-            if not str(key).startswith("_"):
-                yield from _flatten(f"{prefix}.{key}" if prefix else str(key), value)
-    elif isinstance(node, list):
-        yield prefix, ", ".join(map(str, node))
-    elif node is not None:
-        yield prefix, node
+def _shown(nodes: dict[str, Any]) -> Iterator[tuple[str, str | int | float | bool]]:
+    """Yield settings by their full names. A ``_target_`` is the value of its node, without the module's path."""
+    for name, value in leaves(nodes):
+        node, _, key = name.rpartition(".")
+        if key == "_target_":
+            yield node, str(value).rpartition(".")[2]
+        elif isinstance(value, list):
+            yield name, ", ".join(map(str, value))
+        elif value is not None and not key.startswith("_"):
+            yield name, value

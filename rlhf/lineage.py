@@ -14,6 +14,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import sha256_of_file
 from rlhf.models import ModelSource
+from rlhf.overrides import leaves
 from rlhf.stages import StageInfo, stages
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     nodes = {name: config[name] for name in COMPARED if config.get(name) is not None}
     nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
     directory = config.get("paths", {}).get("run", "")
-    flat = {key: value for name, node in nodes.items() for key, value in _flatten(name, node)}
+    flat = dict(leaves(nodes))
     if "adapter" in config:
         flat["adapter"] = "none" if config["adapter"] is None else "lora"
     return {key: _relative(value, directory) for key, value in flat.items() if key not in WITHOUT_EFFECT}
@@ -130,16 +131,8 @@ def code_files(config: Mapping[str, Any]) -> dict[str, str]:
 
     They are those that are set as ``file.py:function``. Modules that these import are not known.
     """
-    values = {key: str(value).rpartition(":")[0] for key, value in _flatten("stage", config["stage"])}
+    values = {key: str(value).rpartition(":")[0] for key, value in leaves(config["stage"], "stage")}
     return {key: path for key, path in values.items() if path.endswith(".py") and Path(path).is_file()}
-
-
-def _flatten(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _flatten(f"{key}.{name}", value)
-    else:
-        yield key, node
 
 
 def _relative(value: Any, directory: str) -> Any:

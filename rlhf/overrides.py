@@ -1,7 +1,9 @@
-"""Overrides of Hydra whose values may contain any character."""
+"""Overrides of Hydra whose values may contain any character, and the keys that overrides name."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _WORD = r"[\w./:@+-]+"
 _PLAIN = re.compile(rf"{_WORD}( {_WORD})*", re.ASCII)
@@ -17,3 +19,12 @@ def quote(value: str | Path) -> str:
 def to_override(key: str, value: str | Path) -> str:
     """Return ``key=value``, with quotes where Hydra requires them."""
     return f"{key}={value if _PLAIN.fullmatch(str(value)) else quote(value)}"
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the full key and the value of every setting below a node of a configuration. A list is one value."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node

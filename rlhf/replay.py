@@ -21,6 +21,7 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.logs import quiet_libraries
 from rlhf.models import Frozen
+from rlhf.overrides import leaves
 from rlhf.run import build_trainer, open_inputs
 from rlhf.sampling import Rollout
 from rlhf.speed import set_speed
@@ -74,7 +75,7 @@ def check_same_config(config: Any, dumped: Mapping[str, Any], directory: Path) -
         dumped: The configuration in the dump; empty if the run was not started by ``train.py``.
         directory: Directory of the dump.
     """
-    then, now = (dict(_leaves({name: one.get(name) for name in COMPARED})) for one in (dumped or config, config))
+    then, now = (dict(leaves({name: one.get(name) for name in COMPARED})) for one in (dumped or config, config))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {then.get(key)} and is {now.get(key)}" for key in changed)
@@ -82,14 +83,6 @@ def check_same_config(config: Any, dumped: Mapping[str, Any], directory: Path) -
             f"replay={directory}: the configuration is not that of the dumped step: {differences}.",
             "Repeat the command of the run, and add only replay=<directory>.",
         )
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
 
 
 class Replay(Callback):

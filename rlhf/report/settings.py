@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.overrides import leaves
 from rlhf.report.records import RunRecord, StageRecord
 from rlhf.report.tables import Table, code, text
 
@@ -92,21 +93,19 @@ def differing_settings(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     Args:
         configs: Configuration of the same stage by the name of its run. A key that a configuration lacks has no value.
     """
-    flat = {name: dict(_flatten("", config)) for name, config in configs.items()}
+    flat = {name: _compared(config) for name, config in configs.items()}
     keys = sorted({key for settings in flat.values() for key in settings})
     found = {key: {name: settings[key] for name, settings in flat.items() if key in settings} for key in keys}
     return {key: values for key, values in found.items() if len(set(values.values())) > 1 or len(values) < len(configs)}
 
 
-def _flatten(prefix: str, node: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if (prefix or key not in OWN) and key not in OWN_KEYS:
-                yield from _flatten(f"{prefix}.{key}" if prefix else str(key), value)
-    elif isinstance(node, str):
-        yield prefix, node
-    else:
-        yield prefix, json.dumps(node, default=str)
+def _compared(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values that may be the same in several runs, as text by their full keys."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in leaves(config)
+        if key.partition(".")[0] not in OWN and not set(key.split(".")) & set(OWN_KEYS)
+    }
 
 
 def _source(entry: dict[str, Any]) -> str:
