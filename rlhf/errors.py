@@ -220,20 +220,32 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _hydra_message(error: BaseException) -> str:
     """Return Hydra's message without its advice to force a key in and without its search path."""
+    key = _unknown_key(error)
+    return f"{key}: there is no such key." if key else _hydra_text(error)
+
+
+def _hydra_text(error: BaseException) -> str:
     lines = str(error).split("Config search path")[0].strip().splitlines()
-    text = "\n".join(line for line in lines if not line.startswith("To append to your "))
-    overridden = re.fullmatch(r"Could not override '([^']+)'\.", text)
+    return "\n".join(line for line in lines if not line.startswith("To append to your "))
+
+
+def _unknown_key(error: BaseException) -> str:
+    """Return the key that does not exist; an empty string for another error."""
+    overridden = re.fullmatch(r"Could not override '([^']+)'\.", _hydra_text(error))
     if overridden is None:
-        return text
+        return ""
     # The unknown key may be inside of the value, as in data.columns={loser: text}.
     unknown = next((str(key) for cause in _causes(error) if (key := getattr(cause, "full_key", None))), "")
-    return f"{unknown if unknown.startswith(overridden[1]) else overridden[1]}: there is no such key."
+    return unknown if unknown.startswith(overridden[1]) else overridden[1]
 
 
 def _hydra_hint(error: BaseException) -> str:
     """Return the fix for an error of Hydra: which stages have a group, or how to configure a step of the pipeline."""
     from rlhf.stages import stages_with_group
+    from rlhf.suggestions import suggestion
 
+    if plugin := re.search(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)", str(error)):
+        return f"Install the plugin of Hydra: pip install hydra-{plugin[2]}-{plugin[1]}"
     group = re.search(r"Could not override '(\w+)'", str(error))
     if group and (names := stages_with_group(group[1])):
         stage = names[0]
@@ -248,4 +260,5 @@ def _hydra_hint(error: BaseException) -> str:
         )
     if added := re.search(r"Could not override 'pipeline\.(variants|overrides)", str(error)):
         return f"Add a key with a plus sign: '+pipeline.{added[1]}.<step>=[\"<key>=<value>\"]'"
-    return "python train.py stage=<stage> --cfg job   shows every key."
+    meant = suggestion(_unknown_key(error), sys.argv[1:])
+    return "\n  ".join(filter(None, [meant, "python train.py stage=<stage> --cfg job   shows every key."]))

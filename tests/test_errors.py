@@ -113,6 +113,17 @@ OVERRIDES = {
         ["stage=sft", "stage.x=1"],
         "stage.x: there is no such key.\n  python train.py stage=<stage> --cfg job   shows every key.",
     ),
+    "a similar key": (
+        ["stage=sft", "learning_rate=1e-4"],
+        "learning_rate: there is no such key.\n  Did you mean stage.learning_rate?\n"
+        "  python train.py stage=<stage> --cfg job   shows every key.",
+    ),
+    "a launcher that is not installed": (
+        ["stage=sft", "hydra/launcher=submitit_local"],
+        "In 'hydra/config': Could not find 'hydra/launcher/submitit_local'\n\n"
+        "Available options in 'hydra/launcher':\n\tbasic\n"
+        "  Install the plugin of Hydra: pip install hydra-submitit-launcher",
+    ),
     "a key of a stage in the pipeline": (
         ["stage.clip_range=0.1"],
         "stage.clip_range: there is no such key.\n  The pipeline runs several stages. Choose one (stage=ppo), or type "
