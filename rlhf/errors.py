@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,17 @@ class Stopped(Exception):
 
     def __str__(self) -> str:
         return _with_hint(super().__str__(), self.hint)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error; the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Iterable[str], shown: int = 5) -> str:
+    """Return the first names for a message, and how many more there are."""
+    every = list(names)
+    return ", ".join(every[:shown]) + (f" and {len(every) - shown} more" if len(every) > shown else "")
 
 
 def _with_hint(message: str, hint: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch, Prompt
 from rlhf.distributed import is_rank_zero
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, listed
 from rlhf.logs import quiet_libraries
 from rlhf.models import Frozen
 from rlhf.overrides import leaves
@@ -30,7 +30,6 @@ from rlhf.stage.random_state import set_random_state
 from rlhf.stages import stages
 
 COMPARED = ("stage", "model", "adapter", "reward", "seed")  # parts of the configuration that a replay depends on
-SHOWN = 5  # names of parameters
 SHOWN_CHARACTERS = 60  # of a response
 
 
@@ -187,8 +186,7 @@ def _weights(module: nn.Module) -> list[str]:
 
 def _names(tensors: Sequence[tuple[str, Tensor]]) -> str:
     names = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more if names else "none"
+    return listed(names) or "none"
 
 
 @contextmanager

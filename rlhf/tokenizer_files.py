@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, first_line
 from rlhf.tokenizer_probe import check_tokenizer
 
 # The files that tokenizers of transformers write: the common ones first, then the vocabularies of single models.
@@ -66,8 +66,7 @@ def unpack_tokenizer(files: Mapping[Any, Any], origin: str) -> PreTrainedTokeniz
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is not an Exception.
-            reason = str(error).splitlines()[:1] or [type(error).__name__]
-            raise DataError(f"{origin}: its tokenizer cannot be opened ({reason[0]}).", _REPLACE) from error
+            raise DataError(f"{origin}: its tokenizer cannot be opened ({first_line(error)}).", _REPLACE) from error
     check_tokenizer(tokenizer, origin)
     return tokenizer
 

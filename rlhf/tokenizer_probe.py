@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, first_line
 
 SECONDS = 20  # of processor time, of which starting the process takes less than one
 _OUT_OF_TIME = {getattr(signal, name, None) for name in ("SIGKILL", "SIGXCPU")}  # Windows has neither.
@@ -81,7 +81,7 @@ def encoding() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise DataError(
-            f"The tokenizer cannot encode a text of the data ({_reason(error)}).",
+            f"The tokenizer cannot encode a text of the data ({first_line(error)}).",
             "Look for a regular expression in its tokenizer.json, or use the tokenizer of another model.",
         ) from error
 
@@ -109,10 +109,6 @@ def _try(**request: str) -> str | None:
         return f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
     problem: str | None = json.loads(done.stdout)
     return problem
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _special_tokens(tokenizer: Any) -> str:
@@ -144,7 +140,7 @@ def _encode(serialized: str) -> str | None:
         try:
             tokenizer.encode(text)
         except BaseException as error:  # A panic in Rust is not an Exception.
-            return f"fails ({_reason(error)})"
+            return f"fails ({first_line(error)})"
     return None
 
 

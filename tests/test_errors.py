@@ -17,7 +17,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from contract.configs import compose_config
-from rlhf.errors import ConfigError, DataError, Stopped, UserError, exit_code_of, explain, plain_errors
+from rlhf.errors import (
+    ConfigError,
+    DataError,
+    Stopped,
+    UserError,
+    exit_code_of,
+    explain,
+    first_line,
+    listed,
+    plain_errors,
+)
 from rlhf.preflight import PreflightFailed
 
 
@@ -323,3 +333,10 @@ def test_output_that_the_encoding_lacks_is_escaped(repo: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, encoding="latin-1", check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4f60 \u00e9\n", "")
+
+
+def test_parts_of_messages_by_hand() -> None:
+    assert first_line(ValueError("\n expected 3\nat line 1")) == "expected 3"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert listed("abcde") == "a, b, c, d, e"
+    assert listed("abcde", 3) == "a, b, c and 2 more"

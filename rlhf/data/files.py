@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.data.json_files import JsonLines, check_utf8, read_json
 from rlhf.data.records import FIELDS, Row
-from rlhf.errors import DataError
+from rlhf.errors import DataError, first_line
 
 LINE_PER_ROW = {".jsonl", ".ndjson"}
 SEPARATED = {".csv": ",", ".tsv": "\t"}  # what separates the fields
@@ -42,8 +42,9 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     try:
         rows: Sequence[Row] = load_dataset(path, subset, split=split)
     except Exception as error:  # the Hub client raises dozens of types, from an unknown dataset to no network
+        reason = first_line(error.__cause__ or error)
         raise DataError(
-            f"{path}: neither a local file nor a Hub dataset that can be loaded ({_reason(error)}).",
+            f"{path}: neither a local file nor a Hub dataset that can be loaded ({reason}).",
             "For a local file: data=jsonl data.train=<file>. For a Hub dataset: data=hub data.train=<owner/name>",
         ) from error
     return rows
@@ -79,7 +80,7 @@ def _read_table(path: str) -> Sequence[Row]:
         if len(rows):
             rows[0]  # The library reports field names that it does not support only when a row is accessed.
     except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
-        raise DataError(f"{path}: the file cannot be read ({_reason(error)}).") from error
+        raise DataError(f"{path}: the file cannot be read ({first_line(error.__cause__ or error)}).") from error
     return rows
 
 
@@ -145,8 +146,3 @@ def _separator(path: str) -> str:
             f"Rename the file: {Path(path).with_suffix('.jsonl')}",
         )
     return ";" if extension == ".csv" and ";" in header and "," not in header else SEPARATED[extension]
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

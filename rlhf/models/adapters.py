@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, first_line
 from rlhf.models.scalar import ScalarModel
 from rlhf.schema import FractionBelowOne, PositiveInt
 
@@ -176,9 +176,9 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         # PreTrainedModel.add_adapter does the same, but refuses versions of peft that it works with.
         inject_adapter_in_model(adapter.lora.peft_config(model), model)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"adapter.target_modules={_as_override(adapter.lora.target_modules)} does not fit the model: {reason}",
+            f"adapter.target_modules={_as_override(adapter.lora.target_modules)} does not fit the model: "
+            f"{first_line(error)}",
             f"Set adapter.target_modules={ALL_LINEAR}.",
         ) from error
     for part in (model, model.base_model):

@@ -35,7 +35,7 @@ def read_archive(path: str | Path) -> dict[str, Any]:
         elif "mmap can only be used" in str(error):
             reason = "it has the legacy format of torch.save, which is not read"
         else:
-            reason = f"it is corrupt or incomplete: {_first_line(error)}"
+            reason = f"it is corrupt or incomplete: {_reason(error)}"
         raise DataError(f"{path}: not a valid rlhf export ({reason}).", REPLACE_FILE) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a valid rlhf export (it contains a {type(content).__name__}).", REPLACE_FILE)
@@ -175,11 +175,11 @@ def _explained(error: BaseException, path: str) -> str:
         return f"a required field is missing: {error}"
     if "ignore_mismatched_sizes" in str(error):
         return "the weights have other shapes than config.json says"
-    reason = _first_line(error).rstrip(".")
+    reason = _reason(error).rstrip(".")
     return reason if Path(path).exists() else f"there is no such directory, and {reason[:1].lower()}{reason[1:]}"
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return the line of a message that says most: that of the original error where transformers wraps one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     wraps = lines[0].startswith(("Validation error for", "Class validation error")) and len(lines) > 1
@@ -193,11 +193,11 @@ def _damaged_file(folder: Path) -> str | None:
             if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
                 return f"{file.name} must contain a JSON object"
         except ValueError as error:
-            return f"{file.name} is not valid JSON: {_first_line(error)}"
+            return f"{file.name} is not valid JSON: {_reason(error)}"
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
-            return f"{file.name} is corrupt or incomplete: {_first_line(error)}"
+            return f"{file.name} is corrupt or incomplete: {_reason(error)}"
     return None

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, listed
 from rlhf.models.opening import (
     MODEL_FOLDER,
     check_config,
@@ -263,9 +263,8 @@ class Pretrained:
 
     def _check_weights(self, kind: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
         if missing := sorted(info["missing_keys"]):
-            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
             fix = _REWARD_MODEL if kind == "reward model" else MODEL_FOLDER
-            raise DataError(f"{self.path}: weights of the {kind} are missing: {names}.", fix)
+            raise DataError(f"{self.path}: weights of the {kind} are missing: {listed(missing, 3)}.", fix)
         known = {_without_layer(name) for name in model.state_dict()}
         further = sorted(name for name in info["unexpected_keys"] if _without_layer(name) in known)
         if further:

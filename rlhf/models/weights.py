@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, listed
 from rlhf.models.adapters import base_weights
 from rlhf.models.opening import REPLACE_FILE
 
@@ -35,9 +35,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> Non
     expected = stored_weights(model)
     misfits = [name for name in weights if name not in expected or weights[name].shape != expected[name].shape]
     if misfits:
-        raise DataError(
-            f"{path}: these weights do not fit the model configuration: {_shortened(misfits)}.", REPLACE_FILE
-        )
+        raise DataError(f"{path}: these weights do not fit the model configuration: {listed(misfits)}.", REPLACE_FILE)
 
 
 def check_complete(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
@@ -45,8 +43,4 @@ def check_complete(model: nn.Module, weights: Mapping[str, Tensor], path: str) -
     expected = stored_weights(model)
     if missing := sorted(expected.keys() - weights.keys(), key=lambda name: (not name.startswith("head."), name)):
         what = "the reward head is" if missing[0].startswith("head.") else "these weights are"
-        raise DataError(f"{path}: {what} missing from the file: {_shortened(missing)}.", REPLACE_FILE)
-
-
-def _shortened(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+        raise DataError(f"{path}: {what} missing from the file: {listed(missing)}.", REPLACE_FILE)

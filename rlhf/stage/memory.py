@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.errors import ConfigError, TrainingError, first_line
 from rlhf.stage.precision import gradient_scaler
 
 log = logging.getLogger(__name__)
@@ -127,9 +127,9 @@ def report_out_of_memory(stage: str, module: Any, datamodule: Any) -> Iterator[N
         if not is_out_of_memory(error):
             raise
         phase = _phase(error)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"stage={stage} has run out of memory while {phase} ({reason}).", _fix(phase, module, datamodule)
+            f"stage={stage} has run out of memory while {phase} ({first_line(error)}).",
+            _fix(phase, module, datamodule),
         ) from error
 
 

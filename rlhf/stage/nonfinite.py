@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.distributed import gather_objects, world_size
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.errors import ConfigError, TrainingError, listed
 from rlhf.logs import metrics_log
 from rlhf.models.sharding import local_tensor
 from rlhf.overrides import to_override
@@ -24,7 +24,6 @@ from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)
 ACTIONS = ("stop", "skip")
-SHOWN = 5  # names or rows in a message
 
 
 @dataclass
@@ -157,7 +156,7 @@ class NonfiniteGuard:
         per_prompt = own // batch.row_count
         prompts = sorted({(row - start) // per_prompt for row in chain(*faults.values()) if 0 <= row - start < own})
         weights = gather_objects(_nonfinite(module.named_parameters()))[0]
-        text = f"{_listed(parts)} {'is' if len(parts) == 1 else 'are'} not finite" + _weights_text(weights)
+        text = f"{listed(parts)} {'is' if len(parts) == 1 else 'are'} not finite" + _weights_text(weights)
         faulty = [batch.select(prompts)] if prompts else []
         self._handle(module, text, faulty, [dict(dump)], "The updates on this rollout are")
         return True
@@ -174,7 +173,7 @@ class NonfiniteGuard:
         step = module.global_step + 1
         stops = not self.skips or self._consecutive >= self.max_steps
         own = [row for batch in faulty for row in row_locations(module, batch)]
-        rows = _listed(chain(*gather_objects(own)))
+        rows = listed(chain(*gather_objects(own)))
         message = f"stage={self.run['stage']}, optimizer step {step}: {fault}."
         details = [f"Rows: {rows}"] if rows else []
         # A run that skips steps writes only the first of them, and the one at which it stops.
@@ -242,17 +241,17 @@ def _describe_step(losses: Sequence[float | None], gradients: Sequence[list[str]
     """Return what is not finite in an optimizer step. The arguments have one entry for each rank."""
     found = {rank: loss for rank, loss in enumerate(losses) if loss is not None}
     if found:
-        where = f" on rank {_listed(map(str, found))}" if len(losses) > 1 else ""
+        where = f" on rank {listed(map(str, found))}" if len(losses) > 1 else ""
         text = f"the loss is {next(iter(found.values()))}{where}"
     elif names := dict.fromkeys(chain(*gradients)):
-        text = f"the loss is finite, but the gradient of {_listed(names)} is not"
+        text = f"the loss is finite, but the gradient of {listed(names)} is not"
     else:
         text = "the norm of the gradient is too large for float32"
     return text + _weights_text(list(dict.fromkeys(chain(*weights))))
 
 
 def _weights_text(names: Sequence[str]) -> str:
-    return f". Weights that were not finite before the step: {_listed(names)}" if names else ""
+    return f". Weights that were not finite before the step: {listed(names)}" if names else ""
 
 
 def _directory(trainer: Any, step: int) -> Path:
@@ -263,10 +262,3 @@ def _directory(trainer: Any, step: int) -> Path:
 def _replay(directory: Path) -> str:
     """Return the override that replays a dump, quoted for Hydra and for the shell where that is necessary."""
     return shlex.quote(to_override("replay", directory))
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
