@@ -23,6 +23,7 @@ PositiveFloat: TypeAlias = Annotated[float, "> 0"]
 NonNegativeFloat: TypeAlias = Annotated[float, ">= 0"]
 Fraction: TypeAlias = Annotated[float, ">= 0", "<= 1"]
 FractionBelowOne: TypeAlias = Annotated[float, ">= 0", "< 1"]
+Port: TypeAlias = Annotated[int, ">= 0", "<= 65535"]
 Seed: TypeAlias = Annotated[int, ">= 0", "<= 4294967295"]  # what NumPy accepts
 DataPath: TypeAlias = Annotated[str, "one path or Hub dataset ID", "<file>"]
 ScorerPath: TypeAlias = Annotated[str, "a function", "<file.py>:<function>"]

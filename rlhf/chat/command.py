@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -15,7 +15,7 @@ from rlhf.config import check_values
 from rlhf.logs import quiet_libraries
 from rlhf.models import as_sequence
 from rlhf.sampling import SamplingParams
-from rlhf.schema import PositiveInt
+from rlhf.schema import Port, PositiveInt
 
 
 def chat(
@@ -30,7 +30,7 @@ def chat(
     max_length: PositiveInt | None = None,
     browser: bool = False,
     host: str = "127.0.0.1",
-    port: Annotated[int, ">= 0", "<= 65535"] = 8089,
+    port: Port = 8089,
     token: str | None = None,
 ) -> int:
     """Talk to one or several models, which respond to the same prompts.

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,16 @@ from starlette.routing import Route
 from rlhf.chat.rendering import best_response, models_table, unscored
 from rlhf.chat.session import LARGEST_SEED, Chat, Turn
 from rlhf.printable import printable
-from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, accepts, describe
+from rlhf.sampling import SamplingParams
+from rlhf.schema import Seed, accepts, describe
 from rlhf.web.access import Access
 from rlhf.web.application import RequestError, application, json_body
 from rlhf.web.server import bind, serve
 
 STATIC = Path(__file__).parent / "static"
 UPDATE_SECONDS = 0.05  # between two updates of the page
-SETTINGS: dict[str, Any] = {
-    "temperature": NonNegativeFloat,
-    "top_p": NonNegativeFloat,
-    "top_k": NonNegativeInt,
-    "max_new_tokens": PositiveInt,
-}
+# Sampling settings that the page shows, with their ranges.
+SETTINGS: dict[str, Any] = {field.name: field.type for field in fields(SamplingParams) if field.name != "stop_tokens"}
 
 
 def run_browser(chat: Chat, *, host: str, port: int, token: str | None) -> int:

@@ -11,9 +11,8 @@ from rlhf.collect.objective import best_and_worst
 from rlhf.data.json_files import JsonLines
 from rlhf.errors import Stopped
 from rlhf.label import serve_pairs
-from rlhf.label.command import Port
 from rlhf.label.pairs import read_pairs
-from rlhf.schema import Fraction
+from rlhf.schema import Fraction, Port
 
 
 class Labels:

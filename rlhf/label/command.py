@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -12,9 +12,7 @@ from rlhf.files import locked
 from rlhf.label.pairs import Pair, in_order, read_pairs
 from rlhf.label.session import Session
 from rlhf.printable import printable
-from rlhf.schema import Fraction, PositiveInt
-
-Port: TypeAlias = Annotated[int, ">= 0", "<= 65535"]
+from rlhf.schema import Fraction, Port, PositiveInt
 
 
 def label(

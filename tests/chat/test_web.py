@@ -80,7 +80,7 @@ def test_settings_apply_to_the_next_prompt(client: TestClient, page: ChatPage) -
     [
         ({"temperature": -1}, "temperature must be a number of at least 0."),
         ({"temperature": None}, "temperature must be a number of at least 0."),
-        ({"top_p": 0}, "top_p must be in (0, 1], got 0."),
+        ({"top_p": 0}, "top_p must be a number above 0 and at most 1."),
         ({"max_new_tokens": 96}, "max_new_tokens must be less than 96"),
         ({"stop_tokens": ["a"]}, "There is no setting 'stop_tokens'."),
         ({"seed": -1}, "The seed must be an integer from 0 to 4294967295."),
