@@ -16,8 +16,8 @@ from rlhf import __version__
 from rlhf.command import command_in_run
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import OUTPUTS, RL_TRAINED, RUN, open_model_source, save_huggingface, save_result
-from rlhf.files import atomic_write, sha256_of_file
+from rlhf.export import OUTPUTS, RUN, open_model_source, save_huggingface, save_result
+from rlhf.files import FINAL_MODEL, atomic_write, sha256_of_file
 from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter, as_sequence
 from rlhf.stage import Result
@@ -204,7 +204,7 @@ def complete_export(cfg: DictConfig, output: Path, start: Callable[[], None]) ->
     if not is_rank_zero() or cfg.trainer.fast_dev_run or cfg.check == "only":
         return
     lacks_folder = bool(cfg.save_hf) and info.exports == "policy" and not _has_huggingface(cfg, path, output / "hf")
-    lacks_model = _is_older(run_directory / RL_TRAINED, path) and _makes_final_model(info, path, run_directory)
+    lacks_model = _is_older(run_directory / FINAL_MODEL, path) and _makes_final_model(info, path, run_directory)
     if lacks_folder or lacks_model:
         start()
     if lacks_model:
@@ -238,8 +238,8 @@ def make_final_model(path: Path, run_directory: Path) -> None:
     if not is_rank_zero():
         return
     with open(path, "rb") as source:
-        atomic_write(run_directory / RL_TRAINED, lambda file: shutil.copyfileobj(source, file))
-    log.info("saved %s, which %s opens", run_directory / RL_TRAINED, load_call(run_directory / RL_TRAINED))
+        atomic_write(run_directory / FINAL_MODEL, lambda file: shutil.copyfileobj(source, file))
+    log.info("saved %s, which %s opens", run_directory / FINAL_MODEL, load_call(run_directory / FINAL_MODEL))
 
 
 def load_call(final: Path) -> str:

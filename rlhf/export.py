@@ -20,7 +20,7 @@ from transformers import (
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export_content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
-from rlhf.files import atomic_write
+from rlhf.files import FINAL_MODEL, atomic_write
 from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
 from rlhf.models.adapters import add_adapter, merge_adapter, save_adapter, trunk_of
 from rlhf.models.opening import REPLACE_FILE, check_finite, opening
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
 
 OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
-RL_TRAINED = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
 FINAL_PATTERN = "*_final.pt"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
 
@@ -77,8 +76,8 @@ def load_model(
 
 def _path_of(name: str, directory: Path, run: str) -> Path:
     """Return the path of the model that ``load_model`` is asked for."""
-    if name == "rl_trained" and (directory / RL_TRAINED).is_file():
-        return directory / RL_TRAINED
+    if name == "rl_trained" and (directory / FINAL_MODEL).is_file():
+        return directory / FINAL_MODEL
     if found := sorted((directory / name).glob(FINAL_PATTERN)):
         return found[0]
     if Path(name).exists():

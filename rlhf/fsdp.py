@@ -18,11 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from rlhf.errors import ConfigError
-from rlhf.files import LAST, PART, PREVIOUS, remove
+from rlhf.files import LAST, METADATA, PART, PREVIOUS, remove
 from rlhf.models import base_weights, full_state_dict
 from rlhf.shards import ShardReader, load_shards
 
-METADATA = "meta.pt"  # The file of a checkpoint directory with everything except weights and moments, as in Lightning.
 OLD = ".old"  # suffix of a directory that is being replaced
 
 

@@ -17,7 +17,8 @@ from rlhf.command import command_in_run
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import RL_TRAINED, open_model_source
+from rlhf.export import open_model_source
+from rlhf.files import FINAL_MODEL
 from rlhf.output_directory import OutputDirectory
 from rlhf.overrides import quote
 from rlhf.precision import resolve_precision
@@ -219,7 +220,7 @@ def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[
         names = (stages()[config.stage_name].final or "metrics.json", "samples.jsonl", f"{config.stage_name}.log")
         files = [output / name for name in names if (output / name).is_file()]
         table.add_row(step, f"{seconds[step]:.0f}", "\n".join(map(str, files)))
-    if (final := directory / RL_TRAINED).is_file():
+    if (final := directory / FINAL_MODEL).is_file():
         table.add_row("result", "", f"{final}   ({load_call(final)})")
     if (report := directory / REPORT).is_file():
         table.add_row("report", "", str(report))

@@ -7,6 +7,7 @@ import torch
 from rlhf.errors import ConfigError
 from rlhf.evaluate.objective import best_of_n_kl_bound
 from rlhf.evaluate.responses import ResponseBatch
+from rlhf.evaluation_names import KL_TO
 from rlhf.sampling import Rollout, SamplingParams
 
 
@@ -81,5 +82,5 @@ def _best(batches: Sequence[ResponseBatch], model: str) -> ResponseBatch:
         name: [float(batches[which].metrics[name][row]) for row, which in rows]
         for name in ("length", "truncated", "reward")
     }
-    metrics[f"kl_to_{model}"] = [best_of_n_kl_bound(len(batches))] * len(rows)
+    metrics[KL_TO + model] = [best_of_n_kl_bound(len(batches))] * len(rows)
     return ResponseBatch(prompts, rollout, [batches[which].texts[row] for row, which in rows], metrics=metrics)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
-
-TARGET = "target"  # name under which the reference responses of the data are listed with the models
-SCORERS = ("gold", "reward")
+from rlhf.evaluation_names import SCORERS, TARGET, WIN_RATE
 
 
 @dataclass
@@ -76,7 +74,7 @@ def summarize(responses: dict[str, ModelResponses], *, baseline: str, bootstrap:
         summary[name] = {metric: interval(torch.as_tensor(values), "mean") for metric, values in model.metrics.items()}
         for other in (baseline, TARGET):
             if other != name and other in responses:
-                summary[name][f"win_rate_vs_{other}"] = {
+                summary[name][WIN_RATE + other] = {
                     scorer: interval(wins(model.scores(scorer), responses[other].scores(scorer)), "value")
                     for scorer in SCORERS
                     if scorer in model.metrics
@@ -107,6 +105,6 @@ def monitored_win_rate(summary: dict[str, dict[str, Any]], baseline: str) -> flo
 
     The gold score decides if there is one, otherwise the reward model. NaN if there is neither.
     """
-    rates = [metrics.get(f"win_rate_vs_{baseline}", {}) for name, metrics in summary.items() if name != TARGET]
+    rates = [metrics.get(WIN_RATE + baseline, {}) for name, metrics in summary.items() if name != TARGET]
     last: dict[str, Any] = next((rate for rate in reversed(rates) if rate), {})
     return next((float(last[scorer]["value"]) for scorer in SCORERS if scorer in last), float("nan"))

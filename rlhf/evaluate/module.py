@@ -17,7 +17,6 @@ from rlhf.data import PromptBatch
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate.best_of_n import best_of_n_name, check_best_of_n, choose_best
 from rlhf.evaluate.metrics import (
-    TARGET,
     compare_with_targets,
     monitored_win_rate,
     point_estimates,
@@ -25,6 +24,7 @@ from rlhf.evaluate.metrics import (
 )
 from rlhf.evaluate.report_output import comparison_table, write_samples, write_unscored
 from rlhf.evaluate.responses import Evaluation, ResponseBatch
+from rlhf.evaluation_names import KL_TO, TARGET
 from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
@@ -187,7 +187,7 @@ class EvaluateModule(SamplingModule):
         assert batch.logprobs is not None, "sampled responses have log-probs"
         with self.trainer.precision_plugin.forward_context():
             difference = batch.logprobs - self.logprobs(baseline, batch.rollout)
-        batch.metrics[f"kl_to_{self.baseline}"] = masked_sum(difference, batch.rollout.response_mask)
+        batch.metrics[KL_TO + self.baseline] = masked_sum(difference, batch.rollout.response_mask)
 
     def logprobs(self, policy: Frozen, rollout: Rollout) -> Tensor:
         """Return the log-probs of the responses at the sampling temperature: [batch, time], on the CPU."""

@@ -7,8 +7,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from rlhf.evaluate.metrics import TARGET, ModelResponses, point_estimate
+from rlhf.evaluate.metrics import ModelResponses, point_estimate
 from rlhf.evaluate.responses import ResponseBatch
+from rlhf.evaluation_names import KL_TO, TARGET, WIN_RATE
 from rlhf.files import write_json_lines
 
 
@@ -74,10 +75,10 @@ def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path,
     columns = {
         "gold\nscore": ("gold",),
         "RM\nscore": ("reward",),
-        f"gold wins\nvs {baseline}": (f"win_rate_vs_{baseline}", "gold"),
-        f"RM wins\nvs {baseline}": (f"win_rate_vs_{baseline}", "reward"),
-        f"gold wins\nvs {TARGET}": (f"win_rate_vs_{TARGET}", "gold"),
-        "KL": (f"kl_to_{baseline}",),
+        f"gold wins\nvs {baseline}": (WIN_RATE + baseline, "gold"),
+        f"RM wins\nvs {baseline}": (WIN_RATE + baseline, "reward"),
+        f"gold wins\nvs {TARGET}": (WIN_RATE + TARGET, "gold"),
+        "KL": (KL_TO + baseline,),
         "tokens": ("length",),
         "ROUGE\nL": ("rougeL",),
     }

@@ -13,8 +13,7 @@ from typing import Any
 from rlhf.data.json_files import JsonLines
 from rlhf.data.parser import RecordError
 from rlhf.errors import ConfigError, DataError
-
-TARGET = "target"  # the reference response of the data
+from rlhf.evaluation_names import TARGET
 
 
 @dataclass(frozen=True)

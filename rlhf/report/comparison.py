@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.evaluation_names import WIN_RATE
 from rlhf.report.curves import PREFERRED, SHOWN, identifier, metric_groups
-from rlhf.report.evaluation import ORDER, WIN_RATE, baseline_of, column_title, models_of
+from rlhf.report.evaluation import baseline_of, column_title, models_of, ordered_metrics
 from rlhf.report.figures import LegendEntry, Line, Plot
 from rlhf.report.plots import curves_plot
 from rlhf.report.records import RunRecord, StageRecord
@@ -111,8 +112,7 @@ def _evaluation_table(labels: Sequence[str], runs: Sequence[RunRecord]) -> Table
         for record in run.of_stage("evaluate")
         for name, metrics in models_of(record).items()
     ]
-    keys = list(dict.fromkeys(key for *_, metrics in found for key in metrics if not key.startswith(WIN_RATE)))
-    keys.sort(key=lambda key: next((rank for rank, prefix in enumerate(ORDER) if key.startswith(prefix)), len(ORDER)))
+    keys = ordered_metrics(metrics for *_, metrics in found)
     rows = []
     for label, number_, record, name, metrics in found:
         rates = metrics.get(f"{WIN_RATE}{baseline_of(record)}")

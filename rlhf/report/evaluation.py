@@ -1,18 +1,18 @@
 """Evaluation in a report: metrics and win rates of all policies, and rewards against the KL divergence."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from rlhf.evaluation_names import KL_TO, TARGET, WIN_RATE
 from rlhf.report.events import is_finite
 from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import Point, intervals_plot, tradeoff_plot
 from rlhf.report.records import RunRecord, StageRecord
 from rlhf.report.tables import Cell, Table, interval, text
 
-WIN_RATE, KL_TO = "win_rate_vs_", "kl_to_"
-SCORERS = {"gold": "gold score", "reward": "reward model"}
+TITLES = {"gold": "gold score", "reward": "reward model"}  # of the scorers
 ORDER = ("gold", "reward", KL_TO, "length", "truncated", "rougeL")  # columns that come first
-TARGET = "target"
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,18 @@ def baseline_of(record: StageRecord) -> str:
     return keys[0].removeprefix(KL_TO) if keys else "sft"
 
 
+def ordered_metrics(models: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the metrics of several models in the order of their columns, without win rates."""
+    keys = list(dict.fromkeys(key for metrics in models for key in metrics if not key.startswith(WIN_RATE)))
+    return sorted(
+        keys, key=lambda key: next((rank for rank, prefix in enumerate(ORDER) if key.startswith(prefix)), len(ORDER))
+    )
+
+
 def summarize_evaluation(record: StageRecord, colors: dict[str, int]) -> Evaluation:
     """Build the tables and the plots of an evaluation."""
     models = models_of(record)
-    keys = list(dict.fromkeys(key for metrics in models.values() for key in metrics if not key.startswith(WIN_RATE)))
-    keys.sort(key=lambda key: next((rank for rank, prefix in enumerate(ORDER) if key.startswith(prefix)), len(ORDER)))
+    keys = ordered_metrics(models.values())
     rows = [
         [text(name, color=colors.get(name)), *(interval(metrics.get(key)) for key in keys)]
         for name, metrics in models.items()
@@ -71,7 +78,7 @@ def summarize_evaluation(record: StageRecord, colors: dict[str, int]) -> Evaluat
     table = Table(
         ["policy", "against", "scored by", "win rate"],
         [
-            [text(name, color=colors.get(name)), text(other), text(SCORERS.get(scorer, scorer)), interval(entry)]
+            [text(name, color=colors.get(name)), text(other), text(TITLES.get(scorer, scorer)), interval(entry)]
             for name, other, scorer, entry in rates
         ],
         "win-rates",
@@ -105,7 +112,7 @@ def _win_rate_plots(
     plots: list[Plot] = []
     for other in sorted(dict.fromkeys(rate[1] for rate in rates), key=lambda other: other != baseline):
         rows = [
-            (f"{name}, {SCORERS.get(scorer, scorer)}", entry["value"], entry["low"], entry["high"], colors.get(name, 0))
+            (f"{name}, {TITLES.get(scorer, scorer)}", entry["value"], entry["low"], entry["high"], colors.get(name, 0))
             for name, opponent, scorer, entry in rates
             if opponent == other and (name != TARGET or other == TARGET)
         ]
@@ -180,7 +187,7 @@ def headline_rates(record: StageRecord) -> list[tuple[str, str, Cell]]:
     for name, metrics in models_of(record).items():
         by_scorer = metrics.get(f"{WIN_RATE}{baseline}")
         if name != TARGET and isinstance(by_scorer, dict):
-            scorer = next((scorer for scorer in SCORERS if scorer in by_scorer), None)
+            scorer = next((scorer for scorer in TITLES if scorer in by_scorer), None)
             if scorer is not None:
-                found.append((name, f"{baseline} by the {SCORERS[scorer]}", interval(by_scorer[scorer])))
+                found.append((name, f"{baseline} by the {TITLES[scorer]}", interval(by_scorer[scorer])))
     return found

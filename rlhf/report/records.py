@@ -7,13 +7,12 @@ from typing import Any
 
 import yaml
 
-from rlhf.files import LOCK
+from rlhf.files import FINAL_MODEL, LOCK
 from rlhf.report.events import Alert, Curve, TextLog, find_alerts, read_events, read_text_log
 from rlhf.runs.provenance import read_provenance
 from rlhf.runs.scan import StageDirectory, read_config, scan_run, stage_directories
 
 NAMED_FILES = ("metrics.json", "samples.jsonl")
-FINAL_MODEL = "final_rl_model.pt"
 
 
 @dataclass(frozen=True)

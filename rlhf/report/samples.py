@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.evaluation_names import TARGET
 from rlhf.report.events import is_finite
 
 WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 MAX_COMPARED = 4000  # words and spaces of a text; longer ones are compared as a whole
 MAX_CHARACTERS = 1_500_000  # of all texts in a report
-TARGET = "target"
 SCORERS = ("reward", "gold")  # metrics that come first
 SAME, ADDED, REMOVED = 0, 1, 2
 Segment = tuple[int, str]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rlhf.files import METADATA
 from rlhf.runs.archives import value_after
 
 READ_BYTES = 1 << 20  # The step is among the first entries of a checkpoint.
@@ -14,7 +15,7 @@ def checkpoint_step(checkpoint: Path) -> int:
         ValueError: The file is incomplete, or it is not a checkpoint.
         OSError: The file cannot be read.
     """
-    step = value_after(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, "global_step", READ_BYTES)
+    step = value_after(checkpoint / METADATA if checkpoint.is_dir() else checkpoint, "global_step", READ_BYTES)
     if not isinstance(step, int):
         raise ValueError(f"{checkpoint} has no step.")
     return step

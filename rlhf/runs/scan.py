@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from rlhf.files import LAST, LOCK, PREVIOUS, is_locked
+from rlhf.evaluation_names import SCORERS, TARGET, WIN_RATE
+from rlhf.files import LAST, LOCK, METADATA, PREVIOUS, is_locked
 from rlhf.runs.checkpoints import checkpoint_step
 from rlhf.runs.provenance import read_provenance
 from rlhf.stages import StageInfo, stages
@@ -20,7 +21,6 @@ UNREADABLE = "unreadable"
 LOG_BYTES = 1 << 16  # the end of a log that is read
 EVALUATION = "evaluation"  # directory of stage=evaluate
 ROUND = re.compile(r"round_\d+")  # directory of a round of the pipeline
-TARGET = "win_rate_vs_target"
 
 
 @dataclass(frozen=True)
@@ -241,18 +241,17 @@ def _win_rates(models: dict[str, Any]) -> str:
     for model, metrics in models.items():
         name = Path(model).parent.name if model.endswith("_final.pt") else model
         for key, rates in metrics.items():
-            scorer = next(
-                (scorer for scorer in ("gold", "reward") if key.startswith("win_rate_vs_") and scorer in rates), ""
-            )
-            if scorer and key != TARGET and name != "target":
-                versus = f"{'RM' if scorer == 'reward' else scorer} wins vs {key.removeprefix('win_rate_vs_')}"
+            scorer = next((scorer for scorer in SCORERS if key.startswith(WIN_RATE) and scorer in rates), "")
+            other = key.removeprefix(WIN_RATE)
+            if scorer and TARGET not in (name, other):
+                versus = f"{'RM' if scorer == 'reward' else scorer} wins vs {other}"
                 found.setdefault(versus, []).append(f"{name} {rates[scorer]['value']:.2f}")
     return "; ".join(f"{versus}: {', '.join(rates)}" for versus, rates in found.items())
 
 
 def _time(path: Path) -> float:
     """Return when a file, or a checkpoint that is a directory, was written, in seconds since the epoch; 0 if never."""
-    meta = path / "meta.pt"
+    meta = path / METADATA
     try:
         return (meta if meta.is_file() else path).stat().st_mtime
     except OSError:  # A run that is writing removes temporary files.

@@ -26,7 +26,8 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 LAYERS: list[set[str]] = [
     {
         *("launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
-        *("alert_rules", "overrides", "run_names", "schema", "speed", "suggestions", "time_limit", "tokenizer_probe"),
+        *("alert_rules", "evaluation_names"),
+        *("overrides", "run_names", "schema", "speed", "suggestions", "time_limit", "tokenizer_probe"),
     },
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs", "web", "label"},
     STAGE_PACKAGES,

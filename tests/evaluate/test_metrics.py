@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from rlhf.evaluate.metrics import (
-    TARGET,
     ModelResponses,
     compare_with_targets,
     monitored_win_rate,
     point_estimates,
     summarize,
 )
+from rlhf.evaluation_names import TARGET
 
 
 def responses(**metrics: list[float]) -> ModelResponses:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.evaluate.metrics import TARGET, ModelResponses
+from rlhf.evaluate.metrics import ModelResponses
 from rlhf.evaluate.report_output import comparison_table, write_samples
+from rlhf.evaluation_names import TARGET
 from rlhf.files import write_json
 
 INTERVAL = {"mean": 0.5, "low": 0.25, "high": 0.75}
