@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf.artifacts import open_policies, open_sources, output_of
-from rlhf.chat.models import ChatModel, Place, RewardScores
+from rlhf.chat.models import ChatModel, RewardScores, Runtime
 from rlhf.chat.session import Chat
 from rlhf.chat.terminal import run_terminal
 from rlhf.config import check_values
@@ -92,8 +92,8 @@ def open_chat(
 ) -> Chat:
     """Open the models of a chat. Arguments as for ``chat``; ``model_settings`` are those of each model."""
     sources = open_policies(cfg, models, key="command.models")
-    place = Place.of_trainer(cfg)
-    opened = {name: ChatModel(name, source, place, **model_settings) for name, source in sources.items()}
+    runtime = Runtime.of_trainer(cfg)
+    opened = {name: ChatModel(name, source, runtime, **model_settings) for name, source in sources.items()}
     chosen = reward_model or output_of(cfg, "reward")
     scores = None
     if chosen:
@@ -102,5 +102,5 @@ def open_chat(
         tokenizers = [model.tokenizer for model in opened.values()]
         fitting = [tokenizer for tokenizer in tokenizers if tokenizer.get_vocab() == vocabulary]
         if fitting or reward_model:
-            scores = RewardScores(members, (fitting or tokenizers)[0], place)
+            scores = RewardScores(members, (fitting or tokenizers)[0], runtime)
     return Chat(opened, sampling=sampling or SamplingParams(), seed=int(cfg.seed), scores=scores, system=system)

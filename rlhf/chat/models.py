@@ -24,7 +24,7 @@ from rlhf.tokenizer_probe import check_template
 
 
 @dataclass(frozen=True)
-class Place:
+class Runtime:
     """Device and precision of all models of a chat.
 
     Args:
@@ -36,7 +36,7 @@ class Place:
     plugin: Any
 
     @classmethod
-    def of_trainer(cls, cfg: DictConfig) -> "Place":
+    def of_trainer(cls, cfg: DictConfig) -> "Runtime":
         """Return device and precision of a Trainer configuration. A chat uses one device."""
         devices = cfg.trainer.devices
         one = list(devices) if OmegaConf.is_list(devices) and len(devices) == 1 else 1
@@ -62,7 +62,7 @@ class ChatModel:
     Args:
         name: Name of the model.
         source: Where the model is from.
-        place: Device and precision.
+        runtime: Device and precision.
         template: Text around a prompt, with ``{prompt}`` in it. None: the chat template that the model carries.
         max_length: Maximum length of prompt and response, in tokens. None: that of the training, if the file contains
             it. The number of positions of the model is a further limit.
@@ -74,13 +74,13 @@ class ChatModel:
         self,
         name: str,
         source: ModelSource,
-        place: Place,
+        runtime: Runtime,
         *,
         template: str | None = None,
         max_length: int | None = None,
         multi_turn: bool | None = None,
     ) -> None:
-        self.name, self.source, self.place = name, source, place
+        self.name, self.source, self.runtime = name, source, runtime
         self.tokenizer: PreTrainedTokenizerBase = source.tokenizer(())
         if template is not None or not self.tokenizer.chat_template:
             self.tokenizer.chat_template = chat_template(template or DEFAULT_TEMPLATE)
@@ -91,7 +91,7 @@ class ChatModel:
         positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         limits = (max_length or trained_length(source), positions)
         self.max_length = min((limit for limit in limits if limit is not None), default=sys.maxsize)
-        self.policy = place.prepare(Frozen(Policy(lm)))
+        self.policy = runtime.prepare(Frozen(Policy(lm)))
         self.sampler = LocalSampler()
         self.sampler.sync(lm, self.tokenizer)
 
@@ -121,17 +121,17 @@ class RewardScores:
     Args:
         sources: The reward model, or the members of an ensemble.
         tokenizer: A tokenizer with the vocabulary of the reward model.
-        place: Device and precision.
+        runtime: Device and precision.
 
     Raises:
         DataError: The reward model has another vocabulary, or a file is not a reward model.
     """
 
-    def __init__(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
+    def __init__(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> None:
         self.path = ", ".join(str(getattr(source, "path", "")) for source in sources)
-        self.place = place
+        self.runtime = runtime
         self.vocabulary = tokenizer.get_vocab()
-        self.model = place.prepare(load_reward_models(sources, tokenizer))
+        self.model = runtime.prepare(load_reward_models(sources, tokenizer))
 
     def can_score(self, model: ChatModel) -> bool:
         """Return whether a model has the vocabulary of the reward model."""
@@ -147,9 +147,9 @@ class RewardScores:
             model: The model that sampled the response.
             stop_ids: Ids of the tokens that end a response.
         """
-        rollout = Rollout.from_responses([prompt], [response], stop_ids, self.place.device)
+        rollout = Rollout.from_responses([prompt], [response], stop_ids, self.runtime.device)
         tokens = end_as_in_training(rollout, model.tokenizer, stop_ids)
-        with self.place.forward_context():
+        with self.runtime.forward_context():
             scores: Tensor = self.model(*tokens)
         return float(scores[0])
 

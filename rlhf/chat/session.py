@@ -227,7 +227,7 @@ class _Running:
         self.response, self.model, self.params = response, model, turn.sampling
         self.text = TokenText(model.tokenizer)
         self.stop_ids = self.params.stop_ids(model.tokenizer)
-        self.tokens = self._stream(torch.Generator(model.place.device).manual_seed(turn.seed))
+        self.tokens = self._stream(torch.Generator(model.runtime.device).manual_seed(turn.seed))
 
     def _stream(self, generator: torch.Generator) -> Iterator[Sequence[int | None]]:
         return self.model.sampler.stream([self.response.prompt_ids], self.params, generator=generator)
@@ -236,7 +236,7 @@ class _Running:
         """Sample the next token."""
         response, started = self.response, time.perf_counter()
         try:
-            with torch.inference_mode(), self.model.place.forward_context():
+            with torch.inference_mode(), self.model.runtime.forward_context():
                 token = next(self.tokens)[0]
         except UserError as error:
             response.state, response.error = "failed", str(error)
