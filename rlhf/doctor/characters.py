@@ -27,11 +27,11 @@ KINDS = {
 
 
 def odd_characters(split: Split) -> list[Finding]:
-    """Find texts with traces of a damaged encoding, one place per row and kind."""
+    """Find texts with traces of a damaged encoding, one location per row and kind."""
     found = Collector(KINDS)
     for entry in split.entries:
         for kind, (name, shown) in kinds_in(texts_of(entry.record)).items():
-            found.add(kind, f"{split.place(entry.number)} ({name}: {shown})")
+            found.add(kind, f"{split.location(entry.number)} ({name}: {shown})")
     return found.findings()
 
 

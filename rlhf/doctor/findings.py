@@ -15,17 +15,17 @@ class Finding:
         level: ``error`` if the data must be fixed before training, otherwise ``warning``.
         text: What is wrong with the rows, as a phrase that can follow their number.
         fix: What to do about it.
-        places: Location of each affected row, with what is particular to it.
+        locations: Location of each affected row, with what is particular to it.
     """
 
     level: str
     text: str
     fix: str = ""
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
 
 
 class Collector:
-    """Collects the places of a problem into one finding per kind, in the order in which the kinds were declared.
+    """Collects the locations of a problem into one finding per kind, in the order in which the kinds were declared.
 
     Args:
         kinds: For each kind its level, text and fix.
@@ -34,13 +34,13 @@ class Collector:
     def __init__(self, kinds: dict[str, tuple[str, str, str]]) -> None:
         self._findings = {kind: Finding(*described) for kind, described in kinds.items()}
 
-    def add(self, kind: str, place: str) -> None:
-        """Add a place to the finding of a kind."""
-        self._findings[kind].places.append(place)
+    def add(self, kind: str, location: str) -> None:
+        """Add a location to the finding of a kind."""
+        self._findings[kind].locations.append(location)
 
     def findings(self) -> list[Finding]:
-        """Return the findings that have a place."""
-        return [finding for finding in self._findings.values() if finding.places]
+        """Return the findings that have a location."""
+        return [finding for finding in self._findings.values() if finding.locations]
 
 
 # Texts of records

@@ -65,11 +65,11 @@ class Split:
     entries: list[Entry]
     invalid: list[Invalid] = field(default_factory=list)
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Return the location of a row: ``file:line``, or ``file, row n`` in a file that has no lines."""
         return f"{self.path}:{number}" if is_line_per_row(self.path) else f"{self.path}, row {number}"
 
-    def short_place(self, number: int) -> str:
+    def short_location(self, number: int) -> str:
         """Return the location of a row within the file."""
         return f"{'line' if is_line_per_row(self.path) else 'row'} {number}"
 

@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.printable import printable
 
 EXAMPLE_CHARACTERS = 1200  # of a prompt or a response
-PLACE_CHARACTERS = 300
+LOCATION_CHARACTERS = 300
 LOSS_STYLE = "green"
 LEVEL_STYLES = {ERROR: "bold red", WARNING: "yellow"}
 
@@ -104,14 +104,14 @@ def findings_table(findings: Sequence[Finding], places: int) -> Table:
     for finding in sorted(findings, key=lambda finding: finding.level != ERROR):
         lines = [
             printable(finding.text),
-            *(f"  {printable(place, PLACE_CHARACTERS)}" for place in finding.places[:places]),
+            *(f"  {printable(location, LOCATION_CHARACTERS)}" for location in finding.locations[:places]),
         ]
-        if hidden := len(finding.places[places:]):
+        if hidden := len(finding.locations[places:]):
             lines.append(f"  ... and {hidden} more" if places else f"  {hidden} rows")
         text = Text("\n".join(lines))
         if finding.fix:
             text.append(f"\n{finding.fix}", style="italic")
-        table.add_row(Text(finding.level, style=LEVEL_STYLES[finding.level]), str(len(finding.places)), text)
+        table.add_row(Text(finding.level, style=LEVEL_STYLES[finding.level]), str(len(finding.locations)), text)
     return table
 
 
@@ -132,7 +132,7 @@ def example_lines(split: Split, datamodule: RecordDataModule, count: int, *, col
                 continue
             names = responses_of(entry.record) or {"prompt": ""}
             for name, sequence in zip(names, encode_record(encoder, entry.record), strict=True):
-                yield Text(f"{printable(split.place(entry.number))} ({FORMS[form][0]}, {name})", style="bold")
+                yield Text(f"{printable(split.location(entry.number))} ({FORMS[form][0]}, {name})", style="bold")
                 yield example(sequence, encoder.tokenizer, colored=colored)
     if count:
         marked = "in green" if colored else "between [[ and ]]"

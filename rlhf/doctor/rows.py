@@ -20,7 +20,7 @@ def invalid_rows(split: Split) -> list[Finding]:
         reason = re.split(r" \(|, got ", row.reason)[0]  # The rest differs from row to row.
         fix = f"If the field has another name: data.columns.{row.missing}=<column>" if row.missing else ""
         finding = found.setdefault(reason, Finding(ERROR, f"invalid: {reason}", fix))
-        finding.places.append(split.place(row.number) + row.reason[len(reason) :])
+        finding.locations.append(split.location(row.number) + row.reason[len(reason) :])
     return list(found.values())
 
 
@@ -35,8 +35,8 @@ def mixed_forms(split: Split, parser: RecordParser) -> list[Finding]:
         name, readers = FORMS[main]
         fix = f"Use one file per form. Only the prompts of this file can be read as it is ({FORMS[Prompt][1]})."
         text = f"{FORMS[form][0]}, but most rows are {name}: {readers} would reject them"
-        findings.append(Finding(ERROR, text, fix, [split.place(entry.number) for entry in entries]))
-    return [finding for finding in findings if finding.places]
+        findings.append(Finding(ERROR, text, fix, [split.location(entry.number) for entry in entries]))
+    return [finding for finding in findings if finding.locations]
 
 
 def empty_texts(split: Split) -> list[Finding]:
@@ -55,7 +55,7 @@ def empty_texts(split: Split) -> list[Finding]:
         responses = responses_of(entry.record)
         for name, text in texts_of(entry.record).items():
             if not text.strip():
-                found.add("response" if name in responses else "message", f"{split.place(entry.number)} ({name})")
+                found.add("response" if name in responses else "message", f"{split.location(entry.number)} ({name})")
     return found.findings()
 
 
@@ -67,8 +67,8 @@ def duplicates(split: Split) -> list[Finding]:
     for entry in split.entries:
         number = first.setdefault(_identity(entry.record), entry.number)
         if number != entry.number:
-            found.places.append(f"{split.place(entry.number)} (as {split.short_place(number)})")
-    return [found] if found.places else []
+            found.locations.append(f"{split.location(entry.number)} (as {split.short_location(number)})")
+    return [found] if found.locations else []
 
 
 def contradictions(split: Split) -> list[Finding]:
@@ -89,7 +89,8 @@ def contradictions(split: Split) -> list[Finding]:
         earlier = claims.setdefault(_content(entry.record), {})
         if other := next((number for said, number in earlier.items() if said != claim), None):
             found.add(
-                type(entry.record).__name__, f"{split.place(entry.number)} (contradicts {split.short_place(other)})"
+                type(entry.record).__name__,
+                f"{split.location(entry.number)} (contradicts {split.short_location(other)})",
             )
         earlier.setdefault(claim, entry.number)
     return found.findings()
@@ -113,7 +114,7 @@ def overlap(train: Split, held_out: Split) -> list[Finding]:
         same_row, same_prompt = contents.get(_content(entry.record)), prompts.get(prompt_of(entry.record).raw_text)
         if (number := same_row or same_prompt) is not None:
             kind = "prompt" if same_row is None else "row"
-            found.add(kind, f"{held_out.place(entry.number)} (as in {train.place(number)})")
+            found.add(kind, f"{held_out.location(entry.number)} (as in {train.location(number)})")
     return found.findings()
 
 

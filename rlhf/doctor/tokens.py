@@ -59,13 +59,13 @@ def measure(
     lengths: dict[type[Record], Lengths] = {}
     limited = Encoder(tokenizer, max_length)
     for entry, encoded in encode(split, tokenizer):
-        place = split.place(entry.number)
+        location = split.location(entry.number)
         if isinstance(encoded, UserError):
-            found.add("template", f"{place}: {encoded.args[0]}")
+            found.add("template", f"{location}: {encoded.args[0]}")
             continue
         _count(lengths.setdefault(type(entry.record), Lengths()), entry.record, encoded)
         for kind in _misfits(entry.record, encoded, limited, reserve):
-            found.add(kind, place)
+            found.add(kind, location)
     return lengths, found.findings()
 
 
@@ -113,8 +113,8 @@ def special_tokens(split: Split, tokenizer: PreTrainedTokenizerBase) -> list[Fin
     for entry in split.entries:
         match = next((match for text in texts_of(entry.record).values() if (match := pattern.search(text))), None)
         if match is not None:
-            found.places.append(f"{split.place(entry.number)} ({match[0]})")
-    return [found] if found.places else []
+            found.locations.append(f"{split.location(entry.number)} ({match[0]})")
+    return [found] if found.locations else []
 
 
 def percentiles(values: Sequence[int]) -> list[int]:

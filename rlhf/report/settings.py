@@ -12,7 +12,7 @@ from rlhf.overrides import leaves
 from rlhf.report.records import RunRecord, StageRecord
 from rlhf.report.tables import Table, code, text
 
-# Settings that name places or the run itself, so they differ between runs that are otherwise equal.
+# Settings that name directories or the run itself, so they differ between runs that are otherwise equal.
 OWN = ("paths", "run", "hydra", "resume", "overwrite", "replay", "published")
 NOT_RECORDED = "not recorded"
 OWN_KEYS = ("default_root_dir", "save_dir", "dirpath", "output", "filename")
@@ -67,7 +67,7 @@ def data_table(run: RunRecord) -> Table:
 
 
 def _used(record: StageRecord) -> Iterator[tuple[str, str, str]]:
-    """Yield what a stage was trained with: its role, its place and its SHA-256."""
+    """Yield what a stage was trained with: its role, its location and its SHA-256."""
     data, inputs = record.provenance.get("data"), record.provenance.get("inputs")
     for split, entry in data.items() if isinstance(data, dict) else ():
         if isinstance(entry, dict):

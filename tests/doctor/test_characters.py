@@ -37,8 +37,8 @@ def test_kinds_of_odd_characters(text: str, kinds: set[str]) -> None:
 def test_a_row_is_listed_once_per_kind_with_its_field(split: Callable[..., Split]) -> None:
     pair = {"prompt": "a", "chosen": "x\x00y\x00", "rejected": "z\x00"}
     found = odd_characters(split(pair, {**pair, "chosen": "x\ufffd"}))
-    assert [len(finding.places) for finding in found] == [1, 2]
-    assert found[1].places[0].endswith("train.jsonl:1 (chosen: 'x\x00y\x00')")
+    assert [len(finding.locations) for finding in found] == [1, 2]
+    assert found[1].locations[0].endswith("train.jsonl:1 (chosen: 'x\x00y\x00')")
 
 
 def test_escaped_text_is_harmless_and_can_be_encoded() -> None:

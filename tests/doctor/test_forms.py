@@ -79,7 +79,7 @@ def test_a_broken_row_does_not_hide_the_others(split: Callable[..., Split]) -> N
     }.items():
         assert words in reasons[number]
     assert found.invalid[4].missing == "rejected"
-    assert found.place(7).endswith("train.jsonl:7")
+    assert found.location(7).endswith("train.jsonl:7")
 
 
 def test_other_files_are_read_by_row(tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_other_files_are_read_by_row(tmp_path: Path) -> None:
     path.write_text("prompt,chosen,rejected\na,b,c\na,b,b\nd,e,f\n")
     found = read_split("train", str(path), RecordReader(RecordParser(), max_rows=2))
     assert [entry.number for entry in found.entries] == [1]
-    assert found.place(found.invalid[0].number) == f"{path}, row 2"
-    assert found.short_place(2) == "row 2"
+    assert found.location(found.invalid[0].number) == f"{path}, row 2"
+    assert found.short_location(2) == "row 2"
 
 
 def test_a_field_that_is_specified_twice_is_invalid(split: Callable[..., Split]) -> None:

@@ -17,8 +17,8 @@ PROMPT = {"prompt": "a"}
 
 
 def summary(findings: list[Finding]) -> list[tuple[str, list[str]]]:
-    """Return level and places of each finding, without the directory of the file."""
-    return [(finding.level, [place.rpartition("/")[2] for place in finding.places]) for finding in findings]
+    """Return level and locations of each finding, without the directory of the file."""
+    return [(finding.level, [location.rpartition("/")[2] for location in finding.locations]) for finding in findings]
 
 
 def test_invalid_rows_are_grouped_by_reason(split: Callable[..., Split]) -> None:
@@ -29,7 +29,7 @@ def test_invalid_rows_are_grouped_by_reason(split: Callable[..., Split]) -> None
         "invalid: the preference record has no field 'rejected'",
         "invalid: the line is not JSON",
     ]
-    assert found[0].places[1].endswith("train.jsonl:3 (fields: prompt, chosen, bad)")
+    assert found[0].locations[1].endswith("train.jsonl:3 (fields: prompt, chosen, bad)")
     assert "data.columns.rejected=<column>" in found[0].fix
     assert [finding.level for finding in found] == [ERROR, ERROR]
 
@@ -93,5 +93,6 @@ def test_validation_rows_in_the_training_data(split: Callable[..., Split]) -> No
         (WARNING, ["train.jsonl:1)", "train.jsonl:1)"]),
     ]
     (rows, prompts) = overlap(train, val)
-    assert [int(place.split(" (")[0].rpartition(":")[2]) for place in rows.places + prompts.places] == [1, 5, 2, 4]
+    locations = [*rows.locations, *prompts.locations]
+    assert [int(location.split(" (")[0].rpartition(":")[2]) for location in locations] == [1, 5, 2, 4]
     assert overlap(split(PAIR), split(new, name="val")) == []

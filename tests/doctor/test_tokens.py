@@ -14,7 +14,9 @@ from rlhf.doctor.tokens import encode, measure, percentiles, special_tokens
 
 def lines(findings: list[Any]) -> dict[str, list[str]]:
     """Return the lines of each finding by the first word of its text."""
-    return {finding.text.split()[0]: [place.rpartition(":")[2] for place in finding.places] for finding in findings}
+    return {
+        finding.text.split()[0]: [location.rpartition(":")[2] for location in finding.locations] for finding in findings
+    }
 
 
 def test_percentiles_by_hand() -> None:
@@ -76,8 +78,8 @@ def test_a_conversation_that_the_template_rejects_does_not_hide_the_others(
     lengths, findings = measure(split(*rows), tokenizer, 40, 0)
     assert len(lengths[Demonstration].rows) == 2
     assert [finding.level for finding in findings] == [ERROR]
-    assert "train.jsonl:2: " in findings[0].places[0]
-    assert "no system" in findings[0].places[0]
+    assert "train.jsonl:2: " in findings[0].locations[0]
+    assert "no system" in findings[0].locations[0]
 
 
 def test_texts_that_cannot_be_encoded_are_left_out(split: Callable[..., Split], tokenizer: Any) -> None:
@@ -92,5 +94,5 @@ def test_special_tokens_within_texts(split: Callable[..., Split], tokenizer: Any
         {"prompt": "eos", "completion": "<b>"},
     )
     (found,) = special_tokens(split(*rows), tokenizer)
-    assert [place.rpartition(":")[2] for place in found.places] == ["1 (<eos>)", "2 (<pad>)"]
+    assert [location.rpartition(":")[2] for location in found.locations] == ["1 (<eos>)", "2 (<pad>)"]
     assert special_tokens(split(rows[2]), tokenizer) == []
