@@ -77,7 +77,7 @@ def _writing(path: Path | None) -> AbstractContextManager[None]:
 
 
 class _Encoding:
-    """Iterates over the encoded rows of records, each with its place in the data."""
+    """Iterates over the encoded rows of records, each with its row number in the data."""
 
     def __init__(self, data: Any, split: str, records: Sequence[Any]) -> None:
         self._data, self._split, self._records = data, split, records
@@ -97,16 +97,16 @@ class _Encoding:
         ):
             for record in chunk:
                 number = prompt_of(record).row
-                place = -1 if number is None else number
+                row_number = -1 if number is None else number
                 texts = data.texts_of_record(record)
                 if found := next((token for token in special if any(token in text for text in texts)), None):
                     with_special += 1
-                    first_special = first_special or (found, place)
+                    first_special = first_special or (found, row_number)
                 row = data.encode(encoder, record)
                 if row is None:
                     dropped += 1
                 else:
-                    yield row, place
+                    yield row, row_number
         self.summary = {
             "dropped": dropped,
             "responses": encoder.counts["responses"],

@@ -113,8 +113,8 @@ class RowTable(Rows):
         return row
 
     def _stored(self, index: int) -> Any:
-        readers, place = self._readers[index // BATCH_ROWS], index % BATCH_ROWS
-        return unflatten(self._type, {name: reader.read(place) for name, reader in readers.items()})
+        readers, row = self._readers[index // BATCH_ROWS], index % BATCH_ROWS
+        return unflatten(self._type, {name: reader.read(row) for name, reader in readers.items()})
 
     def value(self, index: int, name: str) -> Any:
         return getattr(self._stored(index), name)

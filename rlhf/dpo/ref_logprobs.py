@@ -192,8 +192,8 @@ class _Responses(LazySequence[EncodedResponse]):
         return len(self._indices)
 
     def item(self, index: int) -> EncodedResponse:
-        row, place = divmod(self._indices[index], self._per_row)
-        response: EncodedResponse = self._rows[row].responses[place]
+        row, response_index = divmod(self._indices[index], self._per_row)
+        response: EncodedResponse = self._rows[row].responses[response_index]
         return response
 
 

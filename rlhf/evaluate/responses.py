@@ -65,11 +65,11 @@ class Evaluation:
         Args:
             batches: The prompts of this rank, in batches.
         """
-        places = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch.prompts))]
-        shares = gather_objects((places, self))
+        positions = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch.prompts))]
+        shares = gather_objects((positions, self))
         if len(shares) == 1:
             return self
-        ranks = [(*place, rank) for rank, (own, _) in enumerate(shares) for place in own]
+        ranks = [(*position, rank) for rank, (own, _) in enumerate(shares) for position in own]
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         parts = [share for _, share in shares if share.prompts]
         return Evaluation(

@@ -33,8 +33,8 @@ def partial_last_layer(trunk: nn.Module, used: Tensor) -> Iterator[None]:
         tokens, order = shape[:2].numel(), torch.arange(len(used), device=used.device)
         # Of an index that occurs twice, one output is written behind the last token, so that its gradient is zero.
         last_of = used.new_zeros(tokens).scatter(0, used, order)
-        places = torch.where(last_of[used] == order, used, tokens)
-        return output.new_zeros(tokens + 1, shape[-1]).index_copy(0, places, output[0])[:-1].view(shape)
+        targets = torch.where(last_of[used] == order, used, tokens)
+        return output.new_zeros(tokens + 1, shape[-1]).index_copy(0, targets, output[0])[:-1].view(shape)
 
     mlp = last_layer(trunk).mlp
     with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(restore):

@@ -38,7 +38,7 @@ class Layout(ABC):
 
     @abstractmethod
     def columns(self, time: int) -> Tensor:
-        """Return the place in its row of each token of the batch: [batch, time], undefined at padding.
+        """Return the index in its row of each token of the batch: [batch, time], undefined at padding.
 
         Args:
             time: Width of the batch.
@@ -125,14 +125,14 @@ class SharedPrompts(Layout):
         return torch.cat([token, torch.where(token < prompt, token, token + first)])
 
     def tokens(self, input_ids: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        prompt, first, token = self._places(rows, width, input_ids.device)
+        prompt, first, token = self._sizes_and_columns(rows, width, input_ids.device)
         sequence = rows.to(input_ids.device)[:, None]
         is_second = token >= prompt + first
         position = torch.where(is_second, token - first, token).clamp(max=input_ids.shape[1] - 1)
         return input_ids[torch.where(is_second, sequence + len(self.sizes), sequence), position], position
 
     def visible(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
-        prompt, first, token = self._places(rows, width, device)
+        prompt, first, token = self._sizes_and_columns(rows, width, device)
         # A token that is neither in the prompt nor in the first sequence is in the second one, or padding.
         hidden = (token >= prompt + first)[:, :, None] & ((token >= prompt) & (token < prompt + first))[:, None]
         return (token <= token[:, None]) & ~hidden
@@ -145,7 +145,7 @@ class SharedPrompts(Layout):
         ).last_hidden_state
         return states
 
-    def _places(self, rows: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sizes of prompts and first sequences, [rows, 1] each, and the places of tokens, [width]."""
+    def _sizes_and_columns(self, rows: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sizes of prompts and first sequences, [rows, 1] each, and the columns of tokens, [width]."""
         prompt, first, _ = torch.tensor(self.sizes)[rows].to(device).T[:, :, None]
         return prompt, first, torch.arange(width, device=device)

@@ -21,7 +21,7 @@ _rows: ContextVar[tuple[Sequence[Sizes], PaddedRows | None]] = ContextVar("rows"
 # A pair and a single sequence, which are three sequences of five tokens.
 _PROBE: list[Sizes] = [(3, 2, 2), (0, 5, 0)]
 _PROBE_POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4]
-_PROBE_SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]]  # places of their tokens
+_PROBE_SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]]  # indices of their tokens
 
 
 def packed_hidden_states(trunk: Any, input_ids: Tensor, layout: Layout) -> Tensor:

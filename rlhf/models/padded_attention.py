@@ -24,30 +24,30 @@ class PaddedRows:
     Args:
         rows: Number of rows.
         width: Number of tokens of the longest row.
-        places: [tokens] the place of each token among the ``rows * width`` places.
+        indices: [tokens] the index of each token in the padded batch of ``rows * width`` tokens.
         bias: [1 or rows, width, width] 0 where a token sees another one, otherwise minus infinity.
     """
 
     rows: int
     width: int
-    places: Tensor
+    indices: Tensor
     bias: Tensor
 
     @classmethod
-    def of(cls, layout: Layout, places: Tensor) -> "PaddedRows | None":
+    def of(cls, layout: Layout, indices: Tensor) -> "PaddedRows | None":
         """Return the padded batch of a layout; None if SDPA is faster row by row.
 
         Args:
             layout: The rows.
-            places: See above.
+            indices: See above.
         """
         lengths = layout.lengths
         rows, width = len(lengths), max(lengths)
         pairs = sum(length**2 for length in lengths)
-        if not places.is_cpu or width > MAX_TOKENS or rows * width**2 > MAX_PADDING * pairs:
+        if not indices.is_cpu or width > MAX_TOKENS or rows * width**2 > MAX_PADDING * pairs:
             return None
-        visible = layout.visible(torch.arange(rows), width, places.device)
-        return cls(rows, width, places, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
+        visible = layout.visible(torch.arange(rows), width, indices.device)
+        return cls(rows, width, indices, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Compute attention within each row.
@@ -71,42 +71,42 @@ class PaddedRows:
             bias = bias.repeat_interleave(key.shape[1], dim=0)
         scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=head_width**-0.5 if scale is None else scale)
         attended = torch.bmm(scores.softmax(dim=-1), values).view(self.rows, heads, self.width, value_width)
-        unpadded: Tensor = _Unpad.apply(attended.transpose(1, 2).flatten(0, 1).flatten(1), self.places)  # type: ignore[no-untyped-call]
+        unpadded: Tensor = _Unpad.apply(attended.transpose(1, 2).flatten(0, 1).flatten(1), self.indices)  # type: ignore[no-untyped-call]
         return unpadded.view(1, tokens, heads, value_width)
 
     def _padded(self, packed: Tensor) -> Tensor:
         """Move [1, heads, tokens, width of a head] to [rows, heads, width, width of a head]. Padding is 0."""
         heads, _, head_width = packed.shape[1:]
-        padded: Tensor = _Pad.apply(packed[0].transpose(0, 1).flatten(1), self.places, self.rows * self.width)  # type: ignore[no-untyped-call]
+        padded: Tensor = _Pad.apply(packed[0].transpose(0, 1).flatten(1), self.indices, self.rows * self.width)  # type: ignore[no-untyped-call]
         return padded.view(self.rows, self.width, heads, head_width).transpose(1, 2)
 
 
 class _Pad(torch.autograd.Function):
-    """[tokens, width] to [places, width]. Autograd would add the gradients of places one by one."""
+    """[tokens, width] to [rows * width, width]. Autograd would add the gradients one by one."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, places: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return packed.new_zeros(count, packed.shape[1]).index_copy_(0, places, packed)
+    def forward(ctx: Any, packed: Tensor, indices: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        return packed.new_zeros(count, packed.shape[1]).index_copy_(0, indices, packed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradient.index_select(0, places), None, None
+        (indices,) = ctx.saved_tensors
+        return gradient.index_select(0, indices), None, None
 
 
 class _Unpad(torch.autograd.Function):
-    """[places, width] to [tokens, width]."""
+    """[rows * width, width] to [tokens, width]."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, padded: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
         ctx.count = len(padded)
-        return padded.index_select(0, places)
+        return padded.index_select(0, indices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.count, gradient.shape[1]).index_copy_(0, places, gradient), None
+        (indices,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, gradient.shape[1]).index_copy_(0, indices, gradient), None

@@ -95,7 +95,7 @@ def hidden_states(
     is_packed = settings.packed_rows and not is_sharded and _gains_from_packing(layout, is_cpu=input_ids.is_cpu)
     if is_packed and can_pack_rows(trunk):
         starts = torch.tensor([0, *layout.lengths[:-1]]).cumsum(0)
-        used = _places(layout, starts, input_ids)[positions]
+        used = _token_indices(layout, starts, input_ids)[positions]
         with _computing_used(trunk, used, sum(layout.lengths), partial):
             states = packed_hidden_states(trunk, input_ids, layout)
         return states.index_select(0, used)
@@ -123,7 +123,7 @@ def _grouped(
     starts = torch.empty(len(layout.lengths), dtype=torch.long)
     for end, (rows, width) in zip(ends, groups, strict=True):
         starts[rows] = end - width * torch.arange(len(rows), 0, -1)
-    used = _places(layout, starts, input_ids)[positions]
+    used = _token_indices(layout, starts, input_ids)[positions]
     states = []
     for end, (rows, width) in zip(ends, groups, strict=True):
         start = end - len(rows) * width
@@ -133,8 +133,8 @@ def _grouped(
     return (torch.cat(states) if len(states) > 1 else states[0]).index_select(0, used)
 
 
-def _places(layout: Layout, starts: Tensor, input_ids: Tensor) -> Tensor:
-    """Return where each token of the batch is among the computed tokens, given where rows start: [batch, time]."""
+def _token_indices(layout: Layout, starts: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the index of each token of the batch among the computed tokens, given where rows start: [batch, time]."""
     return (starts[layout.rows, None] + layout.columns(input_ids.shape[1])).to(input_ids.device)
 
 
@@ -160,7 +160,7 @@ def states_before(
 def _right_padded(
     input_ids: Tensor, attention_mask: Tensor, positions: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Move all padding to the right, whatever its place, without reading anything on the host."""
+    """Move all padding to the right, wherever it is, without reading anything on the host."""
     rows, columns = positions
     time = torch.arange(input_ids.shape[1], device=input_ids.device)
     start = attention_mask.to(torch.int8).argmax(dim=1)

@@ -26,17 +26,17 @@ class DecodingBatch:
 
     Args:
         lm: Causal language model.
-        places: Number of rows.
-        capacity: Largest number of tokens of a row, which this class does not need to know.
+        max_rows: Number of rows.
+        capacity: Unused. Decoders that allocate their cache in advance need the largest number of tokens of a row.
     """
 
-    can_refill = False  # Whether a prompt can take the place of a finished row.
+    can_refill = False  # Whether a prompt can replace a finished row.
 
-    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
+    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
         self.lm = lm
         self.arguments = signature(lm.forward).parameters
         self.cache_name = cache_name(lm)
-        self.count = places
+        self.count = max_rows
         self.cache: Any = None
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:

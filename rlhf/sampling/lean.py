@@ -1,7 +1,7 @@
 """Decoding with a preallocated cache and without the modules of transformers.
 
-A row of the cache is a place for a response. Rows have their own lengths, so a place can be filled with the next prompt
-while the other rows go on, and moving the last row into a free place closes a gap.
+A row of the cache holds a response. Rows have their own lengths, so a free row can be filled with the next prompt while
+the other rows go on, and moving the last row into a free one closes a gap.
 """
 
 from abc import ABC, abstractmethod
@@ -24,15 +24,15 @@ class LeanBatch(ABC):
 
     Args:
         lm: The model.
-        places: Largest number of rows.
+        max_rows: Largest number of rows.
         capacity: Largest number of tokens of a row, prompt and response.
     """
 
     can_refill = True
 
-    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
+    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
         self.lm: Any = lm
-        self.places, self.capacity, self.device = places, capacity, lm.device
+        self.max_rows, self.capacity, self.device = max_rows, capacity, lm.device
         self.output_layer: Function = linear(self.lm.get_output_embeddings())
         self.count = 0  # rows in use: the first ones
 
@@ -82,7 +82,7 @@ class LeanBatch(ABC):
         """Reset finished rows of the batch, so that they neither overflow the cache nor slow down decoding."""
 
     def remove(self, rows: Sequence[int]) -> list[int]:
-        """Remove rows from the batch. The last rows move into their places.
+        """Remove rows from the batch. The last rows replace them.
 
         Args:
             rows: The rows, in ascending order.
@@ -104,11 +104,11 @@ class LeanBatch(ABC):
 class AttentionBatch(LeanBatch):
     """Decoding of models with full attention, see ``has_attention_decoder``."""
 
-    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
-        super().__init__(lm, places, capacity)
+    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
+        super().__init__(lm, max_rows, capacity)
         self.decoder = attention_decoder(lm, capacity)
-        self.lengths = torch.zeros(places, dtype=torch.long, device=self.device)
-        self.host_lengths = [0] * places  # the same on the host
+        self.lengths = torch.zeros(max_rows, dtype=torch.long, device=self.device)
+        self.host_lengths = [0] * max_rows  # the same on the host
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -140,7 +140,7 @@ class AttentionBatch(LeanBatch):
             _, heads, _, width = layer.values.shape
             # Zeros, because masked values that are NaN would reach the result. Keys have the dtype of values, to which
             # attention converts them under autocast.
-            new = partial(layer.values.new_zeros, (self.places, heads, self.capacity, width))
+            new = partial(layer.values.new_zeros, (self.max_rows, heads, self.capacity, width))
             self.keys.append(new())
             self.values.append(new())
 

@@ -26,14 +26,14 @@ def has_mamba_decoder(lm: Any) -> bool:
 class MambaBatch(LeanBatch):
     """Decoding of Mamba-2, see ``has_mamba_decoder``."""
 
-    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
-        super().__init__(lm, places, capacity)
+    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
+        super().__init__(lm, max_rows, capacity)
         trunk = self.lm.backbone
         self.layers = [_Layer.of(block) for block in trunk.layers]
         self.norm, self.embedding = rms_norm(trunk.norm_f), trunk.embeddings
         self.needs_equal_lengths = padding_reaches_state(lm)
-        self.inputs: list[Tensor] = []  # [places, kernel, channels] the last inputs of each layer's convolution
-        self.states: list[Tensor] = []  # [places, groups, state size, heads of a group, width of a head]
+        self.inputs: list[Tensor] = []  # [max_rows, kernel, channels] the last inputs of each layer's convolution
+        self.states: list[Tensor] = []  # [max_rows, groups, state size, heads of a group, width of a head]
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         if not self.needs_equal_lengths:
@@ -55,8 +55,8 @@ class MambaBatch(LeanBatch):
         ]
         if not self.states:
             for inputs, state in cache:
-                self.inputs.append(inputs.new_zeros(self.places, *inputs.shape[1:]))
-                self.states.append(state.new_zeros(self.places, *state.shape[1:]))
+                self.inputs.append(inputs.new_zeros(self.max_rows, *inputs.shape[1:]))
+                self.states.append(state.new_zeros(self.max_rows, *state.shape[1:]))
         for (inputs, state), all_inputs, all_states in zip(cache, self.inputs, self.states, strict=True):
             all_inputs[rows], all_states[rows] = inputs[source], state[source]
         hidden: Tensor = output.last_hidden_state

@@ -31,7 +31,7 @@ class Decoding:
         stop_ids: Ids of the tokens that end a response.
         vocab_size: Number of token ids that may be drawn.
         interval: Number of steps after which finished responses leave the batch.
-        places: Largest number of responses that are decoded at once. The next prompts take the places of finished
+        max_rows: Largest number of responses that are decoded at once. The next prompts take the rows of finished
             responses. It has no effect for models without a lean decoder.
         generator: Random state of the draws, on the device of the model. None: the global random state of torch.
 
@@ -48,7 +48,7 @@ class Decoding:
         stop_ids: Collection[int],
         vocab_size: int,
         interval: int,
-        places: int | None = None,
+        max_rows: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         capacity = max(map(len, prompts)) + params.max_new_tokens
@@ -58,13 +58,13 @@ class Decoding:
         batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or (
             UnpaddedBatch if padding_reaches_state(lm) else DecodingBatch
         )
-        places = min(places or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
-        self.batch = batch(lm, places, capacity + interval)  # A finished row goes on until the end of an interval.
+        max_rows = min(max_rows or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
+        self.batch = batch(lm, max_rows, capacity + interval)  # A finished row goes on until the end of an interval.
         self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)
         # Of each row: the index of its prompt, the number of drawn tokens, the last one, and whether it is finished.
-        self.prompt = torch.zeros(places, dtype=torch.long, device=lm.device)
+        self.prompt = torch.zeros(max_rows, dtype=torch.long, device=lm.device)
         self.drawn_count, self.token = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
-        self.finished = torch.zeros(places, dtype=torch.bool, device=lm.device)
+        self.finished = torch.zeros(max_rows, dtype=torch.bool, device=lm.device)
         # Of each prompt: the drawn tokens. The last column is for what rows draw after their last token.
         self.drawn = torch.zeros(len(prompts), params.max_new_tokens + 1, dtype=torch.long, device=lm.device)
         self.started = 0  # number of prompts that have been computed
@@ -116,7 +116,7 @@ class Decoding:
         self.token[rows] = tokens.clamp(min=0)
 
     def _release(self) -> None:
-        """Give the places of finished rows to the next prompts, or remove these rows."""
+        """Replace finished rows by the next prompts, or remove them."""
         count = self.batch.count
         rows: list[int] = self.finished[:count].cpu().nonzero()[:, 0].tolist()
         if not rows:

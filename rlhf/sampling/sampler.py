@@ -80,7 +80,7 @@ class LocalSampler(Sampler):
             size = len(prompts) if self.batch_size is None or lean_decoder(lm) else self.batch_size
             responses = []
             for start in range(0, len(prompts), size):
-                decoding = self._decoding(lm, prompts[start : start + size], params, places=self.batch_size)
+                decoding = self._decoding(lm, prompts[start : start + size], params, max_rows=self.batch_size)
                 while not decoding.is_done:
                     decoding.step()
                 responses += decoding.responses()
@@ -142,7 +142,7 @@ class LocalSampler(Sampler):
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         generator: torch.Generator | None = None,
-        places: int | None = None,
+        max_rows: int | None = None,
     ) -> Decoding:
         assert self.tokenizer is not None, "sync sets the policy and the tokenizer"
         return Decoding(
@@ -152,7 +152,7 @@ class LocalSampler(Sampler):
             stop_ids=params.stop_ids(self.tokenizer),
             vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
             interval=self.stop_interval or (1 if lm.device.type == "cpu" else 8),
-            places=places,
+            max_rows=max_rows,
             generator=generator,
         )
 

@@ -39,14 +39,14 @@ class UnpaddedBatch:
 
     Args:
         lm: Causal language model.
-        places: Number of rows.
+        max_rows: Number of rows.
         capacity: Largest number of tokens of a row.
     """
 
     can_refill = False
 
-    def __init__(self, lm: PreTrainedModel, places: int, capacity: int) -> None:
-        self.lm, self.count, self.capacity = lm, places, capacity
+    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
+        self.lm, self.count, self.capacity = lm, max_rows, capacity
         self.parts: list[tuple[DecodingBatch, list[int]]] = []  # each batch and the rows that it decodes
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -67,11 +67,11 @@ class UnpaddedBatch:
         """Remove rows from the batch, and return the former indices of those that are left."""
         removed = set(rows)
         order = [row for row in range(self.count) if row not in removed]
-        places = {row: place for place, row in enumerate(order)}
+        new_index = {row: index for index, row in enumerate(order)}
         parts = []
         for batch, mine in self.parts:
             if not removed.issuperset(mine):
                 left = batch.remove([i for i, row in enumerate(mine) if row in removed])
-                parts.append((batch, [places[mine[i]] for i in left]))
+                parts.append((batch, [new_index[mine[i]] for i in left]))
         self.parts, self.count = parts, len(order)
         return order

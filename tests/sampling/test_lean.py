@@ -1,4 +1,4 @@
-"""The lean decoder computes the logits of transformers, and its places are filled with the next prompts."""
+"""The lean decoder computes the logits of transformers, and its rows are filled with the next prompts."""
 
 from functools import cache
 from typing import Any
@@ -117,7 +117,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", LEAN)
 def test_logits_are_those_of_transformers(name: str) -> None:
-    """For rows of different lengths, with equal prompts, after rows have left, and after a place was filled again."""
+    """For rows of different lengths, with equal prompts, after rows have left, and after a row was filled again."""
     lm, rows = model(LEAN[name]), [list(prompt) for prompt in PROMPTS]
     batch = decoder(lm)(lm, len(rows), 20)
     logits = batch.prefill(range(len(rows)), rows)
