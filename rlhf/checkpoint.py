@@ -80,8 +80,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
-        self._boundary: Boundary | None = None  # The last such position,
-        self._is_stepping = False  # and whether an optimizer step has begun since, which may have changed the weights.
+        self._boundary: Boundary | None = None  # The last position that a run can be resumed from exactly.
+        self._is_stepping = False  # Whether a later optimizer step has begun, which may have changed the weights.
         self._end: dict[str, Any] = {}  # Entries of the checkpoint if training ends here, within an epoch.
         self._stop_requested = False  # Whether training ends at the next resumable position.
         self._last_written = self._last_boundary = 0.0  # Seconds of the monotonic clock.
