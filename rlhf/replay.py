@@ -22,7 +22,7 @@ from rlhf.errors import ConfigError, listed
 from rlhf.logs import quiet_libraries
 from rlhf.models import Frozen
 from rlhf.overrides import leaves
-from rlhf.run import build_trainer, open_inputs
+from rlhf.run import build_trainer, builder_and_adapted_inputs
 from rlhf.sampling import Rollout
 from rlhf.speed import set_speed
 from rlhf.stage.dumps import STATE, read_batches, read_report
@@ -47,7 +47,7 @@ def replay(cfg: DictConfig) -> float:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     set_speed(instantiate(cfg.speed))
     datamodule = instantiate(cfg.data)
-    build, inputs = open_inputs(cfg)
+    build, inputs = builder_and_adapted_inputs(cfg)
     module = build(**inputs, tokenizer=inputs["policy"].tokenizer(datamodule.training_texts()))
     module.precompute_ref_logprobs = False  # The batches of DPO contain them.
     silent = cfg.copy()

@@ -86,7 +86,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> fl
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
-    build, inputs = open_inputs(cfg)
+    build, inputs = builder_and_adapted_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
         complete_export(cfg, output, start.start)
@@ -148,13 +148,13 @@ def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: An
         )
 
 
-def open_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return what builds the module of a stage from its inputs and a tokenizer, and the inputs."""
-    build, inputs = _declared_inputs(cfg)
+def builder_and_adapted_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return what builds the module of a stage from its inputs and a tokenizer, and the inputs with their adapters."""
+    build, inputs = _builder_and_inputs(cfg)
     return build, with_adapter(cfg, inputs)
 
 
-def _declared_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _builder_and_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what builds the module of a stage, and its inputs. One that is neither used nor set is None."""
     build, required = required_inputs(cfg)
     return build, {key: resolve_input(cfg, key) if key in required else None for key in stages()[cfg.stage_name].inputs}
@@ -195,7 +195,7 @@ def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     """Write preference pairs of the responses of a policy, and return the mean difference of their scores."""
     path, record = output / str(stages()[cfg.stage_name].final), output / "provenance.json"
     datamodule = instantiate(cfg.data)
-    build, inputs = _declared_inputs(cfg)
+    build, inputs = _builder_and_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if cfg.resume and path.is_file():
         recorded = parse_json(record.read_text(), str(record), "provenance") if record.is_file() else {}

@@ -167,9 +167,9 @@ def test_a_reward_function_without_a_model_needs_no_reward_model(tmp_path: Path)
     cfg = compose_config("stage=ppo", *policy, "reward=exact_match")
     build = instantiate(cfg.stage, _partial_=True)
     assert build.func.unused_inputs(build.keywords) == {"reward_model"}
-    assert run.open_inputs(cfg)[1]["reward_model"] is None
+    assert run.builder_and_adapted_inputs(cfg)[1]["reward_model"] is None
     with pytest.raises(ConfigError, match="requires the output of stage=reward"):
-        run.open_inputs(compose_config("stage=ppo", *policy))
+        run.builder_and_adapted_inputs(compose_config("stage=ppo", *policy))
 
 
 # Collection

@@ -67,7 +67,7 @@ def curves_plot(
     with drawing() as (figure, axes):
         for whole, line in zip(lines, drawn, strict=True):
             _draw_curve(axes, whole, line, DASHES[line.color % len(DASHES)] if compares else "-")
-        _limit_to_bulk(axes, lines)
+        _widen_constant(axes, lines)
         for alert in alerts:
             if alert.end is not None and alert.end > alert.start:
                 axes.axvspan(alert.start, alert.end, color=ALERT, alpha=0.12, linewidth=0)
@@ -120,7 +120,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return list(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).tolist())
 
 
-def _limit_to_bulk(axes: Any, lines: Sequence[Line]) -> None:
+def _widen_constant(axes: Any, lines: Sequence[Line]) -> None:
     """Give a constant curve a visible range, so that its rounding errors are not enlarged."""
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     if values and max(values) - min(values) <= 1e-9 * max(1.0, abs(max(values))):
