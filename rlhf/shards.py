@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from rlhf.errors import DataError
 
 INDEX = ".metadata"
+_REPLACE = "Use a checkpoint that a run of this project wrote, or start over: resume=false"
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -69,9 +70,6 @@ class ShardReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata  # type: ignore[no-any-return]
-
-
-_REPLACE = "Use a checkpoint that a run of this project wrote, or start over: resume=false"
 
 
 class _Unpickler(pickle.Unpickler):

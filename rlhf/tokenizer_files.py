@@ -23,6 +23,7 @@ TOKENIZER_FILES = frozenset(
 )
 # SentencePiece and tiktoken models: tokenizer.model, spiece.model, sentencepiece.bpe.model, source.spm.
 _TOKENIZER_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(model|spm)")
+_REPLACE = "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>"
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -69,9 +70,6 @@ def unpack_tokenizer(files: Mapping[Any, Any], origin: str) -> PreTrainedTokeniz
             raise DataError(f"{origin}: its tokenizer cannot be opened ({first_line(error)}).", _REPLACE) from error
     check_tokenizer(tokenizer, origin)
     return tokenizer
-
-
-_REPLACE = "Use a file that a stage of this project wrote, or run the stage again: python train.py stage=<stage>"
 
 
 def is_tokenizer_file(name: str) -> bool:

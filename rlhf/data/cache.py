@@ -21,6 +21,7 @@ from rlhf.files import sha256_of_file, write_json
 
 log = logging.getLogger(__name__)
 CACHED_ROWS = 2000  # fewer rows are read and encoded within a second
+_LIBRARIES = ("builtins", "lightning", "torch", "typing", "abc", "collections")
 Summary = dict[str, Any]
 
 
@@ -127,9 +128,6 @@ def source_of_class(kind: type) -> str | None:
     except (OSError, TypeError):  # such as classes of an interactive session
         return None
     return hashlib.sha256("".join(sources).encode()).hexdigest()
-
-
-_LIBRARIES = ("builtins", "lightning", "torch", "typing", "abc", "collections")
 
 
 @lru_cache

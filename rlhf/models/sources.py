@@ -33,6 +33,7 @@ from rlhf.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.tokenizer_probe import check_tokenizer
 
 T = TypeVar("T")
+_REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."
 
 
 class ModelSource(Protocol):
@@ -284,9 +285,6 @@ def remember_config(model: PreTrainedModel) -> PreTrainedModel:
     trunk: Any = model.base_model
     trunk.original_config = model.config.to_json_string(use_diff=False)
     return model
-
-
-_REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

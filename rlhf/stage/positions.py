@@ -9,6 +9,9 @@ from rlhf.data import RecordDataModule
 from rlhf.errors import ConfigError
 from rlhf.models.probes import rope_parameters
 
+# Names of layers that add an embedding of each position.
+_LEARNED = {"wpe", "embed_positions", "position_embedding", "position_embeddings"}
+
 
 def check_positions(module: nn.Module, datamodule: Any) -> None:
     """Reject data with longer sequences than a model of the stage has positions for.
@@ -41,6 +44,3 @@ def _positions(part: nn.Module) -> int | None:
     learned = any(isinstance(child, nn.Embedding) and name in _LEARNED for name, child in part.named_children())
     dynamic = any(one["rope_type"] == "dynamic" for one in rope_parameters(config))
     return getattr(config, "max_position_embeddings", None) if learned or dynamic else None
-
-
-_LEARNED = {"wpe", "embed_positions", "position_embedding", "position_embeddings"}
