@@ -10,6 +10,7 @@ from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import buckets_plot
 from rlhf.report.records import StageRecord
 from rlhf.report.tables import Table, number, text
+from rlhf.reward_panels import PANELS, Panel
 
 # Key in metrics.json -> title. A slash separates levels.
 FIGURES = {
@@ -52,46 +53,29 @@ def summarize_reward_model(record: StageRecord) -> RewardModel:
     name, metrics = identifier(record.name), record.metrics
     found = {title: value for key, title in FIGURES.items() if is_finite(value := _value(metrics, key))}
     table = Table(["metric", "value"], [[text(title), number(value)] for title, value in found.items()], f"rm-{name}")
+    has_heads = is_finite(metrics.get("heads")) and metrics["heads"] > 1
     plots = [
-        _plot(
-            metrics, f"rm-{name}-calibration", "Calibration", "by_confidence", ("confidence", "accuracy"), diagonal=True
-        ),
-        _plot(
-            metrics,
-            f"rm-{name}-length-difference",
-            "Accuracy by difference of lengths",
-            "by_length_difference",
-            ("difference", "accuracy"),
-            "chosen minus rejected length (tokens)",
-            level=_value(metrics, "accuracy"),
-        ),
-        _plot(metrics, f"rm-{name}-rewards", "Score by reward", "by_reward", ("reward", "score"), diagonal=True),
-        _plot(metrics, f"rm-{name}-length", "Score by length", "by_length", ("length", "score"), "length (tokens)"),
+        _plot(metrics, f"rm-{name}-{key}", panel) for key, panel in PANELS.items() if has_heads or not panel.needs_heads
     ]
-    if is_finite(metrics.get("heads")) and metrics["heads"] > 1:
-        error = "accuracy" if metrics.get("kind") == "pairs" else "absolute_error"
-        keys = ("ensemble_std", error)
-        plots.append(_plot(metrics, f"rm-{name}-ensemble", "Disagreement of the heads", "by_ensemble_std", keys))
     return RewardModel(record.name, table, [plot for plot in plots if plot is not None])
 
 
-def _plot(
-    metrics: dict[str, Any],
-    name: str,
-    title: str,
-    key: str,
-    columns: tuple[str, str],
-    x_label: str | None = None,
-    **options: Any,
-) -> Plot | None:
+def _plot(metrics: dict[str, Any], name: str, panel: Panel) -> Plot | None:
     """Draw one column of the buckets against another one; None if there are no complete buckets."""
-    x, y = columns
-    buckets = _buckets(metrics.get(key), (x, y, "count"))
+    (x, x_label), (y, y_label) = panel.x, panel.y
+    buckets = _buckets(metrics.get(panel.buckets), (x, y, "count"))
     if not buckets:
         return None
     line = Line(y.replace("_", " "), [bucket[x] for bucket in buckets], [bucket[y] for bucket in buckets], 0)
-    labels = (x_label or x.replace("_", " "), y.replace("_", " "))
-    return buckets_plot(name, title, [line], labels, counts=[bucket["count"] for bucket in buckets], **options)
+    return buckets_plot(
+        name,
+        panel.title,
+        [line],
+        (x_label, y_label),
+        counts=[bucket["count"] for bucket in buckets],
+        diagonal=panel.ideal_diagonal,
+        level=_value(metrics, "accuracy") if panel.buckets == "by_length_difference" else None,
+    )
 
 
 def _buckets(found: Any, keys: Sequence[str]) -> list[dict[str, float]]:

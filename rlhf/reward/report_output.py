@@ -1,52 +1,13 @@
 """Output formats of the reward-model report: scalars, text and a plot."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from rlhf.reward_panels import PANELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABEL_WIDTH = 32  # Width of the first column of the text tables.
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One curve of the plot.
-
-    Args:
-        buckets: Key of a list of buckets in the report; also the title.
-        x: Entry of a bucket on the horizontal axis.
-        y: Entry of a bucket on the vertical axis.
-        x_label: Label of the horizontal axis.
-        y_label: Label of the vertical axis.
-        ideal_diagonal: Whether an ideal reward model has y = x, which is then drawn as a dotted line.
-    """
-
-    buckets: str
-    x: str
-    y: str
-    x_label: str
-    y_label: str
-    ideal_diagonal: bool = False
-
-
-LENGTH = Panel("by_length", "length", "score", "response length, tokens", "mean score, reward units")
-PANELS = {
-    "pairs": [
-        Panel("by_length_difference", "difference", "accuracy", "chosen length - rejected length, tokens", "accuracy"),
-        Panel("by_confidence", "confidence", "accuracy", "confidence", "accuracy", ideal_diagonal=True),
-        LENGTH,
-    ],
-    "ratings": [
-        Panel("by_reward", "reward", "score", "reward of the data", "mean score, reward units", ideal_diagonal=True),
-        LENGTH,
-    ],
-}
-STD_LABEL = "standard deviation of the heads, reward units"
-ENSEMBLE_PANELS = {
-    "pairs": Panel("by_ensemble_std", "ensemble_std", "accuracy", STD_LABEL, "accuracy"),
-    "ratings": Panel("by_ensemble_std", "ensemble_std", "absolute_error", STD_LABEL, "mean absolute error"),
-}
 
 
 def scalars(report: dict[str, Any], prefix: str = "report") -> dict[str, float]:
@@ -114,14 +75,18 @@ def plot(report: dict[str, Any]) -> "Figure":
     """Plot the curves of a report next to each other; with several heads, also that of their standard deviation."""
     from matplotlib.figure import Figure  # Imported here, because it is slow and needed only after training.
 
-    panels = [*PANELS[report["kind"]], *([ENSEMBLE_PANELS[report["kind"]]] if report["heads"] > 1 else [])]
+    panels = [
+        panel
+        for panel in PANELS.values()
+        if report["kind"] in panel.kinds and (report["heads"] > 1 or not panel.needs_heads)
+    ]
     figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        x = [bucket[panel.x] for bucket in report[panel.buckets]]
-        axes.plot(x, [bucket[panel.y] for bucket in report[panel.buckets]], marker="o")
+        x, y = ([bucket[key] for bucket in report[panel.buckets]] for key in (panel.x[0], panel.y[0]))
+        axes.plot(x, y, marker="o")
         if panel.ideal_diagonal:
             axes.plot([min(x), max(x)], [min(x), max(x)], linestyle=":", color="gray")
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.buckets.replace("_", " "))
-        if panel.y == "accuracy":
+        axes.set(xlabel=panel.x[1], ylabel=panel.y[1], title=panel.buckets.replace("_", " "))
+        if panel.y[0] == "accuracy":
             axes.set_ylim(top=1.02)
     return figure

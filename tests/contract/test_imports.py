@@ -26,7 +26,7 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 LAYERS: list[set[str]] = [
     {
         *("launch", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
-        *("alert_rules", "evaluation_names"),
+        *("alert_rules", "evaluation_names", "reward_panels"),
         *("overrides", "run_names", "schema", "speed", "suggestions", "time_limit", "tokenizer_probe"),
     },
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "tokenizer_files", "logs", "web", "label"},
