@@ -5,11 +5,13 @@ A range is written as text in ``typing.Annotated``, so that declaring one needs 
     label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0
 
 Text that is not a bound names the values and their placeholder: ``Annotated[str, "a function", "<file.py>:<name>"]``.
-``accepts`` checks a value, ``describe`` puts the range into words, and ``rlhf.config`` applies both to every key.
+``accepts`` checks a value, and ``describe`` puts the range into words. ``rlhf.config`` applies both to every key of a
+configuration, and ``check_arguments`` to the arguments of a call in Python.
 """
 
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from types import NoneType, UnionType
@@ -63,11 +65,35 @@ def declared_keywords(target: Any) -> tuple[dict[str, Parameter], bool]:
     return {name: p for name, p in found.items() if p.kind not in VARIADIC}, not is_closed
 
 
+def check_arguments(target: Any, path: str, arguments: Mapping[str, Any]) -> None:
+    """Raise the error of ``rlhf.config`` for an argument that the signature of a function or class does not allow.
+
+    Args:
+        target: The function or class.
+        path: The configuration node of the arguments, such as ``stage.sampling``; empty for none.
+        arguments: Arguments by keyword. Others than the keywords of the signature are ignored, as those in
+            ``locals()``.
+
+    Raises:
+        ConfigError: The message names the key, the value, the constraint and the fix.
+    """
+    keywords, _ = declared_keywords(target)
+    for name, value in arguments.items():
+        if name in keywords and not accepts(keywords[name].annotation, value):
+            key = f"{path}.{name}" if path else name
+            raise out_of_range(key, value, keywords[name].annotation, keywords[name].default)
+
+
 def accepts(annotation: Any, value: Any) -> bool:
-    """Return whether an annotation allows a value of a configuration. An unknown annotation allows every value."""
+    """Return whether an annotation allows a value. An unknown annotation allows every value.
+
+    Numbers of NumPy and PyTorch count as numbers, and paths as text.
+    """
     if not is_known(annotation):
         return True
-    return any(_accepts_one(option, value) for option in _options(annotation))
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    plain = plain.item() if getattr(plain, "ndim", None) == 0 else plain
+    return any(_accepts_one(option, plain) for option in _options(annotation))
 
 
 def is_known(annotation: Any) -> bool:

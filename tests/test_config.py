@@ -1,13 +1,17 @@
 """Checks of configured values that need no model and no data."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from contract.configs import STAGES, compose_config
 from rlhf.config import check_choices, check_values
 from rlhf.errors import ConfigError
+from rlhf.schema import PositiveInt, check_arguments
 
 
 class Inner:
@@ -147,3 +151,43 @@ def test_text_for_true_or_false_is_rejected(key: str, value: str) -> None:
 def test_the_text_is_rejected_in_a_step_of_the_pipeline() -> None:
     with pytest.raises(ConfigError, match=r"^overwrite must be true or false, got 'no'\."):
         check_values(compose_config("stage=sft", "overwrite=no"))
+
+
+# Arguments of calls in Python
+
+
+class Unresolved:
+    """A class whose annotations are text or missing."""
+
+    def __init__(self, count: "PositiveInt" = 1, ratio=0.5, **keys: Any) -> None: ...
+
+
+@pytest.mark.parametrize("settings", [{"count": "fast"}, {"limit": "fast"}, {"pair": [1.0]}, {"ratio": float("nan")}])
+def test_arguments_are_rejected_like_a_configuration(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as configured:
+        check(stage=node("Inner", **settings))
+    with pytest.raises(ConfigError) as called:
+        check_arguments(Inner, "stage", settings)
+    assert str(called.value) == str(configured.value)
+
+
+def test_arguments_without_a_node_are_rejected_by_their_name() -> None:
+    with pytest.raises(ConfigError, match=r"^count must be an integer, got 1\.5\.\n  Set count=1\.$"):
+        check_arguments(Inner, "", {"count": 1.5})
+
+
+@pytest.mark.parametrize("count", [2, np.int64(2), torch.tensor(2)])
+@pytest.mark.parametrize("ratio", [1, 1.0, np.float32(1), np.int64(1), torch.tensor(1.0)])
+def test_scalars_of_numpy_and_torch_are_numbers(count: Any, ratio: Any) -> None:
+    assert check_arguments(Inner, "stage", {"count": count, "ratio": ratio, "pair": (ratio, ratio)}) is None
+    for settings in ({"count": np.float32(2)}, {"limit": torch.tensor(True)}):
+        with pytest.raises(ConfigError, match="must be"):
+            check_arguments(Inner, "stage", settings)
+
+
+def test_a_path_is_text_and_other_names_are_ignored() -> None:
+    assert check_arguments(Inner, "stage", {"name": Path("x"), "self": None, "keys": {"count": "fast"}}) is None
+
+
+def test_annotations_that_are_text_or_missing_accept_everything() -> None:
+    assert check_arguments(Unresolved, "stage", {"count": -1, "ratio": "wide", "other": 1}) is None
