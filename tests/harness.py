@@ -84,6 +84,7 @@ RATINGS = [
 ]
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
+NO_UPDATE = 1e-60  # a learning rate that is 0 in float32
 # The same optimizer in every stage: a constant learning rate without warm-up, and PyTorch's defaults for AdamW.
 PLAIN_ADAMW = {"schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 

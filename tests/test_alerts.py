@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from harness import MetricsLogger, quick_trainer
+from harness import NO_UPDATE, MetricsLogger, quick_trainer
 from rlhf.alert_rules import RULES
 from rlhf.alerts import Alerts, is_spike, recent_mean
 from rlhf.stage import Metrics, Result, StageModule
@@ -153,7 +153,7 @@ class ScaledGradient(StageModule):
     """A stage whose gradient norm is the value of its batch."""
 
     def __init__(self) -> None:
-        super().__init__(learning_rate=0.0, schedule="constant")
+        super().__init__(learning_rate=NO_UPDATE, schedule="constant")
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, Metrics]:

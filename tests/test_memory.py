@@ -115,7 +115,7 @@ def test_a_single_row_that_does_not_fit_is_an_error(tiny_run: TinyRun, monkeypat
 @pytest.mark.parametrize(
     ("stage", "keys", "message"),
     [
-        ("sft", {"on_out_of_memory": "wait"}, r"stage\.on_out_of_memory must be stop or halve, got wait"),
+        ("sft", {"on_out_of_memory": "wait"}, r"stage\.on_out_of_memory must be stop or halve, got 'wait'"),
         ("kto", {"on_out_of_memory": "halve"}, "KL baseline of KTO"),
         ("ppo", {"on_out_of_memory": "halve", "limits": UpdateLimits(skip_ratio=10.0)}, "means over a whole minibatch"),
     ],

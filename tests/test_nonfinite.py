@@ -237,8 +237,8 @@ def test_preflight_checks_report_a_rollout_without_a_dump(tiny_run: TinyRun) -> 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"on_nonfinite": "ignore"}, r"stage\.on_nonfinite must be stop or skip, got ignore"),
-        ({"max_nonfinite_steps": 0}, r"stage\.max_nonfinite_steps must be at least 1, got 0"),
+        ({"on_nonfinite": "ignore"}, r"stage\.on_nonfinite must be stop or skip, got 'ignore'"),
+        ({"max_nonfinite_steps": 0}, r"stage\.max_nonfinite_steps must be an integer of at least 1, got 0"),
     ],
 )
 def test_invalid_settings_are_rejected(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:

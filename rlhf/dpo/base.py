@@ -4,7 +4,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +26,7 @@ from rlhf.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    accepts,
-    out_of_range,
+    check_arguments,
 )
 from rlhf.stage import Mean, Metrics, Result
 from rlhf.stage.optimizer import Schedule
@@ -87,19 +85,9 @@ class PreferenceModule(ReferenceModule):
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.sampler = sampler or LocalSampler()
         self._sampled_at = -1  # Optimizer step of the latest table of samples.
-        self._check_ranges()
+        if isinstance(loss, partial):
+            check_arguments(loss.func, "stage.loss", loss.keywords)
         self._check_loss()
-
-    def _check_ranges(self) -> None:
-        if self.beta <= 0:
-            raise ConfigError(f"stage.beta must be positive, got {self.beta}.", "Set stage.beta=0.1.")
-        if self.sft_coef < 0:
-            raise ConfigError(f"stage.sft_coef must be at least 0, got {self.sft_coef}.", "Set stage.sft_coef=0.")
-        settings = self.loss.keywords if isinstance(self.loss, partial) else {}
-        keywords = signature(self.loss.func).parameters if isinstance(self.loss, partial) else {}
-        for name, value in settings.items():
-            if name in keywords and not accepts(keywords[name].annotation, value):
-                raise out_of_range(f"stage.loss.{name}", value, keywords[name].annotation, keywords[name].default)
 
     def _check_loss(self) -> None:
         """Reject settings that the loss is not defined for."""

@@ -10,7 +10,6 @@ from rlhf.rl import ModelInputs
 from rlhf.tensors import scatter
 
 Critic: TypeAlias = ScalarModel | ScalarHead  # a separate model, or a head on the policy
-CRITIC_INITS = ("reward_model", "sft", "random")
 
 
 def open_critic(

@@ -11,7 +11,7 @@ from rlhf.data import RecordDataModule
 from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput, ScalarHead
-from rlhf.ppo.critic import CRITIC_INITS, Critic, critic_values, critic_width, open_critic
+from rlhf.ppo.critic import Critic, critic_values, critic_width, open_critic
 from rlhf.ppo.preflight import critic_checks
 from rlhf.rl import AdvantageEstimator, Experience, Minibatch, ModelInputs, OnPolicyModule
 from rlhf.rl.advantages import gae
@@ -79,7 +79,7 @@ class PPOModule(OnPolicyModule):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ADVANTAGE_KEYS.keys() | CRITIC_KEYS}
         super().__init__(advantage=advantage, **keys)
-        _check_critic(critic, critic_init, critic_learning_rate, value_clip_range)
+        _check_critic(critic, critic_init, critic_learning_rate)
         _check_unused(advantage, given)
         if critic_init == "reward_model" and not self.reward_sources:
             raise ConfigError(
@@ -189,28 +189,14 @@ class PPOModule(OnPolicyModule):
         return policy_loss + self.value_coef * value_loss, {**metrics, "loss/value_avg": value_loss}
 
 
-def _check_critic(
-    critic: str, critic_init: str | None, critic_learning_rate: float | None, value_clip_range: float | None
-) -> None:
-    """Refuse values of the critic's settings that are out of range or contradict each other."""
-    if critic not in ("separate", "shared"):
-        raise ConfigError(f"stage.critic must be separate or shared, got {critic}.", "Set stage.critic=separate.")
-    if critic_init not in (None, *CRITIC_INITS):
-        raise ConfigError(
-            f"stage.critic_init must be null or one of {', '.join(CRITIC_INITS)}, got {critic_init}.",
-            "Set stage.critic_init=reward_model.",
-        )
+def _check_critic(critic: str, critic_init: str | None, critic_learning_rate: float | None) -> None:
+    """Refuse settings of the critic that contradict each other."""
     for name, value in {"critic_learning_rate": critic_learning_rate, "critic_init": critic_init}.items():
         if critic == "shared" and value is not None:
             raise ConfigError(
                 f"stage.{name}={value} has no effect with stage.critic=shared.",
                 f"Set stage.critic=separate or remove stage.{name}.",
             )
-    if value_clip_range is not None and value_clip_range <= 0:
-        raise ConfigError(
-            f"stage.value_clip_range must be positive or null, got {value_clip_range}.",
-            "Set stage.value_clip_range=0.2 or remove it.",
-        )
 
 
 def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:

@@ -74,15 +74,6 @@ class RewardModule(StageModule):
             warmup_ratio=warmup_ratio,
             **optimizer,
         )
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(
-                f"stage.label_smoothing must be at least 0 and below 0.5, got {label_smoothing}.",
-                "Set stage.label_smoothing=0.1.",
-            )
-        if centering_coef < 0:
-            raise ConfigError(
-                f"stage.centering_coef must be at least 0, got {centering_coef}.", "Set stage.centering_coef=0.01."
-            )
         self.source = policy
         self.input_dim = input_dim
         self.head_settings = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}

@@ -12,10 +12,6 @@ from rlhf.rl.advantages import AdvantageEstimator
 
 def check_estimator(advantage: AdvantageEstimator, num_generations: int) -> None:
     """Refuse a number of responses per prompt that is too small for the advantage estimator."""
-    if num_generations < 1:
-        raise ConfigError(
-            f"stage.num_generations must be at least 1, got {num_generations}.", "Set stage.num_generations=4."
-        )
     if num_generations < 2 and "group_size" in declared_arguments(advantage):
         raise ConfigError(
             f"stage.num_generations must be at least 2 with the advantage estimator {estimator_name(advantage)}, "

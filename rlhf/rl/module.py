@@ -23,9 +23,7 @@ from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.settings import (
     LossReduction,
-    check_collection,
     check_sampling,
-    check_update,
     loss_reduction_function,
 )
 from rlhf.rl.updates import UpdateModule
@@ -112,8 +110,6 @@ class OnPolicyModule(UpdateModule):
         super().__init__(learning_rate=learning_rate, eps=eps, schedule=schedule, **keys)
         self.sampling = sampling or SamplingParams()
         check_sampling(self.sampling)
-        check_update(clip_range, clip_range_high, loss_reduction, ppo_epochs, minibatch_size)
-        check_collection(rollout_batch_size, samples, sample_interval)
         check_estimator(advantage, num_generations)
         self.source = policy
         self.reward_sources: Sequence[ModelSource] = as_sequence(reward_model)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf.errors import ConfigError
-from rlhf.schema import PositiveFloat
+from rlhf.schema import PositiveFloat, check_arguments
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,4 @@ class UpdateLimits:
     skip_ratio: Annotated[float, "> 1"] | None = None
 
     def __post_init__(self) -> None:
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ConfigError(
-                f"stage.limits.dual_clip must be above 1, got {self.dual_clip}.", "Set stage.limits.dual_clip=3."
-            )
-        if self.skip_ratio is not None and self.skip_ratio <= 1:
-            raise ConfigError(
-                f"stage.limits.skip_ratio must be above 1, the ratio before any update, got {self.skip_ratio}.",
-                "Set stage.limits.skip_ratio=10.",
-            )
-        if self.stop_kl_per_token is not None and self.stop_kl_per_token <= 0:
-            raise ConfigError(
-                f"stage.limits.stop_kl_per_token must be positive, got {self.stop_kl_per_token}.",
-                "Set stage.limits.stop_kl_per_token=0.02.",
-            )
+        check_arguments(type(self), "stage.limits", vars(self))

@@ -5,16 +5,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from traceback import walk_tb
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.errors import ConfigError, TrainingError, first_line
+from rlhf.errors import TrainingError, first_line
 from rlhf.stage.precision import gradient_scaler
 
 log = logging.getLogger(__name__)
-ACTIONS = ("stop", "halve")
 MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory")
 
 
@@ -40,12 +39,8 @@ class BatchSplitter:
         self._is_waiting = False
 
     @staticmethod
-    def of(action: str) -> "BatchSplitter | None":
+    def of(action: Literal["stop", "halve"]) -> "BatchSplitter | None":
         """Return a splitter for ``halve``, and None for ``stop``."""
-        if action not in ACTIONS:
-            raise ConfigError(
-                f"stage.on_out_of_memory must be stop or halve, got {action}.", "Set stage.on_out_of_memory=stop."
-            )
         return BatchSplitter() if action == "halve" else None
 
     def postpone(self, module: Any) -> Tensor:

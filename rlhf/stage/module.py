@@ -25,10 +25,10 @@ from rlhf.models import (
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage.epoch import prepare_epoch, remaining_steps
-from rlhf.stage.hyperparameters import plain_arguments
+from rlhf.stage.hyperparameters import check_constructors, constructor_calls, plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import NonfiniteGuard
-from rlhf.stage.optimizer import SCHEDULES, LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
+from rlhf.stage.optimizer import LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype, gradient_scaler, keep_batches
 from rlhf.stage.random_state import get_random_state, restore_random_state
@@ -99,17 +99,10 @@ class StageModule(ReportingModule):
         on_out_of_memory: Literal["stop", "halve"] = "stop",
     ) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise ConfigError(
-                f"stage.schedule must be one of {', '.join(SCHEDULES)}, got {schedule}.", "Set stage.schedule=cosine."
-            )
-        if not 0 <= warmup_ratio < 1:
-            raise ConfigError(
-                f"stage.warmup_ratio must be at least 0 and below 1, got {warmup_ratio}.",
-                "Set stage.warmup_ratio=0.05.",
-            )
+        calls = constructor_calls(inspect.currentframe())
+        check_constructors(calls)
         # For Lightning's load_from_checkpoint. The loggers do not need them: the run stores its configuration.
-        self.save_hyperparameters(plain_arguments(inspect.currentframe()), logger=False)
+        self.save_hyperparameters(plain_arguments(calls), logger=False)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = (betas[0], betas[1])

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.distributed import gather_objects, world_size
-from rlhf.errors import ConfigError, TrainingError, listed
+from rlhf.errors import TrainingError, listed
 from rlhf.logs import metrics_log
 from rlhf.models.sharding import local_tensor
 from rlhf.overrides import to_override
@@ -23,7 +23,6 @@ from rlhf.stage.precision import gradient_scaler
 from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)
-ACTIONS = ("stop", "skip")
 
 
 @dataclass
@@ -58,13 +57,7 @@ class NonfiniteGuard:
         writes_dumps: Whether there is a state of training to dump, which is not so during pre-flight checks.
     """
 
-    def __init__(self, action: str, max_steps: int) -> None:
-        if action not in ACTIONS:
-            raise ConfigError(f"stage.on_nonfinite must be stop or skip, got {action}.", "Set stage.on_nonfinite=stop.")
-        if max_steps < 1:
-            raise ConfigError(
-                f"stage.max_nonfinite_steps must be at least 1, got {max_steps}.", "Set stage.max_nonfinite_steps=10."
-            )
+    def __init__(self, action: Literal["stop", "skip"], max_steps: int) -> None:
         self.skips = action == "skip"
         self.max_steps = max_steps
         self.count = 0

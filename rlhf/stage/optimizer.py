@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from rlhf.errors import ConfigError
 
 log = logging.getLogger(__name__)
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
-SCHEDULES = get_args(Schedule)
 
 
 def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:

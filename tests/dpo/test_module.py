@@ -209,8 +209,8 @@ def test_reference_free_opens_no_reference_model(tiny_run: TinyRun, reference_fr
 @pytest.mark.parametrize(
     ("stage", "keys", "message"),
     [
-        ("dpo", {"beta": 0.0}, "stage.beta must be positive, got 0.0."),
-        ("dpo", {"sft_coef": -0.1}, "stage.sft_coef must be at least 0, got -0.1."),
+        ("dpo", {"beta": 0.0}, "stage.beta must be a number above 0, got 0.0."),
+        ("dpo", {"sft_coef": -0.1}, "stage.sft_coef must be a number of at least 0, got -0.1."),
         (
             "dpo",
             {"loss": partial(conservative_loss, label_smoothing=0.5)},

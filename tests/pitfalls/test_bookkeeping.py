@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness import EXACT, Run, TinyRun, sequences
+from harness import EXACT, NO_UPDATE, Run, TinyRun, sequences
 from pitfalls.settings import STAGES
 from rlhf.errors import UserError
 from rlhf.export import open_model_source, save_result
@@ -29,7 +29,9 @@ def test_22_the_reward_head_is_saved_and_never_initialized_at_random(tiny_run: T
     save_result(reward.module.result(), path, {})
     trained = {name: weight.clone() for name, weight in reward.module.model.state_dict().items()}
     assert "head.layers.2.weight" in trained
-    run = tiny_run.train("ppo", reward_model=open_model_source(str(path)), learning_rate=0.0, trainer={"max_steps": 1})
+    run = tiny_run.train(
+        "ppo", reward_model=open_model_source(str(path)), learning_rate=NO_UPDATE, trainer={"max_steps": 1}
+    )
     for model in (run.module.reward.model.model, run.module.critic):
         torch.testing.assert_close(dict(model.state_dict()), trained, **EXACT)
 

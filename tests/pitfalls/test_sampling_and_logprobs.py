@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import OmegaConf
 from torch import nn
 
-from harness import EXACT, TinyRun, isolated_logprobs
+from harness import EXACT, NO_UPDATE, TinyRun, isolated_logprobs
 from pitfalls.settings import PLAIN_SCORES
 from rlhf.errors import UserError
 from rlhf.models import Frozen
@@ -106,7 +106,7 @@ def test_10_dropout_is_off_in_every_model(dropout_run: TinyRun, stage: str) -> N
     """
 
     def losses(name: str) -> list[float]:
-        run = dropout_run.train(name, learning_rate=0.0, trainer={"max_epochs": 2}, **greedy_sampling(name))
+        run = dropout_run.train(name, learning_rate=NO_UPDATE, trainer={"max_epochs": 2}, **greedy_sampling(name))
         assert run.module.training
         return run.curve("train/loss")
 

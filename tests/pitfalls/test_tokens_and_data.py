@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from harness import DEMONSTRATIONS, PAIRS, TinyRun, isolated_logprobs, isolated_score, sequences
+from harness import DEMONSTRATIONS, NO_UPDATE, PAIRS, TinyRun, isolated_logprobs, isolated_score, sequences
 from harness import STAGES as HARNESS_STAGES
 from pitfalls.settings import STAGES
 from rlhf.errors import UserError
@@ -115,7 +115,7 @@ def test_05_last_token_with_pad_equal_eos(tiny_run: TinyRun, tokenizer: PreTrain
         isolated.append(isolated_score(tiny_run.reward_model, ids))
     for size in (8, 1):
         data = {"train": tiny_run.write("inside", pairs), "batch_size": size}
-        run = tiny_run.build("reward", data=data, learning_rate=0.0)
+        run = tiny_run.build("reward", data=data, learning_rate=NO_UPDATE)
         run.module.configure_model()
         run.module.model.load_state_dict(tiny_run.reward_model.state_dict())
         run.fit()
@@ -133,7 +133,7 @@ def test_06_padding_and_other_rows_do_not_affect_a_sequence(tiny_run: TinyRun, s
     metrics = []
     for size in (1, 3, 8):
         val = {"val": tiny_run.write("val", HARNESS_STAGES[stage].records), "eval_batch_size": size}
-        run = tiny_run.train(stage, data=val, learning_rate=0.0)
+        run = tiny_run.train(stage, data=val, learning_rate=NO_UPDATE)
         found = run.trainer.callback_metrics
         metrics.append({k: float(v) for k, v in found.items() if k.startswith("val/") and "rewards/" not in k})
     assert "val/loss" in metrics[0]

@@ -260,15 +260,15 @@ def test_dimensions_are_checked_against_the_model(tiny_run: TinyRun, key: str, f
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"critic": "both"}, r"stage\.critic must be separate or shared, got both"),
-        ({"critic_init": "policy"}, r"stage\.critic_init must be null or one of .* got policy"),
+        ({"critic": "both"}, r"stage\.critic must be separate or shared, got 'both'"),
+        ({"critic_init": "policy"}, r"stage\.critic_init must be reward_model, sft, random, or null, got 'policy'"),
         ({"critic": "shared", "critic_init": "sft"}, r"stage\.critic_init=sft has no effect with stage\.critic=shared"),
         (
             {"critic": "shared", "critic_learning_rate": 1e-4},
             r"stage\.critic_learning_rate=0\.0001 has no effect with stage\.critic=shared",
         ),
         ({"critic_init": "reward_model", "reward_model": None}, "requires a reward model"),
-        ({"value_clip_range": 0.0}, r"stage\.value_clip_range must be positive or null, got 0"),
+        ({"value_clip_range": 0.0}, r"stage\.value_clip_range must be a number above 0 or null, got 0"),
     ],
 )
 def test_invalid_settings_are_refused(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:

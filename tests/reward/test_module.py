@@ -11,7 +11,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from harness import DEMONSTRATIONS, EXACT, PAIRS, PROMPTS, RATINGS, RESPONSES, Run, TinyRun, assert_same_weights
+from harness import (
+    DEMONSTRATIONS,
+    EXACT,
+    NO_UPDATE,
+    PAIRS,
+    PROMPTS,
+    RATINGS,
+    RESPONSES,
+    Run,
+    TinyRun,
+    assert_same_weights,
+)
 from ranks import DDP, in_ranks
 from rlhf.data import PairBatch, RatingBatch
 from rlhf.errors import ConfigError
@@ -77,7 +88,7 @@ def test_data_fields_select_pairs_or_ratings(harness: RewardRun) -> None:
 
 def test_first_loss_of_pairs_equals_that_of_isolated_sequences(harness: RewardRun) -> None:
     """At learning rate 0, the loss is -mean ln sigmoid(chosen - rejected)."""
-    run = harness.reward("pairs", learning_rate=0.0)
+    run = harness.reward("pairs", learning_rate=NO_UPDATE)
     chosen, rejected = harness.pair_scores(run.module)
     difference = chosen - rejected
     logged = run.recorder.metrics[0]
@@ -87,7 +98,7 @@ def test_first_loss_of_pairs_equals_that_of_isolated_sequences(harness: RewardRu
 
 def test_first_loss_of_ratings_equals_that_of_isolated_sequences(harness: RewardRun) -> None:
     """At learning rate 0, the loss is the mean squared error."""
-    run = harness.reward("ratings", learning_rate=0.0)
+    run = harness.reward("ratings", learning_rate=NO_UPDATE)
     errors = harness.demonstration_scores(run.module)[:, 0] - torch.arange(8) / 2
     assert run.recorder.metrics[0]["train/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-5)
 
@@ -95,7 +106,7 @@ def test_first_loss_of_ratings_equals_that_of_isolated_sequences(harness: Reward
 def test_margin_of_the_data_changes_the_loss(harness: RewardRun) -> None:
     """A margin of 1000, far above the difference of the scores, gives a loss of 1000 - (chosen - rejected)."""
     row = {"prompt": "May", "chosen": "A", "rejected": "B b", "margin": 1000.0}
-    run = harness.reward(data={"train": harness.write("margin", [row])}, learning_rate=0.0)
+    run = harness.reward(data={"train": harness.write("margin", [row])}, learning_rate=NO_UPDATE)
     difference = harness.raw_score(run.module, "May", "A") - harness.raw_score(run.module, "May", "B b")
     assert run.recorder.metrics[0]["train/loss"] == pytest.approx(1000 - difference, rel=1e-6)
 
@@ -126,7 +137,7 @@ def test_accumulated_batches_equal_one_large_batch(harness: RewardRun, kind: str
 
 def test_label_smoothing_centering_and_heads_are_in_the_loss(harness: RewardRun) -> None:
     """At learning rate 0, with difference z: the mean of 0.9 ln(1 + e^-z) + 0.1 ln(1 + e^z), plus 0.05 (c + r)^2."""
-    run = harness.reward(learning_rate=0.0, **ALL_OPTIONS)
+    run = harness.reward(learning_rate=NO_UPDATE, **ALL_OPTIONS)
     chosen, rejected = harness.pair_scores(run.module)
     assert chosen.shape == (8, 3)
     z = chosen - rejected
@@ -144,7 +155,7 @@ def test_label_smoothing_centering_and_heads_are_in_the_loss(harness: RewardRun)
 
 def test_every_head_has_its_own_regression_loss(harness: RewardRun) -> None:
     """The loss is the mean over the heads. The logged error is that of the mean score."""
-    run = harness.reward("ratings", learning_rate=0.0, num_heads=3)
+    run = harness.reward("ratings", learning_rate=NO_UPDATE, num_heads=3)
     scores, rewards = harness.demonstration_scores(run.module), torch.arange(8) / 2
     logged = run.recorder.metrics[0]
     assert logged["train/loss"] == pytest.approx(float((scores - rewards[:, None]).square().mean()), rel=1e-5)
@@ -204,7 +215,7 @@ def test_pair_options_are_rejected_for_ratings(harness: RewardRun, key: dict[str
 )
 def test_values_out_of_range_are_rejected(harness: RewardRun, key: dict[str, Any]) -> None:
     ((name, value),) = key.items()
-    with pytest.raises(ConfigError, match=f"{name} must be at least .* got {value}"):
+    with pytest.raises(ConfigError, match=rf"^stage\.{name} must be .* of at least .*, got {value}\."):
         harness.reward(**key)
 
 
@@ -415,7 +426,7 @@ def center_and_report(rank: int, harness: RewardRun, output: Path, flags: dict[s
     RewardModule._scores = count
     rows = {"val": harness.write("val", PAIRS[:7]), "demonstration_rows": 7}
     trainer = {"limit_train_batches": 1, **flags}
-    run = harness.reward(data=rows, centered=True, output=str(output), learning_rate=0.0, trainer=trainer)
+    run = harness.reward(data=rows, centered=True, output=str(output), learning_rate=NO_UPDATE, trainer=trainer)
     return float(run.module.model.reward_mean), sum(scored)
 
 

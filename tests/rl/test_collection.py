@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import DEMONSTRATIONS, EXACT, TinyRun, assert_same_weights, weights_differ
+from harness import DEMONSTRATIONS, EXACT, NO_UPDATE, TinyRun, assert_same_weights, weights_differ
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.reward_functions import RewardFunction, ScoringBatch
 from rlhf.rl.collector import concatenate
@@ -37,7 +37,7 @@ def test_a_rollout_is_sampled_in_batches(tiny_run: TinyRun) -> None:
     assert sampler.sizes == [3, 3, 2]
     assert len(run.batches[0].input_ids) == 8
     assert run.recorder.updates[0]["policy/ratio"] == 1.0
-    with pytest.raises(ConfigError, match=r"stage\.rollout_batch_size must be at least 1 or null, got 0"):
+    with pytest.raises(ConfigError, match=r"stage\.rollout_batch_size must be an integer of at least 1 or null, got 0"):
         tiny_run.module("ppo", rollout_batch_size=0)
 
 
@@ -117,8 +117,8 @@ def test_no_samples_are_shown_if_there_are_none(tiny_run: TinyRun, monkeypatch: 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"samples": -1}, r"stage\.samples must be >= 0, got -1"),
-        ({"sample_interval": 0}, r"stage\.sample_interval must be at least 1, got 0"),
+        ({"samples": -1}, r"stage\.samples must be an integer of at least 0, got -1"),
+        ({"sample_interval": 0}, r"stage\.sample_interval must be an integer of at least 1, got 0"),
     ],
 )
 def test_invalid_samples_are_refused(tiny_run: TinyRun, keys: dict[str, int], message: str) -> None:
@@ -141,6 +141,6 @@ def test_validation_does_not_change_training(tiny_run: TinyRun) -> None:
 def test_every_validation_draws_the_same_numbers(tiny_run: TinyRun) -> None:
     """A policy that does not change has the same scores in both validations."""
     data = {"val": tiny_run.write("val", DEMONSTRATIONS)}
-    run = tiny_run.train("ppo", data=data, trainer={"max_epochs": 2}, learning_rate=0.0)
+    run = tiny_run.train("ppo", data=data, trainer={"max_epochs": 2}, learning_rate=NO_UPDATE)
     first, second = run.curve("val/score")
     assert first == second

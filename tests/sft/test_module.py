@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness import PROMPTS, RESPONSES, TinyRun
+from harness import NO_UPDATE, PROMPTS, RESPONSES, TinyRun
 from rlhf.errors import ConfigError
 from rlhf.sampling import Rollout, SamplingParams
 from rlhf.sft import SFTDataModule
@@ -38,7 +38,7 @@ def test_first_loss_is_the_mean_over_the_tokens_to_learn(tiny_run: TinyRun, loss
 
 
 def test_unknown_loss_on_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.loss_on must be one of response, all, got prompt"):
+    with pytest.raises(ConfigError, match=r"data\.loss_on must be response or all, got 'prompt'"):
         SFTDataModule(loss_on="prompt")
 
 
@@ -76,7 +76,9 @@ def test_validation_loss_is_the_mean_over_the_tokens_of_all_batches(tiny_run: Ti
         losses, start = token_losses(tiny_run, prompt, response)
         expected += losses[start:]
     rows = [{"prompt": prompt, "completion": response} for prompt, response in PAIRS]
-    run = tiny_run.train("sft", data={"val": tiny_run.write("val", rows), "eval_batch_size": 3}, learning_rate=0.0)
+    run = tiny_run.train(
+        "sft", data={"val": tiny_run.write("val", rows), "eval_batch_size": 3}, learning_rate=NO_UPDATE
+    )
     assert run.curve("val/loss")[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
