@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import ConfigError, DataError, first_line
 from rlhf.models.scalar import ScalarModel
-from rlhf.schema import FractionBelowOne, PositiveInt
+from rlhf.schema import FractionBelowOne, PositiveInt, check_arguments
 
 ALL_LINEAR = "all-linear"
 # The kernels of these architectures read the weight of out_proj directly, so peft refuses to adapt it.
@@ -44,19 +44,11 @@ class LoRA:
     target_modules: str | Sequence[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:
-        for name in ("r", "alpha"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"adapter.{name} must be at least 1, got {getattr(self, name)}.", f"Set adapter.{name}=16."
-                )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"adapter.dropout must be at least 0 and below 1, got {self.dropout}.", "Set adapter.dropout=0.05."
-            )
         names = self.target_modules if isinstance(self.target_modules, str) else sorted(map(str, self.target_modules))
         if not names:
             raise ConfigError("adapter.target_modules names no module.", f"Set adapter.target_modules={ALL_LINEAR}.")
         object.__setattr__(self, "target_modules", names if isinstance(names, str) else tuple(names))
+        check_arguments(type(self), "adapter", vars(self))
 
     def overrides(self) -> str:
         """Return the settings as overrides of a command."""

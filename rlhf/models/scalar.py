@@ -13,6 +13,7 @@ from rlhf.errors import ConfigError
 from rlhf.models.autocast import without_autocast
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
 from rlhf.models.trunk import hidden_states, prepare_trunk, states_before
+from rlhf.schema import PositiveInt, check_arguments
 from rlhf.tensors import last_true, scatter, true_positions
 
 
@@ -31,11 +32,15 @@ class ScalarHead(nn.Module):
     Reference: Huang et al. 2024, detail 11 (arXiv:2403.17031).
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int = 128, num_layers: int = 1, num_heads: int = 1) -> None:
+    def __init__(
+        self,
+        input_dim: PositiveInt,
+        hidden_dim: PositiveInt = 128,
+        num_layers: PositiveInt = 1,
+        num_heads: PositiveInt = 1,
+    ) -> None:
         super().__init__()
-        for name, value in {"num_layers": num_layers, "num_heads": num_heads}.items():
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.", f"Set stage.{name}=1.")
+        check_arguments(ScalarHead, "stage", locals())
         widths = [input_dim] + [hidden_dim] * (num_layers - 1)
         self.layers = _mlp(widths)
         self.others = nn.ModuleList(_mlp(widths) for _ in range(num_heads - 1))

@@ -11,7 +11,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import Frozen, ModelSource, RewardModelEnsemble, common_count, disable_dropout, starting_point
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.reward_functions.objective import pessimistic_score
-from rlhf.schema import NonNegativeFloat, PositiveInt
+from rlhf.schema import NonNegativeFloat, PositiveInt, check_arguments
 
 
 class ModelReward(RewardFunction):
@@ -28,14 +28,7 @@ class ModelReward(RewardFunction):
 
     def __init__(self, *, uncertainty_penalty: NonNegativeFloat = 0.0, batch_size: PositiveInt = 64) -> None:
         super().__init__()
-        if uncertainty_penalty < 0:
-            raise ConfigError(
-                f"reward.uncertainty_penalty must be >= 0, got {uncertainty_penalty}. A negative value would reward "
-                "disagreement.",
-                "Set reward.uncertainty_penalty=1.",
-            )
-        if batch_size < 1:
-            raise ConfigError(f"reward.batch_size must be at least 1, got {batch_size}.", "Set reward.batch_size=64.")
+        check_arguments(ModelReward, "reward", locals())
         self.uncertainty_penalty = uncertainty_penalty
         self.batch_size = batch_size
 

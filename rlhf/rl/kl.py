@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf.errors import ConfigError
 from rlhf.rl.objective import kl_k1, kl_k2, kl_k3
-from rlhf.schema import PositiveFloat, PositiveInt
+from rlhf.schema import PositiveFloat, PositiveInt, check_arguments
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 FULL = "full"  # the exact sum over the vocabulary instead of an estimate
@@ -48,8 +48,18 @@ class KLController(nn.Module):
         horizon: PositiveInt | None = None,
     ) -> None:
         super().__init__()
-        _check_estimator(apply_to, estimator)
-        _check_target(target_per_sequence, horizon)
+        check_arguments(KLController, "stage.kl", locals())
+        if apply_to == "loss" and estimator == "k1":
+            raise ConfigError(
+                "stage.kl.apply_to=loss cannot be used with stage.kl.estimator=k1: the gradient of k1 is zero in "
+                "expectation, so the penalty would have no effect.",
+                "Set stage.kl.estimator=k3.",
+            )
+        if horizon is not None and target_per_sequence is None:
+            raise ConfigError(
+                f"stage.kl.horizon={horizon} has no effect without stage.kl.target_per_sequence.",
+                "Set stage.kl.target_per_sequence=6 or remove stage.kl.horizon.",
+            )
         self.apply_to = apply_to
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
@@ -110,34 +120,3 @@ class KLController(nn.Module):
         """Restore the coefficient of a checkpoint if it adapts."""
         if self.target_per_sequence is not None:
             self.coef = float(state["coef"])
-
-
-def _check_estimator(apply_to: str, estimator: str) -> None:
-    if apply_to not in ("reward", "loss"):
-        raise ConfigError(f"stage.kl.apply_to must be reward or loss, got {apply_to}.", "Set stage.kl.apply_to=reward.")
-    if estimator not in (*ESTIMATORS, FULL):
-        raise ConfigError(
-            f"stage.kl.estimator must be one of {', '.join((*ESTIMATORS, FULL))}, got {estimator}.",
-            "Set stage.kl.estimator=k1.",
-        )
-    if apply_to == "loss" and estimator == "k1":
-        raise ConfigError(
-            "stage.kl.apply_to=loss cannot be used with stage.kl.estimator=k1: the gradient of k1 is zero in "
-            "expectation, so the penalty would have no effect.",
-            "Set stage.kl.estimator=k3.",
-        )
-
-
-def _check_target(target_per_sequence: float | None, horizon: int | None) -> None:
-    if target_per_sequence is not None and target_per_sequence <= 0:
-        raise ConfigError(
-            f"stage.kl.target_per_sequence must be positive, got {target_per_sequence}.",
-            "Set stage.kl.target_per_sequence=6 or remove it.",
-        )
-    if horizon is not None and target_per_sequence is None:
-        raise ConfigError(
-            f"stage.kl.horizon={horizon} has no effect without stage.kl.target_per_sequence.",
-            "Set stage.kl.target_per_sequence=6 or remove stage.kl.horizon.",
-        )
-    if horizon is not None and horizon < 1:
-        raise ConfigError(f"stage.kl.horizon must be at least 1, got {horizon}.", "Set stage.kl.horizon=10000.")

@@ -6,8 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError
-from rlhf.schema import NonNegativeFloat, PositiveFloat
+from rlhf.schema import NonNegativeFloat, PositiveFloat, check_arguments
 
 
 class ScoreShaping(nn.Module):
@@ -44,15 +43,7 @@ class ScoreShaping(nn.Module):
         missing_eos: Literal["subtract", "replace"] = "subtract",
     ) -> None:
         super().__init__()
-        if missing_eos not in ("subtract", "replace"):
-            raise ConfigError(
-                f"stage.scores.missing_eos must be subtract or replace, got {missing_eos}.",
-                "Set stage.scores.missing_eos=subtract.",
-            )
-        if clip is not None and clip <= 0:
-            raise ConfigError(
-                f"stage.scores.clip must be positive or null, got {clip}.", "Set stage.scores.clip=5 or remove it."
-            )
+        check_arguments(ScoreShaping, "stage.scores", locals())
         self.subtract_mean = subtract_mean
         self.scale_by_std = scale_by_std
         self.clip = clip

@@ -1,6 +1,5 @@
 """Settings of response sampling."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError
-from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
+from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, check_arguments
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,8 @@ class SamplingParams:
     stop_tokens: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                f"temperature must be a finite number >= 0, got {self.temperature}.", "0 selects the most likely token."
-            )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be >= 0, got {self.top_k}.", "0 samples from all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.", "1 samples from all tokens.")
-        if self.stop_tokens is not None and (isinstance(self.stop_tokens, str) or not self.stop_tokens):
+        check_arguments(type(self), "", vars(self))  # A chat has these settings as well.
+        if self.stop_tokens is not None and not self.stop_tokens:
             raise ConfigError(
                 f"stop_tokens must be a non-empty list of tokens or null, got {self.stop_tokens!r}.",
                 "Set it to a list such as [<token>], or to null for the EOS token of the tokenizer.",

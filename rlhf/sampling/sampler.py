@@ -7,14 +7,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import ConfigError
 from rlhf.models import gathered
 from rlhf.sampling.decoding import INVALID_TOKEN
 from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
-from rlhf.schema import PositiveInt
+from rlhf.schema import PositiveInt, check_arguments
 
 
 class Sampler(Protocol):
@@ -55,16 +54,7 @@ class LocalSampler(Sampler):
     """
 
     def __init__(self, *, stop_interval: PositiveInt | None = None, batch_size: PositiveInt | None = None) -> None:
-        if stop_interval is not None and stop_interval < 1:
-            raise ConfigError(
-                f"stage.sampler.stop_interval must be at least 1 or null, got {stop_interval}.",
-                "Set stage.sampler.stop_interval=8.",
-            )
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(
-                f"stage.sampler.batch_size must be at least 1 or null, got {batch_size}.",
-                "Set stage.sampler.batch_size=32.",
-            )
+        check_arguments(LocalSampler, "stage.sampler", locals())
         self.stop_interval = stop_interval
         self.batch_size = batch_size
         self.policy: PreTrainedModel | None = None

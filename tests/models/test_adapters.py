@@ -176,9 +176,9 @@ def base_type(base: Export, tokenizer: PreTrainedTokenizerFast) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, r"^adapter\.r must be at least 1, got 0\."),
-        ({"alpha": 0}, r"^adapter\.alpha must be at least 1, got 0\."),
-        ({"dropout": 1.0}, r"^adapter\.dropout must be at least 0 and below 1, got 1\.0\."),
+        ({"r": 0}, r"^adapter\.r must be an integer of at least 1, got 0\."),
+        ({"alpha": 0}, r"^adapter\.alpha must be an integer of at least 1, got 0\."),
+        ({"dropout": 1.0}, r"^adapter\.dropout must be a number of at least 0 and below 1, got 1\.0\."),
         ({"target_modules": []}, r"^adapter\.target_modules names no module\.\n  Set adapter\.target_modules=all-lin"),
     ],
 )

@@ -93,9 +93,11 @@ def test_num_layers_are_linear_layers_with_gelu_between(num_layers: int) -> None
 
 
 def test_a_head_without_layers_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"^num_layers must be at least 1, got 0\.\n  Set stage\.num_layers=1\."):
+    with pytest.raises(
+        ConfigError, match=r"^stage\.num_layers must be an integer of at least 1, got 0\.\n  Set stage\.num_layers=1\."
+    ):
         ScalarHead(4, num_layers=0)
-    with pytest.raises(ConfigError, match=r"^num_heads must be at least 1, got 0\."):
+    with pytest.raises(ConfigError, match=r"^stage\.num_heads must be an integer of at least 1, got 0\."):
         ScalarHead(4, num_heads=0)
 
 

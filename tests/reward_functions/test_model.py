@@ -44,9 +44,9 @@ def test_uncertainty_penalty_requires_an_ensemble(make_batch: Any, load: Callabl
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.uncertainty_penalty must be >= 0, got -1"):
+    with pytest.raises(ConfigError, match=r"reward\.uncertainty_penalty must be a number of at least 0, got -1"):
         ModelReward(uncertainty_penalty=-1.0)
-    with pytest.raises(ConfigError, match=r"reward\.batch_size must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"reward\.batch_size must be an integer of at least 1, got 0"):
         ModelReward(batch_size=0)
 
 

@@ -142,10 +142,13 @@ def test_the_coefficient_adapts_in_every_precision(dtype: torch.dtype) -> None:
     ("keys", "message"),
     [
         ({"apply_to": "loss"}, r"stage\.kl\.apply_to=loss cannot be used with stage\.kl\.estimator=k1"),
-        ({"apply_to": "both"}, r"stage\.kl\.apply_to must be reward or loss, got both"),
-        ({"estimator": "k4"}, r"stage\.kl\.estimator must be one of k1, k2, k3, full, got k4"),
-        ({"target_per_sequence": 0.0}, r"stage\.kl\.target_per_sequence must be positive, got 0"),
-        ({"horizon": 0, "target_per_sequence": 6.0}, r"stage\.kl\.horizon must be at least 1, got 0"),
+        ({"apply_to": "both"}, r"stage\.kl\.apply_to must be reward or loss, got 'both'"),
+        ({"estimator": "k4"}, r"stage\.kl\.estimator must be k1, k2, k3, or full, got 'k4'"),
+        ({"target_per_sequence": 0.0}, r"stage\.kl\.target_per_sequence must be a number above 0 or null, got 0"),
+        (
+            {"horizon": 0, "target_per_sequence": 6.0},
+            r"stage\.kl\.horizon must be an integer of at least 1 or null, got 0",
+        ),
         ({"horizon": 100}, r"stage\.kl\.horizon=100 has no effect without stage\.kl\.target_per_sequence"),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_missing_eos_penalty_can_replace_the_score() -> None:
     """With ``replace`` an unfinished response gets -1.5, whatever its score (arXiv:2403.17031 uses -1)."""
     scores = shaping(missing_eos_penalty=1.5, missing_eos="replace")
     assert scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False])).tolist() == [9.0, -1.5]
-    with pytest.raises(ConfigError, match=r"stage\.scores\.missing_eos must be subtract or replace, got drop"):
+    with pytest.raises(ConfigError, match=r"stage\.scores\.missing_eos must be subtract or replace, got 'drop'"):
         ScoreShaping(missing_eos="drop")
 
 
@@ -96,5 +96,5 @@ def test_running_moments_are_stored_in_checkpoints() -> None:
 
 
 def test_a_clip_range_of_0_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"stage\.scores\.clip must be positive or null, got 0"):
+    with pytest.raises(ConfigError, match=r"stage\.scores\.clip must be a number above 0 or null, got 0"):
         ScoreShaping(clip=0.0)

@@ -280,7 +280,7 @@ def test_the_stop_interval_does_not_change_responses(model: PreTrainedModel, int
 
 
 def test_stop_interval_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match=r"^stage\.sampler\.stop_interval must be at least 1 or null, got 0\."):
+    with pytest.raises(ConfigError, match=r"^stage\.sampler\.stop_interval must be an integer of at least 1 or null"):
         LocalSampler(stop_interval=0)
 
 
