@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf.boundary import Boundary, position_within_epoch
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
-from rlhf.schema import NonNegativeFloat
+from rlhf.schema import NonNegativeFloat, check_arguments
 
 log = logging.getLogger(__name__)
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {  # keywords of ModelCheckpoint, and which values
@@ -64,11 +64,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_minutes: NonNegativeFloat | None = 5.0, **keys: Any) -> None:
-        if every_n_minutes is not None and not every_n_minutes >= 0:
-            raise ConfigError(
-                f"callbacks.checkpoint.every_n_minutes must be >= 0 or null, got {every_n_minutes}.",
-                "Set callbacks.checkpoint.every_n_minutes=5",
-            )
+        check_arguments(RunCheckpoint, "callbacks.checkpoint", locals())
         for key, unsupported in UNSUPPORTED.items():
             if unsupported(keys.get(key)):
                 raise ConfigError(

@@ -21,7 +21,7 @@ from rlhf.data.report import report_encoded
 from rlhf.data.rows import Rows
 from rlhf.errors import ConfigError
 from rlhf.models.tokenizer import chat_template
-from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed
+from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed, check_arguments
 from rlhf.tokenizer_probe import check_template
 
 log = logging.getLogger(__name__)
@@ -82,10 +82,7 @@ class RecordDataModule(lightning.LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        self.check_choice("on_error", on_error, ("stop", "skip"))
-        self.check_minimum("batch_size", batch_size, 1)
-        self.check_minimum("eval_batch_size", eval_batch_size, 1)
-        self.check_minimum("max_length", max_length, 2)
+        check_arguments(RecordDataModule, "data", locals())
         self.paths = {"train": train, "val": val, "test": test}
         self.val_fraction = val_fraction
         self.parser = RecordParser(dict(columns or {}))
@@ -101,20 +98,6 @@ class RecordDataModule(lightning.LightningDataModule):
         self._rows: dict[str, Rows] = {}
         self._loader_state: dict[str, Any] | None = None  # of the checkpoint that training resumes from
         self._common_attributes = set(vars(self))
-
-    @staticmethod
-    def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-        """Raise an error if a key does not have one of the given values."""
-        if value not in choices:
-            raise ConfigError(
-                f"data.{key} must be one of {', '.join(choices)}, got {value}.", f"Set data.{key}={choices[0]}."
-            )
-
-    @staticmethod
-    def check_minimum(key: str, value: int, minimum: int) -> None:
-        """Raise an error if a key is below its minimum."""
-        if value < minimum:
-            raise ConfigError(f"data.{key} must be at least {minimum}, got {value}.", f"Set data.{key}={minimum}.")
 
     # Hooks of a subclass
 

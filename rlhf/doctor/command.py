@@ -20,12 +20,19 @@ from rlhf.doctor.forms import Split, read_split
 from rlhf.errors import ConfigError
 from rlhf.export import Export
 from rlhf.logs import quiet_libraries
+from rlhf.schema import NonNegativeInt, check_arguments
 
 SPLITS = ("train", "val", "test")
 BUNDLED = "${oc.select:files."  # how a value of conf/data/demo.yaml begins
 
 
-def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_tokens: int = 64) -> int:
+def examine(
+    cfg: DictConfig,
+    *,
+    examples: NonNegativeInt = 1,
+    places: NonNegativeInt = 3,
+    max_new_tokens: NonNegativeInt = 64,
+) -> int:
     """Examine the training, validation and test data, and print a report.
 
     Args:
@@ -42,14 +49,12 @@ def examine(cfg: DictConfig, *, examples: int = 1, places: int = 3, max_new_toke
     Raises:
         UserError: There are no data, or a key is invalid.
     """
+    check_arguments(examine, "command", locals())
     quiet_libraries()
     datasets.logging.set_verbosity(logging.CRITICAL)  # Why a file cannot be read is in the report.
     logging.getLogger("transformers").setLevel(logging.ERROR)  # It warns of sequences that it does not truncate.
     check_values(cfg, ("data", "model"))
     datamodule: RecordDataModule = instantiate(cfg.data, train=None, val=None, test=None)
-    for key, value in {"examples": examples, "places": places, "max_new_tokens": max_new_tokens}.items():
-        if value < 0:
-            raise ConfigError(f"command.{key} must be at least 0, got {value}.", f"Set command.{key}=1.")
     sets = {
         title: [read_split(name, path, datamodule.reader) for name, path in paths.items()]
         for title, paths in data_sets(cfg).items()

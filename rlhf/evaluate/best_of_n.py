@@ -39,8 +39,6 @@ def check_best_of_n(
             f"stage.best_of_n_model must be one of the models ({', '.join(models)}), got {model}.",
             f"Set stage.best_of_n_model={next(iter(models))}.",
         )
-    if min(sizes) < 2:
-        raise ConfigError(f"stage.best_of_n must contain integers of at least 2, got {min(sizes)}.", "Set it to [4].")
     if not has_reward_model:
         raise ConfigError(
             f"{setting} requires a reward model, which chooses the responses.", "Set stage.reward_model=<path>"

@@ -29,7 +29,7 @@ from rlhf.files import write_json
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import Rollout, Sampler, SamplingParams
-from rlhf.schema import PositiveInt, ScorerPath
+from rlhf.schema import PositiveInt, ScorerPath, check_arguments
 from rlhf.stage.precision import frozen_on_device
 from rlhf.stage.sampling_module import SamplingModule
 from rlhf.tensors import masked_sum
@@ -74,6 +74,7 @@ class EvaluateModule(SamplingModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(reward_model, sampling, sampler)
+        check_arguments(EvaluateModule, "stage", locals())
         if baseline not in models:
             raise ConfigError(
                 f"stage.baseline must be one of the models ({', '.join(models)}), got {baseline}.",
@@ -84,8 +85,6 @@ class EvaluateModule(SamplingModule):
                 f"stage.models.{TARGET}: the name {TARGET} is reserved for the reference responses of the data.",
                 "Give the model another name: stage.models={<name>: <path>}",
             )
-        if bootstrap < 1:
-            raise ConfigError(f"stage.bootstrap must be at least 1, got {bootstrap}.", "Set stage.bootstrap=2000.")
         self.sources = dict(models)
         self.baseline = baseline
         self.gold = load_scorer(gold, key="stage.gold") if gold else None

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from rlhf.data import Demonstration, EncodedResponse, Encoder, RecordDataModule, SequenceBatch
+from rlhf.schema import check_arguments
 
 
 class SFTDataModule(RecordDataModule):
@@ -16,7 +17,7 @@ class SFTDataModule(RecordDataModule):
 
     def __init__(self, *, loss_on: Literal["response", "all"] = "response", **keys: Any) -> None:
         super().__init__(**keys)
-        self.check_choice("loss_on", loss_on, ("response", "all"))
+        check_arguments(SFTDataModule, "data", locals())
         self.loss_on = loss_on
 
     def encode(self, encoder: Encoder, record: Demonstration) -> EncodedResponse:

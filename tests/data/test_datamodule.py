@@ -107,11 +107,11 @@ def test_a_stage_requires_its_split(stage: str, split: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"batch_size": 0}, r"data\.batch_size must be at least 1, got 0\.\n  Set data\.batch_size=1\."),
-        ({"eval_batch_size": -2}, r"data\.eval_batch_size must be at least 1, got -2\."),
-        ({"max_length": 1}, r"data\.max_length must be at least 2, got 1\."),
-        ({"on_error": "ignore"}, r"data\.on_error must be one of stop, skip, got ignore\.\n  Set data\.on_error=stop"),
-        ({"loss_on": "prompt"}, r"data\.loss_on must be one of response, all, got prompt\."),
+        ({"batch_size": 0}, r"data\.batch_size must be an integer of at least 1, got 0\.\n  Set data\.batch_size=16\."),
+        ({"eval_batch_size": -2}, r"data\.eval_batch_size must be an integer of at least 1, got -2\."),
+        ({"max_length": 1}, r"data\.max_length must be an integer of at least 2, got 1\."),
+        ({"on_error": "ignore"}, r"data\.on_error must be stop or skip, got 'ignore'\.\n  Set data\.on_error=stop"),
+        ({"loss_on": "prompt"}, r"data\.loss_on must be response or all, got 'prompt'\."),
     ],
 )
 def test_invalid_settings_are_rejected(keys: dict[str, Any], message: str) -> None:

@@ -90,7 +90,7 @@ def test_user_errors(tmp_path: Path) -> None:
         run(tmp_path, "data.train=null")
     with pytest.raises(DataError, match="there is no such file"):
         run(tmp_path, "data.train=nowhere.jsonl")
-    with pytest.raises(ConfigError, match=r"^command\.places must be at least 0, got -1"):
+    with pytest.raises(ConfigError, match=r"^command\.places must be an integer of at least 0, got -1"):
         run(tmp_path, "data.train=nowhere.jsonl", "command.places=-1")
 
 

@@ -208,7 +208,7 @@ def test_responses_survive_a_gold_function_that_fails_on_the_chosen_ones(evaluat
     ("keys", "message"),
     [
         ({"reward_model": None}, r"^stage\.best_of_n=\[4\] requires a reward model"),
-        ({"best_of_n": [4, 1]}, r"^stage\.best_of_n must contain integers of at least 2, got 1"),
+        ({"best_of_n": [4, 1]}, r"^stage\.best_of_n must be a list of integers of at least 2 or null, got \[4,1\]"),
         ({"best_of_n_model": "dpo"}, r"^stage\.best_of_n_model must be one of the models \(sft, ppo\), got dpo"),
         ({"sampling": SamplingParams(temperature=0)}, r"^stage\.best_of_n=\[4\] has no effect with .*temperature=0"),
     ],
