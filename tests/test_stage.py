@@ -206,8 +206,8 @@ def test_each_trainable_module_has_its_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"schedule": "stairs"}, r"stage\.schedule must be one of cosine, linear, constant, got stairs\."),
-        ({"warmup_ratio": 1.0}, r"stage\.warmup_ratio must be at least 0 and below 1, got 1\.0\."),
+        ({"schedule": "stairs"}, r"stage\.schedule must be cosine, linear, or constant, got 'stairs'\."),
+        ({"warmup_ratio": 1.0}, r"stage\.warmup_ratio must be a number of at least 0 and below 1, got 1\.0\."),
     ],
 )
 def test_invalid_optimizer_settings_are_rejected(keys: dict[str, Any], message: str) -> None:
