@@ -95,9 +95,11 @@ class UpdateModule(StageModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for module in self.frozen_modules():
             module.zero_grad()  # The optimizer then leaves its parameters and their moments unchanged.
-        self.guard.start_step()
         metrics = self.optimizer_metrics(optimizer)
         self.gradient_norm = float(metrics["grad_norm"])
+        if self.guard.step_is_empty:
+            del metrics["grad_norm"]  # The norm of an update that does not take place would distort the mean.
+        self.guard.start_step()
         if self.rollout_is_nonfinite:
             self.nonfinite.skip_step()
         elif self.nonfinite.must_skip(self, self.gradient_norm):

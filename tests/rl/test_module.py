@@ -30,6 +30,7 @@ def test_stop_kl_ends_training_on_a_rollout(tiny_run: TinyRun) -> None:
     assert_same_weights(stopped.module.policy, one_step.module.policy, **EXACT)
     assert_same_weights(stopped.module.critic, one_step.module.critic, **EXACT)
     assert skipped(stopped) == [0.0, 1.0, 1.0, 1.0]
+    assert stopped.curve("grad_norm") == one_step.curve("grad_norm"), "skipped steps have no gradient to average"
     unlimited = tiny_run.train("ppo")
     assert weights_differ(unlimited.module.policy, one_step.module.policy)
 
