@@ -9,8 +9,7 @@ class RolloutDataModule(PromptDataModule):
     """Prompts of records of any kind, for on-policy training.
 
     Args:
-        batch_size: Number of prompts per rollout and device.
-        keys: The remaining keys are those of ``RecordDataModule``.
+        batch_size: Number of prompts per rollout and device. The remaining keys are those of ``RecordDataModule``.
     """
 
     bucket_by_length = False  # A rollout is a random sample of the prompts.

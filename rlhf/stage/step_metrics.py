@@ -14,7 +14,7 @@ from rlhf.models import full_tensor
 class Mean(NamedTuple):
     """A metric that is a mean over other terms than the loss.
 
-    Args:
+    Attributes:
         value: The mean, a scalar.
         weight: The number of terms, or a number in proportion to it. 0: there is no value.
     """
