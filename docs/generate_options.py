@@ -41,6 +41,10 @@ Every key on this page can be set on the command line (`python train.py stage=pp
 experiment file (`conf/experiment/`), and swept with `-m`. `python train.py stage=<stage> --cfg job` prints the composed
 configuration of a stage. Unknown keys are rejected with an error.
 """
+PIPELINE_LINKS = (
+    "The [tutorial](tutorial.md#7-vary-it) and [your own data](data.md#the-pipeline-with-your-data) show steps with "
+    "other settings, and [Train in rounds](rounds.md) the rounds."
+)
 
 
 @dataclass(frozen=True)
@@ -235,25 +239,78 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def choice_table(group: str) -> str:
-    """Return a table of the choices of a group, with the descriptions and commands in the headers of their files."""
+def also_set(group: str, name: str, path: str) -> str:
+    """Return a sentence about the keys outside of its node that a choice of a group sets, or nothing.
+
+    Args:
+        group: Configuration group.
+        name: Choice.
+        path: Node that the group configures.
+    """
+    settings = OmegaConf.load(CONF / group / f"{name}.yaml")
+    if "stage" not in settings:  # The file configures nothing but its node.
+        return ""
+    keys = [
+        f"{section}.{key}={typed(value)}"
+        for section in ("stage", "data")
+        for key, value in leaves(settings.get(section, {}))
+        if not f"{section}.{key}.".startswith(f"{path}.") and not key.split(".")[-1].startswith("_")
+    ]
+    return f" Also sets: {', '.join(f'`{key}`' for key in keys)}." if keys else ""
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and the values of a configuration."""
+    for key, value in node.items():
+        if isinstance(value, DictConfig) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def choice_table(group: str, path: str | None = None) -> str:
+    """Return a table of the choices of a group, with the descriptions and commands in the headers of their files.
+
+    Args:
+        group: Configuration group.
+        path: Node that the group configures. The table also lists the keys outside of it that a choice sets.
+    """
     lines = ["| choice | description | command |", "|---|---|---|"]
     for name in choices(group):
         command, text = header(CONF / group / f"{name}.yaml")
         command = command or f"{group}={name}"
         text = re.sub(r"^[a-z]+\b", lambda word: word[0].capitalize(), text)
+        if path and (others := also_set(group, name, path)):
+            text = f"{text.rstrip('.')}.{others}"
         lines.append(f"| `{name}` | {markdown(text)} | {code(command)} |")
     return "\n".join(lines)
 
 
 def general_section() -> str:
     """Keys of config.yaml, which are explained by its comments."""
-    lines = ["| key | default | description |", "|---|---|---|"]
     text = (CONF / "config.yaml").read_text(encoding="utf-8").split("_self_")[1].split("\nhydra:")[0]
-    for name, default, comment in re.findall(r"^(\w+): (\S+) +# (.*)$", text, flags=re.M):
-        lines.append(f"| `{name}` | {code(default)} | {markdown(comment)} |")
-    lines.append(f"| `paths.root` | `{composed('stage=sft').paths.root}` | Directory of all runs. |")
-    return "## General\n\n" + "\n".join(lines)
+    rows = [row for row in commented(text) if "." not in row.key and row.key not in ("experiment", "sweep", "speed")]
+    rows.append(Option("paths.root", composed("stage=sft").paths.root, "Directory of all runs.", ""))
+    return "## General\n\n" + table(rows)
+
+
+def commented(text: str) -> Iterator[Option]:
+    """Yield the keys of a yaml that have a comment on their line. The comment is the explanation."""
+    parents: list[tuple[int, str]] = []
+    for indent, name, default, comment in re.findall(r"^( *)(\w+):(.*?)(?: +# (.*))?$", text, flags=re.M):
+        parents = [parent for parent in parents if parent[0] < len(indent)] + [(len(indent), name)]
+        if comment:
+            yield Option(".".join(key for _, key in parents), default.strip(), comment, "")
+
+
+def pipeline_section() -> str:
+    """Keys of the pipeline, which are explained by the comments of its file."""
+    rows = list(commented((CONF / "stage" / "pipeline.yaml").read_text(encoding="utf-8")))
+    explained = {row.key for row in rows}
+    for key, _ in leaves(composed("stage=pipeline").pipeline, "pipeline."):
+        if key not in explained and not key.startswith("pipeline.overrides."):
+            MISSING.append(f"conf/stage/pipeline.yaml does not explain {key} in a comment.")
+    return f"## Pipeline\n\nThe keys of `python train.py`. {PIPELINE_LINKS}\n\n{table(rows)}"
 
 
 def stage_sections() -> Iterator[str]:
@@ -306,6 +363,8 @@ def data_rows(stage: str) -> list[Option]:
 def data_section() -> str:
     rows = [row for row in data_rows("sft") if row.owner == "RecordDataModule"]
     text = "Defaults are those of `data=jsonl`; `data=demo` sets some of them for the bundled data."
+    shared = commented((CONF / "data" / "jsonl.yaml").read_text(encoding="utf-8"))
+    rows = [row for row in shared if row.key in ("demonstrations", "gold")] + rows
     return f"## Data\n\n{choice_table('data')}\n\n{text}\n\n{table(rows)}"
 
 
@@ -317,7 +376,7 @@ def group_section(title: str, group: str, path: str) -> str:
         group: Configuration group.
         path: Node that the group configures.
     """
-    parts = [f"## {title}\n\n{choice_table(group)}"]
+    parts = [f"## {title}\n\n{choice_table(group, path)}"]
     stage = next((info.name for info in stages().values() if group in info.groups), "sft")
     for name in choices(group):
         if rows := list(options(composed(f"stage={stage}", f"{group}={name}"), path)):
@@ -364,6 +423,7 @@ def sections() -> Iterator[str]:
     """Yield the sections of the page in order."""
     yield HEADER.strip()
     yield general_section()
+    yield pipeline_section()
     yield group_section("Models", "model", "model")
     yield group_section("Adapters", "adapter", "adapter")
     yield data_section()
@@ -382,6 +442,8 @@ def sections() -> Iterator[str]:
     yield nodes_section("Loggers", "logger", loggers, intro=f"{choice_table('logger')}\n\n{several}")
     yield trainer_section()
     yield f"## Experiments\n\nFiles that change several keys at once.\n\n{choice_table('experiment')}"
+    sweeps = "Files with the values that `-m` iterates over. [Sweeps](sweeps.md) explains the others."
+    yield f"## Sweeps\n\n{sweeps}\n\n{choice_table('sweep')}"
 
 
 def page() -> str:

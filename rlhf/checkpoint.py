@@ -53,8 +53,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_minutes: Minutes of work that a killed run may lose. If a step and a checkpoint take more than half of
-            this time, it may lose more. ``0`` writes ``last.ckpt`` at every possible position, and ``None`` only at the
-            end of epochs and of training. Default: ``5.0``.
+            this time, it may lose more. 0: ``last.ckpt`` is written at every possible position. null: only at the end
+            of epochs and of training. Default: ``5.0``.
         keys: Keywords of Lightning's ``ModelCheckpoint``. ``every_n_train_steps`` counts optimizer steps and writes
             numbered checkpoints, of which ``save_top_k`` are kept. With ``monitor`` set to a metric of validation,
             such as ``val/loss``, they are written after validations only, so that the metric is that of their weights.
