@@ -184,7 +184,7 @@ def _computing_used(trunk: nn.Module, used: Tensor, computed: int, partial: bool
 
 
 def split_by_length(lengths: Sequence[int], max_groups: int, boundary: int | None = None) -> list[tuple[Tensor, int]]:
-    """Split rows into groups of like length such that few padding tokens are computed.
+    """Split rows into groups of similar length such that few padding tokens are computed.
 
     Args:
         lengths: Number of tokens of each row.
