@@ -26,8 +26,8 @@ class SpeedSettings:
             a width of 512 or more, which uses less memory. false: let autograd store them.
         packed_rows: On the CPU, compute the rows of a batch one after another in a single row without padding, if the
             architecture allows it. false: pad them as ``row_groups`` does.
-        row_groups: On the CPU, compute the rows of a batch in up to this many groups of similar length, each padded to its
-            own longest row, unless ``packed_rows`` applies. 1: pad all rows to the longest one of the batch.
+        row_groups: On the CPU, compute the rows of a batch in up to this many groups of similar length, each padded to
+            its own longest row, unless ``packed_rows`` applies. 1: pad all rows to the longest one of the batch.
         shared_prompts: Compute the prompt of a preference pair once for both responses, if the architecture allows it
             and if this saves tokens. false: compute it twice.
         partial_last_layer: Let the MLP of the last layer compute only those tokens whose last hidden states are used,
