@@ -52,9 +52,9 @@ def load_model(
         name: ``rl_trained`` (the result of PPO, or of GRPO or DPO if PPO was not run), the name of a stage (``sft``,
             ``reward``, ``ppo``, ``grpo``, ``dpo``) or of a pipeline variant, or the path of a ``*_final.pt``, a
             checkpoint or a Hugging Face folder.
-        run: Name of the run, a directory in ``outputs``.
+        run: Name of the run, a directory in ``outputs``. Default: ``"rlhf"``.
         device: Device of the model; None selects a GPU if there is one.
-        outputs: Directory of all runs.
+        outputs: Directory of all runs. Default: ``"outputs"``.
         base: Path of the base model, if the file contains an adapter and its base model has been moved.
 
     Returns:
