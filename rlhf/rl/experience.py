@@ -34,7 +34,7 @@ class Lengths:
 class ModelInputs(NamedTuple):
     """Prompts with responses, as models read them.
 
-    Args:
+    Attributes:
         input_ids: [rows, time] prompt and response, padded on the right.
         attention_mask: [rows, time] bool, True on real tokens.
         response_mask: [rows, time] bool, True on response tokens including EOS.
