@@ -1,6 +1,7 @@
 """Rows of JSONL, JSON, CSV, TSV and Parquet files and of Hub datasets. All but JSON is read by ``datasets``."""
 
 import codecs
+import csv
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ NUMBERS = ("margin", "reward", "label")  # columns of a CSV or TSV file that do 
 TEXTS = (*(name for name in FIELDS if name not in NUMBERS), "instruction", "input", "output")  # the last are of Alpaca
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # cells of NUMBERS without a number
 PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
+LONGEST_CELL = 2**31 - 1  # characters; Python's csv module allows 131,072 of them by default
 
 
 def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> Sequence[Row]:
@@ -79,7 +81,11 @@ def _read_table(path: str) -> Sequence[Row]:
         rows: Sequence[Row] = load_dataset("csv" if options else "parquet", data_files=path, split="train", **options)
         if len(rows):
             rows[0]  # The library reports field names that it does not support only when a row is accessed.
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
+        if sep is not None:
+            _check_field_counts(path, sep)
         raise DataError(f"{path}: the file cannot be read ({first_line(error.__cause__ or error)}).") from error
     return rows
 
@@ -91,13 +97,46 @@ def _csv_options(path: str, sep: str) -> dict[str, Any]:
     """
     import pandas
 
-    columns = pandas.read_csv(path, sep=sep, nrows=0).columns
+    start = pandas.read_csv(path, sep=sep, nrows=1)
+    if len(start) and not isinstance(start.index, pandas.RangeIndex):
+        # The first row has more fields than the header. pandas would read the first ones as names of the rows, and
+        # the others one column too far to the left.
+        _check_field_counts(path, sep)
+        raise DataError(f"{path}: the first row has more fields than the header.", _quoting(sep))
     return {
         "sep": sep,
         "converters": dict.fromkeys(TEXTS, _text),
         "keep_default_na": False,
-        "na_values": {name: MISSING if name in NUMBERS else [""] for name in columns},
+        "na_values": {name: MISSING if name in NUMBERS else [""] for name in start.columns},
     }
+
+
+def _check_field_counts(path: str, sep: str) -> None:
+    """Raise an error that names the first row of a CSV or TSV file with more fields than the header, if there is one.
+
+    This takes several times as long as reading the file with pandas.
+    """
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=sep)
+            header, line = 0, 1
+            for row in rows:
+                header = header or len(row)
+                if len(row) > header:
+                    raise DataError(
+                        f"{path}:{line}: the row has {len(row)} fields, but the header has {header}.", _quoting(sep)
+                    )
+                line = rows.line_num + 1
+    except csv.Error:  # Content that only pandas can read.
+        return
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _quoting(sep: str) -> str:
+    name = {",": "comma", ";": "semicolon", "\t": "tab"}[sep]
+    return f"Quote fields that contain a {name}, and name every column in the header."
 
 
 def _text(cell: str) -> str | None:

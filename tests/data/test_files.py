@@ -1,5 +1,6 @@
 """Rows of files of every format, and the location of an invalid one."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,46 @@ def test_cells_of_numbers_are_numbers_or_missing(tmp_path: Path) -> None:
     assert list(read_rows(str(path))) == [
         {"reward": 1.0, "margin": None, "label": True, "stars": 4.0},
         {"reward": 0.5, "margin": 2.0, "label": False, "stars": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "fields", "separator"),
+    [
+        ("rows.csv", "prompt,completion\nquestion 0,1,000\nquestion 1,2,000\n", 2, 3, "comma"),
+        ("rows.csv", "prompt,completion\nquestion 0,1,000,000\n", 2, 4, "comma"),
+        ("rows.csv", "prompt,completion\nquestion 0,1,000\nquestion 1,2\n", 2, 3, "comma"),
+        ("rows.csv", "prompt,completion\nquestion 0,1,\n", 2, 3, "comma"),
+        ("rows.csv", '\ufeff"prompt\n",completion\n\nquestion 0,1,000\n', 4, 3, "comma"),
+        ("rows.csv", 'prompt,completion\n"a\nb","1,000"\n\nquestion 1,2,000\n', 5, 3, "comma"),
+        ("rows.csv", 'prompt,completion\r\n"a\r\nb",1\r\nquestion 1,2,000\r\n', 4, 3, "comma"),
+        ("rows.csv", "prompt;completion\nquestion 0;1;000\n", 2, 3, "semicolon"),
+        ("rows.csv", f"prompt,completion\n{'long' * 50_000},1,000\n", 2, 3, "comma"),
+        ("rows.tsv", "prompt\tcompletion\nquestion 0\t1\t000\n", 2, 3, "tab"),
+    ],
+)
+def test_a_row_with_more_fields_than_the_header_is_rejected(
+    tmp_path: Path, name: str, content: str, line: int, fields: int, separator: str
+) -> None:
+    """pandas alone would read the first field of each row as its name, and ``000`` as the completion."""
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    limit = csv.field_size_limit()
+    with pytest.raises(DataError) as error:
+        read_rows(str(path))
+    assert str(error.value).splitlines() == [
+        f"{path}:{line}: the row has {fields} fields, but the header has 2.",
+        f"  Quote fields that contain a {separator}, and name every column in the header.",
+    ]
+    assert csv.field_size_limit() == limit
+
+
+def test_fields_after_the_last_one_of_a_row_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n"a, b"\n"c\nd","1,000"\n')
+    assert list(read_rows(str(path))) == [
+        {"prompt": "a, b", "completion": None},
+        {"prompt": "c\nd", "completion": "1,000"},
     ]
 
 
