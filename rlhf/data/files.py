@@ -63,7 +63,7 @@ def _read_file(path: str) -> Sequence[Row]:
             f"{path}: the file extension '{extension}' is not supported.", f"Supported: {' '.join(EXTENSIONS)}"
         )
     if not Path(path).stat().st_size:
-        raise DataError(f"{path}: the file is empty.")
+        raise _empty(path)
     if extension in LINE_PER_ROW:
         return JsonLines(path)
     return read_json(path) if extension == ".json" else _read_table(path)
@@ -77,6 +77,8 @@ def _read_table(path: str) -> Sequence[Row]:
     sep = _separator(path) if extension in SEPARATED else None
     (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
     try:
+        if sep is None:
+            _check_parquet_rows(path)
         options = {} if sep is None else _csv_options(path, sep)
         rows: Sequence[Row] = load_dataset("csv" if options else "parquet", data_files=path, split="train", **options)
         if len(rows):
@@ -90,6 +92,14 @@ def _read_table(path: str) -> Sequence[Row]:
     return rows
 
 
+def _check_parquet_rows(path: str) -> None:
+    """Raise an error if a Parquet file has no rows. That of ``datasets`` does not explain it."""
+    from pyarrow.parquet import read_metadata
+
+    if not read_metadata(path).num_rows:
+        raise _empty(path)
+
+
 def _csv_options(path: str, sep: str) -> dict[str, Any]:
     """Return how pandas reads a file: texts as they are, although they look like numbers or like ``None``.
 
@@ -98,7 +108,9 @@ def _csv_options(path: str, sep: str) -> dict[str, Any]:
     import pandas
 
     start = pandas.read_csv(path, sep=sep, nrows=1)
-    if len(start) and not isinstance(start.index, pandas.RangeIndex):
+    if not len(start):
+        raise _empty(path)
+    if not isinstance(start.index, pandas.RangeIndex):
         # The first row has more fields than the header. pandas would read the first ones as names of the rows, and
         # the others one column too far to the left.
         _check_field_counts(path, sep)
@@ -137,6 +149,10 @@ def _check_field_counts(path: str, sep: str) -> None:
 def _quoting(sep: str) -> str:
     name = {",": "comma", ";": "semicolon", "\t": "tab"}[sep]
     return f"Quote fields that contain a {name}, and name every column in the header."
+
+
+def _empty(path: str) -> DataError:
+    return DataError(f"{path}: the file is empty.")
 
 
 def _text(cell: str) -> str | None:

@@ -128,6 +128,19 @@ def test_an_unreadable_file_is_explained(tmp_path: Path, name: str, content: str
         read_rows(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.tsv", "rows.jsonl"])
+def test_a_file_without_rows_is_empty(tmp_path: Path, name: str) -> None:
+    """A Parquet file without rows has columns, a CSV file without rows has a header."""
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(path)
+    else:
+        path.write_text({".csv": "prompt,completion\n", ".tsv": "prompt\tcompletion\n"}.get(path.suffix, ""))
+    with pytest.raises(DataError) as error:
+        read_rows(str(path))
+    assert str(error.value) == f"{path}: the file is empty."
+
+
 def test_rows_under_one_key_of_a_json_file_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"version": 1, "data": ROWS}))
