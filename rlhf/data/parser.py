@@ -157,7 +157,7 @@ class RecordParser:
     def _response(self, row: Row, name: str, kind: str) -> str:
         """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
         value = self._get(row, name, kind)
-        if isinstance(value, str | int | float):
+        if _is_text_or_number(value):
             response = str(value)  # A CSV column may contain only numbers.
             _check_characters(self.column(name), response)
             return response
@@ -257,6 +257,12 @@ class RecordParser:
     def _missing(self, row: Row, name: str, kind: str) -> RecordError:
         fields = ", ".join(key for key, value in row.items() if value is not None)
         return RecordError(f"the {kind} record has no field '{self.column(name)}' (fields: {fields or 'none'})", name)
+
+
+def _is_text_or_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _check_characters(column: str, text: str) -> None:

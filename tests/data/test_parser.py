@@ -39,6 +39,8 @@ def ending_with(text: str) -> list[dict[str, str]]:
         # The datasets library fills columns that a row does not use with None.
         ({"document": None, "prompt": "Q", "completion": "A", "messages": None}, Demonstration(PROMPT, "A")),
         ({"prompt": "Q", "completion": " A\n"}, Demonstration(PROMPT, " A\n")),
+        ({"prompt": "Q", "completion": 0.5}, Demonstration(PROMPT, "0.5")),
+        ({"prompt": "Q", "completion": 10**400}, Demonstration(PROMPT, "1" + "0" * 400)),
         ({"instruction": "Q", "input": "", "output": "A"}, Demonstration(PROMPT, "A")),  # Alpaca
         (
             {"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
@@ -270,6 +272,11 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         ({"prompt": 7, "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got 7", None),
         ({"prompt": [], "target": "A"}, Demonstration, "'prompt' must be text or a list of messages, got []", None),
         ({"prompt": "Q", "chosen": {"a": 1}, "rejected": "A"}, Preference, "'chosen' must be text or a list", None),
+        ({"prompt": "Q", "target": float("nan")}, Demonstration, "'target' must be text or a list of mess", None),
+        ({"prompt": "Q", "target": float("inf")}, Demonstration, "or a list of messages, got inf", None),
+        ({"prompt": "Q", "chosen": True, "rejected": False}, Preference, "or a list of messages, got True", None),
+        ({"prompt": "Q", "response": False, "reward": 1}, Rating, "or a list of messages, got False", None),
+        ({"prompt": "Q", "completion": True, "label": True}, UnpairedPreference, "messages, got True", None),
         ({"messages": "hello"}, Demonstration, "'messages' must be text or a list of messages, got 'hello'", None),
         ({"messages": [{"role": "user"}]}, Demonstration, "must have a 'role' and a 'content' string", None),
         ({"messages": [{"from": "human", "text": "Q"}]}, Demonstration, "every message in the field 'messages'", None),
