@@ -17,6 +17,7 @@ from rlhf.data.records import (
     Row,
     UnpairedPreference,
 )
+from rlhf.data.tool_calls import has_tool_calls, has_tools
 from rlhf.errors import ConfigError, DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -80,13 +81,16 @@ class RecordParser:
         """
         if not any(self.columns.values()):
             row = _without_alpaca_fields(row)
-        return {
+        record = {
             Demonstration: self._demonstration,
             Preference: self._preference,
             Rating: self._rating,
             UnpairedPreference: self._unpaired,
             Prompt: self._any_prompt,
         }[record_type](row)
+        if has_tools(row) and "tools" not in self.columns.values():
+            raise RecordError("the field 'tools' describes tools, which are not supported")
+        return record
 
     def _demonstration(self, row: Row) -> Demonstration:
         if self.has(row, "messages"):
@@ -227,6 +231,8 @@ class RecordParser:
         for message in value:
             fields = message if isinstance(message, Mapping) else {}
             role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+            if has_tool_calls(fields):
+                raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
             if not isinstance(role, str) or not isinstance(content, str):
                 raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
             _check_characters(column, content)

@@ -315,6 +315,43 @@ def test_an_invalid_row_is_explained(row: dict[str, Any], record_type: type, rea
     assert caught.value.missing == missing
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+CALLS_TOOLS = "a message in the field 'messages' has tool calls, which are not supported"
+DESCRIBES_TOOLS = "the field 'tools' describes tools, which are not supported"
+
+
+@pytest.mark.parametrize(
+    ("message", "row", "reason"),
+    [
+        ({"tool_calls": [CALL]}, {}, CALLS_TOOLS),
+        ({"tool_calls": [CALL], "content": None}, {}, CALLS_TOOLS),
+        ({"function_call": {"name": "add", "arguments": ""}, "content": None}, {}, CALLS_TOOLS),
+        ({"tool_calls": '[{"name": "add"}]'}, {}, CALLS_TOOLS),
+        ({}, {"tools": [CALL]}, DESCRIBES_TOOLS),
+        ({}, {"tools": '[{"name": "add"}]'}, DESCRIBES_TOOLS),
+        ({"tool_calls": [], "function_call": None}, {"tools": []}, None),
+        ({"tool_calls": [{"id": None, "function": {"name": None}}]}, {"tools": None}, None),
+        ({"function_call": "null"}, {"tools": "[]"}, None),
+        ({}, {"tools": "hammer and saw"}, None),
+    ],
+)
+def test_tools_and_calls_are_not_dropped(message: dict[str, Any], row: dict[str, Any], reason: str | None) -> None:
+    """Without its call, the first response would be empty, and the message of the tool would follow it."""
+    first = {"role": "assistant", "content": "", **message}
+    messages = [USER, first, {"role": "tool", "name": "add", "content": "5"}, ASSISTANT]
+    for record_type in (Demonstration, Prompt):
+        if reason is None:
+            assert RecordParser().parse({"messages": messages, **row}, record_type)
+        else:
+            with pytest.raises(RecordError, match=f"^{reason}$") as caught:
+                RecordParser().parse({"messages": messages, **row}, record_type)
+            assert caught.value.missing is None
+
+
+def test_a_column_of_tools_can_be_a_field() -> None:
+    assert RecordParser({"prompt": "tools"}).parse({"tools": "[1]", "target": "A"}, Demonstration).response == "A"
+
+
 def test_a_field_mapped_to_none_keeps_its_name() -> None:
     """The configuration maps every field to null by default; one of them is renamed here."""
     parser = RecordParser({**dict.fromkeys(FIELDS), "rejected": "loser"})
