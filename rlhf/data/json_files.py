@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.lazy import LazySequence
-from rlhf.data.parser import RecordError
-from rlhf.data.records import FIELDS, Row
+from rlhf.data.records import FIELDS, RecordError, Row
 from rlhf.errors import DataError
 
 

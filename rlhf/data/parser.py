@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.records import (
     FIELDS,
     Demonstration,
@@ -14,30 +15,17 @@ from rlhf.data.records import (
     Prompt,
     Rating,
     Record,
+    RecordError,
     Row,
     UnpairedPreference,
 )
 from rlhf.data.tool_calls import has_tool_calls, has_tools
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
 # Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-
-
-class RecordError(DataError):
-    """A row that is not a valid record.
-
-    Args:
-        reason: What is wrong, as a clause that can follow ``file:line:``.
-        missing: The missing field, if that is the reason; error messages suggest ``data.columns.<missing>``.
-        fix: What to do about it, as a sentence; None if the reason makes that clear.
-    """
-
-    def __init__(self, reason: str, missing: str | None = None, fix: str | None = None) -> None:
-        super().__init__(reason)
-        self.missing, self.fix = missing, fix
 
 
 @dataclass(frozen=True)
@@ -73,6 +61,11 @@ class RecordParser:
         """Return whether a row has a value for a field. Columns that a row does not use contain None."""
         return row.get(self.column(name)) is not None
 
+    def _first_name(self, row: Row, *names: str) -> str:
+        """Return the first of several fields that has a value; otherwise one that is null, renamed, or the first."""
+        conditions = (lambda name: self.has(row, name), lambda name: self.column(name) in row, self.columns.get)
+        return next((name for condition in conditions for name in names if condition(name)), names[0])
+
     def parse(self, row: Row, record_type: type[Record]) -> Any:
         """Parse a row as a record of the given type.
 
@@ -80,7 +73,7 @@ class RecordParser:
             RecordError: The row is not a valid record of this type.
         """
         if not any(self.columns.values()):
-            row = _without_alpaca_fields(row)
+            row = without_alpaca_fields(row)
         record = {
             Demonstration: self._demonstration,
             Preference: self._preference,
@@ -98,11 +91,20 @@ class RecordParser:
             response = self._final_response(messages, "messages")
             prompt = _conversation(messages[:-1])
         else:
-            response = self._response(row, "completion" if self.has(row, "completion") else "target", "demonstration")
+            response = self._response(row, self._demonstrated(row), "demonstration")
             prompt = self._prompt(row, "demonstration")
         if not response.strip():
             raise RecordError("the response is empty")
         return Demonstration(prompt, response)
+
+    def _demonstrated(self, row: Row) -> str:
+        """Return the field of the response of a demonstration; if it is missing, that of the form of the row."""
+        if self.has(row, "completion"):
+            return "completion"
+        form = self._first_name(row, "prompt", "document", "messages")
+        if form == "messages":
+            return form
+        return self._first_name(row, *(("target", "completion") if form == "document" else ("completion", "target")))
 
     def _preference(self, row: Row) -> Preference:
         margin = self._number(row, "margin", "preference") if self.has(row, "margin") else 0.0
@@ -121,7 +123,8 @@ class RecordParser:
 
     def _unpaired(self, row: Row) -> UnpairedPreference:
         kind = "unpaired preference"
-        response = self._response(row, "response" if self.has(row, "response") else "completion", kind)
+        name = "response" if self.has(row, "response") else self._first_name(row, "completion", "response")
+        response = self._response(row, name, kind)
         label = self._get(row, "label", kind)
         if label not in (True, False):  # 1 and 0 are equal to these and therefore valid
             raise RecordError(f"the field '{self.column('label')}' must be true or false, got {label!r}")
@@ -144,12 +147,12 @@ class RecordParser:
         elif self.has(row, "chosen") and self.has(row, "rejected"):
             prompt, target, _ = self._transcripts(row)
         else:
-            raise self._missing(row, "prompt", "prompt")
+            raise self._missing(row, self._first_name(row, "prompt", "document", "messages"), "prompt")
         return Prompt(prompt.messages, prompt.raw_text, target)
 
     def _prompt(self, row: Row, kind: str) -> Prompt:
         """Parse ``prompt``, or ``document`` if there is no ``prompt``: text or a list of messages."""
-        name = "document" if self.has(row, "document") and not self.has(row, "prompt") else "prompt"
+        name = self._first_name(row, "prompt", "document")
         value = self._get(row, name, kind)
         if isinstance(value, str):
             if not value.strip():
@@ -261,8 +264,12 @@ class RecordParser:
         return value
 
     def _missing(self, row: Row, name: str, kind: str) -> RecordError:
-        fields = ", ".join(key for key, value in row.items() if value is not None)
-        return RecordError(f"the {kind} record has no field '{self.column(name)}' (fields: {fields or 'none'})", name)
+        column = self.column(name)
+        fields = ", ".join(key for key, value in row.items() if value is not None) or "none"
+        if column in row:
+            reason = f"the field '{column}' of the {kind} record is null (fields: {fields})"
+            return RecordError(reason, name, is_null=True)
+        return RecordError(f"the {kind} record has no field '{column}' (fields: {fields})", name)
 
 
 def _is_text_or_number(value: Any) -> bool:
@@ -275,18 +282,6 @@ def _check_characters(column: str, text: str) -> None:
     """Raise an error if a text cannot be encoded: JSON may contain escaped halves of a surrogate pair."""
     if not text.isascii() and (surrogate := SURROGATE.search(text)):
         raise RecordError(f"the field '{column}' contains {surrogate[0]!a}, which is half of a surrogate pair")
-
-
-def _without_alpaca_fields(row: Row) -> Row:
-    """Return a row of the form of Alpaca as a prompt with a completion; other rows as they are.
-
-    Its fields are ``instruction``, ``output`` and possibly ``input`` (https://github.com/tatsu-lab/stanford_alpaca).
-    """
-    texts = [row.get(name) for name in ("instruction", "output")]
-    if not all(isinstance(text, str) for text in texts) or any(row.get(name) is not None for name in FIELDS):
-        return row
-    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text and isinstance(text, str))
-    return {**row, "prompt": prompt, "completion": row["output"]}
 
 
 def _conversation(messages: Sequence[Message]) -> Prompt:

@@ -13,8 +13,8 @@ from rich.progress import track
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows
 from rlhf.data.lazy import LazySequence
-from rlhf.data.parser import RecordError, RecordParser
-from rlhf.data.records import EXPECTED, Preference, Record, Row, prompt_of
+from rlhf.data.parser import RecordParser
+from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, prompt_of
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class RecordReader:
             shown.append(f"... and {len(errors) - MAX_SHOWN_ERRORS} more of {len(rows)} rows.")
         index, first = errors[0]
         fixes = [] if first.fix is None else [first.fix]
-        if first.missing:
+        if first.missing and not first.is_null:
             name, column = first.missing, _likely_column(rows[index])
             name = "messages" if column == "conversations" else name
             fixes.append(f"If the field has another name: data.columns.{name}={column}")

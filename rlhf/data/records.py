@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from rlhf.errors import DataError
+
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 Row: TypeAlias = Mapping[str, Any]
 
@@ -74,6 +76,23 @@ Record: TypeAlias = Demonstration | Preference | Rating | UnpairedPreference | P
 def prompt_of(record: Record) -> Prompt:
     """Return the prompt of a record, which may be the record itself."""
     return record if isinstance(record, Prompt) else record.prompt
+
+
+class RecordError(DataError):
+    """A row that is not a valid record.
+
+    Args:
+        reason: What is wrong, as a clause that can follow ``file:line:``.
+        missing: The missing field, if that is the reason; error messages suggest ``data.columns.<missing>``.
+        fix: What to do about it, as a sentence; None if the reason makes that clear.
+        is_null: Whether the row has the missing field, but without a value.
+    """
+
+    def __init__(
+        self, reason: str, missing: str | None = None, fix: str | None = None, *, is_null: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.missing, self.fix, self.is_null = missing, fix, is_null
 
 
 # Examples for error messages.

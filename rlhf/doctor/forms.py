@@ -5,9 +5,19 @@ from pathlib import Path
 
 from rlhf.data.files import LINE_PER_ROW, read_rows
 from rlhf.data.json_files import JsonLines
-from rlhf.data.parser import RecordError, RecordParser
+from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
-from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Record, Row, UnpairedPreference
+from rlhf.data.records import (
+    FIELDS,
+    Demonstration,
+    Preference,
+    Prompt,
+    Rating,
+    Record,
+    RecordError,
+    Row,
+    UnpairedPreference,
+)
 
 # For each form: its name, and the commands that read it.
 FORMS: dict[type[Record], tuple[str, str]] = {
@@ -26,7 +36,7 @@ class Invalid:
     Args:
         number: Number of its line, or of its row in a file that has no lines, from 1.
         reason: What is wrong, as a clause.
-        missing: The missing field, if that is the reason.
+        missing: The missing field, if that is the reason and it may have another name.
     """
 
     number: int
@@ -101,7 +111,7 @@ def read_split(name: str, path: str, reader: RecordReader) -> Split:
             row = rows[index]
             entries.append(Entry(number, parse_row(reader.parser, row), row))
         except RecordError as error:
-            invalid.append(Invalid(number, str(error), error.missing))
+            invalid.append(Invalid(number, str(error), None if error.is_null else error.missing))
         except Exception as error:  # A value that the parser does not expect must not hide the other rows.
             invalid.append(Invalid(number, f"the row cannot be parsed ({type(error).__name__}: {error})"))
     return Split(name, path, entries, invalid)

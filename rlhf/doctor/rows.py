@@ -7,8 +7,8 @@ import re
 from collections.abc import Hashable
 from typing import Any
 
-from rlhf.data.parser import RecordError, RecordParser
-from rlhf.data.records import Preference, Prompt, Rating, Record, UnpairedPreference, prompt_of
+from rlhf.data.parser import RecordParser
+from rlhf.data.records import Preference, Prompt, Rating, Record, RecordError, UnpairedPreference, prompt_of
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, responses_of, texts_of
 from rlhf.doctor.forms import FORMS, Split
 

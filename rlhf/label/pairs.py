@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.json_files import JsonLines
-from rlhf.data.parser import RecordError
+from rlhf.data.records import RecordError
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation_names import TARGET
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from rlhf.data.files import location, read_rows
 from rlhf.data.json_files import JsonLines
-from rlhf.data.parser import RecordError
+from rlhf.data.records import RecordError
 from rlhf.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "reward": 0.5}, {"prompt": "Ωmega 東", "reward": -2.0}, {"prompt": "x", "reward": 3.0}]

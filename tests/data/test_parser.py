@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.parser import RecordError, RecordParser
+from rlhf.data.parser import RecordParser
 from rlhf.data.records import (
     FIELDS,
     Demonstration,
     Preference,
     Prompt,
     Rating,
+    RecordError,
     UnpairedPreference,
 )
 from rlhf.errors import ConfigError
@@ -250,11 +251,35 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         (
             {"prompt": "Q", "rejected": "B", "chosen": None},
             Preference,
-            "the preference record has no field 'chosen' (fields: prompt, rejected)",
+            "the field 'chosen' of the preference record is null (fields: prompt, rejected)",
             "chosen",
         ),
         ({"chosen": "A", "rejected": "B"}, Preference, "has no field 'prompt'", "prompt"),
-        ({"prompt": "Q"}, Demonstration, "the demonstration record has no field 'target'", "target"),
+        (
+            {"prompt": "Q"},
+            Demonstration,
+            "the demonstration record has no field 'completion' (fields: prompt)",
+            "completion",
+        ),
+        ({"document": "Q"}, Demonstration, "the demonstration record has no field 'target'", "target"),
+        (
+            {"prompt": "Q", "completion": None},
+            Demonstration,
+            "the field 'completion' of the demonstration record is null (fields: prompt)",
+            "completion",
+        ),
+        ({"prompt": "Q", "target": None}, Demonstration, "the field 'target' of the demonstration", "target"),
+        ({"document": "Q", "completion": None}, Demonstration, "the field 'completion' of the dem", "completion"),
+        (
+            {"document": "Q", "prompt": None, "completion": None, "target": None},  # as in a file of several forms
+            Demonstration,
+            "the field 'target' of the demonstration record is null",
+            "target",
+        ),
+        ({"messages": None}, Demonstration, "the field 'messages' of the demonstration record is null", "messages"),
+        ({"messages": None}, Prompt, "the field 'messages' of the prompt record is null (fields: none)", "messages"),
+        ({"document": None, "target": "A"}, Demonstration, "the field 'document' of the dem", "document"),
+        ({"prompt": "Q", "response": None, "label": 1}, UnpairedPreference, "the field 'response' of the", "response"),
         ({"target": "A"}, Demonstration, "the demonstration record has no field 'prompt'", "prompt"),
         ({"prompt": "Q", "response": "A"}, Rating, "the rating record has no field 'reward'", "reward"),
         ({"prompt": "Q", "reward": 1}, Rating, "the rating record has no field 'response'", "response"),
@@ -380,6 +405,12 @@ def test_a_missing_renamed_field_is_reported_under_its_name_in_the_data() -> Non
     with pytest.raises(RecordError, match=r"no field 'loser' \(fields: prompt, chosen\)") as caught:
         RecordParser({"rejected": "loser"}).parse({"prompt": "Q", "chosen": "A"}, Preference)
     assert caught.value.missing == "rejected"
+
+
+def test_a_renamed_response_of_a_demonstration_is_the_missing_one() -> None:
+    with pytest.raises(RecordError, match=r"no field 'summary' \(fields: prompt\)") as caught:
+        RecordParser({"target": "summary"}).parse({"prompt": "Q"}, Demonstration)
+    assert caught.value.missing == "target"
 
 
 @pytest.mark.parametrize(

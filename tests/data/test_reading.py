@@ -44,6 +44,14 @@ def test_a_missing_field_is_reported_with_line_and_fix(tmp_path: Path) -> None:
     )
 
 
+def test_a_null_field_is_not_looked_for_under_another_name(write: Write) -> None:
+    path = write({"prompt": "Q", "completion": "A"}, {"prompt": "Q", "completion": None})
+    with pytest.raises(DataError) as caught:
+        READER.read(path, "train", (Demonstration,))
+    assert str(caught.value).startswith(f"{path}:2: the field 'completion' of the demonstration record is null (fields")
+    assert "data.columns" not in str(caught.value)
+
+
 def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
     """The reward is text. The message must not ask for the fields of a preference pair."""
     path = write({"prompt": "Q", "response": "A", "reward": "0.5"})
@@ -115,7 +123,7 @@ def test_csv_rows_are_located_by_row_number(tmp_path: Path) -> None:
     """A CSV field may contain line breaks, so line numbers do not help. The header is not a row."""
     path = tmp_path / "rows.csv"
     path.write_text('document,target\n"two\nlines",A\nQ,\n')
-    with pytest.raises(DataError, match=r"rows\.csv, row 2: the demonstration record has no field 'target'"):
+    with pytest.raises(DataError, match=r"rows\.csv, row 2: the field 'target' of the demonstration record is null"):
         READER.read(str(path), "train", (Demonstration,))
 
 

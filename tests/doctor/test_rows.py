@@ -34,6 +34,11 @@ def test_invalid_rows_are_grouped_by_reason(split: Callable[..., Split]) -> None
     assert [finding.level for finding in found] == [ERROR, ERROR]
 
 
+def test_a_null_field_needs_no_other_name(split: Callable[..., Split]) -> None:
+    (found,) = invalid_rows(split({"prompt": "a", "chosen": "b", "rejected": None}))
+    assert (found.text, found.fix) == ("invalid: the field 'rejected' of the preference record is null", "")
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
