@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shlex
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, prompt_of
 from rlhf.errors import DataError
+from rlhf.overrides import to_override
 
 log = logging.getLogger(__name__)
 MAX_SHOWN_ERRORS = 5
@@ -135,11 +137,23 @@ class RecordReader:
         index, first = errors[0]
         fixes = [] if first.fix is None else [first.fix]
         if first.missing and not first.is_null:
-            name, column = first.missing, _likely_column(rows[index])
-            name = "messages" if column == "conversations" else name
-            fixes.append(f"If the field has another name: data.columns.{name}={column}")
+            fixes.append(f"If the field has another name: {self._renaming(rows[index], first.missing)}")
         fixes += [f"Expected: {EXPECTED[record_type]}", "To skip invalid rows: data.on_error=skip"]
         raise DataError("\n".join(shown), "\n  ".join(fixes))
+
+    def _renaming(self, row: Row, name: str) -> str:
+        """Return the override that probably fixes a missing field, quoted for the shell.
+
+        The column is one whose name differs in spaces or case only, or else the last one that is not a field of a pair
+        or demonstration.
+        """
+        used = {*COMMON_FIELDS, *self.parser.columns.values()}
+        columns = [column for column, value in row.items() if value is not None and column not in used]
+        if not columns:
+            return f"data.columns.{name}=<name>"
+        column = next((column for column in columns if column.strip().lower() == name), columns[-1])
+        name = "messages" if column == "conversations" else name
+        return shlex.quote(to_override(f"data.columns.{name}", column))
 
 
 class Records(LazySequence[Any]):
@@ -195,12 +209,6 @@ def _row(path: str, rows: Sequence[Row], index: int) -> Row:
         raise
     except Exception as error:  # ``datasets`` raises several types for field names that it does not support.
         raise DataError(f"{location(path, index)}: the row cannot be read ({error}).") from error
-
-
-def _likely_column(row: Row) -> str:
-    """Guess which column contains a missing field: the last one that is no field of a pair or demonstration."""
-    candidates = [name for name, value in row.items() if value is not None and name not in COMMON_FIELDS]
-    return candidates[-1] if candidates else "<name>"
 
 
 def hold_out(records: Sequence[Any], fraction: float, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:

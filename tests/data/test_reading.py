@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,33 @@ def test_the_suggested_column_is_not_empty(write: Write) -> None:
 def test_the_suggested_column_fixes_the_error(write: Write) -> None:
     reader = RecordReader(RecordParser({"rejected": "loser"}))
     assert list(reader.read(write(LOSER_COLUMN), "train", (Preference,))) == [Preference(QUESTION, "A", "B")]
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        (" prompt , completion ", ["completion= completion ", "prompt= prompt "]),
+        ("Prompt,Completion,topic", ["completion=Completion", "prompt=Prompt"]),
+        ("prompt,model's text", ["completion=model's text"]),
+        ("prompt,{a: $b}", ["completion={a: $b}"]),
+    ],
+)
+def test_suggested_columns_can_be_typed(tmp_path: Path, header: str, columns: list[str]) -> None:
+    """Each message suggests one column until the file can be read. Hydra and the shell both need quotes."""
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\nQ,A{',x' * (header.count(',') - 1)}\n")
+    overrides = ["stage=sft", "data=jsonl", "data.val=null", "data.val_fraction=0"]
+    for column in columns:
+        with pytest.raises(DataError) as caught:
+            instantiate(compose_config(*overrides).data, train=str(path)).records("train")
+        suggested = re.search(r"another name: (.*)", str(caught.value))
+        assert suggested is not None
+        overrides += shlex.split(suggested[1])
+        name, _, value = column.partition("=")
+        assert compose_config(*overrides).data.columns[name] == value
+    assert list(instantiate(compose_config(*overrides).data, train=str(path)).records("train")) == [
+        Demonstration(QUESTION, "A")
+    ]
 
 
 @pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])
