@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.openings import Openings
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
 from rlhf.time_limit import time_limit
@@ -84,12 +85,14 @@ class Encoder:
 
     Attributes:
         counts: Number of ``responses``, ``truncated_prompts`` and ``truncated_responses`` so far.
+        openings: Number of responses that the template opens with a text when they are sampled only.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.counts: Counter[str] = Counter()
+        self.openings = Openings()
         self._prepared = _Prepared([], {})
         self._bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and self._encode("x", special=True).input_ids[:1] == [self._bos]
@@ -172,8 +175,7 @@ class Encoder:
 
     def _split(self, opening: str, complete: _Text) -> tuple[list[int], list[int]]:
         """Split the token ids of a complete text where the response begins."""
-        text = complete.text
-        boundary = len(opening) if text.startswith(opening) else _common_prefix_length(opening, text)
+        boundary = self.openings.boundary(opening, complete.text)
         start = complete.first_token(boundary)  # A token that spans the boundary counts as part of the response.
         return self._one_bos(complete.input_ids[:start]), self._one_eos(complete.input_ids[start:])
 
@@ -280,10 +282,6 @@ def _keep_end(prompt: list[int], limit: int, bos: int | None) -> list[int]:
         return prompt
     opening = prompt[:1] if prompt[:1] == [bos] else []
     return opening + prompt[len(prompt) - (limit - len(opening)) :]
-
-
-def _common_prefix_length(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _complete(messages: Sequence[Message], response: str | None) -> list[Message]:

@@ -112,6 +112,8 @@ class _Encoding:
             "responses": encoder.counts["responses"],
             "truncated_prompts": encoder.counts["truncated_prompts"],
             "truncated_responses": encoder.counts["truncated_responses"],
+            "missing_openings": encoder.openings.missing,
+            "opening": encoder.openings.shown,
             "with_special_tokens": with_special,
             "first_special_token": first_special,
         }

@@ -39,6 +39,15 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
     if truncated > summary["responses"] / 2:
         responses = summary["responses"]
         log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, responses)
+    if split == "train" and summary["missing_openings"]:
+        log.warning(
+            "%s: The chat template opens a response with %s when it is sampled, but not in %d of %d responses of the "
+            "data. Start the responses with that text, or set data.template.",
+            path,
+            summary["opening"],
+            summary["missing_openings"],
+            summary["responses"],
+        )
     if split == "train" and data.batch_size > rows:
         log.warning("data.batch_size=%d exceeds the %d rows of %s.", data.batch_size, rows, path)
     if summary["first_special_token"] is not None:

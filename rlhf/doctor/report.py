@@ -127,7 +127,7 @@ def example_lines(split: Split, datamodule: RecordDataModule, count: int, *, col
     encoder = datamodule.encoder()
     for form, entries in split.by_form().items():
         firsts = Split(split.name, split.path, entries[:count])
-        for entry, error in encode(firsts, encoder.tokenizer):
+        for entry, error in encode(firsts, encoder):
             if isinstance(error, UserError):
                 continue
             names = responses_of(entry.record) or {"prompt": ""}

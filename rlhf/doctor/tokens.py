@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import EncodedResponse, Encoder, Preference
 from rlhf.data.encode_split import conversations
+from rlhf.data.openings import Openings
 from rlhf.data.records import Prompt, Record, prompt_of
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, responses_of, texts_of
 from rlhf.doctor.forms import Entry, Split
@@ -53,12 +54,17 @@ def measure(
             "template": (ERROR, "conversations that the chat template rejects", 'Set data.template="{prompt}\\n"'),
             "response": (WARNING, f"responses {fit}; they lose their end and EOS", raise_to),
             "prompt": (WARNING, f"prompts {fit}; they lose their beginning", raise_to),
+            "opening": (
+                WARNING,
+                "responses without the text with which the chat template opens a response that is sampled",
+                "Start the responses with that text, or set data.template.",
+            ),
             "dropped": (WARNING, "pairs that are dropped, since both responses have the same tokens", raise_to),
         }
     )
     lengths: dict[type[Record], Lengths] = {}
-    limited = Encoder(tokenizer, max_length)
-    for entry, encoded in encode(split, tokenizer):
+    unlimited, limited = (Encoder(tokenizer, length) for length in (UNLIMITED, max_length))
+    for entry, encoded in encode(split, unlimited):
         location = split.location(entry.number)
         if isinstance(encoded, UserError):
             found.add("template", f"{location}: {encoded.args[0]}")
@@ -66,17 +72,17 @@ def measure(
         _count(lengths.setdefault(type(entry.record), Lengths()), entry.record, encoded)
         for kind in _misfits(entry.record, encoded, limited, reserve):
             found.add(kind, location)
+        if unlimited.openings.missing:
+            found.add("opening", f"{location} ({unlimited.openings.shown})")
+            unlimited.openings = Openings()
     return lengths, found.findings()
 
 
-def encode(
-    split: Split, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Entry, Sequence[EncodedResponse] | UserError]]:
-    """Yield the rows with their sequences, not truncated, or with the error of the chat template.
+def encode(split: Split, encoder: Encoder) -> Iterator[tuple[Entry, Sequence[EncodedResponse] | UserError]]:
+    """Yield the rows with their sequences, or with the error of the chat template.
 
     A prompt counts as a sequence without a response.
     """
-    encoder = Encoder(tokenizer, UNLIMITED)
     entries = split.entries
     quiet = len(entries) < PROGRESS_BAR_RECORDS
     for start in track(range(0, len(entries), CHUNK), f"encoding {split.path}", transient=True, disable=quiet):

@@ -87,6 +87,25 @@ def test_truncated_responses_are_counted_against_all_responses(
     assert "3 of 4 responses are truncated. Raise data.max_length." in caplog.text
 
 
+def test_a_text_that_opens_sampled_responses_only_is_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 20 responses, 19 do not begin with the text; 5 of all are held out. The training data are reported."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    path = write({"prompt": "Q", "target": "<think>\nA"}, *({"prompt": f"Q{i}", "target": "A"} for i in range(19)))
+    data = SFTDataModule(train=path, val_fraction=0.25, tokenizer=tokenizer)
+    data.setup("fit")
+    missing = sum(record.response == "A" for record in data.records("train"))
+    (message,) = (record.message for record in caplog.records if "opens a response" in record.message)
+    assert message == (
+        f"{path}: The chat template opens a response with '<think>\\n' when it is sampled, but not in {missing} of 15 "
+        "responses of the data. Start the responses with that text, or set data.template."
+    )
+
+
 def test_nothing_is_held_out_if_there_is_a_validation_file(write: Write, demonstrations: Demonstrations) -> None:
     train, val = write(*demonstrations(20)), write(*demonstrations(2), name="val.jsonl")
     data = SFTDataModule(train=train, val=val, val_fraction=0.5)

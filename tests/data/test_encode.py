@@ -49,6 +49,35 @@ def test_training_and_sampling_use_the_same_prompt(tokenizer: PreTrainedTokenize
     assert encoder.encode_prompt(user("When?")) == encoded.input_ids[: encoded.start]
 
 
+THINKS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("opening", "responses", "missing", "text"),
+    [
+        ("<think>\n", ["May", "<think>\nIt is May.", "<b>May</b>", "June"], 3, "<think>\n"),
+        ("<think>\n", ["<think> May"], 0, ""),  # The line feed is missing.
+        (" \n", ["May"], 0, ""),
+        ("", ["May"], 0, ""),
+    ],
+)
+def test_texts_that_open_sampled_responses_only_are_counted(
+    tokenizer: PreTrainedTokenizerFast, opening: str, responses: list[str], missing: int, text: str
+) -> None:
+    """The response begins before such a text in training, and after it in sampling."""
+    tokenizer.chat_template = f"{THINKS}{opening}{{% endif %}}"
+    encoder = Encoder(tokenizer, 200)
+    encoder.encode_responses(user("When?"), responses)
+    assert (encoder.openings.missing, encoder.openings.text) == (missing, text)
+
+
+def test_a_long_opening_is_shown_in_part(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = f"{THINKS}{'x' * 70}{{% endif %}}"
+    encoder = Encoder(tokenizer, 200)
+    encoder.encode_response(user("When?"), "May")
+    assert encoder.openings.shown == f"'{'x' * 60}...'"
+
+
 def test_one_bos_and_one_eos_in_the_response(tokenizer: PreTrainedTokenizerFast) -> None:
     """The only BOS comes first. The only EOS comes last and is part of the response."""
     encoded = Encoder(tokenizer, 200).encode_response(user("When?"), "May")

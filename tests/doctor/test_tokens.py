@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data import Demonstration, Preference, Prompt
+from rlhf.data import Demonstration, Encoder, Preference, Prompt
 from rlhf.doctor import tokens
 from rlhf.doctor.findings import ERROR, WARNING
 from rlhf.doctor.forms import Split
@@ -84,7 +84,7 @@ def test_a_conversation_that_the_template_rejects_does_not_hide_the_others(
 
 def test_texts_that_cannot_be_encoded_are_left_out(split: Callable[..., Split], tokenizer: Any) -> None:
     rows = {"prompt": "a", "completion": "\ud800"}, {"prompt": "a", "completion": "b"}
-    assert [entry.number for entry, _ in encode(split(*rows), tokenizer)] == [2]
+    assert [entry.number for entry, _ in encode(split(*rows), Encoder(tokenizer, 40))] == [2]
 
 
 def test_special_tokens_within_texts(split: Callable[..., Split], tokenizer: Any) -> None:
@@ -96,3 +96,23 @@ def test_special_tokens_within_texts(split: Callable[..., Split], tokenizer: Any
     (found,) = special_tokens(split(*rows), tokenizer)
     assert [location.rpartition(":")[2] for location in found.locations] == ["1 (<eos>)", "2 (<pad>)"]
     assert special_tokens(split(rows[2]), tokenizer) == []
+
+
+def test_a_text_that_opens_sampled_responses_only(split: Callable[..., Split], tokenizer: Any) -> None:
+    """A pair has one location."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    rows = (
+        {"prompt": "a", "completion": "<think>\nb"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "<c>"},
+        {"prompt": "a"},
+    )
+    (found,) = measure(split(*rows), tokenizer, 100, 10)[1]
+    assert (found.level, found.fix) == (WARNING, "Start the responses with that text, or set data.template.")
+    assert [location.rpartition(":")[2] for location in found.locations] == [
+        r"2 ('<think>\n')",
+        r"3 ('<think>\n')",
+    ]
