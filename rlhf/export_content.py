@@ -36,6 +36,12 @@ def read_export(path: str, kind: str | None = None) -> dict[str, Any]:
         states = ((str(name), weight) for name, weight in content["state_dict"].items())
         weights = {name.removeprefix(prefix): weight for name, weight in states if name.startswith(prefix)}
         content = {**content["rlhf"], "weights": weights}
+    elif "pytorch-lightning_version" in content:
+        raise DataError(
+            f"{path}: a Lightning checkpoint that does not describe its model.",
+            "Train with rlhf.callbacks.ExportHeader among the callbacks, or write a file after training: "
+            "rlhf.export.save_result(module.result(), Path('model_final.pt'), {})",
+        )
     if content.get("format") != FORMAT:
         raise DataError(f"{path}: not a valid rlhf export of format {FORMAT}.", REPLACE_FILE)
     for name, required in _REQUIRED.items():

@@ -19,9 +19,10 @@ from transformers import (
 
 from contract.configs import compose_config
 from forked import run_python
+from harness import TinyRun
 from rlhf import load_model
 from rlhf.artifacts import open_sources, policies_to_evaluate
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export import open_model_source, save_huggingface, save_result
 from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, disable_dropout
 from rlhf.stage import Result
@@ -495,3 +496,10 @@ def test_a_new_process_computes_the_same(
     got_logits, got_scores = torch.load(tmp_path / "outputs")
     assert torch.equal(got_logits, logits(lm, tokenizer))
     assert torch.equal(got_scores, scores(reward_model, tokenizer))
+
+
+def test_a_checkpoint_without_a_description_of_its_model_is_explained(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """A plain Trainer has written it."""
+    tiny_run.train("sft").trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(DataError, match=r"plain\.ckpt: a Lightning checkpoint that does not describe its model\."):
+        open_model_source(str(tmp_path / "plain.ckpt")).tokenizer(())
