@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.alpaca import without_alpaca_fields
+from rlhf.data.columns import check_columns
 from rlhf.data.records import (
-    FIELDS,
     Demonstration,
     Message,
     Preference,
@@ -20,7 +20,6 @@ from rlhf.data.records import (
     UnpairedPreference,
 )
 from rlhf.data.tool_calls import has_tool_calls, has_tools
-from rlhf.errors import ConfigError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
@@ -37,20 +36,14 @@ class RecordParser:
             mapped to ``None`` has a column of the same name.
 
     Raises:
-        ConfigError: ``columns`` has a key that is not one of ``FIELDS``.
+        ConfigError: ``columns`` has a key that is not one of ``FIELDS``, or maps fields of different content, such as
+            ``prompt`` and ``target``, to the same column.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.columns if name not in FIELDS]:
-            name, column = unknown[0], self.columns[unknown[0]]
-            swapped = isinstance(column, str) and column in FIELDS
-            raise ConfigError(
-                f"data.columns.{name}={column}: '{name}' is not a field of a record. The key must be one of "
-                f"{', '.join(FIELDS)}; the value is the name of the column in the data.",
-                f"Set data.columns.{column}={name}" if swapped else f"Set data.columns.<field>={name}",
-            )
+        check_columns(self.columns)
 
     def column(self, name: str) -> str:
         """Return the column of a field."""

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import shlex
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +12,15 @@ from rich.progress import track
 
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows
+from rlhf.data.hints import other_names
 from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, prompt_of
 from rlhf.errors import DataError
-from rlhf.overrides import to_override
 
 log = logging.getLogger(__name__)
 MAX_SHOWN_ERRORS = 5
 PROGRESS_BAR_ROWS = 100_000  # fewer rows are parsed within seconds
-COMMON_FIELDS = ("prompt", "document", "target", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -137,23 +135,9 @@ class RecordReader:
         index, first = errors[0]
         fixes = [] if first.fix is None else [first.fix]
         if first.missing and not first.is_null:
-            fixes.append(f"If the field has another name: {self._renaming(rows[index], first.missing)}")
+            fixes.append(other_names(self.parser, rows[index], record_type))
         fixes += [f"Expected: {EXPECTED[record_type]}", "To skip invalid rows: data.on_error=skip"]
         raise DataError("\n".join(shown), "\n  ".join(fixes))
-
-    def _renaming(self, row: Row, name: str) -> str:
-        """Return the override that probably fixes a missing field, quoted for the shell.
-
-        The column is one whose name differs in spaces or case only, or else the last one that is not a field of a pair
-        or demonstration.
-        """
-        used = {*COMMON_FIELDS, *self.parser.columns.values()}
-        columns = [column for column, value in row.items() if value is not None and column not in used]
-        if not columns:
-            return f"data.columns.{name}=<name>"
-        column = next((column for column in columns if column.strip().lower() == name), columns[-1])
-        name = "messages" if column == "conversations" else name
-        return shlex.quote(to_override(f"data.columns.{name}", column))
 
 
 class Records(LazySequence[Any]):

@@ -401,6 +401,42 @@ def test_an_unknown_field_name_is_rejected(columns: dict[str, str | None], fix: 
         RecordParser({"prompt": "Q", **columns})
 
 
+@pytest.mark.parametrize(
+    ("columns", "name", "other"),
+    [
+        ({"prompt": "answer", "target": "answer"}, "target", "prompt"),
+        ({"chosen": "text", "rejected": "text", "prompt": None}, "rejected", "chosen"),
+        ({"target": "prompt"}, "target", "prompt"),
+        ({"target": "prompt", "prompt": "prompt"}, "prompt", "target"),
+    ],
+)
+def test_fields_of_different_content_need_different_columns(
+    columns: dict[str, str | None], name: str, other: str
+) -> None:
+    """A prompt that is also its response would be learned."""
+    with pytest.raises(ConfigError) as error:
+        RecordParser(columns)
+    assert str(error.value) == (
+        f"data.columns.{name}={columns[name]}: the field '{other}' has the same column.\n"
+        f"  Set data.columns.{name}=<column> or data.columns.{other}=<column>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "record_type", "expected"),
+    [
+        ({"target": "good", "chosen": "good"}, {"prompt": "Q", "good": "A"}, Demonstration, Demonstration(PROMPT, "A")),
+        ({"messages": "prompt"}, {"prompt": [USER, ASSISTANT]}, Demonstration, Demonstration(PROMPT, "A")),
+        ({"prompt": "q", "target": "prompt"}, {"q": "Q", "prompt": "A"}, Demonstration, Demonstration(PROMPT, "A")),
+    ],
+    ids=["for several stages", "a conversation", "swapped"],
+)
+def test_fields_of_the_same_content_may_have_one_column(
+    columns: dict[str, str | None], row: dict[str, Any], record_type: type, expected: Any
+) -> None:
+    assert RecordParser(columns).parse(row, record_type) == expected
+
+
 def test_a_missing_renamed_field_is_reported_under_its_name_in_the_data() -> None:
     with pytest.raises(RecordError, match=r"no field 'loser' \(fields: prompt, chosen\)") as caught:
         RecordParser({"rejected": "loser"}).parse({"prompt": "Q", "chosen": "A"}, Preference)

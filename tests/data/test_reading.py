@@ -6,15 +6,16 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.utils import instantiate
 
 from contract.configs import compose_config
-from rlhf.data import Demonstration, Preference, Prompt, Rating
+from rlhf.data import Demonstration, Preference, Prompt, Rating, UnpairedPreference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
-from rlhf.data.records import FIELDS
+from rlhf.data.records import FIELDS, Record
 from rlhf.errors import DataError
 
 Write = Callable[..., str]
@@ -91,28 +92,82 @@ def test_the_suggested_column_fixes_the_error(write: Write) -> None:
 @pytest.mark.parametrize(
     ("header", "columns"),
     [
-        (" prompt , completion ", ["completion= completion ", "prompt= prompt "]),
-        ("Prompt,Completion,topic", ["completion=Completion", "prompt=Prompt"]),
-        ("prompt,model's text", ["completion=model's text"]),
-        ("prompt,{a: $b}", ["completion={a: $b}"]),
+        (" prompt , completion ", {"prompt": " prompt ", "completion": " completion "}),
+        ("Prompt,Completion,topic", {"prompt": "Prompt", "completion": "Completion"}),
+        ("prompt,model's text", {"completion": "model's text"}),
+        ("prompt,{a: $b}", {"completion": "{a: $b}"}),
     ],
 )
-def test_suggested_columns_can_be_typed(tmp_path: Path, header: str, columns: list[str]) -> None:
-    """Each message suggests one column until the file can be read. Hydra and the shell both need quotes."""
+def test_suggested_columns_can_be_typed(tmp_path: Path, header: str, columns: dict[str, str]) -> None:
+    """Hydra and the shell both need quotes."""
     path = tmp_path / "rows.csv"
     path.write_text(f"{header}\nQ,A{',x' * (header.count(',') - 1)}\n")
     overrides = ["stage=sft", "data=jsonl", "data.val=null", "data.val_fraction=0"]
-    for column in columns:
-        with pytest.raises(DataError) as caught:
-            instantiate(compose_config(*overrides).data, train=str(path)).records("train")
-        suggested = re.search(r"another name: (.*)", str(caught.value))
-        assert suggested is not None
-        overrides += shlex.split(suggested[1])
-        name, _, value = column.partition("=")
-        assert compose_config(*overrides).data.columns[name] == value
-    assert list(instantiate(compose_config(*overrides).data, train=str(path)).records("train")) == [
-        Demonstration(QUESTION, "A")
-    ]
+    with pytest.raises(DataError) as caught:
+        instantiate(compose_config(*overrides).data, train=str(path)).records("train")
+    suggested = re.search(r"other names?: (.*)", str(caught.value).replace("another name", "other name"))
+    assert suggested is not None
+    overrides += shlex.split(suggested[1])
+    data = compose_config(*overrides).data
+    assert {name: column for name, column in data.columns.items() if column is not None} == columns
+    assert list(instantiate(data, train=str(path)).records("train")) == [Demonstration(QUESTION, "A")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "record_type", "hint"),
+    [
+        (
+            {},
+            {"question": "Q", "answer": "A"},
+            Demonstration,
+            "fields have other names: data.columns.prompt=question data.columns.completion=answer",
+        ),
+        (
+            {"target": "answer"},
+            {"question": "Q", "answer": "A"},
+            Demonstration,
+            "field has another name: data.columns.prompt=question",
+        ),
+        (
+            {},
+            {"answer": "A", "id": 3, "Question": "Q", "source": "web"},
+            Demonstration,
+            "fields have other names: data.columns.prompt=Question data.columns.completion=answer",
+        ),
+        (
+            {},
+            {"first": "Q", "second": "A"},
+            Demonstration,
+            "fields have other names: data.columns.prompt=<name> data.columns.completion=<name>",
+        ),
+        (
+            {},
+            {"chosen": "A", "loser": "B", "question": "Q"},
+            Preference,
+            "fields have other names: data.columns.prompt=question data.columns.rejected=loser",
+        ),
+        (
+            {},
+            {"chosen": "\n\nHuman: Q\n\nAssistant: A", "other": "\n\nHuman: Q\n\nAssistant: B"},
+            Preference,
+            "field has another name: data.columns.rejected=other",
+        ),
+        (
+            {},
+            {"query": "Q", "completion": "A"},
+            UnpairedPreference,
+            "fields have other names: data.columns.prompt=query data.columns.label=<name>",
+        ),
+        ({}, {"prompt": "Q", "response": "A", "stars": 4}, Rating, "field has another name: data.columns.reward=stars"),
+    ],
+)
+def test_a_column_is_suggested_for_each_missing_field(
+    write: Write, columns: dict[str, str | None], row: dict[str, Any], record_type: type[Record], hint: str
+) -> None:
+    """A column in use is not suggested for another field, and neither is one of several that may be meant."""
+    with pytest.raises(DataError) as caught:
+        RecordReader(RecordParser(columns)).read(write(row), "train", (record_type,))
+    assert str(caught.value).splitlines()[1] == f"  If the {hint}"
 
 
 @pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])

@@ -1,0 +1,91 @@
+"""Guess what fixes a row that is not a valid record, for the error message."""
+
+import shlex
+from dataclasses import replace
+from typing import Any
+
+from rlhf.data.parser import RecordParser
+from rlhf.data.records import FIELDS, Demonstration, Prompt, Record, RecordError, Row
+from rlhf.overrides import to_override
+
+COMMON_FIELDS = ("prompt", "document", "target", "chosen", "rejected")
+UNKNOWN = "<name>"
+# Names of columns that data often have for a field.
+RESPONSES = ("target", "completion", "answer", "response", "output", "summary", "solution", "reply", "a")
+CONVERSATIONS = ("conversations", "conversation")
+USUAL_NAMES = {
+    "prompt": ("document", "question", "instruction", "query", "input", "problem", "article", "q", *CONVERSATIONS),
+    "messages": CONVERSATIONS,
+    **dict.fromkeys(("target", "completion", "response"), RESPONSES),
+    "chosen": ("preferred", "winner", "better", "good", "accepted"),
+    "rejected": ("dispreferred", "loser", "worse", "bad"),
+    "reward": ("score", "rating", "stars"),
+    "label": ("desirable", "liked", "is_good"),
+}
+# Values with which a row is parsed again if no column is likely, to find the next missing field.
+NUMBERS: dict[str, Any] = {"label": True, "reward": 0.0}
+TRANSCRIPT = "\n\nHuman: ...\n\nAssistant: ..."  # A valid value for every other field.
+
+
+def other_names(parser: RecordParser, row: Row, record_type: type[Record]) -> str:
+    """Return the overrides that probably fix a row without some fields, quoted for Hydra and the shell."""
+    overrides = [
+        f"data.columns.{name}={UNKNOWN}"
+        if column == UNKNOWN
+        else shlex.quote(to_override(f"data.columns.{name}", column))
+        for name, column in likely_columns(parser, row, record_type).items()
+    ]
+    named = "If the field has another name" if len(overrides) == 1 else "If the fields have other names"
+    return f"{named}: {' '.join(overrides)}"
+
+
+def likely_columns(parser: RecordParser, row: Row, record_type: type[Record]) -> dict[str, str]:
+    """Guess which columns contain the missing fields of a row; ``<name>`` if several columns are as likely.
+
+    A column is likely if it has a usual name for the field, or if no other column is left. The row is parsed again with
+    each guess, because this may show that further fields are missing.
+
+    Args:
+        parser: The parser, with the columns that the user has specified.
+        row: The row.
+        record_type: The type of the record that the row should contain.
+    """
+    found: dict[str, str] = {}
+    columns, filled = dict(parser.columns), dict(row)
+    while True:
+        name = _missing(replace(parser, columns=columns), filled, record_type)
+        if name is None or name in found:
+            break
+        used = {*columns.values(), *COMMON_FIELDS}
+        free = [column for column, value in row.items() if value is not None and column not in used]
+        if record_type in (Demonstration, Prompt) and any(_is_usual(column, "messages") for column in free):
+            name = "messages"
+        column = _likely_column(name, row, free)
+        found[name] = columns[name] = column
+        if column == UNKNOWN:
+            columns[name] = placeholder = f"<{name}>"
+            filled[placeholder] = NUMBERS.get(name, TRANSCRIPT)
+    if UNKNOWN in found.values():  # A column that was the only one left may contain the other field as well.
+        found = {name: column if _is_usual(column, name) else UNKNOWN for name, column in found.items()}
+    return {name: found[name] for name in FIELDS if name in found}
+
+
+def _missing(parser: RecordParser, row: Row, record_type: type[Record]) -> str | None:
+    try:
+        parser.parse(row, record_type)
+    except RecordError as error:
+        return error.missing
+    return None
+
+
+def _likely_column(name: str, row: Row, free: list[str]) -> str:
+    if usual := [column for column in free if _is_usual(column, name)]:
+        return usual[0]
+    kinds = (bool, int, float) if name in NUMBERS else (str, list)
+    of_others = [column for column in free if any(_is_usual(column, other) for other in USUAL_NAMES)]
+    left = [column for column in free if isinstance(row[column], kinds) and column not in of_others]
+    return left[0] if len(left) == 1 else UNKNOWN
+
+
+def _is_usual(column: str, name: str) -> bool:
+    return column.strip().lower() in (name, *USUAL_NAMES.get(name, ()))
