@@ -1,9 +1,11 @@
 """Guess what fixes a row that is not a valid record, for the error message."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlhf.data.forms import FORMS, form_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import FIELDS, Demonstration, Prompt, Record, RecordError, Row
 from rlhf.overrides import to_override
@@ -27,14 +29,47 @@ NUMBERS: dict[str, Any] = {"label": True, "reward": 0.0}
 TRANSCRIPT = "\n\nHuman: ...\n\nAssistant: ..."  # A valid value for every other field.
 
 
-def other_names(parser: RecordParser, row: Row, record_type: type[Record]) -> str:
-    """Return the overrides that probably fix a row without some fields, quoted for Hydra and the shell."""
-    overrides = [
-        f"data.columns.{name}={UNKNOWN}"
-        if column == UNKNOWN
-        else shlex.quote(to_override(f"data.columns.{name}", column))
-        for name, column in likely_columns(parser, row, record_type).items()
-    ]
+def hints(parser: RecordParser, row: Row, record_type: type[Record], error: RecordError, *, mixed: bool) -> list[str]:
+    """Return what may fix a row of which a field is missing, as lines of an error message.
+
+    Args:
+        parser: The parser.
+        row: The row.
+        record_type: The type of the record that the row should contain.
+        error: What is wrong with the row.
+        mixed: Whether other rows of the file are valid.
+    """
+    form = form_of(parser, row)
+    name, readers = FORMS[form]
+    named = f"The row has the form of {name}, which are read by {readers}."
+    is_valid = form is not record_type and parses(parser, row, form)
+    if is_valid and form is not Prompt:
+        return [f"{named} Use one file per form." if mixed else named]
+    columns = {} if error.is_null else likely_columns(parser, row, record_type)
+    if set(columns.values()) - {UNKNOWN}:
+        return [_other_names(columns)]
+    found = [named] if is_valid and not mixed else []
+    free = _free_columns(parser, row)
+    if "text" in free and record_type is not Prompt:
+        found.append("Plain text is not supported: each row must have a prompt and a response.")
+    return [*found, *([_other_names(columns)] if 0 < len(columns) <= len(free) else [])]
+
+
+def parses(parser: RecordParser, row: Row, record_type: type[Record]) -> bool:
+    """Return whether a row is a valid record of a type."""
+    try:
+        parser.parse(row, record_type)
+    except RecordError:
+        return False
+    return True
+
+
+def _other_names(columns: Mapping[str, str]) -> str:
+    """Return the overrides that map fields to columns, quoted for Hydra and the shell."""
+    overrides = []
+    for name, column in columns.items():
+        key = f"data.columns.{name}"
+        overrides.append(f"{key}={UNKNOWN}" if column == UNKNOWN else shlex.quote(to_override(key, column)))
     named = "If the field has another name" if len(overrides) == 1 else "If the fields have other names"
     return f"{named}: {' '.join(overrides)}"
 
@@ -56,8 +91,7 @@ def likely_columns(parser: RecordParser, row: Row, record_type: type[Record]) ->
         name = _missing(replace(parser, columns=columns), filled, record_type)
         if name is None or name in found:
             break
-        used = {*columns.values(), *COMMON_FIELDS}
-        free = [column for column, value in row.items() if value is not None and column not in used]
+        free = _free_columns(replace(parser, columns=columns), row)
         if record_type in (Demonstration, Prompt) and any(_is_usual(column, "messages") for column in free):
             name = "messages"
         column = _likely_column(name, row, free)
@@ -76,6 +110,11 @@ def _missing(parser: RecordParser, row: Row, record_type: type[Record]) -> str |
     except RecordError as error:
         return error.missing
     return None
+
+
+def _free_columns(parser: RecordParser, row: Row) -> list[str]:
+    used = {*parser.columns.values(), *COMMON_FIELDS}
+    return [column for column, value in row.items() if value is not None and column not in used]
 
 
 def _likely_column(name: str, row: Row, free: list[str]) -> str:

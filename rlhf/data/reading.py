@@ -12,7 +12,8 @@ from rich.progress import track
 
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows
-from rlhf.data.hints import other_names
+from rlhf.data.forms import form_of
+from rlhf.data.hints import hints, parses
 from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, prompt_of
@@ -100,7 +101,7 @@ class RecordReader:
                 has_margins = has_margins or bool(record.margin)
                 empty += [] if record.chosen.strip() and record.rejected.strip() else [index]
         record_type = record_type or record_types[0]
-        first_error = self._report(path, rows, errors, record_type) if errors else None
+        first_error = self._report(path, rows, count, errors, record_type) if errors else None
         if len(errors) == count:
             raise DataError(f"{path}: the data contain no valid record.", f"Expected: {EXPECTED[record_type]}")
         return {
@@ -113,29 +114,29 @@ class RecordReader:
         }
 
     def _detect(self, row: Row, record_types: Sequence[type[Record]]) -> type[Record]:
-        """Return the first type that fits a row; if there is none, the first one of which no field is missing."""
-        complete = []
-        for record_type in record_types:
-            try:
-                self.parser.parse(row, record_type)
-                return record_type
-            except RecordError as error:
-                complete += [record_type] if error.missing is None else []
-        return [*complete, record_types[0]][0]
+        """Return the first type that fits a row; if there is none, that of its fields, or else the first one."""
+        fitting = next((each for each in record_types if parses(self.parser, row, each)), None)
+        form = fitting or form_of(self.parser, row)
+        return form if form in record_types else record_types[0]
 
     def _report(
-        self, path: str, rows: Sequence[Row], errors: Sequence[tuple[int, RecordError]], record_type: type[Record]
+        self,
+        path: str,
+        rows: Sequence[Row],
+        count: int,
+        errors: Sequence[tuple[int, RecordError]],
+        record_type: type[Record],
     ) -> str:
         """Return the first error, or raise an error that shows the first ones and how to fix them."""
         shown = [f"{location(path, index)}: {error}." for index, error in errors[:MAX_SHOWN_ERRORS]]
         if self.on_error == "skip":
             return shown[0]
         if len(errors) > MAX_SHOWN_ERRORS:
-            shown.append(f"... and {len(errors) - MAX_SHOWN_ERRORS} more of {len(rows)} rows.")
+            shown.append(f"... and {len(errors) - MAX_SHOWN_ERRORS} more of {count} rows.")
         index, first = errors[0]
         fixes = [] if first.fix is None else [first.fix]
-        if first.missing and not first.is_null:
-            fixes.append(other_names(self.parser, rows[index], record_type))
+        if first.missing:
+            fixes += hints(self.parser, rows[index], record_type, first, mixed=len(errors) < count)
         fixes += [f"Expected: {EXPECTED[record_type]}", "To skip invalid rows: data.on_error=skip"]
         raise DataError("\n".join(shown), "\n  ".join(fixes))
 

@@ -4,29 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.data.files import LINE_PER_ROW, read_rows
+from rlhf.data.forms import form_of
 from rlhf.data.json_files import JsonLines
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
-from rlhf.data.records import (
-    FIELDS,
-    Demonstration,
-    Preference,
-    Prompt,
-    Rating,
-    Record,
-    RecordError,
-    Row,
-    UnpairedPreference,
-)
-
-# For each form: its name, and the commands that read it.
-FORMS: dict[type[Record], tuple[str, str]] = {
-    Preference: ("preferences", "stage=reward, stage=dpo"),
-    UnpairedPreference: ("unpaired preferences", "stage=dpo loss=kto"),
-    Rating: ("ratings", "stage=reward"),
-    Demonstration: ("demonstrations", "stage=sft"),
-    Prompt: ("prompts", "stage=ppo, stage=grpo, stage=collect, stage=evaluate"),
-}
+from rlhf.data.records import Record, RecordError, Row
 
 
 @dataclass(frozen=True)
@@ -127,26 +109,6 @@ def parse_row(parser: RecordParser, row: Row) -> Record:
     return record
 
 
-def form_of(parser: RecordParser, row: Row) -> type[Record]:
-    """Return the form that the fields of a row belong to, whether or not their values are valid."""
-    present = {name for name in FIELDS if parser.has(row, name)}
-    if present & {"chosen", "rejected"}:
-        return Preference
-    if "label" in present:
-        return UnpairedPreference
-    if present & {"reward", "response"}:
-        return Rating
-    if present & {"target", "completion"} or ("messages" in present and _ends_with_response(parser, row)):
-        return Demonstration
-    return Prompt
-
-
 def is_line_per_row(path: str) -> bool:
     """Return whether each line of a file is a row."""
     return Path(path).suffix.lower() in LINE_PER_ROW
-
-
-def _ends_with_response(parser: RecordParser, row: Row) -> bool:
-    messages = row[parser.column("messages")]
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    return not (isinstance(last, dict) and last.get("role") in ("user", "system", "tool"))

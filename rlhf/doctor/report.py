@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.data import EncodedResponse, RecordDataModule
+from rlhf.data.forms import FORMS
 from rlhf.data.records import Prompt
 from rlhf.doctor.examination import Examination
 from rlhf.doctor.findings import ERROR, WARNING, Finding, responses_of
-from rlhf.doctor.forms import FORMS, Split
+from rlhf.doctor.forms import Split
 from rlhf.doctor.tokens import encode, encode_record, percentiles
 from rlhf.errors import UserError
 from rlhf.printable import printable

@@ -5,12 +5,13 @@ Each check takes linear time: rows are compared through dictionaries, not in pai
 
 import re
 from collections.abc import Hashable
-from typing import Any
 
+from rlhf.data.forms import FORMS
+from rlhf.data.hints import parses
 from rlhf.data.parser import RecordParser
-from rlhf.data.records import Preference, Prompt, Rating, Record, RecordError, UnpairedPreference, prompt_of
+from rlhf.data.records import Preference, Prompt, Rating, Record, UnpairedPreference, prompt_of
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, responses_of, texts_of
-from rlhf.doctor.forms import FORMS, Split
+from rlhf.doctor.forms import Split
 
 
 def invalid_rows(split: Split) -> list[Finding]:
@@ -31,7 +32,7 @@ def mixed_forms(split: Split, parser: RecordParser) -> list[Finding]:
     main, *others = split.by_form()
     findings = []
     for form in others:
-        entries = [entry for entry in split.by_form()[form] if not _parses(parser, entry.row, main)]
+        entries = [entry for entry in split.by_form()[form] if not parses(parser, entry.row, main)]
         name, readers = FORMS[main]
         fix = f"Use one file per form. Only the prompts of this file can be read as it is ({FORMS[Prompt][1]})."
         text = f"{FORMS[form][0]}, but most rows are {name}: {readers} would reject them"
@@ -135,11 +136,3 @@ def _claim(record: Record) -> Hashable:
 def _identity(record: Record) -> Hashable:
     target = record.target if isinstance(record, Prompt) else None
     return *_content(record), _claim(record), getattr(record, "margin", None), target
-
-
-def _parses(parser: RecordParser, row: Any, form: type[Record]) -> bool:
-    try:
-        parser.parse(row, form)
-    except RecordError:
-        return False
-    return True

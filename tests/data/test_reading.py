@@ -170,6 +170,74 @@ def test_a_column_is_suggested_for_each_missing_field(
     assert str(caught.value).splitlines()[1] == f"  If the {hint}"
 
 
+DEMONSTRATION = {"prompt": "Q", "completion": "A"}
+PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+PLAIN_TEXT = "Plain text is not supported: each row must have a prompt and a response."
+
+
+@pytest.mark.parametrize(
+    ("row", "record_types", "found"),
+    [
+        (
+            {"prompt": "Q", "completion": "A", "label": True},
+            (Preference,),
+            ["The row has the form of unpaired preferences, which are read by stage=dpo loss=kto."],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            (Preference, Rating),
+            ["The row has the form of demonstrations, which are read by stage=sft."],
+        ),
+        (
+            {"instruction": "Q", "output": "A"},
+            (Preference,),
+            ["The row has the form of demonstrations, which are read by stage=sft."],
+        ),
+        (
+            {**PAIR, "completion": None},
+            (Demonstration,),
+            ["The row has the form of preferences, which are read by stage=reward, stage=dpo."],
+        ),
+        (
+            {"prompt": "Q"},
+            (Demonstration,),
+            [
+                "The row has the form of prompts, which are read by stage=ppo, stage=grpo, stage=collect, "
+                "stage=evaluate."
+            ],
+        ),
+        ({"text": "Q"}, (Demonstration,), [PLAIN_TEXT]),
+        ({"text": "Q"}, (Preference, Rating), [PLAIN_TEXT]),
+        (
+            {"text": "Q", "url": "U"},
+            (Demonstration,),
+            [PLAIN_TEXT, "If the fields have other names: data.columns.prompt=<name> data.columns.completion=<name>"],
+        ),
+        ({"text": "Q"}, (Prompt,), ["If the field has another name: data.columns.prompt=text"]),
+        (
+            {"prompt": "Q", "response": "A", "score": 1},
+            (Preference, Rating),
+            ["If the field has another name: data.columns.reward=score"],
+        ),
+    ],
+)
+def test_rows_for_another_stage_are_recognized(
+    write: Write, row: dict[str, Any], record_types: tuple[type[Record], ...], found: list[str]
+) -> None:
+    """No column is suggested for them."""
+    with pytest.raises(DataError) as caught:
+        READER.read(write(row), "train", record_types)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip() for line in lines[:-2]] == found
+    assert lines[-2].startswith("  Expected: ")
+
+
+def test_one_row_of_another_form_needs_another_file(write: Write) -> None:
+    with pytest.raises(DataError) as caught:
+        READER.read(write(PAIR, DEMONSTRATION), "train", (Preference,))
+    assert "form of demonstrations, which are read by stage=sft. Use one file per form.\n" in str(caught.value)
+
+
 @pytest.mark.parametrize("data", ["demo", "jsonl", "hub"])
 def test_the_configuration_declares_every_field(data: str) -> None:
     """``data.columns.<field>`` can be set for each field of a record, and is null by default."""

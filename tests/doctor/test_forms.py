@@ -9,10 +9,11 @@ from hydra.utils import get_class
 
 from contract.configs import compose_config
 from rlhf.data import Demonstration, Preference, Prompt, Rating, RecordDataModule, UnpairedPreference
+from rlhf.data.forms import FORMS, form_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.data.records import Record
-from rlhf.doctor.forms import FORMS, Split, form_of, read_split
+from rlhf.doctor.forms import Split, read_split
 from rlhf.stages import stages
 
 CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -30,6 +31,7 @@ CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content
         ({"document": "a", "target": "b"}, Demonstration),
         ({"prompt": "a", "completion": "b"}, Demonstration),
         ({"messages": CONVERSATION}, Demonstration),
+        ({"instruction": "a", "output": "b"}, Demonstration),
         ({"messages": CONVERSATION[:1]}, Prompt),
         ({"prompt": "a", "chosen": None}, Prompt),  # a column that this row does not use
         ({"text": "a"}, Prompt),
