@@ -17,6 +17,7 @@ EXTENSIONS = (*LINE_PER_ROW, ".json", *SEPARATED, ".parquet")
 NUMBERS = ("margin", "reward", "label")  # columns of a CSV or TSV file that do not contain text
 TEXTS = (*(name for name in FIELDS if name not in NUMBERS), "instruction", "input", "output")  # the last are of Alpaca
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # cells of NUMBERS without a number
+MAX_NAMED_FILES = 3
 PROGRESS_BAR_BYTES = 100_000_000  # smaller files are read within seconds and need no progress bar
 LONGEST_CELL = 2**31 - 1  # characters; Python's csv module allows 131,072 of them by default
 
@@ -52,10 +53,17 @@ def read_rows(path: str, *, split: str = "train", subset: str | None = None) -> 
     return rows
 
 
+def refuse_directory(path: str) -> None:
+    """Raise an error that names a file in it if a path is a directory."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).glob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+        named = " or ".join(f"data.train={file}" for file in files[:MAX_NAMED_FILES]) or f"data.train={path}/<file>"
+        raise DataError(f"{path} is a directory.", f"Name one of its files: {named}")
+
+
 def _read_file(path: str) -> Sequence[Row]:
     extension = Path(path).suffix.lower()
-    if Path(path).is_dir():
-        raise DataError(f"{path}: this is a folder, not a file.", f"Name one of its files: data.train={path}/<file>")
+    refuse_directory(path)
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file.", "Relative paths are resolved against the current directory.")
     if extension not in EXTENSIONS:

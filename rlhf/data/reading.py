@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import track
 
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
-from rlhf.data.files import location, read_rows
+from rlhf.data.files import location, read_rows, refuse_directory
 from rlhf.data.forms import form_of
 from rlhf.data.hints import hints, parses
 from rlhf.data.lazy import LazySequence
@@ -56,7 +56,7 @@ class RecordReader:
         Raises:
             DataError: The data cannot be read, a row is invalid and ``on_error`` is ``stop``, or no row is valid.
         """
-        rows = read_rows(path, split=self.splits.get(split, split), subset=self.subset)
+        rows = self.rows(path, split)
         count = len(rows) if self.max_rows is None else min(self.max_rows, len(rows))
         names = {record_type.__name__: record_type for record_type in record_types}
         if cache is None or count < CACHED_ROWS:
@@ -79,6 +79,16 @@ class RecordReader:
         valid = range(count) if not invalid else [index for index in range(count) if index not in invalid]
         log.info("%s: read %d records, skipped %d invalid rows", path, len(valid), len(invalid))
         return Records(path, rows, self.parser, names[summary["type"]], valid, summary["has_margins"])
+
+    def rows(self, path: str, split: str) -> Sequence[Row]:
+        """Read the rows of one split as they are. With ``splits``, a directory is read like a Hub dataset.
+
+        Raises:
+            DataError: The data cannot be read, or they are a directory and there are no ``splits``.
+        """
+        if not self.splits:
+            refuse_directory(path)
+        return read_rows(path, split=self.splits.get(split, split), subset=self.subset)
 
     def _parse_all(
         self, path: str, rows: Sequence[Row], count: int, record_types: Sequence[type[Record]]

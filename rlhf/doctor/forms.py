@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf.data.files import LINE_PER_ROW, read_rows
+from rlhf.data.files import LINE_PER_ROW
 from rlhf.data.forms import form_of
 from rlhf.data.json_files import JsonLines
 from rlhf.data.parser import RecordParser
@@ -86,7 +86,7 @@ def read_split(name: str, path: str, reader: RecordReader) -> Split:
     """
     entries: list[Entry] = []
     invalid: list[Invalid] = []
-    rows = read_rows(path, split=reader.splits.get(name, name), subset=reader.subset)
+    rows = reader.rows(path, name)
     for index in range(len(rows) if reader.max_rows is None else min(reader.max_rows, len(rows))):
         number = rows.line_number(index) if isinstance(rows, JsonLines) else index + 1
         try:

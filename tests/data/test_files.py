@@ -236,7 +236,7 @@ def test_a_folder_is_not_called_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_rows(str(folder))
     fix = f"Name one of its files: data.train={folder}/<file>"
-    assert str(error.value) == f"{folder}: this is a folder, not a file.\n  {fix}"
+    assert str(error.value) == f"{folder} is a directory.\n  {fix}"
 
 
 def test_an_unknown_hub_dataset_is_a_data_error() -> None:

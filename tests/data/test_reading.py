@@ -260,6 +260,21 @@ def test_the_suggested_override_works_on_the_command_line(write: Write, stage: s
     assert list(datamodule.records("train")) == [Preference(QUESTION, "A", "B")]
 
 
+def test_a_directory_is_not_taken_for_a_hub_dataset(tmp_path: Path) -> None:
+    """The message names files that could be meant. With ``data=hub``, a local copy of a dataset can be read."""
+    files = [tmp_path / name for name in ("a.jsonl", "b.csv", "README.md")]
+    for file in files:
+        file.write_text(json.dumps(DEMONSTRATION) + "\n")
+    with pytest.raises(DataError) as caught:
+        instantiate(compose_config("stage=sft", "data=jsonl").data, train=str(tmp_path)).records("train")
+    assert str(caught.value) == (
+        f"{tmp_path} is a directory.\n  Name one of its files: data.train={files[0]} or data.train={files[1]}"
+    )
+    files[1].unlink()
+    hub = instantiate(compose_config("stage=sft", "data=hub", "data.val_fraction=0").data, train=str(tmp_path))
+    assert list(hub.records("train")) == [Demonstration(QUESTION, "A")]
+
+
 def test_five_invalid_rows_are_shown_and_all_are_counted(write: Write, demonstrations: Demonstrations) -> None:
     """7 of 9 rows are invalid: 5 lines, and a line with the number of the others."""
     path = write(*demonstrations(2), *({"document": f"Q{i}", "target": ""} for i in range(7)))
