@@ -1,6 +1,5 @@
 """Base class of the data modules of all stages: records to token ids to batches."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +16,13 @@ from rlhf.data.loader import BatchLoader, BucketBatchSampler
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
 from rlhf.data.records import Prompt, Record, prompt_of
-from rlhf.data.report import report_encoded
+from rlhf.data.report import report_encoded, report_held_out
 from rlhf.data.rows import Rows
 from rlhf.errors import ConfigError
 from rlhf.models.tokenizer import chat_template
 from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed, check_arguments
 from rlhf.tokenizer_probe import check_template
 
-log = logging.getLogger(__name__)
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
 
 
@@ -131,7 +129,7 @@ class RecordDataModule(lightning.LightningDataModule):
             if split == "train" and self._records[split] and self.paths["val"] is None and self.val_fraction > 0:
                 train, val = hold_out(self._records["train"], self.val_fraction, self.seed)
                 self._records.update(train=train, val=val)
-                log.info("%s: held out %d records for validation", path, len(val))
+                report_held_out(str(path), len(train) + len(val), len(val), self.val_fraction)
         return self._records[split]
 
     def training_texts(self) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What the log reports about the encoded rows of a split."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,28 @@ from rlhf.data.files import location
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
+
+
+def report_held_out(path: str, count: int, held_out: int, fraction: float) -> None:
+    """Log how many records are held out for validation, and warn if there are none.
+
+    Args:
+        path: The training data.
+        count: Number of all their records.
+        held_out: Number of records that are held out.
+        fraction: The value of ``data.val_fraction``.
+    """
+    log.info("%s: held out %d records for validation", path, held_out)
+    if not held_out:
+        enough = f" or data.val_fraction={math.ceil(100 / count) / 100:g}" if count > 1 else ""
+        log.warning(
+            "%s: no row is left for validation (%g %% of %d rows), so there are no validation metrics. Set "
+            "data.val=<file>%s.",
+            path,
+            100 * fraction,
+            count,
+            enough,
+        )
 
 
 def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
@@ -49,7 +72,8 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
             summary["responses"],
         )
     if split == "train" and data.batch_size > rows:
-        log.warning("data.batch_size=%d exceeds the %d rows of %s.", data.batch_size, rows, path)
+        text = "data.batch_size=%d exceeds the %d rows of %s. Each batch has %d rows."
+        log.warning(text, data.batch_size, rows, path, rows)
     if summary["first_special_token"] is not None:
         token, row = summary["first_special_token"]
         source = data.paths[split] or data.paths["train"] or split

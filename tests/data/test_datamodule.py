@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def test_truncated_responses_and_a_large_batch_are_reported(
     path = write({"prompt": "Q", "target": "A long response of many words"})
     SFTDataModule(train=path, val_fraction=0.0, tokenizer=tokenizer, max_length=4).encoded("train")
     assert "1 of 1 responses are truncated. Raise data.max_length." in caplog.text
-    assert "data.batch_size=16 exceeds the 1 rows" in caplog.text
+    assert f"data.batch_size=16 exceeds the 1 rows of {path}. Each batch has 1 rows." in caplog.text
 
 
 def test_truncated_responses_are_counted_against_all_responses(
@@ -110,6 +111,34 @@ def test_nothing_is_held_out_if_there_is_a_validation_file(write: Write, demonst
     train, val = write(*demonstrations(20)), write(*demonstrations(2), name="val.jsonl")
     data = SFTDataModule(train=train, val=val, val_fraction=0.5)
     assert (len(data.records("train")), len(data.records("val"))) == (20, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "warning"),
+    [
+        (1, 0.05, "5 % of 1 rows), so there are no validation metrics. Set data.val=<file>."),
+        (3, 0.05, "5 % of 3 rows), so there are no validation metrics. Set data.val=<file> or data.val_fraction=0.34."),
+        (4, 0.1, "10 % of 4 rows), so there are no validation metrics. Set data.val=<file> or data.val_fraction=0.25."),
+        (10, 0.05, ""),
+        (4, 0, ""),
+    ],
+)
+def test_too_few_rows_for_validation_are_reported(
+    write: Write,
+    demonstrations: Demonstrations,
+    caplog: pytest.LogCaptureFixture,
+    rows: int,
+    fraction: float,
+    warning: str,
+) -> None:
+    """The suggested fraction leaves one row. With ``val_fraction=0``, validation is off on purpose."""
+    path = write(*demonstrations(rows))
+    data = SFTDataModule(train=path, val_fraction=fraction)
+    assert bool(data.records("val")) == (rows == 10)
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert logged == ([f"{path}: no row is left for validation ({warning}"] if warning else [])
+    if suggested := re.search(r"val_fraction=(0\.\d+)", warning):
+        assert len(SFTDataModule(train=path, val_fraction=float(suggested[1])).records("val")) == 1
 
 
 def test_a_split_without_data_has_no_records(write: Write, demonstrations: Demonstrations) -> None:
