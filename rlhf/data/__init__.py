@@ -2,7 +2,8 @@
 
 from rlhf.data.batches import Batch, PromptBatch, SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedResponse, Encoder, replace_response
+from rlhf.data.encode import Encoder
+from rlhf.data.encoded import EncodedResponse, replace_response
 from rlhf.data.labeled_batches import PairBatch, RatingBatch, UnpairedBatch
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule

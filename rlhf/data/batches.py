@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from rlhf.data.encode import EncodedResponse
+from rlhf.data.encoded import EncodedResponse
 from rlhf.data.records import Prompt
 from rlhf.tensors import pad_right
 

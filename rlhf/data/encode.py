@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.encoded import EncodedResponse, EncodedText, keep_end
 from rlhf.data.openings import Openings
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
@@ -18,46 +19,6 @@ RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a
 
 Batch = TypeVar("Batch")
 _Conversation: TypeAlias = tuple[Sequence[Message], str | None]  # messages of a prompt, and a response
-
-
-@dataclass(frozen=True)
-class EncodedResponse:
-    """Token ids of a prompt followed by a response.
-
-    Args:
-        input_ids: Token ids. The last one is EOS, unless the response was truncated.
-        start: Index of the first token of the response.
-    """
-
-    input_ids: list[int]
-    start: int
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A complete text with its token ids.
-
-    Args:
-        text: The text.
-        input_ids: Its token ids.
-        encoding: What a tokenizer of the ``tokenizers`` library returned for it; None for others.
-        ends: For each token the index in the text where it ends; empty if ``encoding`` has them.
-    """
-
-    text: str
-    input_ids: list[int]
-    encoding: Any = None
-    ends: Sequence[int] = ()
-
-    def first_token(self, position: int) -> int:
-        """Return the index of the first token that ends after a position in the text."""
-        if self.encoding is not None:
-            token: int | None = self.encoding.char_to_token(position)
-            if token is not None:
-                return token
-        # The tokenizer removed the character at this position.
-        ends = self.ends if self.encoding is None else [end for _, end in self.encoding.offsets]
-        return next((i for i, end in enumerate(ends) if end > position), len(self.input_ids))
 
 
 @dataclass(frozen=True)
@@ -72,7 +33,7 @@ class _Prepared:
 
     conversations: Sequence[_Conversation]
     texts: dict[tuple[int, str | None], str]
-    encoded: dict[tuple[int, str | None], _Text] = field(default_factory=dict)
+    encoded: dict[tuple[int, str | None], EncodedText] = field(default_factory=dict)
 
 
 class Encoder:
@@ -146,7 +107,7 @@ class Encoder:
         input_ids = self._one_bos(self._rendered(messages, None).input_ids)
         limit = self.max_length - reserve
         self.counts["truncated_prompts"] += len(input_ids) > limit
-        return _keep_end(input_ids, limit, self._bos)
+        return keep_end(input_ids, limit, self._bos)
 
     def encode_response(self, messages: Sequence[Message], response: str) -> EncodedResponse:
         """Encode a prompt and a response as one text."""
@@ -169,17 +130,17 @@ class Encoder:
         self.counts["truncated_prompts"] += any(len(prompt) > limit for prompt, _ in pairs)
         encoded = []
         for prompt, response in pairs:
-            prompt = _keep_end(prompt, limit, self._bos)
+            prompt = keep_end(prompt, limit, self._bos)
             encoded.append(EncodedResponse(prompt + response[: self.max_length - 1], len(prompt)))
         return encoded
 
-    def _split(self, opening: str, complete: _Text) -> tuple[list[int], list[int]]:
+    def _split(self, opening: str, complete: EncodedText) -> tuple[list[int], list[int]]:
         """Split the token ids of a complete text where the response begins."""
         boundary = self.openings.boundary(opening, complete.text)
         start = complete.first_token(boundary)  # A token that spans the boundary counts as part of the response.
         return self._one_bos(complete.input_ids[:start]), self._one_eos(complete.input_ids[start:])
 
-    def _rendered(self, messages: Sequence[Message], response: str | None) -> _Text:
+    def _rendered(self, messages: Sequence[Message], response: str | None) -> EncodedText:
         """Return the text of a conversation with its token ids."""
         encoded = self._prepared.encoded.get((id(messages), response))
         return self._encode(self._render(messages, response)) if encoded is None else encoded
@@ -230,22 +191,22 @@ class Encoder:
             )
         return list(rendered)
 
-    def _encode(self, text: str, special: bool = False) -> _Text:
+    def _encode(self, text: str, special: bool = False) -> EncodedText:
         if self.tokenizer.is_fast:
             return self._encode_all([text], special)[0]
         input_ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        return _Text(
+        return EncodedText(
             text, input_ids, ends=[len(self.tokenizer.decode(input_ids[: i + 1])) for i in range(len(input_ids))]
         )
 
-    def _encode_all(self, texts: Sequence[str], special: bool = False) -> list[_Text]:
+    def _encode_all(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
         """Encode texts at once with a tokenizer of the ``tokenizers`` library, which uses all processors for it."""
         with encoding():
             encoded = self.tokenizer(
                 list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
             )
         columns = zip(texts, encoded["input_ids"], encoded.encodings or (), strict=True)
-        return [_Text(*column) for column in columns]
+        return [EncodedText(*column) for column in columns]
 
     def _one_bos(self, prompt: list[int]) -> list[int]:
         """Start with exactly one BOS if the tokenizer or the template writes one, and with none otherwise."""
@@ -265,23 +226,6 @@ class Encoder:
                     end -= 1
                 return response[:end]
         return [*response, eos]
-
-
-def replace_response(
-    row: EncodedResponse, other: EncodedResponse, max_length: int, bos_token_id: int | None
-) -> EncodedResponse:
-    """Combine the prompt of one row with the response of another; the prompt is truncated to fit ``max_length``."""
-    response = other.input_ids[other.start :]
-    prompt = _keep_end(row.input_ids[: row.start], max_length - len(response), bos_token_id)
-    return EncodedResponse(prompt + response, len(prompt))
-
-
-def _keep_end(prompt: list[int], limit: int, bos: int | None) -> list[int]:
-    """Truncate a prompt to its last tokens, which matter most to the response, and keep its BOS."""
-    if len(prompt) <= limit:
-        return prompt
-    opening = prompt[:1] if prompt[:1] == [bos] else []
-    return opening + prompt[len(prompt) - (limit - len(opening)) :]
 
 
 def _complete(messages: Sequence[Message], response: str | None) -> list[Message]:

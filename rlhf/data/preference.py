@@ -8,7 +8,8 @@ import torch
 
 from rlhf.data.batches import SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedResponse, Encoder
+from rlhf.data.encode import Encoder
+from rlhf.data.encoded import EncodedResponse
 from rlhf.data.labeled_batches import PairBatch
 from rlhf.data.records import Preference, Record
 from rlhf.data.row_columns import NOT_STORED

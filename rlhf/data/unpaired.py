@@ -10,7 +10,8 @@ import torch
 
 from rlhf.data.batches import SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
-from rlhf.data.encode import EncodedResponse, Encoder, replace_response
+from rlhf.data.encode import Encoder
+from rlhf.data.encoded import EncodedResponse, replace_response
 from rlhf.data.labeled_batches import UnpairedBatch
 from rlhf.data.lazy import LazySequence
 from rlhf.data.records import Preference, UnpairedPreference
