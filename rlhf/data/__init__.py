@@ -3,7 +3,7 @@
 from rlhf.data.batches import Batch, PromptBatch, SequenceBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import Encoder
-from rlhf.data.encoded import EncodedResponse, replace_response
+from rlhf.data.encoded import EncodedConversation, EncodedResponse, replace_response
 from rlhf.data.labeled_batches import PairBatch, RatingBatch, UnpairedBatch
 from rlhf.data.loader import BatchLoader
 from rlhf.data.preference import PreferenceDataModule
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "Demonstration",
+    "EncodedConversation",
     "EncodedResponse",
     "Encoder",
     "Message",

@@ -120,7 +120,7 @@ class SequenceBatch(Batch):
     Args:
         input_ids: [batch, time] token ids.
         attention_mask: [batch, time] bool, True on real tokens.
-        response_mask: [batch, time] bool, True on response tokens including EOS.
+        response_mask: [batch, time] bool, True on response tokens including EOS; in SFT, on the tokens to learn.
         terms: Number of True entries of ``response_mask``; None to count them now.
         tokens: Number of True entries of ``attention_mask``; None to count them now.
         lengths: Number of tokens of each row; empty to count them now.
@@ -151,9 +151,10 @@ class SequenceBatch(Batch):
     def collate(cls, rows: Sequence[EncodedResponse]) -> "SequenceBatch":
         """Pad rows on the right and compute their masks."""
         input_ids, attention_mask = pad_right([row.input_ids for row in rows])
-        starts = torch.tensor([row.start for row in rows])
-        response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
-        response_mask[:, 0] = False  # nothing precedes the first token, so it cannot be predicted
+        response_mask = torch.zeros_like(attention_mask)
+        for row, mask in zip(rows, response_mask, strict=True):
+            for begin, end in row.spans:
+                mask[max(begin, 1) : end] = True  # nothing precedes the first token, so it cannot be predicted
         return cls(input_ids, attention_mask, response_mask)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.encoded import EncodedResponse, EncodedText, keep_end
+from rlhf.data.encoded import EncodedConversation, EncodedResponse, EncodedText, keep_end
 from rlhf.data.openings import Openings
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
@@ -121,6 +121,46 @@ class Encoder:
         """
         opening = self._render(messages, response=None)
         pairs = [self._split(opening, self._rendered(messages, response)) for response in responses]
+        return self._truncate(pairs)
+
+    def encode_conversation(self, messages: Sequence[Message], response: str) -> EncodedConversation:
+        """Encode a prompt and a response as one text, with the positions of all assistant messages.
+
+        Raises:
+            ConfigError: The chat template does not write an earlier assistant message as the model would write it.
+        """
+        complete = self._rendered(messages, response)
+        pair = self._split(self._render(messages, response=None), complete)
+        (encoded,) = self._truncate([pair])
+        shift = len(self._one_bos(complete.input_ids)) - len(complete.input_ids) + encoded.start - len(pair[0])
+        earlier: list[int] = []
+        for begin, end in self._earlier_messages(messages, complete.text):
+            # Nothing precedes the token at index 0, and truncation keeps a BOS there.
+            first, last = max(complete.first_token(begin) + shift, 1), complete.end_token(end) + shift
+            earlier += [first, last] if first < last else []
+        return EncodedConversation(encoded.input_ids, encoded.start, earlier)
+
+    def _earlier_messages(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
+        """Yield where the assistant messages of a prompt begin and end in the text of the conversation.
+
+        A message ends with its end-of-turn token, without white space that follows.
+        """
+        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+        if not turns:
+            return
+        openings = self._render_all([(messages[:i], None) for i in turns])
+        closings = self._render_all([(messages[:i], messages[i]["content"]) for i in turns])
+        for i, opening, closing in zip(turns, openings, closings, strict=True):
+            end = closing.rstrip()
+            if not text.startswith(end):  # The templates of plain texts write EOS after the last message only.
+                end = end.removesuffix(str(self.tokenizer.eos_token))
+            if not (text.startswith(opening) and text.startswith(end)):
+                raise _changed_message(i)
+            if len(opening) < len(end):
+                yield len(opening), len(end)
+
+    def _truncate(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[EncodedResponse]:
+        """Truncate prompts with their responses as ``encode_responses`` describes, and count them."""
         self.counts["responses"] += len(pairs)
         longest = max(len(response) for _, response in pairs)
         if longest > self.max_length - 1:
@@ -236,4 +276,13 @@ def _slow_template() -> ConfigError:
     return ConfigError(
         f"The tokenizer's chat template takes more than {RENDER_SECONDS} seconds for one conversation.",
         'Use another template: data.template="{prompt}\n"',
+    )
+
+
+def _changed_message(index: int) -> ConfigError:
+    return ConfigError(
+        f"data.loss_on=assistant: the tokenizer's chat template changes the text of message {index + 1}, by the "
+        "assistant, when other messages follow, so the model would not learn what it has to write. For example, some "
+        "templates remove the reasoning of earlier messages.",
+        "Set data.loss_on=response, which covers the last assistant message only.",
     )

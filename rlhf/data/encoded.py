@@ -1,4 +1,4 @@
-"""Encoded texts: token ids, and where a response begins."""
+"""Encoded texts: token ids, with the tokens of a response or of each assistant message."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,27 @@ class EncodedResponse:
 
     input_ids: list[int]
     start: int
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the tokens to learn begin and end."""
+        return [(self.start, len(self.input_ids))]
+
+
+@dataclass(frozen=True)
+class EncodedConversation(EncodedResponse):
+    """Token ids of a conversation that ends with a response, of which all assistant messages are learned.
+
+    Args:
+        earlier: Where the assistant messages before the response begin and end, one after the other: ``[2, 5, 9, 12]``
+            for the tokens 2 to 4 and 9 to 11.
+    """
+
+    earlier: list[int]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return [*zip(self.earlier[::2], self.earlier[1::2], strict=True), *super().spans]
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,19 @@ class EncodedText:
         # The tokenizer removed the character at this position.
         ends = self.ends if self.encoding is None else [end for _, end in self.encoding.offsets]
         return next((i for i, end in enumerate(ends) if end > position), len(self.input_ids))
+
+    def end_token(self, position: int) -> int:
+        """Return the index after the last token that begins before a position in the text, which must be positive."""
+        token = self.first_token(position - 1)
+        while token < len(self.input_ids) and self._begin(token) < position:
+            token += 1
+        return token
+
+    def _begin(self, token: int) -> int:
+        if self.encoding is None:
+            return self.ends[token - 1] if token > 0 else 0
+        begin: int = self.encoding.token_to_chars(token)[0]
+        return begin
 
 
 def replace_response(

@@ -59,6 +59,13 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
             f"{path}: no record can be used with data.max_length={data.max_length}.",
             f"Set data.max_length={2 * data.max_length}.",
         )
+    if split == "train" and summary["unlearned_messages"]:
+        log.info(
+            "%s: %d earlier assistant messages carry no loss, because data.loss_on=response covers only the last one "
+            "of each row. data.loss_on=assistant covers all of them.",
+            path,
+            summary["unlearned_messages"],
+        )
     if truncated > summary["responses"] / 2:
         responses = summary["responses"]
         log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, responses)

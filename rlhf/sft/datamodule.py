@@ -10,20 +10,26 @@ class SFTDataModule(RecordDataModule):
     """Reads demonstrations: prompts with the responses to learn. The other arguments are those of ``RecordDataModule``.
 
     Args:
-        loss_on: Tokens that the loss covers: ``response``, or ``all`` for prompt and response.
+        loss_on: Tokens that the loss covers: ``response`` for the last assistant message of a row, ``assistant`` for
+            all of its assistant messages, or ``all`` for prompt and response.
     """
 
     record_types = (Demonstration,)
 
-    def __init__(self, *, loss_on: Literal["response", "all"] = "response", **keys: Any) -> None:
+    def __init__(self, *, loss_on: Literal["response", "assistant", "all"] = "response", **keys: Any) -> None:
         super().__init__(**keys)
         check_arguments(SFTDataModule, "data", locals())
         self.loss_on = loss_on
 
     def encode(self, encoder: Encoder, record: Demonstration) -> EncodedResponse:
-        encoded = encoder.encode_response(record.prompt.messages, record.response)
-        # With loss_on=all, the loss starts at the second token: nothing precedes the first one.
-        return encoded if self.loss_on == "response" else EncodedResponse(encoded.input_ids, 1)
+        messages = record.prompt.messages
+        if self.loss_on == "assistant":
+            return encoder.encode_conversation(messages, record.response)
+        encoded = encoder.encode_response(messages, record.response)
+        if self.loss_on == "all":
+            return EncodedResponse(encoded.input_ids, 1)  # Nothing precedes the first token.
+        encoder.counts["unlearned_messages"] += sum(message["role"] == "assistant" for message in messages)
+        return encoded
 
     def length(self, row: EncodedResponse) -> int:
         return len(row.input_ids)

@@ -95,6 +95,21 @@ def test_batches_are_the_same_with_columns(
 
 
 @pytest.mark.usefixtures("always_cached")
+def test_conversations_are_read_as_they_were_stored(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, fails_to_encode: Callable[[], None]
+) -> None:
+    """Rows with 0 to 7 assistant messages before the last one."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path = write(*({"messages": turns * count} for count in range(1, 9)))
+    keys = {"train": path, "val_fraction": 0.0, "loss_on": "assistant"}
+    expected = list(sft(write, tokenizer, tmp_path / "cache", **keys).encoded("train"))
+    fails_to_encode()
+    rows = sft(write, tokenizer, tmp_path / "cache", **keys).encoded("train")
+    assert list(rows) == expected
+    assert [len(row.spans) for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("always_cached")
 def test_slices_and_negative_indices(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = sft(write, tokenizer, None, val_fraction=0.0).encoded("train")
     every = list(rows)
@@ -106,7 +121,15 @@ def test_slices_and_negative_indices(write: Write, tokenizer: PreTrainedTokenize
 
 @pytest.mark.usefixtures("always_cached")
 @pytest.mark.parametrize(
-    "change", [{"max_length": 12}, {"template": "{prompt}?"}, {"loss_on": "all"}, {"seed": 1}, {"train": "other"}]
+    "change",
+    [
+        {"max_length": 12},
+        {"template": "{prompt}?"},
+        {"loss_on": "all"},
+        {"loss_on": "assistant"},
+        {"seed": 1},
+        {"train": "other"},
+    ],
 )
 def test_other_settings_are_encoded_again(
     write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, Any]
