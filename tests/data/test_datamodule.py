@@ -159,7 +159,7 @@ def test_a_stage_requires_its_split(stage: str, split: str) -> None:
         ({"eval_batch_size": -2}, r"data\.eval_batch_size must be an integer of at least 1, got -2\."),
         ({"max_length": 1}, r"data\.max_length must be an integer of at least 2, got 1\."),
         ({"on_error": "ignore"}, r"data\.on_error must be stop or skip, got 'ignore'\.\n  Set data\.on_error=stop"),
-        ({"loss_on": "prompt"}, r"data\.loss_on must be response, assistant or all, got 'prompt'\."),
+        ({"loss_on": "prompt"}, r"data\.loss_on must be response, assistant, or all, got 'prompt'\."),
     ],
 )
 def test_invalid_settings_are_rejected(keys: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ def test_first_loss_is_the_mean_over_the_tokens_to_learn(tiny_run: TinyRun, loss
 
 
 def test_unknown_loss_on_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.loss_on must be response, assistant or all, got 'prompt'"):
+    with pytest.raises(ConfigError, match=r"data\.loss_on must be response, assistant, or all, got 'prompt'"):
         SFTDataModule(loss_on="prompt")
 
 
