@@ -16,8 +16,9 @@ from rlhf import __version__
 from rlhf.command import command_in_run
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import OUTPUTS, RUN, open_model_source, save_huggingface, save_result
+from rlhf.export import OUTPUTS, RUN, open_model_source, save_result
 from rlhf.files import FINAL_MODEL, atomic_write, sha256_of_file
+from rlhf.huggingface import save_huggingface
 from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter, as_sequence
 from rlhf.stage import Result
@@ -186,7 +187,7 @@ def export_result(cfg: DictConfig, output: Path, result: Result, provenance: dic
             warn_about_outdated(run_directory, info)
         if _makes_final_model(info, path, run_directory):
             make_final_model(path, run_directory)
-        _write_huggingface(cfg, info, path, output / "hf")
+        _write_huggingface(cfg, path, output / "hf")
     barrier()
 
 
@@ -203,14 +204,14 @@ def complete_export(cfg: DictConfig, output: Path, start: Callable[[], None]) ->
     log.info("stage=%s is finished: %s stays as it is.", info.name, path)
     if not is_rank_zero() or cfg.trainer.fast_dev_run or cfg.check == "only":
         return
-    lacks_folder = bool(cfg.save_hf) and info.exports == "policy" and not _has_huggingface(cfg, path, output / "hf")
+    lacks_folder = bool(cfg.save_hf) and not _has_huggingface(cfg, path, output / "hf")
     lacks_model = _is_older(run_directory / FINAL_MODEL, path) and _makes_final_model(info, path, run_directory)
     if lacks_folder or lacks_model:
         start()
     if lacks_model:
         make_final_model(path, run_directory)
     if lacks_folder:
-        _write_huggingface(cfg, info, path, output / "hf")
+        _write_huggingface(cfg, path, output / "hf")
 
 
 def _makes_final_model(info: StageInfo, path: Path, run_directory: Path) -> bool:
@@ -257,15 +258,12 @@ def _has_huggingface(cfg: DictConfig, path: Path, directory: Path) -> bool:
     return is_adapter == wants_adapter and not _is_older(directory / "tokenizer.json", path)  # the last file written
 
 
-def _write_huggingface(cfg: DictConfig, info: StageInfo, path: Path, directory: Path) -> None:
-    """Write a policy as a Hugging Face folder if ``save_hf`` asks for it."""
-    if cfg.save_hf and info.exports == "policy":
+def _write_huggingface(cfg: DictConfig, path: Path, directory: Path) -> None:
+    """Write a result as a Hugging Face folder if ``save_hf`` asks for it."""
+    if cfg.save_hf:
         save_huggingface(str(path), str(directory), merged=cfg.save_hf == "merged")
         opened_by = "peft" if cfg.adapter is not None and cfg.save_hf != "merged" else "transformers"
         log.info("saved %s, a folder that %s opens", directory, opened_by)
-    elif cfg.save_hf:
-        chosen = f"save_hf={str(cfg.save_hf).lower()}"
-        log.warning("%s has no effect in stage=%s: only policies are written as a folder.", chosen, info.name)
 
 
 def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, Any]:

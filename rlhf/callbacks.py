@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.export import Export, describe, save_result
+from rlhf.huggingface import check_huggingface
 from rlhf.preflight import run_preflight
 from rlhf.stage import Result
 
@@ -25,6 +26,13 @@ class ExportHeader(Callback):
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf"] = describe(module.result(), self.provenance)
+
+
+class CheckFolder(Callback):
+    """Rejects a result that ``save_hf`` cannot write as a Hugging Face folder, before training starts."""
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        check_huggingface(module.result())
 
 
 class PreflightChecks(Callback):

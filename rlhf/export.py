@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +21,7 @@ from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export_content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
 from rlhf.files import FINAL_MODEL, atomic_write
 from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
-from rlhf.models.adapters import add_adapter, merge_adapter, save_adapter, trunk_of
+from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
 from rlhf.models.opening import REPLACE_FILE, check_finite, opening
 from rlhf.models.sources import remember_config
 from rlhf.models.tokenizer import check_vocabulary
@@ -35,7 +34,6 @@ M = TypeVar("M", PreTrainedModel, ScalarModel)
 
 OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
 FINAL_PATTERN = "*_final.pt"
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")  # of an HF folder
 
 
 def load_model(
@@ -120,31 +118,6 @@ def describe(result: Result, provenance: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": pack_tokenizer(result.tokenizer),
         "provenance": json.dumps(provenance),
     }
-
-
-def save_huggingface(source: str, directory: str, *, merged: bool = False) -> None:
-    """Write a language model as a Hugging Face folder that opens without this project.
-
-    ``transformers`` opens the folder of a complete model, and ``peft`` that of an adapter.
-
-    Args:
-        source: A ``*_final.pt``.
-        directory: Directory to write to; it is created if necessary.
-        merged: Write the complete model even if the file contains an adapter.
-    """
-    export = Export(source)
-    tokenizer = export.tokenizer()
-    model: Any = export.language_model(tokenizer, merge=merged)
-    for stale in (path for pattern in WEIGHT_FILES for path in Path(directory).glob(pattern)):
-        stale.unlink()  # Otherwise an adapter and a complete model of an earlier run would be mixed.
-    generation_config = model.generation_config
-    if (adapter := adapter_of(model)) is not None:
-        save_adapter(model, adapter, Path(directory))
-    else:
-        model.generation_config = GenerationConfig()  # Saving rejects some settings that models are published with.
-        model.save_pretrained(directory)
-    generation_config.to_json_file(str(Path(directory, "generation_config.json")), use_diff=True)
-    tokenizer.save_pretrained(directory)
 
 
 @dataclass(frozen=True)

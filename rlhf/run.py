@@ -26,7 +26,7 @@ from rlhf.artifacts import (
     resolve_input,
     with_adapter,
 )
-from rlhf.callbacks import ExportHeader, PreflightChecks, PreflightOnly
+from rlhf.callbacks import CheckFolder, ExportHeader, PreflightChecks, PreflightOnly
 from rlhf.command import command_line
 from rlhf.config import check_values
 from rlhf.distributed import disconnect, is_rank_zero
@@ -99,7 +99,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> fl
 
     # 3. Train.
     module.nonfinite.run = {"stage": cfg.stage_name, "command": command, "config": provenance["config"]}
-    own: list[Callback] = [start, ExportHeader(provenance)]
+    own: list[Callback] = [*([CheckFolder()] if cfg.save_hf else []), start, ExportHeader(provenance)]
     if cfg.check:
         own.append(PreflightChecks(output, provenance, only=cfg.check == "only"))
     if cfg.overwrite and is_rank_zero() and not cfg.trainer.fast_dev_run:

@@ -209,15 +209,15 @@ def test_other_exports_do_not_make_the_final_model(tmp_path: Path, result: Resul
     assert not (tmp_path / "rlhf" / "final_rl_model.pt").exists()
 
 
-def test_save_hf_writes_a_folder_of_a_policy(tmp_path: Path, result: Result, caplog: pytest.LogCaptureFixture) -> None:
-    export(tmp_path, "sft", result, "save_hf=true")
-    folder = tmp_path / "rlhf" / "sft" / "hf"
+@pytest.mark.parametrize(("stage", "kind"), [("sft", "CausalLM"), ("reward", "SequenceClassification")])
+def test_save_hf_writes_a_folder(tmp_path: Path, result: Result, stage: str, kind: str) -> None:
+    """Of a policy, and of a reward model."""
+    if stage == "reward":
+        result = Result(tiny_reward_model(result.model), result.tokenizer)
+    export(tmp_path, stage, result, "save_hf=true")
+    folder = tmp_path / "rlhf" / stage / "hf"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    with caplog.at_level(logging.WARNING, "rlhf"):
-        reward_result = Result(tiny_reward_model(result.model), result.tokenizer)
-        path = export(tmp_path, "reward", reward_result, "save_hf=true")
-    assert "save_hf=true has no effect in stage=reward" in caplog.text
-    assert not (path.parent / "hf").exists()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [f"LlamaFor{kind}"]
 
 
 def test_provenance_describes_inputs_data_and_configuration(tmp_path: Path) -> None:

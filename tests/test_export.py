@@ -10,25 +10,37 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from contract.configs import compose_config
 from forked import run_python
-from harness import TinyRun
+from harness import TINY_DATA, TinyRun
 from rlhf import load_model
 from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, DataError, UserError
-from rlhf.export import open_model_source, save_huggingface, save_result
+from rlhf.export import open_model_source, save_result
+from rlhf.huggingface import check_huggingface, save_huggingface
 from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, disable_dropout
+from rlhf.run import run_stage
 from rlhf.stage import Result
 from rlhf.stages import stages
 
 TEXT = "<bos>It rains.\nSummary: May<eos>"
+DECODER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+# Architectures with a sequence classifier, without special tokens in the configuration.
+CLASSIFIERS = {
+    "gpt2": GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2),
+    "llama": LlamaConfig(vocab_size=300, **DECODER),
+    "mistral": MistralConfig(vocab_size=300, num_key_value_heads=1, tie_word_embeddings=True, **DECODER),
+}
 MESSAGES = [{"role": "user", "content": "It rains."}]
 
 
@@ -292,6 +304,81 @@ def test_a_hugging_face_folder_opens_in_transformers(
     assert prompt == "<bos>It rains.\nSummary:"
     model, opened, _ = load_model(str(folder), device="cpu")
     assert torch.equal(logits(model, opened), logits(lm, tokenizer))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_a_reward_model_opens_as_a_sequence_classifier(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Plain transformers gives the scores of ``load_model`` in a padded batch, minus ``score_offset``.
+
+    offset = bias - mean = 0.5 - 0.25 = 0.25. This project opens the folder as a reward model as well.
+    """
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(CLASSIFIERS[name])
+    head = ScalarHead(16)
+    torch.nn.init.constant_(head.layers[0].bias, 0.5)
+    path = save(ScalarModel(lm.base_model, head, reward_mean=0.25), tokenizer, tmp_path, "reward")
+    save_huggingface(str(path), str(tmp_path / "hf"))
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    batch = AutoTokenizer.from_pretrained(tmp_path / "hf")([TEXT, TEXT * 2, "May"], padding=True, return_tensors="pt")
+    mask = batch["attention_mask"].bool()
+    assert mask.sum(dim=1).unique().numel() == 3
+    with torch.no_grad():
+        logits = classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = load_model(str(path), device="cpu")[0](batch["input_ids"], mask)
+        reopened = Pretrained(str(tmp_path / "hf")).scalar_model(tokenizer).eval()(batch["input_ids"], mask)
+    assert logits.shape == (3, 1)
+    assert classifier.config.score_offset == 0.25
+    torch.testing.assert_close(logits[:, 0] + 0.25, expected)
+    torch.testing.assert_close(reopened + 0.25, expected)
+
+
+@pytest.mark.parametrize("head", [{"num_layers": 2}, {"num_heads": 3}])
+def test_a_head_that_transformers_does_not_have_is_no_folder(
+    head: dict[str, int], lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (setting,) = (f"stage.{name}={value}" for name, value in head.items())
+    with pytest.raises(
+        ConfigError, match=rf"^save_hf cannot write the reward model .*{setting}.* one linear layer\.\n"
+    ):
+        check_huggingface(Result(ScalarModel(lm.base_model, ScalarHead(32, **head)), tokenizer))
+
+
+def test_a_reward_model_that_cannot_be_a_folder_is_rejected_before_training(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """And nothing is written."""
+    policy = save(lm, tokenizer, tmp_path / "base")
+    tiny = [*TINY_DATA[:1], "data.max_rows=8", "data.max_length=32", "trainer.max_steps=1", f"paths.root={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"^save_hf cannot write the reward model as a folder: .*stage\.num_heads=2"):
+        run_stage(compose_config("stage=reward", f"stage.policy={policy}", "stage.num_heads=2", "save_hf=true", *tiny))
+    assert not (tmp_path / "rlhf").exists()
+
+
+def test_a_reward_model_of_an_architecture_without_classifier_is_no_folder(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, architecture: str
+) -> None:
+    """Llama has one, and Mamba-2 does not. A policy is always written."""
+    result = Result(ScalarModel(lm.base_model, ScalarHead(32)), tokenizer)
+    if architecture == "mamba":
+        with pytest.raises(ConfigError, match=r"transformers has no such classifier for model_type=mamba2\.\n"):
+            check_huggingface(result)
+    else:
+        check_huggingface(result)
+    check_huggingface(Result(lm, tokenizer))
+
+
+@pytest.mark.parametrize("pad", ["<eos>", None])
+def test_the_padding_token_of_a_classifier_differs_from_eos(
+    pad: str | None, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """transformers would read the score before EOS, or refuse batches."""
+    other = deepcopy(tokenizer)
+    other.pad_token = pad
+    with pytest.raises(ConfigError, match=r"no padding token that differs from EOS\.\n  Set save_hf=false"):
+        check_huggingface(Result(ScalarModel(lm.base_model, ScalarHead(32)), other))
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])

@@ -216,12 +216,25 @@ def save_adapter(model: PreTrainedModel, adapter: Adapter, directory: Path) -> N
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = adapter.base.path, adapter.base.revision
     config.save_pretrained(directory)
-    weights = get_peft_model_state_dict(model)
+    in_full = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in config.modules_to_save or ()}
+    weights = {**get_peft_model_state_dict(model), **in_full}
     save_file(
         {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
         directory / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def set_classifier_adapter(classifier: PreTrainedModel) -> None:
+    """Describe the adapted layers of a sequence classifier, whose layer ``score`` is trained in full, for peft."""
+    from peft.tuners.lora import LoraLayer
+
+    adapter = adapter_of(classifier)
+    assert adapter is not None
+    config = adapter.lora.peft_config(classifier)
+    config.task_type, config.modules_to_save, config.exclude_modules = "SEQ_CLS", ["score"], None
+    config.target_modules = {name for name, layer in classifier.named_modules() if isinstance(layer, LoraLayer)}
+    classifier.peft_config = {"default": config}
 
 
 def trunk_of(model: nn.Module) -> nn.Module:

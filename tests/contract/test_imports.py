@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
         "garbage",
         "heap",
         "hparams",
+        "huggingface",
         "lineage",
         "main",
         "output_directory",

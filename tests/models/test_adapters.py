@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     Mamba2Config,
@@ -28,7 +29,8 @@ from rlhf.callbacks import ExportHeader
 from rlhf.checkpoint import RunCheckpoint
 from rlhf.config import check_choices
 from rlhf.errors import ConfigError, DataError
-from rlhf.export import Export, open_model_source, save_huggingface, save_result
+from rlhf.export import Export, open_model_source, save_result
+from rlhf.huggingface import save_huggingface
 from rlhf.models import (
     Frozen,
     LoRA,
@@ -298,6 +300,27 @@ def test_a_hugging_face_folder_opens_without_this_project(
         opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(written))
         assert torch.equal(logits(opened), logits(trained))
         assert opened.peft_config["default"].base_model_name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_folder_of_a_reward_model_opens_without_this_project(
+    merged: bool, folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """``peft`` opens adapter and ``score`` on the base model, and ``transformers`` opens the merged classifier."""
+    lm = WithAdapter(Pretrained(str(folder)), SMALL).language_model(tokenizer)
+    model = ScalarModel(lm.base_model, ScalarHead(16))
+    train_a_little(model)
+    save_result(Result(model, tokenizer), tmp_path / "reward_model_final.pt", {})
+    written = tmp_path / "hf"
+    save_huggingface(str(tmp_path / "reward_model_final.pt"), str(written), merged=not merged)
+    save_huggingface(str(tmp_path / "reward_model_final.pt"), str(written), merged=merged)
+    opener = AutoModelForSequenceClassification.from_pretrained
+    classifier = opener(written) if merged else PeftModel.from_pretrained(opener(folder, num_labels=1), str(written))
+    with torch.no_grad():
+        expected = model.eval()(ROW, MASK)
+    offset = model.head.layers[0].bias.item()
+    torch.testing.assert_close(logits(classifier)[:, 0] + offset, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reward_model_reloads_with_adapter_and_head(
