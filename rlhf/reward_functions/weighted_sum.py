@@ -1,6 +1,7 @@
 """Weighted sums of rewards."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +10,22 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.errors import ConfigError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.reward_functions.python import PythonReward
 
 
 class WeightedSumReward(RewardFunction):
     """Weighted sum of several reward functions. Each component is logged as ``reward/<name>``.
 
     Args:
-        components: Reward functions by name.
+        components: Reward functions by name. One that is given as ``{path: <file.py>:<function>}`` is a
+            ``PythonReward``.
         weights: Weights by the same names, dimensionless. A component without a weight or with weight 0 is not used or
             loaded.
     """
 
-    def __init__(self, *, components: Mapping[str, RewardFunction], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self, *, components: Mapping[str, RewardFunction | Mapping[str, Any]], weights: Mapping[str, float]
+    ) -> None:
         super().__init__()
         if unknown := sorted(set(weights) - set(components)):
             raise ConfigError(
@@ -31,7 +36,7 @@ class WeightedSumReward(RewardFunction):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         if not self.weights:
             raise ConfigError("reward.weights must contain a weight other than 0.", "Set reward.weights.model=1.")
-        self.components = {name: components[name] for name in self.weights}
+        self.components = {name: _component(name, components[name]) for name in self.weights}
         self.rewards = nn.ModuleDict(self.components)  # registers them, so that they follow the stage to its device
 
     @property
@@ -48,3 +53,15 @@ class WeightedSumReward(RewardFunction):
     def score_with_components(self, batch: ScoringBatch) -> tuple[Tensor, dict[str, Tensor]]:
         rewards = {name: component(batch) for name, component in self.components.items()}
         return torch.stack([self.weights[name] * values for name, values in rewards.items()]).sum(dim=0), rewards
+
+
+def _component(name: str, given: RewardFunction | Mapping[str, Any]) -> RewardFunction:
+    """Return a component: the reward function itself, or that of the Python function at ``path``."""
+    if isinstance(given, RewardFunction):
+        return given
+    if set(given) != {"path"}:
+        raise ConfigError(
+            f"reward.components.{name} must have the key path, or a class in _target_, got {', '.join(given)}.",
+            f"Set +reward.components.{name}.path=<file.py>:<function>.",
+        )
+    return PythonReward(path=given["path"])

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 
+from contract.configs import compose_config
+from rlhf.config import check_values
 from rlhf.errors import ConfigError
 from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward, WeightedSumReward
 
@@ -29,6 +32,30 @@ def test_weighted_sum_by_hand(tmp_path: Path, make_batch: Any, load: Callable[..
 
 def test_weighted_sum_needs_a_model_if_a_component_does() -> None:
     assert WeightedSumReward(components={"model": ModelReward()}, weights={"model": 1.0}).needs_model
+
+
+def test_several_python_functions_are_added_by_their_paths(
+    tmp_path: Path, make_batch: Any, load: Callable[..., Any]
+) -> None:
+    """2 x number of letters - number of spaces: 2 x 3 - 1 = 5 for "a b", 2 x 2 - 0 = 4 for "ab"."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def letters(prompts, responses): return [len(r) for r in responses]\n"
+        "def spaces(prompts, responses): return [r.count(' ') for r in responses]\n"
+    )
+    overrides = [f"+reward.components.{name}.path={path}:{name}" for name in ("letters", "spaces")]
+    weights = ["reward.weights.model=0", "+reward.weights.letters=2", "+reward.weights.spaces=-1"]
+    cfg = compose_config("stage=grpo", "reward=weighted_sum", *overrides, *weights)
+    check_values(cfg)
+    reward = load(instantiate(cfg.stage, _partial_=True).keywords["reward"])
+    total, by_component = reward.score_with_components(make_batch("a b", "ab"))
+    assert total.tolist() == [5.0, 4.0]
+    assert {name: scores.tolist() for name, scores in by_component.items()} == {"letters": [3, 2], "spaces": [1, 0]}
+
+
+def test_a_component_without_a_class_must_have_a_path() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.components\.mine must have the key path, .* got pth\.\n"):
+        WeightedSumReward(components={"mine": {"pth": "mine.py:score"}}, weights={"mine": 1.0})
 
 
 def test_weights_must_belong_to_components_and_not_all_be_zero() -> None:
