@@ -18,6 +18,7 @@ from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.schema import ScorerPath
 
+SHOWN = 60  # characters of a value or a response in an error message
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
 Scorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
@@ -75,13 +76,7 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
 
     def score(prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
         arguments: list[Any] = [list(prompts), list(responses), list(targets)]
-        result: Any = function(*(arguments if takes_targets else arguments[:2]))
-        try:
-            scores = [float(value) for value in result]
-        except (TypeError, ValueError):
-            raise DataError(
-                f"{key}={name} must return a list with one number per response, got {result!r:.60}."
-            ) from None
+        scores = _numbers(function(*(arguments if takes_targets else arguments[:2])), responses, f"{key}={name}")
         if len(scores) != len(responses):
             raise DataError(f"{key}={name} returned {len(scores)} scores for {len(responses)} responses.")
         for score, response in zip(scores, responses, strict=True):
@@ -90,6 +85,32 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
         return scores
 
     return score
+
+
+def _numbers(result: Any, responses: Sequence[str], function: str) -> list[float]:
+    """Return the scores of a function as numbers.
+
+    Raises:
+        DataError: It has not returned a list, or an element of the list is not a number.
+    """
+    required = f"{function} must return a list with one number per response"
+    try:
+        values = list(result)
+    except TypeError:
+        raise DataError(f"{required}, got {_shortened(result)}.") from None
+    scores: list[float] = []
+    for index, value in enumerate(values):
+        try:
+            scores.append(float(value))
+        except (TypeError, ValueError):
+            of_response = f" (response {_shortened(responses[index])})" if index < len(responses) else ""
+            raise DataError(f"{required}, but element {index} is {_shortened(value)}{of_response}.") from None
+    return scores
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _import_function(name: str, key: str) -> Callable[..., Any]:

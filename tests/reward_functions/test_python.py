@@ -92,7 +92,10 @@ def test_a_file_that_cannot_be_imported_leaves_no_module(tmp_path: Path) -> None
     ("code", "message"),
     [
         ("def score(prompts, responses): return [1.0]", "returned 1 scores for 2 responses"),
-        ("def score(prompts, responses): return ['x', 'y']", "must return a list with one number per response, got"),
+        ("def score(prompts, responses): return ['x', 'y']", r", but element 0 is 'x' \(response 'a'\)\.$"),
+        ("def score(prompts, responses): return [1.0, None]", r", but element 1 is None \(response 'b'\)\.$"),
+        ("def score(prompts, responses): return [1.0, 2.0, None]", r", but element 2 is None\.$"),
+        ("def score(prompts, responses): return [0, 'x' * 90]", r"element 1 is 'x{59}\.\.\. \(response 'b'\)\.$"),
         ("def score(prompts, responses): return None", "must return a list with one number per response, got None"),
         ("def score(*texts): return 0.5", "must return a list with one number per response, got 0.5"),
         ("def score(prompts, responses): return [1.0, float('nan')]", "non-finite score nan for the response 'b'"),
