@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.columns import check_columns
+from rlhf.data.content_parts import joined_text
 from rlhf.data.records import (
     Demonstration,
     Message,
@@ -224,11 +225,13 @@ class RecordParser:
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise RecordError(f"the field '{column}' must be text or a list of messages, got {value!r:.40}")
         messages = []
-        for message in value:
+        for number, message in enumerate(value, 1):
             fields = message if isinstance(message, Mapping) else {}
             role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
             if has_tool_calls(fields):
                 raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
+            if isinstance(content, list) and content:
+                content = joined_text(content, column, number)
             if not isinstance(role, str) or not isinstance(content, str):
                 raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
             _check_characters(column, content)
@@ -236,8 +239,11 @@ class RecordParser:
         return messages
 
     def _final_response(self, messages: Sequence[Message], name: str) -> str:
-        if messages[-1]["role"] != "assistant":
-            raise RecordError(f"the field '{self.column(name)}' must end with a message by 'assistant'")
+        if (role := messages[-1]["role"]) != "assistant":
+            raise RecordError(
+                f"the field '{self.column(name)}' must end with a message by 'assistant', but the last one is by "
+                f"{role!r:.40}"
+            )
         return messages[-1]["content"]
 
     def _number(self, row: Row, name: str, kind: str) -> float:

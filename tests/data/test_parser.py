@@ -17,6 +17,7 @@ from rlhf.data.records import (
 from rlhf.errors import ConfigError
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+TEXT = {"type": "text", "text": "A"}
 PROMPT = Prompt([USER], "Q")
 CONVERSATION = [USER, ASSISTANT, {"role": "user", "content": "R"}]
 LONG_PROMPT = Prompt(CONVERSATION, "user: Q\n\nassistant: A\n\nuser: R")
@@ -47,6 +48,15 @@ def ending_with(text: str) -> list[dict[str, str]]:
             {"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
             Demonstration(PROMPT, "A"),
         ),  # ShareGPT
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [TEXT, {**TEXT, "text": "!", "image": None}]},
+                ]
+            },
+            Demonstration(PROMPT, "A!"),
+        ),
     ],
 )
 def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
@@ -306,7 +316,33 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
         ({"messages": [{"role": "user"}]}, Demonstration, "must have a 'role' and a 'content' string", None),
         ({"messages": [{"from": "human", "text": "Q"}]}, Demonstration, "every message in the field 'messages'", None),
         ({"messages": ["Q", "A"]}, Demonstration, "must have a 'role' and a 'content' string", None),
-        ({"messages": [USER]}, Demonstration, "'messages' must end with a message by 'assistant'", None),
+        (
+            {"messages": [USER]},
+            Demonstration,
+            "'messages' must end with a message by 'assistant', but the last one is by 'user'",
+            None,
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "role": "Assistant"}]},
+            Demonstration,
+            "'messages' must end with a message by 'assistant', but the last one is by 'Assistant'",
+            None,
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [TEXT, {"type": "image_url", "image_url": {}}]}]},
+            Demonstration,
+            "the 'content' of a message in the field 'messages' must be text, got a list with a part of type "
+            "'image_url' (message 2)",
+            None,
+        ),
+        ({"prompt": [{"role": "user", "content": ["Q"]}]}, Prompt, "got a list with a part 'Q' (message 1)", None),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            Prompt,
+            "got a list with a part {'type': 'text', 'text': None} (message 1)",
+            None,
+        ),
+        ({"prompt": [{"role": "user", "content": []}]}, Prompt, "must have a 'role' and a 'content' string", None),
         ({"messages": [ASSISTANT]}, Demonstration, "must end with a user message", None),
         ({"prompt": [USER, ASSISTANT], "target": "A"}, Demonstration, "must end with a user message", None),
         ({"chosen": [USER, ASSISTANT], "rejected": ending_with("D")}, Preference, "do not share a prompt", None),
@@ -404,7 +440,7 @@ def test_an_unknown_field_name_is_rejected(columns: dict[str, str | None], fix: 
 @pytest.mark.parametrize(
     ("columns", "name", "other"),
     [
-        ({"prompt": "answer", "target": "answer"}, "target", "prompt"),
+        ({"prompt": "reply", "target": "reply"}, "target", "prompt"),
         ({"chosen": "text", "rejected": "text", "prompt": None}, "rejected", "chosen"),
         ({"target": "prompt"}, "target", "prompt"),
         ({"target": "prompt", "prompt": "prompt"}, "prompt", "target"),

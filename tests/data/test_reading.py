@@ -118,21 +118,21 @@ def test_suggested_columns_can_be_typed(tmp_path: Path, header: str, columns: di
     [
         (
             {},
-            {"question": "Q", "answer": "A"},
+            {"question": "Q", "reply": "A"},
             Demonstration,
-            "fields have other names: data.columns.prompt=question data.columns.completion=answer",
+            "fields have other names: data.columns.prompt=question data.columns.completion=reply",
         ),
         (
-            {"target": "answer"},
-            {"question": "Q", "answer": "A"},
+            {"target": "reply"},
+            {"question": "Q", "reply": "A"},
             Demonstration,
             "field has another name: data.columns.prompt=question",
         ),
         (
             {},
-            {"answer": "A", "id": 3, "Question": "Q", "source": "web"},
+            {"reply": "A", "id": 3, "Question": "Q", "source": "web"},
             Demonstration,
-            "fields have other names: data.columns.prompt=Question data.columns.completion=answer",
+            "fields have other names: data.columns.prompt=Question data.columns.completion=reply",
         ),
         (
             {},
@@ -168,6 +168,12 @@ def test_a_column_is_suggested_for_each_missing_field(
     with pytest.raises(DataError) as caught:
         RecordReader(RecordParser(columns)).read(write(row), "train", (record_type,))
     assert str(caught.value).splitlines()[1] == f"  If the {hint}"
+
+
+def test_usual_names_are_recognized_by_their_columns(write: Write) -> None:
+    with pytest.raises(DataError) as caught:
+        READER.read(write({"question": "Q", "answer": "A"}), "train", (Demonstration,))
+    assert "data.columns.prompt=question data.columns.completion=answer\n" in str(caught.value)
 
 
 DEMONSTRATION = {"prompt": "Q", "completion": "A"}
