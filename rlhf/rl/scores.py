@@ -21,8 +21,8 @@ class ScoreShaping(nn.Module):
 
     Args:
         subtract_mean: Subtract the running mean of all scores.
-        scale_by_std: Divide by the running standard deviation of all scores (Engstrom et al. 2020, section 3,
-            arXiv:2005.12729).
+        scale_by_std: Divide by the running standard deviation of all scores, if it is not 0 (Engstrom et al. 2020,
+            section 3, arXiv:2005.12729).
         clip: Largest absolute value of a shaped score, in standard deviations if ``scale_by_std`` is true and in reward
             units otherwise. null disables clipping.
         missing_eos_penalty: Penalty for a response that was cut before a stop token, in the unit of ``clip``.
@@ -55,9 +55,9 @@ class ScoreShaping(nn.Module):
 
     @property
     def std(self) -> float:
-        """Running standard deviation of all scores; 1 until two different scores have been seen."""
+        """Running standard deviation of all scores; 0 until two different scores have been seen."""
         variance = self.squares / max(self.count, 1)
-        return math.sqrt(variance) if variance > 1e-12 else 1.0
+        return math.sqrt(variance) if variance > 1e-12 else 0.0  # Equal scores differ from their mean by rounding.
 
     def update(self, scores: Tensor) -> None:
         """Update the running moments with the scores of a rollout.
@@ -92,7 +92,7 @@ class ScoreShaping(nn.Module):
         """
         shaped = scores - self.mean if self.subtract_mean else scores
         if self.scale_by_std:
-            shaped = shaped / self.std
+            shaped = shaped / (self.std or 1.0)
         if self.clip is not None:
             shaped = shaped.clamp(-self.clip, self.clip)
         unfinished = shaped if self.missing_eos == "subtract" else torch.zeros_like(shaped)

@@ -34,3 +34,17 @@ def test_repetition_of_short_responses_is_zero() -> None:
 def test_repetition_of_one_repeated_token() -> None:
     """Ten equal tokens contain 7 n-grams of 4 tokens, and all but the first are repeated."""
     assert repetition([[4] * 10]) == pytest.approx(1 - 1 / 7)
+
+
+@pytest.mark.parametrize(("scores", "std"), [([0.1, 0.1, 0.1], 0.0), ([1.0, 5.0], 2.0)])
+def test_scores_std_is_zero_if_all_scores_are_equal(scores: list[float], std: float) -> None:
+    """1 and 5 differ from their mean by 2. Equal scores are not divided by 0."""
+    (kl := KLController()).initialize(0.1)
+    shaping = ScoreShaping()
+    shaping.update(torch.tensor(scores))
+    names = ("kl", "kl_estimate", "logprobs", "length", "ngrams", "distinct_ngrams")
+    columns = dict.fromkeys(names, torch.zeros(len(scores)))
+    columns |= {"scores": torch.tensor(scores), "finished": torch.ones(len(scores))}
+    metrics = rollout_metrics(columns, kl, shaping)
+    assert metrics["objective/scores_std"] == std
+    assert metrics["objective/rlhf_reward"] == pytest.approx(0.0, abs=1e-6)
