@@ -19,7 +19,7 @@ from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch
+from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_targets
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen
 from rlhf.stage.sampling_module import SamplingModule
@@ -86,6 +86,8 @@ class CollectModule(SamplingModule):
                 f"labels=page requires a single process, but there are {self.trainer.world_size}.",
                 "Set trainer.devices=1 trainer.strategy=auto.",
             )
+        if self.labels.needs_scores or self.reward_sources:
+            check_targets(self.reward, self.trainer.datamodule, ("train",))  # type: ignore[attr-defined]
         self.check_included()
 
     def check_included(self) -> None:

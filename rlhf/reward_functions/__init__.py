@@ -6,6 +6,7 @@ from rlhf.reward_functions.exact_match import ExactMatchReward
 from rlhf.reward_functions.model import ModelReward, load_reward_models
 from rlhf.reward_functions.objective import pessimistic_score
 from rlhf.reward_functions.python import PythonReward, load_scorer
+from rlhf.reward_functions.targets import check_targets
 from rlhf.reward_functions.weighted_sum import WeightedSumReward
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RewardFunction",
     "ScoringBatch",
     "WeightedSumReward",
+    "check_targets",
     "end_as_in_training",
     "load_reward_models",
     "load_scorer",

@@ -55,9 +55,12 @@ class RewardFunction(nn.Module):
 
     Attributes:
         needs_model: True if the reward function uses the reward models of ``stage.reward_model``.
+        needs_targets: True if it requires reference responses. ``check_target`` is then called with those of all
+            prompts before training.
     """
 
     needs_model: bool = False
+    needs_targets: bool = False
 
     def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
         """Load everything that scoring requires. A stage calls this once, before training.
@@ -65,6 +68,16 @@ class RewardFunction(nn.Module):
         Args:
             sources: Sources of the reward models; empty if ``needs_model`` is False.
             tokenizer: Tokenizer of the policy.
+        """
+
+    def check_target(self, target: str | None) -> None:
+        """Check that responses to a prompt can be scored.
+
+        Args:
+            target: The reference response of the prompt; None if the data have none.
+
+        Raises:
+            DataError: They cannot, because of the reference response.
         """
 
     def forward(self, batch: ScoringBatch) -> Tensor:

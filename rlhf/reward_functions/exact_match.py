@@ -25,6 +25,8 @@ class ExactMatchReward(RewardFunction):
         wrong: Reward of an incorrect response, in reward units.
     """
 
+    needs_targets = True
+
     def __init__(self, *, marker: str = "####", strict: bool = False, correct: float = 1.0, wrong: float = 0.0) -> None:
         super().__init__()
         if not correct > wrong:
@@ -42,16 +44,23 @@ class ExactMatchReward(RewardFunction):
         self.correct = correct
         self.wrong = wrong
 
+    def check_target(self, target: str | None) -> None:
+        self._expected(target)
+
+    def _expected(self, target: str | None) -> Decimal:
+        """Return the final number of a reference response."""
+        expected = None if target is None else final_number(target, self.marker, strict=False)
+        if expected is None:
+            raise DataError(
+                f"reward=exact_match requires a reference response that ends in a number, got {target!r}.",
+                "Use data whose records have such a 'target', 'completion' or 'chosen' field.",
+            )
+        return expected
+
     def forward(self, batch: ScoringBatch) -> Tensor:
         rewards = []
         for response, target in zip(batch.responses, batch.targets, strict=True):
-            expected = None if target is None else final_number(target, self.marker, strict=False)
-            if expected is None:
-                raise DataError(
-                    f"reward=exact_match requires a reference response that ends in a number, got {target!r}.",
-                    "Use data whose records have such a 'target', 'completion' or 'chosen' field.",
-                )
-            matches = final_number(response, self.marker, strict=self.strict) == expected
+            matches = final_number(response, self.marker, strict=self.strict) == self._expected(target)
             rewards.append(self.correct if matches else self.wrong)
         return torch.tensor(rewards, device=batch.input_ids.device)
 

@@ -43,6 +43,14 @@ class WeightedSumReward(RewardFunction):
     def needs_model(self) -> bool:  # type: ignore[override]
         return any(component.needs_model for component in self.components.values())
 
+    @property
+    def needs_targets(self) -> bool:  # type: ignore[override]
+        return any(component.needs_targets for component in self.components.values())
+
+    def check_target(self, target: str | None) -> None:
+        for component in self.components.values():
+            component.check_target(target)
+
     def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
         for component in self.components.values():
             component.load(sources if component.needs_model else (), tokenizer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
 from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, as_sequence, disable_dropout, open_reference
-from rlhf.reward_functions import RewardFunction
+from rlhf.reward_functions import RewardFunction, check_targets
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
@@ -140,6 +140,12 @@ class OnPolicyModule(UpdateModule):
     @classmethod
     def unused_inputs(cls, settings: Mapping[str, Any]) -> set[str]:
         return set() if settings["reward"].needs_model else {"reward_model"}
+
+    def setup(self, stage: str) -> None:
+        """Reject prompts that the reward function cannot score, before any weights are loaded."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(datamodule, RecordDataModule):
+            check_targets(self.reward, datamodule, ("train", "val"))
 
     @property
     def response_budget(self) -> int:

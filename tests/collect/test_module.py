@@ -16,7 +16,7 @@ from rlhf.data import Preference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.errors import ConfigError, DataError
-from rlhf.reward_functions import ModelReward, PythonReward
+from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward
 from rlhf.sampling import Rollout, SamplingParams
 
 WORDS = ["May", "Monday", "Dunmore and Dalton"]
@@ -216,3 +216,8 @@ def test_rows_of_an_included_csv_file_come_first(collection: Collection, tmp_pat
     earlier.write_text("prompt,chosen,rejected\np,c,r\n")
     collection.run([*WORDS[:2], *WORDS[:2]], include=[str(earlier)])
     assert collection.rows[0] == {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def test_references_are_checked_before_anything_is_sampled(collection: Collection) -> None:
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: reward=exact_match requires a reference response"):
+        collection.run([], reward=ExactMatchReward())
