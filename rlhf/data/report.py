@@ -59,28 +59,11 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
             f"{path}: no record can be used with data.max_length={data.max_length}.",
             f"Set data.max_length={2 * data.max_length}.",
         )
-    if split == "train" and summary["unlearned_messages"]:
-        log.info(
-            "%s: %d earlier assistant messages carry no loss, because data.loss_on=response covers only the last one "
-            "of each row. data.loss_on=assistant covers all of them.",
-            path,
-            summary["unlearned_messages"],
-        )
     if truncated > summary["responses"] / 2:
         responses = summary["responses"]
         log.warning("%s: %d of %d responses are truncated. Raise data.max_length.", path, truncated, responses)
-    if split == "train" and summary["missing_openings"]:
-        log.warning(
-            "%s: The chat template opens a response with %s when it is sampled, but not in %d of %d responses of the "
-            "data. Start the responses with that text, or set data.template.",
-            path,
-            summary["opening"],
-            summary["missing_openings"],
-            summary["responses"],
-        )
-    if split == "train" and data.batch_size > rows:
-        text = "data.batch_size=%d exceeds the %d rows of %s. Each batch has %d rows."
-        log.warning(text, data.batch_size, rows, path, rows)
+    if split == "train":
+        _report_training(data, path, rows, summary)
     if summary["first_special_token"] is not None:
         token, row = summary["first_special_token"]
         source = data.paths[split] or data.paths["train"] or split
@@ -92,3 +75,26 @@ def report_encoded(data: Any, split: str, summary: Mapping[str, Any]) -> None:
             token,
             source if row < 0 else location(source, row),
         )
+
+
+def _report_training(data: Any, path: str, rows: int, summary: Mapping[str, Any]) -> None:
+    """Log what concerns the rows that are trained on only."""
+    if summary["unlearned_messages"]:
+        log.info(
+            "%s: %d earlier assistant messages carry no loss, because data.loss_on=response covers only the last one "
+            "of each row. data.loss_on=assistant covers all of them.",
+            path,
+            summary["unlearned_messages"],
+        )
+    if summary["missing_openings"]:
+        log.warning(
+            "%s: The chat template opens a response with %s when it is sampled, but not in %d of %d responses of the "
+            "data. Start the responses with that text, or set data.template.",
+            path,
+            summary["opening"],
+            summary["missing_openings"],
+            summary["responses"],
+        )
+    if data.batch_size > rows:
+        text = "data.batch_size=%d exceeds the %d rows of %s. Each batch has %d rows."
+        log.warning(text, data.batch_size, rows, path, rows)

@@ -47,7 +47,7 @@ KEYS: list[tuple[str, str, list[Any], str, str]] = [
     ("sft", "data.max_rows", [0, -3, 1.5, "abc"], POSITIVE_INT + OR_NULL, "<integer>"),
     ("sft", "data.val_fraction", NOT_BELOW_ONE, BELOW_ONE, "0.05"),
     ("sft", "data.on_error", ["ignore", None], "stop or skip", "stop"),
-    ("sft", "data.loss_on", ["foo", None], "response, assistant or all", "response"),
+    ("sft", "data.loss_on", ["foo", None], "response, assistant, or all", "response"),
     ("sft", "data.train", [["a", "b"], 5, {"a": "b"}], FILE, "<file>"),
     ("sft", "data.val", [["a", "b"], 5], FILE, "<file>"),
     ("sft", "data.subset", [["a"], 5], "text or null", "<text>"),
