@@ -259,9 +259,13 @@ def _has_huggingface(cfg: DictConfig, path: Path, directory: Path) -> bool:
 
 
 def _write_huggingface(cfg: DictConfig, path: Path, directory: Path) -> None:
-    """Write a result as a Hugging Face folder if ``save_hf`` asks for it."""
+    """Write a result as a Hugging Face folder if ``save_hf`` asks for it and transformers has a class for it."""
     if cfg.save_hf:
-        save_huggingface(str(path), str(directory), merged=cfg.save_hf == "merged")
+        try:
+            save_huggingface(str(path), str(directory), merged=cfg.save_hf == "merged")
+        except ConfigError as error:
+            log.warning("%s", error)
+            return
         opened_by = "peft" if cfg.adapter is not None and cfg.save_hf != "merged" else "transformers"
         log.info("saved %s, a folder that %s opens", directory, opened_by)
 

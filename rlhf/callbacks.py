@@ -1,5 +1,6 @@
 """Lightning callbacks that connect training to exports and to the pre-flight checks."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from rlhf.distributed import barrier, is_rank_zero
+from rlhf.errors import ConfigError
 from rlhf.export import Export, describe, save_result
 from rlhf.huggingface import check_huggingface
 from rlhf.preflight import run_preflight
 from rlhf.stage import Result
+
+log = logging.getLogger(__name__)
 
 
 class ExportHeader(Callback):
@@ -29,10 +33,16 @@ class ExportHeader(Callback):
 
 
 class CheckFolder(Callback):
-    """Rejects a result that ``save_hf`` cannot write as a Hugging Face folder, before training starts."""
+    """Warns before training starts if ``save_hf`` cannot write the result as a Hugging Face folder.
+
+    This is not an error, because in a pipeline, ``save_hf`` asks for the folders of the policies as well.
+    """
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        check_huggingface(module.result())
+        try:
+            check_huggingface(module.result())
+        except ConfigError as error:
+            log.warning("%s", error)
 
 
 class PreflightChecks(Callback):

@@ -18,7 +18,7 @@ from rlhf.stage import Result
 
 log = logging.getLogger(__name__)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
-NO_FOLDER = "Set save_hf=false, in a pipeline with 'pipeline.overrides.reward=[save_hf=false]'."
+NO_FOLDER = "Only its *_final.pt is written, which load_model opens."
 
 
 def save_huggingface(source: str, directory: str, *, merged: bool = False) -> None:
@@ -110,4 +110,4 @@ def empty_classifier(model: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _not_a_classifier(reason: str) -> ConfigError:
-    return ConfigError(f"save_hf cannot write the reward model as a folder: {reason}.", NO_FOLDER)
+    return ConfigError(f"The reward model cannot be written as a Hugging Face folder: {reason}.", NO_FOLDER)

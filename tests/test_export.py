@@ -340,21 +340,22 @@ def test_a_head_that_transformers_does_not_have_is_no_folder(
     head: dict[str, int], lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (setting,) = (f"stage.{name}={value}" for name, value in head.items())
-    with pytest.raises(
-        ConfigError, match=rf"^save_hf cannot write the reward model .*{setting}.* one linear layer\.\n"
-    ):
+    with pytest.raises(ConfigError, match=rf"^The reward model cannot be written .*{setting}.* one linear layer\.\n"):
         check_huggingface(Result(ScalarModel(lm.base_model, ScalarHead(32, **head)), tokenizer))
 
 
-def test_a_reward_model_that_cannot_be_a_folder_is_rejected_before_training(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_a_reward_model_that_cannot_be_a_folder_is_reported_before_training(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nothing is written."""
+    """It is trained all the same: in a pipeline, the folders of the policies are needed as well."""
     policy = save(lm, tokenizer, tmp_path / "base")
     tiny = [*TINY_DATA[:1], "data.max_rows=8", "data.max_length=32", "trainer.max_steps=1", f"paths.root={tmp_path}"]
-    with pytest.raises(ConfigError, match=r"^save_hf cannot write the reward model as a folder: .*stage\.num_heads=2"):
-        run_stage(compose_config("stage=reward", f"stage.policy={policy}", "stage.num_heads=2", "save_hf=true", *tiny))
-    assert not (tmp_path / "rlhf").exists()
+    run_stage(compose_config("stage=reward", f"stage.policy={policy}", "stage.num_heads=2", "save_hf=true", *tiny))
+    warnings = [record.message for record in caplog.records if record.message.startswith("The reward model cannot be")]
+    assert len(warnings) == 2, "before training and at its end"
+    assert "stage.num_heads=2" in warnings[0]
+    assert (tmp_path / "rlhf" / "reward" / "reward_model_final.pt").is_file()
+    assert not (tmp_path / "rlhf" / "reward" / "hf").exists()
 
 
 def test_a_reward_model_of_an_architecture_without_classifier_is_no_folder(
@@ -377,7 +378,7 @@ def test_the_padding_token_of_a_classifier_differs_from_eos(
     """transformers would read the score before EOS, or refuse batches."""
     other = deepcopy(tokenizer)
     other.pad_token = pad
-    with pytest.raises(ConfigError, match=r"no padding token that differs from EOS\.\n  Set save_hf=false"):
+    with pytest.raises(ConfigError, match=r"no padding token that differs from EOS\.\n  Only its "):
         check_huggingface(Result(ScalarModel(lm.base_model, ScalarHead(32)), other))
 
 
