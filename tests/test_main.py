@@ -119,6 +119,6 @@ def test_a_command_is_called_with_the_configuration(
 def test_keys_of_a_command_are_checked() -> None:
     with (
         hydra_command("stage=doctor", "command.examples=many") as cfg,
-        pytest.raises(ConfigError, match=r"^command.examples must be an integer, got 'many'"),
+        pytest.raises(ConfigError, match=r"^command.examples must be an integer of at least 0, got 'many'"),
     ):
         main.run(cfg)

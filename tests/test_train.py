@@ -162,7 +162,7 @@ USER_ERRORS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a missing field": (
         ["stage=sft", "data=jsonl", "data.train={tmp}/prefs.jsonl"],
-        ["prefs.jsonl:1: ", "data.columns.", "data.on_error=skip", "Expected: "],
+        ["prefs.jsonl:1: ", "read by stage=reward", "data.on_error=skip", "Expected: "],
     ),
     "a line that is not JSON": (
         ["stage=dpo", "data=jsonl", "data.train={tmp}/broken.jsonl", "stage.policy={tmp}/sft.pt"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness import EXACT, TINY_DATA, TinyRun, run_train
+from harness import EXACT, NO_UPDATE, TINY_DATA, TinyRun, run_train
 from rlhf.callbacks import PreflightChecks, PreflightOnly
 
 TURN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"
@@ -85,7 +85,9 @@ def test_the_gradient_is_that_of_the_mean_over_all_assistant_messages(chatml: Ti
     """Expected: one sequence at a time through the bare model; validation averages over the same tokens."""
     val = chatml.write("val", rows(TALKS))
     gradients = Gradients()
-    run = chatml.build("sft", data=data(chatml, val=val, eval_batch_size=3), callbacks=[gradients], learning_rate=0.0)
+    run = chatml.build(
+        "sft", data=data(chatml, val=val, eval_batch_size=3), callbacks=[gradients], learning_rate=NO_UPDATE
+    )
     run.fit()
     expected = torch.cat([losses(chatml, chatml.lm, row) for row in rows(TALKS)])
     assert run.curve("train/loss") == pytest.approx([expected.mean().item()], rel=1e-5)
