@@ -174,7 +174,9 @@ class BatchLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        start = self._resume_from.batches if self.start is None else self.start
+        start = self.start
+        if start is None:
+            start = self._resume_from.batches
         self._position, self._resume_from = EpochPosition(start, self._resume_from.parts), EpochPosition()
         rest = map(self.batch_sampler.own_rows, self.batch_sampler.rest(self._position.parts))
         indices = islice(cycle(rest), self._epoch_length - start)
