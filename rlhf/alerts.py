@@ -10,8 +10,8 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from rlhf.alert_rules import RULES
 from rlhf.logs import TextLogger
+from rlhf.metrics.alert_rules import RULES
 from rlhf.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage import StageModule
 from rlhf.stage.precision import gradient_scaler

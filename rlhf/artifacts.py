@@ -17,8 +17,8 @@ from rlhf.command import command_in_run
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import OUTPUTS, RUN, open_model_source, save_result
+from rlhf.export.huggingface import save_huggingface
 from rlhf.files import FINAL_MODEL, atomic_write, sha256_of_file
-from rlhf.huggingface import save_huggingface
 from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter, as_sequence
 from rlhf.stage import Result

@@ -11,7 +11,7 @@ from torch import nn
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import Export, describe, save_result
-from rlhf.huggingface import check_huggingface
+from rlhf.export.huggingface import check_huggingface
 from rlhf.preflight import run_preflight
 from rlhf.stage import Result
 

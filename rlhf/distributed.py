@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.launch import rank_in_environment
+from rlhf.process.launch import rank_in_environment
 
 T = TypeVar("T")
 

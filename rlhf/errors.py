@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.launch import is_launched
+from rlhf.process.launch import is_launched
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -93,7 +93,7 @@ def plain_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them itself.
     try:
         yield
-    except KeyboardInterrupt:  # During training, rlhf.checkpoint turns it into Stopped.
+    except KeyboardInterrupt:  # During training, rlhf.checkpoint.signals turns it into Stopped.
         sys.stderr.write("The run was interrupted by Ctrl-C (SIGINT) outside of training.\n")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # The reader has ended, as in: train.py stage=runs | head

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from rlhf.checkpoint.shards import ShardReader, load_shards
 from rlhf.errors import ConfigError
 from rlhf.files import LAST, METADATA, PART, PREVIOUS, remove
 from rlhf.models import base_weights, full_state_dict
-from rlhf.shards import ShardReader, load_shards
 
 OLD = ".old"  # suffix of a directory that is being replaced
 

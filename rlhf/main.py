@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from rlhf.config import check_choices, check_values
 from rlhf.files import remove_if_empty
-from rlhf.garbage import imports
 from rlhf.precision import resolve_precision
+from rlhf.process.garbage import imports
 from rlhf.run_names import check_run_name
 from rlhf.speed import set_speed
 from rlhf.stages import stages
@@ -63,10 +63,10 @@ def warn_about_repeated_keys() -> None:
 def run_stages(cfg: DictConfig) -> float:
     """Run a stage or the pipeline, or replay a training step; return the metric that a sweep optimizes."""
     with imports():  # Imported here because they load torch, which a command may not need.
+        from rlhf.checkpoint.resume import earlier_files
         from rlhf.distributed import barrier
         from rlhf.pipeline import run_pipeline
         from rlhf.replay import replay
-        from rlhf.resume import earlier_files
         from rlhf.run import run_stage
 
     if _is_job() and cfg.stage_name in stages() and not earlier_files(cfg, Path(cfg.paths.output)):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
+from rlhf.checkpoint.resume import check_start, earlier_files
 from rlhf.command import command_in_run
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
@@ -24,7 +25,6 @@ from rlhf.overrides import quote
 from rlhf.precision import resolve_precision
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
-from rlhf.resume import check_start, earlier_files
 from rlhf.rounds import final_policy, round_steps
 from rlhf.run import required_inputs, run_stage
 from rlhf.runs.scan import stage_directories

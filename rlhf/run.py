@@ -27,21 +27,21 @@ from rlhf.artifacts import (
     with_adapter,
 )
 from rlhf.callbacks import CheckFolder, ExportHeader, PreflightChecks, PreflightOnly
+from rlhf.checkpoint.resume import check_start, finished_result, remove_earlier, resume_checkpoint
+from rlhf.checkpoint.signals import report_signals
 from rlhf.command import command_line
 from rlhf.config import check_values
 from rlhf.distributed import disconnect, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export_content import parse_json
+from rlhf.export.content import parse_json
 from rlhf.files import write_json
 from rlhf.fsdp import check_loadable, without_sharding
-from rlhf.heap import keep_heap, release_heap
 from rlhf.hparams import log_hyperparameters
 from rlhf.lineage import check_resumable, warn_about_parents
 from rlhf.logs import quiet_libraries
 from rlhf.models import ModelSource
 from rlhf.output_directory import OutputDirectory, StartOutput
-from rlhf.resume import check_start, finished_result, remove_earlier, resume_checkpoint
-from rlhf.signals import report_signals
+from rlhf.process.heap import keep_heap, release_heap
 from rlhf.speed import set_speed
 from rlhf.stage.memory import report_out_of_memory
 from rlhf.stages import stages

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness import NO_UPDATE, MetricsLogger, quick_trainer
-from rlhf.alert_rules import RULES
 from rlhf.alerts import Alerts, is_spike, recent_mean
+from rlhf.metrics.alert_rules import RULES
 from rlhf.stage import Metrics, Result, StageModule
 
 

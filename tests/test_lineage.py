@@ -12,8 +12,8 @@ from contract.configs import compose_config
 from rlhf.artifacts import describe_provenance, export_result, open_sources
 from rlhf.errors import ConfigError
 from rlhf.export import Export, save_result
+from rlhf.export.huggingface import save_huggingface
 from rlhf.files import sha256_of_file
-from rlhf.huggingface import save_huggingface
 from rlhf.lineage import check_resumable, outdated_stages, warn_about_parents
 from rlhf.models import Pretrained
 from rlhf.stage import Result

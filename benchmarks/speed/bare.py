@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.data import EncodedResponse, SequenceBatch
-from rlhf.heap import keep_heap
+from rlhf.process.heap import keep_heap
 
 
 def main() -> None:

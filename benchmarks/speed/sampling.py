@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import rlhf.sampling.sampler as sampler_module
-from rlhf.heap import keep_heap
 from rlhf.models import limit_scan_chunks
+from rlhf.process.heap import keep_heap
 from rlhf.sampling import LocalSampler, SamplingParams
 from rlhf.sampling.responses import Decoding
 from rlhf.speed import speed

@@ -20,7 +20,7 @@ from rlhf.models.tokenizer import is_plain_template
 from rlhf.reward_functions import end_as_in_training, load_reward_models
 from rlhf.sampling import LocalSampler, Rollout
 from rlhf.stage.precision import prepare_frozen
-from rlhf.tokenizer_probe import check_template
+from rlhf.tokenizer.probe import check_template
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rlhf.data.rows import Rows
 from rlhf.errors import ConfigError
 from rlhf.models.tokenizer import chat_template
 from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed, check_arguments
-from rlhf.tokenizer_probe import check_template
+from rlhf.tokenizer.probe import check_template
 
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
 

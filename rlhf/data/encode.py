@@ -12,8 +12,8 @@ from rlhf.data.encoded import EncodedConversation, EncodedResponse, EncodedText,
 from rlhf.data.openings import Openings
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
-from rlhf.time_limit import time_limit
-from rlhf.tokenizer_probe import encoding
+from rlhf.process.time_limit import time_limit
+from rlhf.tokenizer.probe import encoding
 
 RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a millisecond
 

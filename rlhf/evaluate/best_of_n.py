@@ -7,7 +7,7 @@ import torch
 from rlhf.errors import ConfigError
 from rlhf.evaluate.objective import best_of_n_kl_bound
 from rlhf.evaluate.responses import ResponseBatch
-from rlhf.evaluation_names import KL_TO
+from rlhf.metrics.evaluation_names import KL_TO
 from rlhf.sampling import Rollout, SamplingParams
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
-from rlhf.evaluation_names import SCORERS, TARGET, WIN_RATE
+from rlhf.metrics.evaluation_names import SCORERS, TARGET, WIN_RATE
 
 
 @dataclass

@@ -24,8 +24,8 @@ from rlhf.evaluate.metrics import (
 )
 from rlhf.evaluate.report_output import comparison_table, write_samples, write_unscored
 from rlhf.evaluate.responses import Evaluation, ResponseBatch
-from rlhf.evaluation_names import KL_TO, TARGET
 from rlhf.files import write_json
+from rlhf.metrics.evaluation_names import KL_TO, TARGET
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import Rollout, Sampler, SamplingParams

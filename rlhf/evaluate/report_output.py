@@ -9,8 +9,8 @@ from rich.table import Table
 
 from rlhf.evaluate.metrics import ModelResponses, point_estimate
 from rlhf.evaluate.responses import ResponseBatch
-from rlhf.evaluation_names import KL_TO, TARGET, WIN_RATE
 from rlhf.files import write_json_lines
+from rlhf.metrics.evaluation_names import KL_TO, TARGET, WIN_RATE
 
 
 def write_samples(

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.data.json_files import JsonLines
 from rlhf.data.records import RecordError
 from rlhf.errors import ConfigError, DataError
-from rlhf.evaluation_names import TARGET
+from rlhf.metrics.evaluation_names import TARGET
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rlhf.errors import ConfigError, DataError, UserError
-from rlhf.tokenizer_files import is_tokenizer_file
+from rlhf.tokenizer.files import is_tokenizer_file
 
 # Other names would make transformers load a kernel, that is, code, from the Hub.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")

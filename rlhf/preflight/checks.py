@@ -227,5 +227,5 @@ def check_reload(module: StageModule, batch: SequenceBatch, reload: Callable[[Re
         f"loading fails: {error_message}" if error_message else f"difference {difference:.1e}",
         f"{limit:.0e}, relative",
         "The exported file would not contain the trained model: weights, such as those of the reward head, are missing "
-        "or changed. See rlhf/export.py.",
+        "or changed. See rlhf/export/file.py.",
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.evaluation_names import WIN_RATE
+from rlhf.metrics.evaluation_names import WIN_RATE
 from rlhf.report.curves import PREFERRED, SHOWN, identifier, metric_groups
 from rlhf.report.evaluation import baseline_of, column_title, models_of, ordered_metrics
 from rlhf.report.figures import LegendEntry, Line, Plot

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rlhf.alert_rules import RULES
+from rlhf.metrics.alert_rules import RULES
 from rlhf.report.events import Alert, Curve
 from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import curves_plot

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from rlhf.evaluation_names import KL_TO, TARGET, WIN_RATE
+from rlhf.metrics.evaluation_names import KL_TO, TARGET, WIN_RATE
 from rlhf.report.events import is_finite
 from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import Point, intervals_plot, tradeoff_plot

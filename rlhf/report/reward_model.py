@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.metrics.reward_panels import PANELS, Panel
 from rlhf.report.curves import identifier
 from rlhf.report.events import is_finite
 from rlhf.report.figures import Line, Plot
 from rlhf.report.plots import buckets_plot
 from rlhf.report.records import StageRecord
 from rlhf.report.tables import Table, number, text
-from rlhf.reward_panels import PANELS, Panel
 
 # Key in metrics.json -> title. A slash separates levels.
 FIGURES = {

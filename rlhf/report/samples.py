@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation_names import TARGET
+from rlhf.metrics.evaluation_names import TARGET
 from rlhf.report.events import is_finite
 
 WORDS = re.compile(r"\s+|\w+|[^\w\s]")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf.reward_panels import PANELS
+from rlhf.metrics.reward_panels import PANELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from rlhf.evaluation_names import SCORERS, TARGET, WIN_RATE
 from rlhf.files import LAST, LOCK, METADATA, PREVIOUS, is_locked
+from rlhf.metrics.evaluation_names import SCORERS, TARGET, WIN_RATE
 from rlhf.runs.checkpoints import checkpoint_step
 from rlhf.runs.provenance import read_provenance
 from rlhf.stages import StageInfo, stages

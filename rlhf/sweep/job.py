@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.errors import Stopped, exit_code_of, explain
 from rlhf.files import write_json
-from rlhf.launch import rank_in_environment
+from rlhf.process.launch import rank_in_environment
 
 FILE = "job.json"
 log = logging.getLogger(__name__)

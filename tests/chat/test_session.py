@@ -158,7 +158,7 @@ def conversation(run_root: Path, opened: OpenChat, tokenizer: PreTrainedTokenize
         path = run_root / "rlhf" / name / f"{name}_final.pt"
         content = torch.load(path, weights_only=True)
         tokenizer.chat_template = CONVERSATIONS
-        from rlhf.tokenizer_files import pack_tokenizer
+        from rlhf.tokenizer.files import pack_tokenizer
 
         torch.save({**content, "tokenizer": pack_tokenizer(tokenizer)}, path)
     return opened(system="Be brief.", max_length=120)

@@ -132,7 +132,7 @@ def is_training_code(name: str) -> bool:
 
 def test_every_alert_is_documented() -> None:
     """With the same keys to change as in the log."""
-    from rlhf.alert_rules import RULES
+    from rlhf.metrics.alert_rules import RULES
 
     for name, rule in RULES.items():
         rows = [line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |")]

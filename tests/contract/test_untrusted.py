@@ -31,7 +31,7 @@ def test_torch_load_never_runs_pickles(repo: Path) -> None:
 
 
 def test_no_other_call_unpickles(repo: Path) -> None:
-    """Except the restricted unpickler of rlhf/shards.py."""
+    """Except the restricted unpickler of rlhf/checkpoint/shards.py."""
     forbidden = ("pickle.load", "pickle.loads", "eval", "exec", "joblib.load", "torch.jit.load")
     assert [place for place, name, _ in calls(repo) if name in forbidden] == []
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import rlhf.export
+import rlhf.export.file
 from contract.configs import compose_config
 from harness import TinyRun
 from ranks import in_ranks
@@ -50,7 +50,7 @@ def export(rank: int, folder: Path, tiny_run: TinyRun) -> tuple[list[str], str]:
         time.sleep(1)
         write(*arguments)
 
-    rlhf.export.atomic_write = artifacts.atomic_write = write_slowly  # type: ignore[assignment]
+    rlhf.export.file.atomic_write = artifacts.atomic_write = write_slowly  # type: ignore[assignment]
     cfg = compose_config("stage=dpo", f"paths.root={folder}")
     with log_file(folder / f"{rank}.log"):
         artifacts.export_result(cfg, folder / "rlhf" / "dpo", Result(tiny_run.lm, tiny_run.tokenizer), {})

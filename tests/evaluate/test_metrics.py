@@ -12,7 +12,7 @@ from rlhf.evaluate.metrics import (
     point_estimates,
     summarize,
 )
-from rlhf.evaluation_names import TARGET
+from rlhf.metrics.evaluation_names import TARGET
 
 
 def responses(**metrics: list[float]) -> ModelResponses:

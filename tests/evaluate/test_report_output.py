@@ -8,8 +8,8 @@ from rich.console import Console
 
 from rlhf.evaluate.metrics import ModelResponses
 from rlhf.evaluate.report_output import comparison_table, write_samples
-from rlhf.evaluation_names import TARGET
 from rlhf.files import write_json
+from rlhf.metrics.evaluation_names import TARGET
 
 INTERVAL = {"mean": 0.5, "low": 0.25, "high": 0.75}
 RATE = {"value": 0.75, "low": 0.5, "high": 1.0}

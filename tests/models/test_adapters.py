@@ -30,7 +30,7 @@ from rlhf.checkpoint import RunCheckpoint
 from rlhf.config import check_choices
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export, open_model_source, save_result
-from rlhf.huggingface import save_huggingface
+from rlhf.export.huggingface import save_huggingface
 from rlhf.models import (
     Frozen,
     LoRA,

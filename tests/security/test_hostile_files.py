@@ -16,10 +16,11 @@ from security.hostile import Workshop
 from transformers import PreTrainedTokenizerFast
 
 from harness import DEMONSTRATIONS
-from rlhf import load_model, tokenizer_probe
+from rlhf import load_model
 from rlhf.errors import UserError
 from rlhf.export import open_model_source
 from rlhf.sft import SFTDataModule
+from rlhf.tokenizer import probe
 
 HUGE = 4194304
 
@@ -38,7 +39,7 @@ def _no_question_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, transformers would ask whether to run the code of a model."""
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(tokenizer_probe, "SECONDS", 2)
+    monkeypatch.setattr(probe, "SECONDS", 2)
 
 
 # Ways in

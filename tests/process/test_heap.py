@@ -11,7 +11,7 @@ import pytest
 COUNT = """
 import resource, sys
 import torch
-from rlhf.heap import keep_heap, release_heap
+from rlhf.process.heap import keep_heap, release_heap
 kept = keep_heap() if sys.argv[1] == "keep" else False
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -55,7 +55,7 @@ def test_settings_of_the_user_are_respected(repo: Path, name: str) -> None:
 
 
 def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.heap import keep_heap
+    from rlhf.process.heap import keep_heap
 
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
     assert not keep_heap()

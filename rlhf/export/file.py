@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
-from rlhf.export_content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
+from rlhf.export.content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
 from rlhf.files import FINAL_MODEL, atomic_write
 from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
 from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
@@ -27,7 +27,7 @@ from rlhf.models.sources import remember_config
 from rlhf.models.tokenizer import check_vocabulary
 from rlhf.models.weights import check_fit, load_weights
 from rlhf.stage import Result
-from rlhf.tokenizer_files import pack_tokenizer, unpack_tokenizer
+from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.launch import RANK_VARIABLES, is_launched, rank_in_environment
+from rlhf.process.launch import RANK_VARIABLES, is_launched, rank_in_environment
 
 
 @pytest.fixture(autouse=True)

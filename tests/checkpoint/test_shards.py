@@ -11,8 +11,8 @@ import torch
 from security.hostile import Bomb
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from rlhf.checkpoint.shards import INDEX, ShardReader, load_shards
 from rlhf.errors import DataError
-from rlhf.shards import INDEX, ShardReader, load_shards
 
 
 def write(directory: Path, **further: Any) -> Path:

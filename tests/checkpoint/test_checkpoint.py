@@ -29,11 +29,10 @@ from harness import (
     run_train,
     train_command,
 )
-from rlhf import checkpoint
-from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint, callback
+from rlhf.checkpoint.signals import report_signals
 from rlhf.errors import ConfigError, Stopped, TrainingError
 from rlhf.rl.collector import Collector
-from rlhf.signals import report_signals
 
 # Resumed runs write to another directory, so that the checkpoints of the first run stay as they are.
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -385,7 +384,7 @@ def test_a_checkpoint_is_written_every_five_minutes(
         def on_train_batch_start(self, *_: Any) -> None:
             now[0] = 60 * next(minutes)
 
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: float(now[0]))
+    monkeypatch.setattr(callback.time, "monotonic", lambda: float(now[0]))
     runs.fit("sft", Clock(), runs.callback(), trainer={"val_check_interval": 1.0})
     assert runs.callback().every_n_minutes == 5.0
     assert [step_of(path) for path in copies] == [3, 4, 6, 8]

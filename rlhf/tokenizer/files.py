@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError, first_line
-from rlhf.tokenizer_probe import check_tokenizer
+from rlhf.tokenizer.probe import check_tokenizer
 
 # The files that tokenizers of transformers write: the common ones first, then the vocabularies of single models.
 TOKENIZER_FILES = frozenset(

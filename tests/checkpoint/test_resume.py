@@ -14,11 +14,11 @@ from torch import Tensor
 from contract.configs import compose_config, hydra_command
 from harness import EXACT, TINY_DATA, TINY_MODEL
 from rlhf import run
+from rlhf.checkpoint.resume import damage
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import locked
 from rlhf.pipeline import run_pipeline
-from rlhf.resume import damage
 from rlhf.run import run_stage
 
 SFT = ["stage=sft", "stage.samples=0", "data.batch_size=8", "data.eval_batch_size=40"]  # 5 steps per epoch

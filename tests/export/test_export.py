@@ -27,7 +27,7 @@ from rlhf import load_model
 from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export import open_model_source, save_result
-from rlhf.huggingface import check_huggingface, save_huggingface
+from rlhf.export.huggingface import check_huggingface, save_huggingface
 from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, disable_dropout
 from rlhf.run import run_stage
 from rlhf.stage import Result
@@ -503,7 +503,7 @@ def test_the_names_that_transformers_writes_are_allowed(
             seen.update({file.name: file.read_bytes() for file in Path(folder).iterdir()})
 
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", record)
-        monkeypatch.setattr("rlhf.tokenizer_files.check_tokenizer", lambda tokenizer, origin: None)
+        monkeypatch.setattr("rlhf.tokenizer.files.check_tokenizer", lambda tokenizer, origin: None)
         open_model_source(str(path)).tokenizer()
         assert seen == {name: data}
 

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf.garbage import imports
+from rlhf.process.garbage import imports
 
 FIRST = """
 import gc
-from rlhf.garbage import imports
+from rlhf.process.garbage import imports
 with imports():
     assert not gc.isenabled()
     import torch

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf.checkpoint import RunCheckpoint
+from rlhf.checkpoint.callback import RunCheckpoint
 from rlhf.errors import Stopped
 from rlhf.logs import metrics_log
 

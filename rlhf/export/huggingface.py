@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf.errors import ConfigError
-from rlhf.export import Export
+from rlhf.export.file import Export
 from rlhf.models import ScalarModel, adapter_of
 from rlhf.models.adapters import save_adapter, set_classifier_adapter
 from rlhf.stage import Result

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
-from rlhf.export_content import parse_json
+from rlhf.export.content import parse_json
 from rlhf.files import LAST, METADATA, PREVIOUS, remove
 from rlhf.lineage import LENGTH, check_resumable, settings
 from rlhf.models.opening import read_archive

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from rlhf.errors import DataError
 from rlhf.models.opening import REPLACE_FILE, check_config, check_tensors, opening, read_archive
-from rlhf.time_limit import time_limit
+from rlhf.process.time_limit import time_limit
 
 FORMAT = 1
 BUILD_SECONDS = 300  # of processor time; without memory for the weights, large models take a few seconds

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf.boundary import Boundary, position_within_epoch
+from rlhf.checkpoint.boundary import Boundary, position_within_epoch
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat, check_arguments

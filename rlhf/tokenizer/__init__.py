@@ -1,0 +1,1 @@
+"""Tokenizers as files, and checks of tokenizers of unknown origin."""
