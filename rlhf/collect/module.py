@@ -19,7 +19,7 @@ from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_targets
+from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_targets, read_columns
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen
 from rlhf.stage.sampling_module import SamplingModule
@@ -87,7 +87,9 @@ class CollectModule(SamplingModule):
                 "Set trainer.devices=1 trainer.strategy=auto.",
             )
         if self.labels.needs_scores or self.reward_sources:
-            check_targets(self.reward, self.trainer.datamodule, ("train",))  # type: ignore[attr-defined]
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_targets(self.reward, datamodule, ("train",))
+            read_columns(self.reward, datamodule, ("train",))
         self.check_included()
 
     def check_included(self) -> None:

@@ -1,21 +1,32 @@
 """Data of the stages that sample responses to prompts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from rlhf.data.batches import PromptBatch
 from rlhf.data.datamodule import RecordDataModule
 from rlhf.data.encode import Encoder
+from rlhf.data.reading import Records
 from rlhf.data.records import Prompt
-from rlhf.errors import ConfigError
+from rlhf.data.row_columns import NOT_STORED
+from rlhf.errors import ConfigError, DataError
 
 
 @dataclass
 class EncodedPrompt:
-    """Token ids of a prompt, with its record."""
+    """Token ids of a prompt, with its record.
+
+    Args:
+        input_ids: Token ids.
+        record: The record.
+        columns: See ``Prompt``. ``read_columns`` sets them.
+    """
 
     input_ids: list[int]
     record: Prompt
+    columns: Mapping[str, Any] = field(default_factory=dict, metadata=NOT_STORED)
 
 
 class PromptDataModule(RecordDataModule):
@@ -47,4 +58,33 @@ class PromptDataModule(RecordDataModule):
         return len(row.input_ids)
 
     def collate(self, rows: list[Any]) -> PromptBatch:
-        return PromptBatch([row.input_ids for row in rows], [row.record for row in rows])
+        prompts = [replace(row.record, columns=row.columns) if row.columns else row.record for row in rows]
+        return PromptBatch([row.input_ids for row in rows], prompts)
+
+    def read_columns(self, columns: Mapping[str, bool], split: str, reader: str) -> None:
+        """Add the values of further columns of the data to the prompts of a split, whose rows have been encoded.
+
+        A prompt whose row lacks a column that other rows have gets None.
+
+        Args:
+            columns: The columns, each with whether the data must have it.
+            split: ``train``, ``val`` or ``test``.
+            reader: What reads the columns, for the error message.
+
+        Raises:
+            DataError: The data lack a required column.
+        """
+        rows, records = self.encoded(split), self.records(split)
+        if not columns or not isinstance(records, Records):
+            return
+        found = records.existing_columns(columns)
+        if missing := [name for name, required in columns.items() if required and name not in found]:
+            available = list(records.first_row())
+            similar = get_close_matches(missing[0], available, n=1)
+            raise DataError(
+                f"{records.path}: the data have no column '{missing[0]}', which {reader} requires (columns: "
+                f"{', '.join(available)}).",
+                f"Did you mean '{similar[0]}'?" if similar else "Add the column, or give the parameter a default.",
+            )
+        if found:
+            rows.extend("columns", lambda index: records.values(int(rows.numbers[index]), found))

@@ -3,7 +3,8 @@
 import logging
 import random
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -190,6 +191,26 @@ class Records(LazySequence[Any]):
         """What identifies the content of the records, as JSON."""
         indices = self._indices if isinstance(self._indices, range) else sha256(self._indices.tobytes()).hexdigest()
         return content_key(self.path, self._rows), self.record_type.__name__, self._parser.columns, str(indices)
+
+    def existing_columns(self, names: Collection[str]) -> set[str]:
+        """Return those of some columns that at least one row of the data has."""
+        columns: Collection[str] | None = getattr(self._rows, "column_names", None)  # of ``datasets``
+        missing = set(names).difference(columns or ())
+        index = 0
+        while missing and columns is None and index < len(self._rows):
+            with suppress(RecordError):
+                missing.difference_update(self._rows[index])
+            index += 1
+        return set(names) - missing
+
+    def first_row(self) -> Row:
+        """Return the first row."""
+        return _row(self.path, self._rows, self._indices[0])
+
+    def values(self, row: int, columns: Collection[str]) -> dict[str, Any]:
+        """Return what a row contains in some columns; None where it has no value."""
+        content = _row(self.path, self._rows, row)
+        return {name: content.get(name) for name in columns}
 
     def select(self, indices: Sequence[int]) -> "Records":
         """Return the records of some indices."""

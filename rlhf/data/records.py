@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from rlhf.data.row_columns import NOT_STORED
 from rlhf.errors import DataError
 
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
@@ -19,12 +20,15 @@ class Prompt:
         raw_text: The prompt as it is in the data, without a chat template; reward functions receive this text.
         target: The reference response of the data, if there is one.
         row: Index of the row that the record was read from, from 0; None if it was not read from data.
+        columns: Values of further columns of the row, which a reward function reads; see
+            ``PromptDataModule.read_columns``.
     """
 
     messages: Sequence[Message]
     raw_text: str
     target: str | None = None
     row: int | None = field(default=None, compare=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, metadata=NOT_STORED)
 
 
 @dataclass(frozen=True)

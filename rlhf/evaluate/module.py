@@ -27,7 +27,7 @@ from rlhf.evaluate.responses import Evaluation, ResponseBatch
 from rlhf.files import write_json
 from rlhf.metrics.evaluation_names import KL_TO, TARGET
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import end_as_in_training, load_reward_models, load_scorer
+from rlhf.reward_functions import columns_of, end_as_in_training, load_reward_models, load_scorer
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.schema import PositiveInt, ScorerPath, check_arguments
 from rlhf.stage.precision import frozen_on_device
@@ -101,6 +101,12 @@ class EvaluateModule(SamplingModule):
         )
         self.tokenizer = tokenizer or self.sources[baseline].tokenizer(())
         self.metrics: dict[str, Any] = {}
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        if self.gold is not None:
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            datamodule.read_columns(self.gold.columns, "test", self.gold.name)
 
     def on_test_epoch_end(self) -> None:
         responses: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}
@@ -215,7 +221,7 @@ class EvaluateModule(SamplingModule):
         if self.gold is None:
             return {}
         prompts, targets = ([getattr(prompt, name) for prompt in batch.prompts] for name in ("raw_text", "target"))
-        return {"gold": self.gold(prompts, texts, targets)}
+        return {"gold": self.gold(prompts, texts, targets, columns_of(batch.prompts))}
 
     def score_with_reward_model(self, batches: Sequence[ResponseBatch]) -> None:
         """Score responses with the reward model, if there is one.

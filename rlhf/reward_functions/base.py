@@ -1,7 +1,9 @@
 """The interface of reward functions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,8 @@ class ScoringBatch:
         prompts: Raw text of each prompt, as in the data.
         responses: Each response as text, without special tokens.
         targets: Reference response of each prompt in the data; None where there is none.
+        columns: Value of each prompt in further columns of the data, by column; None where its row has none. These are
+            the ``columns`` of the reward function that the data have.
     """
 
     input_ids: Tensor
@@ -29,6 +33,7 @@ class ScoringBatch:
     prompts: Sequence[str]
     responses: Sequence[str]
     targets: Sequence[str | None]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -47,7 +52,14 @@ class ScoringBatch:
             [prompt.raw_text for prompt in prompts],
             rollout.decode(tokenizer),
             [prompt.target for prompt in prompts],
+            columns_of(prompts),
         )
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Return the values of prompts in further columns of the data, by column."""
+    names = prompts[0].columns if prompts else ()
+    return {name: [prompt.columns[name] for prompt in prompts] for name in names}
 
 
 class RewardFunction(nn.Module):
@@ -57,10 +69,12 @@ class RewardFunction(nn.Module):
         needs_model: True if the reward function uses the reward models of ``stage.reward_model``.
         needs_targets: True if it requires reference responses. ``check_target`` is then called with those of all
             prompts before training.
+        columns: Further columns of the data that it reads, each with whether it requires that column.
     """
 
     needs_model: bool = False
     needs_targets: bool = False
+    columns: Mapping[str, bool] = MappingProxyType({})
 
     def load(self, sources: Sequence[ModelSource], tokenizer: PreTrainedTokenizerBase) -> None:
         """Load everything that scoring requires. A stage calls this once, before training.

@@ -4,10 +4,13 @@ import hashlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,6 @@ from rlhf.schema import ScorerPath
 
 SHOWN = 60  # characters of a value or a response in an error message
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
-Scorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
 
 class PythonReward(RewardFunction):
@@ -29,7 +31,9 @@ class PythonReward(RewardFunction):
     Args:
         path: The function, as ``file.py:function``. It receives the prompts, as in the data, and one response per
             prompt, and returns one finite number per response, in reward units. If it takes a third argument, it also
-            receives the reference responses of the data (None where there is none).
+            receives the reference responses of the data (None where there is none). A keyword-only parameter receives
+            the column of the data that has its name, as a list with one value per response (None where a row has none).
+            The data must have that column, unless the parameter has a default.
     """
 
     def __init__(self, *, path: ScorerPath | None = None) -> None:
@@ -42,49 +46,90 @@ class PythonReward(RewardFunction):
                 "reward=python requires reward.path, the function that scores responses.",
                 "Set reward.path=<file.py>:<function>.",
             )
+        _ = self.function
+
+    @cached_property
+    def function(self) -> "Scorer":
+        """The function. A file is imported once."""
+        assert self.path is not None
         # Training checks the scores of all reward functions itself: stage.on_nonfinite decides what happens.
-        self.function = load_scorer(self.path, key="reward.path", finite=False)
+        return load_scorer(self.path, key="reward.path", finite=False)
+
+    @property
+    def columns(self) -> Mapping[str, bool]:  # type: ignore[override]
+        return self.function.columns if self.path is not None else {}
 
     def forward(self, batch: ScoringBatch) -> Tensor:
-        scores = self.function(batch.prompts, batch.responses, batch.targets)
+        scores = self.function(batch.prompts, batch.responses, batch.targets, batch.columns)
         return torch.tensor(scores, dtype=torch.float, device=batch.input_ids.device)
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """A scoring function whose scores are checked.
+
+    Args:
+        function: The function, described in ``PythonReward``.
+        name: Key and value of the configuration that name it, for error messages.
+        takes_targets: Whether it takes a third argument.
+        columns: Its keyword-only parameters, each with whether it is required.
+        finite: Reject scores that are not finite.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    takes_targets: bool
+    columns: Mapping[str, bool]
+    finite: bool
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        targets: Sequence[str | None],
+        columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    ) -> list[float]:
+        """Return one score per response, in reward units.
+
+        Raises:
+            DataError: The function has returned something else.
+        """
+        arguments: list[Any] = [list(prompts), list(responses), list(targets)]
+        values = {name: list(columns[name]) for name in self.columns if name in columns}
+        result = self.function(*(arguments if self.takes_targets else arguments[:2]), **values)
+        scores = _numbers(result, responses, self.name)
+        if len(scores) != len(responses):
+            raise DataError(f"{self.name} returned {len(scores)} scores for {len(responses)} responses.")
+        for score, response in zip(scores, responses, strict=True):
+            if self.finite and not math.isfinite(score):
+                raise DataError(f"{self.name} returned the non-finite score {score} for the response {response!r}.")
+        return scores
+
+
 def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
-    """Load a scoring function, wrapped so that its scores are checked.
+    """Load a scoring function.
 
     Args:
         name: The function, as ``file.py:function``; its arguments are described in ``PythonReward``.
         key: Configuration key that contains ``name``, for error messages.
         finite: Reject scores that are not finite.
 
-    Returns:
-        A function of prompts, responses and targets.
-
     Raises:
-        ConfigError: There is no such file or function.
+        ConfigError: There is no such file or function, or it cannot be called with these arguments.
     """
     function = _import_function(name, key)
-    takes_targets = sum(parameter.kind in POSITIONAL for parameter in signature(function).parameters.values()) > 2
+    parameters = signature(function).parameters.values()
+    takes_targets = sum(parameter.kind in POSITIONAL for parameter in parameters) > 2
+    columns = {each.name: each.default is Parameter.empty for each in parameters if each.kind is each.KEYWORD_ONLY}
     try:
-        signature(function).bind(*range(3 if takes_targets else 2))
+        signature(function).bind(*range(3 if takes_targets else 2), **columns)
     except TypeError as error:
         raise ConfigError(
             f"{key}={name}: the function must have two parameters, the prompts and the responses ({error}).",
-            "Define it as def score(prompts, responses).",
+            "Define it as def score(prompts, responses). Parameters that receive columns of the data follow a *: "
+            "def score(prompts, responses, *, <column>)",
         ) from error
-
-    def score(prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
-        arguments: list[Any] = [list(prompts), list(responses), list(targets)]
-        scores = _numbers(function(*(arguments if takes_targets else arguments[:2])), responses, f"{key}={name}")
-        if len(scores) != len(responses):
-            raise DataError(f"{key}={name} returned {len(scores)} scores for {len(responses)} responses.")
-        for score, response in zip(scores, responses, strict=True):
-            if finite and not math.isfinite(score):
-                raise DataError(f"{key}={name} returned the non-finite score {score} for the response {response!r}.")
-        return scores
-
-    return score
+    return Scorer(function, f"{key}={name}", takes_targets, columns, finite)
 
 
 def _numbers(result: Any, responses: Sequence[str], function: str) -> list[float]:

@@ -47,6 +47,14 @@ class WeightedSumReward(RewardFunction):
     def needs_targets(self) -> bool:  # type: ignore[override]
         return any(component.needs_targets for component in self.components.values())
 
+    @property
+    def columns(self) -> dict[str, bool]:  # type: ignore[override]
+        required: dict[str, bool] = {}
+        for component in self.components.values():
+            for name, needed in component.columns.items():
+                required[name] = required.get(name, False) or needed
+        return required
+
     def check_target(self, target: str | None) -> None:
         for component in self.components.values():
             component.check_target(target)

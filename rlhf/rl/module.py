@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
 from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, as_sequence, disable_dropout, open_reference
-from rlhf.reward_functions import RewardFunction, check_targets
+from rlhf.reward_functions import RewardFunction, check_targets, read_columns
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
@@ -146,6 +146,7 @@ class OnPolicyModule(UpdateModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(datamodule, RecordDataModule):
             check_targets(self.reward, datamodule, ("train", "val"))
+            read_columns(self.reward, datamodule, ("train", "val"))
 
     @property
     def response_budget(self) -> int:

@@ -297,6 +297,18 @@ def test_a_reward_that_is_not_finite_is_an_error(
     assert (tmp_path / "out" / "unscored_samples.jsonl").is_file()
 
 
+def test_the_gold_function_reads_columns_of_the_data(
+    evaluation: Evaluation, policy: FakeSource, tmp_path: Path
+) -> None:
+    gold = tmp_path / "gold.py"
+    gold.write_text("def score(prompts, responses, *, level): return level")
+    rows = [{**row, "level": number} for number, row in enumerate(DEMONSTRATIONS)]
+    module = evaluation.run(rows, models={"sft": policy}, gold=f"{gold}:score")
+    assert module.metrics["models"]["sft"]["gold"]["mean"] == sum(range(8)) / 8
+    with pytest.raises(DataError, match=r"have no column 'level', which stage\.gold=.* requires"):
+        evaluation.run(models={"sft": policy}, gold=f"{gold}:score")
+
+
 def test_responses_survive_a_gold_function_that_raises(
     evaluation: Evaluation, policy: FakeSource, tmp_path: Path
 ) -> None:

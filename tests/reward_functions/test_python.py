@@ -44,10 +44,21 @@ def test_only_positional_parameters_receive_arguments(tmp_path: Path, parameters
     assert load_scorer(path, key="reward.path")(["p"], ["abc"], [None]) == [3.0]
 
 
+def test_keyword_only_parameters_receive_columns(tmp_path: Path) -> None:
+    """One with a default keeps it if the data lack its column."""
+    path = write_function(
+        tmp_path,
+        "def score(prompts, responses, *, level, scale=(2,)): return [scale[0] * value for value in level]",
+    )
+    scorer = load_scorer(path, key="reward.path")
+    assert scorer.columns == {"level": True, "scale": False}
+    assert scorer(["p"], ["r"], [None], {"level": [3], "other": [0]}) == [6.0]
+    assert scorer(["p"], ["r"], [None], {"level": [3], "scale": [5]}) == [15.0]
+
+
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ("prompts, responses, *, scale", "missing a required"),
         ("prompts, responses, targets, scale", "missing a required argument: 'scale'"),
         ("prompts, *, responses=()", "too many positional arguments"),
     ],

@@ -1,8 +1,8 @@
-"""Check the reference responses of the data before anything is sampled."""
+"""What a reward function reads of the data, before anything is sampled."""
 
 from collections.abc import Sequence
 
-from rlhf.data import RecordDataModule
+from rlhf.data import PromptDataModule, RecordDataModule
 from rlhf.data.files import location
 from rlhf.data.records import prompt_of
 from rlhf.errors import DataError
@@ -31,3 +31,19 @@ def check_targets(reward: RewardFunction, datamodule: RecordDataModule, splits: 
                 path = datamodule.paths[split] or datamodule.paths["train"]  # Validation prompts may be held out.
                 place = path if path is None or prompt.row is None else location(path, prompt.row)
                 raise DataError(f"{place}: {error.args[0]}", error.hint) from None
+
+
+def read_columns(reward: RewardFunction, datamodule: RecordDataModule, splits: Sequence[str]) -> None:
+    """Add the columns that a reward function reads to the prompts.
+
+    Args:
+        reward: The reward function.
+        datamodule: The prompts.
+        splits: The splits that responses are sampled for.
+
+    Raises:
+        DataError: The data lack a column that it requires.
+    """
+    if isinstance(datamodule, PromptDataModule):
+        for split in splits:
+            datamodule.read_columns(reward.columns, split, "the reward function")
