@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rlhf.errors import ConfigError, DataError, UserError
+from rlhf.files import LAST
 from rlhf.tokenizer.files import is_tokenizer_file
 
 # Other names would make transformers load a kernel, that is, code, from the Hub.
@@ -82,10 +83,11 @@ def check_folder(path: str, kind: str) -> None:
 
 def _missing_files(folder: Path, kind: str) -> str | None:
     names = {path.name for path in folder.iterdir()}
-    if finals := sorted(name for name in names if name.endswith("_final.pt")):
+    if results := [name for name in names if name.endswith(("_final.pt", ".ckpt"))]:
+        result = min(results, key=lambda name: (name.endswith(".ckpt"), name != LAST, name))
         raise ConfigError(
-            f"{folder} is the output directory of a stage, not a Hugging Face folder.",
-            f"Name the file in it: {folder / finals[0]}",
+            f"{folder} is an output directory of a stage, not a Hugging Face folder.",
+            f"Name the file in it: {folder / result}",
         )
     if "adapter_config.json" in names:
         raise DataError(

@@ -51,6 +51,13 @@ def output_of_a_stage(work: Workshop) -> Path:
     return work.folder
 
 
+def checkpoints_of_a_stage(work: Workshop) -> Path:
+    work.folder.mkdir()
+    for name in ("0-step=1.ckpt", "last.ckpt"):
+        (work.folder / name).touch()
+    return work.folder
+
+
 def saved(work: Workshop, content: Any) -> Path:
     torch.save(content, path := work.path("model.pt"))
     return path
@@ -111,7 +118,11 @@ CASES: dict[str, tuple[Callable[[Workshop], Path], str]] = {
         lambda work: work.hf(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         r"the model is quantized .*\n  Use the model without quantization\.",
     ),
-    "output of a stage": (output_of_a_stage, r"is the output directory of a stage.*\n  Name the file .*sft_final\.pt"),
+    "output of a stage": (output_of_a_stage, r"is an output directory of a stage.*\n  Name the file .*sft_final\.pt"),
+    "checkpoints of a stage": (
+        checkpoints_of_a_stage,
+        r"is an output directory of a stage.*\n  Name the file .*last\.ckpt",
+    ),
     "export of something else": (lambda work: saved(work, {"a": 1}), r"not a valid rlhf export of format 1\."),
     "export of a list": (lambda work: saved(work, [1]), r"\(it contains a list\)"),
     "export of a tensor": (lambda work: saved(work, torch.zeros(3)), r"\(it contains a Tensor\)"),
