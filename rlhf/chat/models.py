@@ -16,11 +16,11 @@ from rlhf.data import Encoder, Message
 from rlhf.data.datamodule import DEFAULT_TEMPLATE
 from rlhf.export import Export
 from rlhf.models import Frozen, ModelSource, Policy, chat_template
-from rlhf.models.tokenizer import is_plain_template
 from rlhf.reward_functions import end_as_in_training, load_reward_models
 from rlhf.sampling import LocalSampler, Rollout
 from rlhf.stage.precision import prepare_frozen
 from rlhf.tokenizer.probe import check_template
+from rlhf.tokenizer.templates import is_plain_template
 
 
 @dataclass(frozen=True)

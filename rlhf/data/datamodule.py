@@ -19,9 +19,9 @@ from rlhf.data.records import Prompt, Record, prompt_of
 from rlhf.data.report import report_encoded, report_held_out
 from rlhf.data.rows import Rows
 from rlhf.errors import ConfigError
-from rlhf.models.tokenizer import chat_template
 from rlhf.schema import DataPath, FractionBelowOne, PositiveInt, Seed, check_arguments
 from rlhf.tokenizer.probe import check_template
+from rlhf.tokenizer.templates import chat_template
 
 DEFAULT_TEMPLATE = "{prompt}\n\nAnswer:"
 

@@ -195,12 +195,14 @@ class Records(LazySequence[Any]):
     def existing_columns(self, names: Collection[str]) -> set[str]:
         """Return those of some columns that at least one row of the data has."""
         columns: Collection[str] | None = getattr(self._rows, "column_names", None)  # of ``datasets``
-        missing = set(names).difference(columns or ())
-        index = 0
-        while missing and columns is None and index < len(self._rows):
-            with suppress(RecordError):
-                missing.difference_update(self._rows[index])
-            index += 1
+        if columns is not None:
+            return set(names) & set(columns)
+        missing = set(names)
+        for index in range(len(self._rows)):
+            if not missing:
+                break
+            with suppress(RecordError):  # of an invalid row
+                missing -= self._rows[index].keys()
         return set(names) - missing
 
     def first_row(self) -> Row:

@@ -24,10 +24,10 @@ from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of
 from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
 from rlhf.models.opening import REPLACE_FILE, check_finite, opening
 from rlhf.models.sources import remember_config
-from rlhf.models.tokenizer import check_vocabulary
 from rlhf.models.weights import check_fit, load_weights
 from rlhf.stage import Result
 from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
+from rlhf.tokenizer.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)

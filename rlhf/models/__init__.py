@@ -13,9 +13,10 @@ from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gat
 from rlhf.models.shared_prompts import allows_shared_prompts
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer, as_sequence
 from rlhf.models.token_statistics import EntropyMode
-from rlhf.models.tokenizer import chat_template, train_tokenizer
 from rlhf.models.trunk import hidden_states
 from rlhf.models.weights import check_complete, stored_weights
+from rlhf.tokenizer.templates import chat_template
+from rlhf.tokenizer.training import train_tokenizer
 
 __all__ = [
     "Adapter",

@@ -28,9 +28,10 @@ from rlhf.models.opening import (
     opening,
 )
 from rlhf.models.scalar import ScalarHead, ScalarModel
-from rlhf.models.tokenizer import check_embedding, check_vocabulary, train_tokenizer
 from rlhf.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.tokenizer.probe import check_tokenizer
+from rlhf.tokenizer.training import train_tokenizer
+from rlhf.tokenizer.vocabulary import check_embedding, check_vocabulary
 
 T = TypeVar("T")
 _REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."

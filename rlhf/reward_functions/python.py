@@ -46,7 +46,7 @@ class PythonReward(RewardFunction):
                 "reward=python requires reward.path, the function that scores responses.",
                 "Set reward.path=<file.py>:<function>.",
             )
-        _ = self.function
+        _ = self.function  # An error in its file is reported before training.
 
     @cached_property
     def function(self) -> "Scorer":

@@ -1,1 +1,1 @@
-"""Tokenizers as files, and checks of tokenizers of unknown origin."""
+"""Tokenizers: training, chat templates, the files of exports, and checks."""

@@ -71,10 +71,12 @@ def groups() -> set[str]:
 def known_keys() -> list[str]:
     """Return every key of every stage and choice."""
     cases = [(f"stage={stage}",) for stage in (*STAGES, "pipeline", *commands())]
+    some_stage = {
+        group: info.name for info in stages().values() for group in (*info.groups, "model", "data", "adapter")
+    }
     cases += [
-        (f"stage={info.name}", f"{group}={name}")
-        for info in stages().values()
-        for group in (*info.groups, "model", "data", "adapter")
+        (f"stage={stage}", f"{group}={name}")
+        for group, stage in some_stage.items()
         for name in choices(group)
         if group != "rl"
     ]

@@ -1,0 +1,46 @@
+"""Chat templates for tokenizers without one."""
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import ConfigError
+
+# How the chat templates that are made from a plain template begin.
+PLAIN_TEMPLATE = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+)
+
+
+def chat_template(template: str) -> str:
+    """Convert a plain prompt template to a Jinja chat template, as tokenizers have it.
+
+    Args:
+        template: Text around a prompt, with ``{prompt}`` in it, such as ``"{prompt}\\nSummary:"``. The response follows
+            after one space. Earlier responses of a conversation end with a blank line.
+
+    Returns:
+        Jinja source for ``tokenizer.chat_template``. It starts with BOS if the tokenizer has one, and ends a response
+        with EOS.
+    """
+    if "{prompt}" not in template:
+        raise ConfigError(
+            f"template must contain {{prompt}}, got {template!r}.", 'For example: data.template="{prompt}\\nSummary:"'
+        )
+    before, after = (_jinja_string(text) for text in template.split("{prompt}", 1))
+    return (
+        f"{PLAIN_TEMPLATE}"
+        f"{{%- elif message['role'] == 'user' -%}}{{{{- {before} + message['content'] + {after} -}}}}"
+        "{%- else -%}{{- ' ' + message['content'] + (eos_token if loop.last else '\\n\\n') -}}{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+
+def is_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template of a tokenizer was made by ``chat_template`` from a text around a prompt."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and template.startswith(PLAIN_TEMPLATE)
+
+
+def _jinja_string(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
