@@ -130,12 +130,12 @@ def required_keywords(target: str) -> set[str]:
 
 
 def combinations() -> list[tuple[str, ...]]:
-    """Return overrides that together choose every yaml: each stage with each data and model, and every other choice."""
+    """Return overrides that together choose every yaml: each stage with each model and data, and every other choice."""
     crossed = [
-        (f"stage={stage}", f"model={model}", f"data={data}")
+        (f"stage={stage}", f"{group}={name}")
         for stage in choices("stage")
-        for model in choices("model")
-        for data in choices("data")
+        for group in ("model", "data")
+        for name in choices(group)
     ]
     every_stage = [
         ("stage=sft", f"{group}={name}") for group in ("logger", "callbacks", "adapter") for name in choices(group)
