@@ -83,7 +83,9 @@ def check_folder(path: str, kind: str) -> None:
 
 def _missing_files(folder: Path, kind: str) -> str | None:
     names = {path.name for path in folder.iterdir()}
-    if results := [name for name in names if name.endswith(("_final.pt", ".ckpt"))]:
+    is_model = any(name.endswith(".json") for name in names)  # which may have a file of that name as well
+    extensions = ("_final.pt",) if is_model else ("_final.pt", ".ckpt")
+    if results := [name for name in names if name.endswith(extensions)]:
         result = min(results, key=lambda name: (name.endswith(".ckpt"), name != LAST, name))
         raise ConfigError(
             f"{folder} is an output directory of a stage, not a Hugging Face folder.",
