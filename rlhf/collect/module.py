@@ -89,7 +89,7 @@ class CollectModule(SamplingModule):
         if self.labels.needs_scores or self.reward_sources:
             datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             check_targets(self.reward, datamodule, ("train",))
-            read_columns(self.reward, datamodule, ("train",))
+            read_columns(self.reward.columns, datamodule, ("train",))
         self.check_included()
 
     def check_included(self) -> None:

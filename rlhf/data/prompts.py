@@ -74,7 +74,7 @@ class PromptDataModule(RecordDataModule):
         Raises:
             DataError: The data lack a required column.
         """
-        rows, records = self.encoded(split), self.records(split)
+        records = self.records(split)
         if not columns or not isinstance(records, Records):
             return
         found = records.existing_columns(columns)
@@ -87,4 +87,5 @@ class PromptDataModule(RecordDataModule):
                 f"Did you mean '{similar[0]}'?" if similar else "Add the column, or give the parameter a default.",
             )
         if found:
+            rows = self.encoded(split)
             rows.extend("columns", lambda index: records.values(int(rows.numbers[index]), found))

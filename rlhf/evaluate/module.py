@@ -27,7 +27,7 @@ from rlhf.evaluate.responses import Evaluation, ResponseBatch
 from rlhf.files import write_json
 from rlhf.metrics.evaluation_names import KL_TO, TARGET
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import columns_of, end_as_in_training, load_reward_models, load_scorer
+from rlhf.reward_functions import columns_of, end_as_in_training, load_reward_models, load_scorer, read_columns
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.schema import PositiveInt, ScorerPath, check_arguments
 from rlhf.stage.precision import frozen_on_device
@@ -105,8 +105,8 @@ class EvaluateModule(SamplingModule):
     def on_test_start(self) -> None:
         super().on_test_start()
         if self.gold is not None:
-            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            datamodule.read_columns(self.gold.columns, "test", self.gold.name)
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            read_columns(self.gold.columns, datamodule, ("test",), self.gold.name)
 
     def on_test_epoch_end(self) -> None:
         responses: dict[str, list[ResponseBatch]] = {name: [] for name in self.sources}

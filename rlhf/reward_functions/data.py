@@ -1,6 +1,7 @@
 """What a reward function reads of the data, before anything is sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlhf.data import PromptDataModule, RecordDataModule
 from rlhf.data.files import location
@@ -33,17 +34,20 @@ def check_targets(reward: RewardFunction, datamodule: RecordDataModule, splits: 
                 raise DataError(f"{place}: {error.args[0]}", error.hint) from None
 
 
-def read_columns(reward: RewardFunction, datamodule: RecordDataModule, splits: Sequence[str]) -> None:
-    """Add the columns that a reward function reads to the prompts.
+def read_columns(
+    columns: Mapping[str, bool], datamodule: Any, splits: Sequence[str], reader: str = "the reward function"
+) -> None:
+    """Add further columns of the data to the prompts. Data modules of other classes have none.
 
     Args:
-        reward: The reward function.
+        columns: The columns, each with whether it is required.
         datamodule: The prompts.
         splits: The splits that responses are sampled for.
+        reader: What reads the columns, for the error message.
 
     Raises:
-        DataError: The data lack a column that it requires.
+        DataError: The data lack a required column.
     """
     if isinstance(datamodule, PromptDataModule):
         for split in splits:
-            datamodule.read_columns(reward.columns, split, "the reward function")
+            datamodule.read_columns(columns, split, reader)

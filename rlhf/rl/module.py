@@ -146,7 +146,7 @@ class OnPolicyModule(UpdateModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(datamodule, RecordDataModule):
             check_targets(self.reward, datamodule, ("train", "val"))
-            read_columns(self.reward, datamodule, ("train", "val"))
+            read_columns(self.reward.columns, datamodule, ("train", "val"))
 
     @property
     def response_budget(self) -> int:
