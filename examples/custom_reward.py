@@ -33,7 +33,7 @@ def five_words(prompts: list[str], responses: list[str]) -> list[float]:
 
 def train(*overrides: str) -> None:
     """Run one stage, exactly as on the command line."""
-    subprocess.run([sys.executable, "train.py", RUN, *overrides], check=True)
+    subprocess.run([sys.executable, "train.py", RUN, "overwrite=true", *overrides], check=True)
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class ChatModel:
 
     @property
     def path(self) -> str:
-        """Path or model ID of the source."""
+        """Path or Hub ID of the source."""
         return str(getattr(self.source, "path", ""))
 
     def encode(self, messages: Sequence[Message], *, reserve: int) -> tuple[list[int], bool]:

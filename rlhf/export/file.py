@@ -250,10 +250,10 @@ class Export:
 def open_model_source(
     path: str, *, revision: str | None = None, attention: str | None = None, base: str | None = None
 ) -> Export | Pretrained:
-    """Return a model source for a ``*_final.pt``, a checkpoint, a Hugging Face folder or a model ID on the Hub.
+    """Return a model source for a ``*_final.pt``, a checkpoint, a Hugging Face folder or a Hub ID.
 
     Args:
-        path: Path or model ID.
+        path: Path or Hub ID.
         revision: Branch, tag or commit on the Hub.
         attention: Attention implementation, see ``attn_implementation`` of transformers; None for its default.
         base: See ``Export``.

@@ -73,7 +73,7 @@ RULES = {
         ("grad_norm",),
         "max_gradient_norm_ratio",
         "The gradient is much larger than before, or not finite: training is unstable.",
-        "Lower stage.learning_rate, raise stage.warmup_ratio, or set trainer.gradient_clip_val=1.0. Inspect the data "
+        "Lower stage.learning_rate, raise stage.warmup_ratio, or lower trainer.gradient_clip_val. Inspect the data "
         "of this step.",
     ),
 }

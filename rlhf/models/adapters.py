@@ -78,7 +78,7 @@ class BaseModel:
     """What identifies the model that an adapter belongs to.
 
     Args:
-        path: Absolute path of a folder or of a ``*_final.pt``, or a model ID on the Hub.
+        path: Absolute path of a folder or of a ``*_final.pt``, or a Hub ID.
         revision: Commit on the Hub; None for a local path.
         digest: Digest of the weights, see ``weights_digest``.
     """

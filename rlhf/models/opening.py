@@ -17,7 +17,7 @@ from rlhf.tokenizer.files import is_tokenizer_file
 
 # Other names would make transformers load a kernel, that is, code, from the Hub.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-MODEL_FOLDER = "Use a directory with model and tokenizer, written by save_pretrained, or a model ID on the Hub."
+MODEL_FOLDER = "Use a directory with model and tokenizer, written by save_pretrained, or a Hub ID."
 REPLACE_FILE = "Use a file that a stage of this project wrote, or run the stage again."
 _TOLERATED = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -48,7 +48,7 @@ def opening(path: str, kind: str, fix: str = MODEL_FOLDER) -> Iterator[None]:
     """Turn whatever ``transformers``, ``tokenizers``, ``safetensors`` or ``torch`` raises into a ``DataError``.
 
     Args:
-        path: What is opened: a file, a folder or a model ID.
+        path: What is opened: a file, a folder or a Hub ID.
         kind: What is expected there, such as ``tokenizer``.
         fix: The second line of the message.
     """
@@ -62,7 +62,7 @@ def opening(path: str, kind: str, fix: str = MODEL_FOLDER) -> Iterator[None]:
 
 
 def check_folder(path: str, kind: str) -> None:
-    """Reject a path that cannot be a Hugging Face folder or a model ID, before ``transformers`` reads it.
+    """Reject a path that cannot be a Hugging Face folder or a Hub ID, before ``transformers`` reads it.
 
     Raises:
         ConfigError: It is a file, or the output directory of a stage.
@@ -71,7 +71,7 @@ def check_folder(path: str, kind: str) -> None:
     folder = Path(path)
     if folder.is_file():
         fix = f"Start from the result of a stage with stage.policy={path}" if folder.suffix == ".pt" else MODEL_FOLDER
-        raise ConfigError(f"{path} is a file, but a {kind} is opened from a directory or a model ID.", fix)
+        raise ConfigError(f"{path} is a file, but a {kind} is opened from a directory or a Hub ID.", fix)
     if folder.is_dir():
         reason = _missing_files(folder, kind)
     else:

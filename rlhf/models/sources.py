@@ -1,4 +1,4 @@
-"""Model sources: random weights, a Hugging Face directory or a model ID. ``conf/model/`` configures these classes."""
+"""Model sources: random weights, a Hugging Face directory or a Hub ID. ``conf/model/`` configures these classes."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -194,7 +194,7 @@ class Pretrained:
     """A causal language model or reward model in a Hugging Face directory or on the Hub. Code from the Hub never runs.
 
     Args:
-        path: Directory written by ``save_pretrained``, or a model ID such as ``Qwen/Qwen2.5-0.5B``.
+        path: Directory written by ``save_pretrained``, or a Hub ID such as ``Qwen/Qwen2.5-0.5B``.
         revision: Branch, tag or commit on the Hub; null for the default branch.
         attention: Attention implementation, see ``attn_implementation`` of transformers; null for its default.
     """
