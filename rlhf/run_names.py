@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 from rlhf.errors import ConfigError
 
 MAX_JOB_NAME = 100  # characters
+_ONLY_JOB = "job"  # name of the job of a sweep that iterates over nothing
+# They do not distinguish the jobs of a sweep, unless it iterates over them.
+_LEFT_OUT = frozenset({"stage", "run", "experiment", "paths.root", "resume", "overwrite"})
 swept_keys: set[str] = set()  # what the current sweep iterates over; ``SweepTable`` sets it
 _NAME = re.compile(r"\w[\w.,+=@ -]{0,199}")
 
@@ -42,17 +45,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def job_name(overrides: str) -> str:
     """Return a short name for the directory of a job of a sweep.
 
-    The keys that the sweep iterates over come first. Keys are shortened to their last part where this is unambiguous.
+    The keys that the sweep iterates over come first. The stage and the name of the run are left out, unless the sweep
+    iterates over them. Keys are shortened to their last part where this is unambiguous.
     Where something else has to be left out, a hash of the overrides keeps the names of two jobs different.
 
     Args:
         overrides: The overrides of the job as Hydra joins them: ``stage.beta=0.1,loss=ipo``.
     """
-    pairs = [item.partition("=") for item in re.split(r",(?=[\w.@/+~]+=)", overrides)]
+    items = [item.partition("=") for item in re.split(r",(?=[\w.@/+~]+=)", overrides)]
+    pairs = [item for item in items if item[0] not in _LEFT_OUT - swept_keys]
+    overrides = ",".join(map("".join, pairs))
     pairs.sort(key=lambda pair: pair[0] not in swept_keys)
     short = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
     names = [(key.rpartition(".")[2] if short[key.rpartition(".")[2]] == 1 else key, value) for key, _, value in pairs]
-    full = ",".join(f"{key}={value}" if value else key for key, value in names)
+    full = ",".join(f"{key}={value}" if value else key for key, value in names) or _ONLY_JOB
     # Numbers that a sweeper has drawn have up to 17 digits.
     rounded = re.sub(r"\d+\.\d{6,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.4g}", full)
     name = re.sub(r"[^\w.,=+@-]+", "_", rounded)

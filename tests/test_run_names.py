@@ -15,10 +15,12 @@ from rlhf.run_names import job_name
         ("stage.betas=[0.9,0.99]", r"betas=_0.9,0.99-\w{8}"),
         ("stage.eps=1,callbacks.eps=2", "stage.eps=1,callbacks.eps=2"),  # One short name for both would be ambiguous.
         ("stage.policy=/a/b.pt", r"policy=_a_b.pt-\w{8}"),
-        ("run=" + "x" * 300, r"run=x{96}-\w{8}"),
+        ("stage.policy=" + "x" * 300, r"policy=x{93}-\w{8}"),
+        ("loss=ipo,overwrite=true,run=mine,stage=dpo", "loss=ipo"),
         ("stage.beta=0.43557259109182184,seed=1", r"beta=0.4356,seed=1-\w{8}"),
         ("stage.eps=4.252744858000656e-05", r"eps=4.253e-05-\w{8}"),
-        ("", ""),
+        ("run=mine,stage=dpo", "job"),
+        ("", "job"),
     ],
 )
 def test_jobs_have_short_names(overrides: str, name: str) -> None:
@@ -31,6 +33,12 @@ def test_what_a_sweep_iterates_over_comes_first(monkeypatch: pytest.MonkeyPatch)
     name = job_name(f"stage.policy={'x' * 200},seed=3")
     assert re.fullmatch(r"seed=3,policy=x+-\w{8}", name)
     assert len(name) <= 110
+
+
+def test_a_sweep_over_runs_or_experiments_names_its_jobs_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, all of its jobs would have the same directory."""
+    monkeypatch.setattr(run_names, "swept_keys", {"experiment", "run"})
+    assert job_name("experiment=a,run=b,stage=ppo") == "experiment=a,run=b"
 
 
 def test_names_of_different_jobs_differ() -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlhf import run_names
 from rlhf.files import write_json
+from rlhf.sweep.job import ended
 
 FILE = "sweep.json"
 _failed: list[int] = []  # exit codes of the failed jobs of the sweep that has just ended
@@ -26,6 +27,7 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.started = time.time()
         _failed.clear()
+        ended.clear()
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         found = {str(override.key_or_group) for override in parsed if override.is_sweep_override()}
         run_names.swept_keys |= found | set(config.hydra.sweeper.get("params") or ())
@@ -34,10 +36,10 @@ class SweepTable(Callback):
         from rlhf.sweep.table import commands, content, failures, read_jobs, sweep_table
 
         directory = Path(config.hydra.sweep.dir)
-        jobs = read_jobs(directory, self.started)
+        jobs = read_jobs(directory, self.started, ended)
         if not jobs:
             return
-        write_json(directory / FILE, content(jobs))
+        write_json(directory / FILE, content(directory, jobs))
         console = Console()
         console.print(sweep_table(directory, jobs))
         best, job = next(iter(jobs.items()))

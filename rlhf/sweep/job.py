@@ -17,6 +17,7 @@ from rlhf.process.launch import rank_in_environment
 
 FILE = "job.json"
 log = logging.getLogger(__name__)
+ended: "dict[Path, Job]" = {}  # the jobs of the current sweep that have ended in this process, by directory
 
 
 class Monitored(float):
@@ -109,5 +110,6 @@ def run_job(run: Callable[[], float], directory: Path, overrides: Sequence[str])
         job = Job(
             list(overrides), getattr(metric, "name", ""), value, time.perf_counter() - started, error.strip(), code
         )
+        ended[directory] = job
         write_json(directory / FILE, asdict(job))
     return metric

@@ -1,10 +1,12 @@
 """The table of a sweep, best job first."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -18,15 +20,18 @@ from rlhf.sweep.job import FILE, Job
 ERROR_LENGTH = 200  # characters
 
 
-def read_jobs(directory: Path, since: float = 0.0) -> dict[Path, Job]:
+def read_jobs(directory: Path, since: float = 0.0, ended: Mapping[Path, Job] = MappingProxyType({})) -> dict[Path, Job]:
     """Return the jobs of a sweep by their directory, the best one first and failed ones last.
 
     Args:
         directory: Directory of the sweep.
         since: Jobs that ended before this time, in seconds since the epoch, belong to an earlier sweep.
+        ended: Jobs that are known to have ended. Those of a sweep over ``run`` or ``stage`` have other directories.
     """
     files = [path for path in sorted(directory.glob(f"*/{FILE}")) if path.stat().st_mtime >= since]
     found = {path.parent: job for path in files if (job := Job.read(path)) is not None}
+    known = {path.absolute() for path in found}
+    found |= {path: job for path, job in ended.items() if path.absolute() not in known}
     return dict(sorted(found.items(), key=lambda item: _rank(item[1])))
 
 
@@ -78,12 +83,12 @@ def commands(directory: Path, best: Path) -> list[str]:
     return [*found, f"tensorboard --logdir {shlex.quote(str(directory))}"]
 
 
-def content(jobs: Mapping[Path, Job]) -> dict[str, Any]:
-    """Return what ``sweep.json`` contains: every job in the order of the table."""
+def content(directory: Path, jobs: Mapping[Path, Job]) -> dict[str, Any]:
+    """Return what ``sweep.json`` in a directory contains: every job in the order of the table."""
     return {
         "jobs": [
             {
-                "directory": path.name,
+                "directory": os.path.relpath(path, directory),
                 "overrides": job.overrides,
                 "metric": job.metric,
                 "value": job.value,

@@ -38,7 +38,7 @@ def test_the_best_job_comes_first(tmp_path: Path, metric: str, order: str) -> No
     write_jobs(tmp_path, metric)
     jobs = read_jobs(tmp_path)
     assert [path.name for path in jobs] == [f"loss={name}" for name in order]
-    assert [entry["overrides"][0] for entry in content(jobs)["jobs"]] == [f"loss={name}" for name in order]
+    assert [entry["overrides"][0] for entry in content(tmp_path, jobs)["jobs"]] == [f"loss={name}" for name in order]
     assert swept_keys(jobs) == {"loss": list(order)}
     table = sweep_table(tmp_path, jobs)
     columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
@@ -53,6 +53,19 @@ def test_jobs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
     old = tmp_path / "loss=a" / "job.json"
     os.utime(old, (time.time() - 100,) * 2)
     assert [path.name for path in read_jobs(tmp_path, time.time() - 50)] == ["loss=b", "loss=d", "loss=c"]
+
+
+def test_jobs_of_other_runs_are_listed(tmp_path: Path) -> None:
+    """A sweep over ``run`` has a directory in each run, and this process knows of the jobs that it has run."""
+    base, other = tmp_path / "rlhf" / "sweeps" / "dpo", tmp_path / "b" / "sweeps" / "dpo" / "run=b"
+    write_jobs(base, "val/loss")
+    ended = {other: Job(["run=b"], "val/loss", 0.1), base / "loss=a": Job(["loss=a"], "val/loss", 0.2)}
+    jobs = read_jobs(base, ended=ended)
+    assert [path.name for path in jobs] == ["run=b", "loss=a", "loss=b", "loss=d", "loss=c"]
+    assert [entry["directory"] for entry in content(base, jobs)["jobs"]][:2] == [
+        "../../../b/sweeps/dpo/run=b",
+        "loss=a",
+    ]
 
 
 def test_the_commands_open_the_policy(tmp_path: Path) -> None:
