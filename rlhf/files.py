@@ -18,6 +18,7 @@ LOCK = ".lock"  # file whose lock the process that writes to a directory holds
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
 METADATA = "meta.pt"  # file of a checkpoint directory with all but weights and moments, as in Lightning
 FINAL_MODEL = "final_rl_model.pt"  # in outputs/<run>/: what load_model("rl_trained") opens
+LOGGED = ("tensorboard", "csv")  # directories of the loggers in the directory of a stage
 PART = ".part"  # suffix of a file that is still being written
 
 

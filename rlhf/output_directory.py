@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import explain
-from rlhf.files import LOCK, locked, remove, remove_if_empty
+from rlhf.files import LOCK, LOGGED, locked, remove, remove_if_empty
 from rlhf.logs import log_file
 
 
@@ -32,6 +32,8 @@ class OutputDirectory:
         self.path = path
         self.log_name = log_name
         self.started = False
+        self._existing: set[Path] = set()  # what earlier commands have left
+        self._log_size = 0  # of the log that they have written, in bytes
         self._release_log: Callable[[], None] = lambda: None
 
     @contextmanager
@@ -47,10 +49,12 @@ class OutputDirectory:
             return
         existed = (self.path / LOCK).exists()
         with locked(self.path):
-            existing = set(self.path.rglob("*")) - (set() if existed else {self.path / LOCK})
+            self._existing = set(self.path.rglob("*")) - (set() if existed else {self.path / LOCK})
+            log_path = self.path / self.log_name
+            self._log_size = log_path.stat().st_size if log_path.is_file() else 0
             has_bug = False
             try:
-                with log_file(self.path / self.log_name, hold=True) as self._release_log:
+                with log_file(log_path, hold=True) as self._release_log:
                     try:
                         yield
                     except Exception as error:
@@ -61,45 +65,69 @@ class OutputDirectory:
                         raise
             finally:
                 if not self.started and not has_bug:
-                    self._remove_all_but(existing)
+                    self._remove_new_files()
 
-    def start(self) -> None:
-        """Write the configuration and the log. The first call has an effect, on rank 0 only."""
+    def start(self, *, trains: bool = True) -> None:
+        """Write the configuration and the log. The first call has an effect, on rank 0 only.
+
+        Args:
+            trains: Whether the command makes a new result. Otherwise, the configuration of the earlier one stays.
+        """
         if self.started:
             return
         self.started = True
         self._write_log()
-        if is_rank_zero():
-            write_configuration(self.cfg, self.path / ".hydra")
+        directory = self.path / ".hydra"
+        if is_rank_zero() and (trains or not directory.exists()):
+            write_configuration(self.cfg, directory)
+
+    def remove_earlier_logs(self) -> None:
+        """Delete the metrics and messages that earlier commands have logged. Those of this command stay."""
+        for name in LOGGED:
+            for path in self._existing.intersection((self.path / name).glob("*")):
+                remove(path)
+        if self._log_size:
+            with open(self.path / self.log_name, "r+b") as file:  # The log itself is open for appending.
+                file.seek(self._log_size)
+                content = file.read()
+                file.seek(0)
+                file.write(content)
+                file.truncate()
+            self._log_size = 0
 
     def _write_log(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._release_log()
 
-    def _remove_all_but(self, existing: set[Path]) -> None:
-        for path in sorted(set(self.path.rglob("*")) - existing, reverse=True):  # Files before their directory.
-            remove(path)
+    def _remove_new_files(self) -> None:
+        locks = [path.parent for path in self.path.rglob(LOCK) if path.parent != self.path]  # of other commands
+        for path in sorted(set(self.path.rglob("*")) - self._existing, reverse=True):  # Files before their directory.
+            if not any(path.is_relative_to(other) or other.is_relative_to(path) for other in locks):
+                remove(path)
         remove_if_empty(self.path, Path(self.cfg.paths.run))
 
 
 class StartOutput(Callback):
-    """Calls functions when data and models have been accepted, just before training or evaluation starts.
+    """Starts a directory when data and models have been accepted, just before training or evaluation starts.
 
     Args:
-        functions: What to call. With ``trainer.fast_dev_run``, nothing is written, and they are not called.
+        directory: The directory. With ``trainer.fast_dev_run``, nothing is written to it.
+        on_start: Called as well, unless ``trainer.fast_dev_run`` is set.
     """
 
-    def __init__(self, *functions: Callable[[], None]) -> None:
-        self.functions = functions
+    def __init__(self, directory: OutputDirectory, on_start: Callable[[], None] | None = None) -> None:
+        self.directory = directory
+        self.on_start = on_start
 
-    def start(self) -> None:
-        """Call the functions."""
-        for function in self.functions:
-            function()
+    def start(self, *, trains: bool = True) -> None:
+        """Start the directory; see ``OutputDirectory.start``."""
+        self.directory.start(trains=trains)
+        if self.on_start is not None:
+            self.on_start()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.start()
+            self.start(trains=self.directory.cfg.check != "only")
 
     on_test_start = on_fit_start
 

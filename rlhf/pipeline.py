@@ -68,7 +68,7 @@ def run_pipeline(cfg: DictConfig) -> float:
             if not earlier_files(config, Path(config.paths.output)):
                 config.resume = False  # resume=true starts the steps that have not begun.
             started = time.perf_counter()
-            monitored = run_stage(config, own.start, overrides[step])
+            monitored = run_stage(config, own.start, overrides[step], list(configs.values())[number:])
             seconds[step] = time.perf_counter() - started
         if cfg.pipeline.rounds:
             make_final_model(final_policy(cfg, directory), directory)

@@ -4,6 +4,7 @@ import atexit
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ log = logging.getLogger(__name__)
 
 
 def run_stage(
-    cfg: DictConfig, on_start: Callable[[], None] | None = None, overrides: Sequence[str] | None = None
+    cfg: DictConfig,
+    on_start: Callable[[], None] | None = None,
+    overrides: Sequence[str] | None = None,
+    later: Sequence[DictConfig] = (),
 ) -> float:
     """Run one stage, write its outputs, and return its monitored metric.
 
@@ -59,6 +63,7 @@ def run_stage(
         cfg: The configuration of the stage.
         on_start: Called when configuration, data and models have been accepted.
         overrides: The overrides of a step of a pipeline. None: those of the command line.
+        later: The configurations of the later steps of a pipeline, whose earlier results ``overwrite=true`` replaces.
     """
     quiet_libraries()
     output = Path(cfg.paths.output)
@@ -72,9 +77,12 @@ def run_stage(
     with directory.opened():
         started = time.perf_counter()
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-        start = StartOutput(directory.start, *([on_start] if on_start else []))
+        start = StartOutput(directory, on_start)
         if stages()[cfg.stage_name].exports:
-            monitored = train(cfg, output, start, command_line(cfg, overrides))
+            monitored = train(cfg, output, start, command_line(cfg, overrides), later)
+        elif cfg.check == "only":
+            log.info("check=only has no effect in stage=%s, which trains nothing.", cfg.stage_name)
+            monitored = float("nan")
         else:
             monitored = collect(cfg, output, start) if cfg.stage_name == "collect" else evaluate(cfg, start)
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
@@ -82,14 +90,14 @@ def run_stage(
         return monitored
 
 
-def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> float:
+def train(cfg: DictConfig, output: Path, start: StartOutput, command: str, later: Sequence[DictConfig] = ()) -> float:
     """Train one stage, export its result, and return its monitored metric; NaN if there is none."""
     # 1. Find the inputs, so that a missing one is reported before anything is loaded.
     datamodule = instantiate(cfg.data)
     build, inputs = builder_and_adapted_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
-        complete_export(cfg, output, start.start)
+        complete_export(cfg, output, partial(start.start, trains=False))
         recorded = finished.provenance
         return Monitored(recorded.get("monitored", "nan"), recorded.get("monitor", ""))
     checkpoint = resume_checkpoint(cfg, output, provenance)
@@ -103,7 +111,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> fl
     if cfg.check:
         own.append(PreflightChecks(output, provenance, only=cfg.check == "only"))
     if cfg.overwrite and is_rank_zero() and not cfg.trainer.fast_dev_run:
-        own.append(LambdaCallback(on_train_start=lambda *_: remove_earlier(cfg, output)))
+        own.append(LambdaCallback(on_train_start=lambda *_: replace_earlier(cfg, output, start.directory, later)))
     trainer = build_trainer(cfg, own)
     check_loadable(checkpoint, trainer.strategy)
     try:
@@ -125,6 +133,12 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str) -> fl
         log_hyperparameters(trainer, cfg, module.metrics)
     log.info("%s = %s", module.monitor, "none" if value is None else f"{monitored:.4f}")
     return monitored
+
+
+def replace_earlier(cfg: DictConfig, output: Path, directory: OutputDirectory, later: Sequence[DictConfig]) -> None:
+    """Delete what earlier runs of a stage, and of the later steps of its pipeline, have left."""
+    remove_earlier(cfg, output, later)
+    directory.remove_earlier_logs()
 
 
 def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: Any, checkpoint: str | None) -> None:
@@ -170,9 +184,6 @@ def required_inputs(cfg: DictConfig) -> tuple[Callable[..., Any], list[str]]:
 
 def evaluate(cfg: DictConfig, start: StartOutput) -> float:
     """Compare policies on held-out prompts, print the table, and return the monitored metric."""
-    if cfg.check == "only":
-        log.info("check=only has no effect in stage=%s, which trains nothing.", cfg.stage_name)
-        return float("nan")
     policies = policies_to_evaluate(cfg)
     reward_output = output_of(cfg, "reward")
     chosen = cfg.stage.reward_model or (str(reward_output) if reward_output else None)
@@ -206,7 +217,7 @@ def collect(cfg: DictConfig, output: Path, start: StartOutput) -> float:
     trainer = build_trainer(without_sharding(cfg), [start])
     with report_signals(trainer), report_out_of_memory(cfg.stage_name, module, datamodule):
         trainer.test(module, datamodule, verbose=False)
-    if is_rank_zero() and path.is_file():
+    if is_rank_zero() and not cfg.trainer.fast_dev_run:
         write_json(record, provenance)
     return Monitored(module.metrics.get("score_difference", "nan"), "collect/score_difference")
 

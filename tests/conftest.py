@@ -117,7 +117,9 @@ def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
 
     found: list[DictConfig] = []
 
-    def run_stage(cfg: DictConfig, on_start: Callable[[], None], overrides: list[str]) -> float:
+    def run_stage(
+        cfg: DictConfig, on_start: Callable[[], None], overrides: list[str], later: list[DictConfig]
+    ) -> float:
         found.append(cfg)
         on_start()
         output = Path(cfg.paths.output)

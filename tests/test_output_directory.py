@@ -14,6 +14,7 @@ from harness import TINY_DATA, TINY_MODEL
 from rlhf import files as files_module
 from rlhf.errors import ConfigError, UserError, explain
 from rlhf.main import run
+from rlhf.output_directory import OutputDirectory
 from rlhf.run import run_stage
 
 SFT = ["stage=sft", "stage.samples=0", "trainer.max_steps=1", "trainer.enable_progress_bar=false"]
@@ -24,6 +25,14 @@ TINY = [*TINY_MODEL["transformer"], *TINY_DATA]
 def architecture() -> str:
     """The architecture makes no difference here: one is enough."""
     return "transformer"
+
+
+@pytest.fixture(scope="module")
+def trained_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of SFT."""
+    root = tmp_path_factory.mktemp("sft")
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={root}"))
+    return root / "rlhf" / "sft" / "sft_final.pt"
 
 
 def files(directory: Path) -> set[str]:
@@ -69,6 +78,61 @@ def test_an_earlier_result_is_replaced_only_when_training_starts(tmp_path: Path,
     assert (tmp_path / "rlhf" / "sft" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("stopped", [("check=only",), ("trainer=debug",)])
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        (
+            ["stage=collect", "reward=python", "reward.path=data/gold.py:score"],
+            ["preferences.jsonl", "candidates.jsonl"],
+        ),
+        (["stage=evaluate"], ["metrics.json", "samples.jsonl"]),
+    ],
+    ids=["collect", "evaluate"],
+)
+def test_collected_pairs_and_evaluations_are_not_replaced_by_a_trial(
+    tmp_path: Path, trained_sft: Path, stage: list[str], names: list[str], stopped: tuple[str, ...]
+) -> None:
+    output = tmp_path / stage[0].removeprefix("stage=")
+    output.mkdir()
+    for name in names:
+        (output / name).write_text("{}\n")
+    model = f"stage.policy={trained_sft}" if output.name == "collect" else f"stage.models={{sft: {trained_sft}}}"
+    run_stage(compose_config(*stage, *TINY_DATA, f"paths.root={tmp_path}", f"paths.output={output}", model, *stopped))
+    assert {path.name for path in output.iterdir()} - {".lock"} == set(names)
+    assert all((output / name).read_text() == "{}\n" for name in names)
+
+
+def test_checks_leave_the_configuration_of_a_result(tmp_path: Path) -> None:
+    """The report shows it as that of the result."""
+    configuration = tmp_path / "rlhf" / "sft" / ".hydra" / "config.yaml"
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
+    before = configuration.read_bytes()
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "stage.learning_rate=0.5", "check=only"))
+    assert configuration.read_bytes() == before
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "stage.learning_rate=0.5", "overwrite=true"))
+    assert configuration.read_bytes() != before
+
+
+def test_a_run_that_starts_over_removes_the_earlier_logs(tmp_path: Path) -> None:
+    """Otherwise, the report would mix the curves, warnings and times of two runs."""
+    output = tmp_path / "rlhf" / "sft"
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "trainer.log_every_n_steps=1"))
+    (version,) = (output / "tensorboard").iterdir()
+    (version / "mark").touch()
+    log = (output / "sft.log").read_text()
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "resume=true", "trainer.max_steps=2"))
+    assert (output / "sft.log").read_text().startswith(log)
+    assert (version / "mark").exists()
+    run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}", "overwrite=true", "trainer.log_every_n_steps=1"))
+    (only,) = (output / "tensorboard").iterdir()
+    assert any(only.glob("events.*"))
+    assert not (only / "mark").exists()
+    messages = (output / "sft.log").read_text()
+    assert "\0" not in messages
+    assert messages.count("step=1 ") == messages.count(" took ") == 1
+
+
 def test_a_second_process_does_not_touch_the_files_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +151,19 @@ def test_a_second_process_does_not_touch_the_files_of_the_first(
     with pytest.raises(ConfigError, match="is in use by another process"):
         run_stage(compose_config(*SFT, *TINY, f"paths.root={tmp_path}"))
     assert path.exists()
+
+
+def test_a_rejected_command_leaves_the_directories_of_other_commands(tmp_path: Path) -> None:
+    """Its own directory contains theirs: they started after it."""
+    other = tmp_path / "runs" / "ppo" / "checkpoints" / "last.ckpt"
+    directory = OutputDirectory(compose_config(*SFT, f"paths.root={tmp_path}"), tmp_path / "runs", "sft.log")
+    with directory.opened():
+        other.parent.mkdir(parents=True)
+        other.touch()
+        (tmp_path / "runs" / "ppo" / ".lock").touch()
+        (tmp_path / "runs" / "new").touch()
+    assert other.exists()
+    assert not (tmp_path / "runs" / "new").exists()
 
 
 def test_a_debugging_run_writes_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.export.content import parse_json
-from rlhf.files import LAST, METADATA, PREVIOUS, remove
+from rlhf.files import LAST, LOCK, LOGGED, METADATA, PREVIOUS, is_locked, remove
 from rlhf.lineage import LENGTH, check_resumable, settings
 from rlhf.models.opening import read_archive
 from rlhf.stages import stages
@@ -43,18 +43,35 @@ def earlier_files(cfg: DictConfig, output: Path) -> list[Path]:
     return [output / name for name in names if (output / name).exists()]
 
 
-def remove_earlier(cfg: DictConfig, output: Path) -> None:
+def remove_earlier(cfg: DictConfig, output: Path, later: Sequence[DictConfig] = ()) -> None:
     """Delete what an earlier run of the stage has left, so that it cannot be mistaken for that of this run.
 
     This is called before the run has written a checkpoint. Files of the earlier run that it starts from stay.
+
+    Args:
+        cfg: The configuration of the stage.
+        output: Its directory.
+        later: The configurations of the later steps of a pipeline. If the pipeline is interrupted, ``resume=true``
+            must not take what they have left for results of the same pipeline.
     """
+    inputs = {path for config in (cfg, *later) for path in _chosen_inputs(config)}
+    directories = {Path(config.paths.output): config for config in later}
+    for directory, config in {**directories, output: cfg}.items():
+        if directory != output and is_locked(directory / LOCK):
+            continue  # The step itself reports the process that uses it.
+        logs = [directory / name for name in (*LOGGED, f"{config.stage_name}.log")] if directory != output else []
+        checkpoints = (directory / "checkpoints").glob("*.ckpt")
+        results = (*earlier_files(config, directory), *checkpoints, directory / "metrics.json", directory / "hf")
+        for path in (*results, *logs):
+            if path.resolve() not in inputs:
+                remove(path)
+
+
+def _chosen_inputs(cfg: DictConfig) -> set[Path]:
+    """Return the paths of the models that a configuration names as inputs."""
     values = [cfg.model.get("path"), *(cfg.stage[key] for key in stages()[cfg.stage_name].inputs)]
     chosen = [path for value in values if value for path in ([value] if isinstance(value, str) else value)]
-    inputs = {Path(path).resolve() for path in chosen}
-    checkpoints = (output / "checkpoints").glob("*.ckpt")
-    for path in (*earlier_files(cfg, output), *checkpoints, output / "metrics.json", output / "hf"):
-        if path.resolve() not in inputs:
-            remove(path)
+    return {Path(path).resolve() for path in chosen}
 
 
 def finished_result(cfg: DictConfig, output: Path, provenance: Mapping[str, Any]) -> Export | None:

@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -186,11 +188,12 @@ class CollectModule(SamplingModule):
         """
         rows: list[dict[str, Any]] = []
         if self.trainer.is_global_zero:
-            file = self.output.with_name("candidates.jsonl")
-            write_json_lines(file, (found.row() for found in candidates))
-            rows = self.labels.label(candidates, file)
-            if rows:
-                write_json_lines(self.output, (row for path in (*self.include, None) for row in self._rows(path, rows)))
+            with self._file() as output:
+                candidates_file = output.with_name("candidates.jsonl")
+                write_json_lines(candidates_file, (found.row() for found in candidates))
+                rows = self.labels.label(candidates, candidates_file)
+                if rows:
+                    write_json_lines(output, (row for path in (*self.include, None) for row in self._rows(path, rows)))
         rows = gather_objects(rows)[0]
         if not rows:
             raise ConfigError(
@@ -206,7 +209,19 @@ class CollectModule(SamplingModule):
         for logger in self.loggers:
             logger.log_metrics({f"collect/{name}": float(value) for name, value in self.metrics.items()}, step=0)
         found = ", ".join(f"{name} {value:.6g}" for name, value in self.metrics.items())
-        log.info("saved %s: %s", self.output, found)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.warning("trainer.fast_dev_run=true: the pairs are not written (%s).", found)
+        else:
+            log.info("saved %s: %s", self.output, found)
+
+    @contextmanager
+    def _file(self) -> Iterator[Path]:
+        """Yield the path of the pairs; with ``trainer.fast_dev_run``, one in a temporary directory."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            yield self.output
+            return
+        with TemporaryDirectory() as directory:
+            yield Path(directory) / self.output.name
 
     def _warn_about_truncated(self, candidates: Sequence[Candidates]) -> None:
         if truncated := sum(found.truncated for found in candidates):

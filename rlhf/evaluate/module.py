@@ -249,7 +249,9 @@ class EvaluateModule(SamplingModule):
         compare_with_targets(evaluation.responses, len(evaluation.prompts))
         summary = summarize(evaluation.responses, baseline=self.baseline, bootstrap=self.bootstrap)
         self.metrics = {"prompts": len(evaluation.prompts), "models": summary}
-        if self.trainer.is_global_zero:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.warning("trainer.fast_dev_run=true: metrics and samples are not written.")
+        elif self.trainer.is_global_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "metrics.json", self.metrics)
             write_samples(self.output / "samples.jsonl", evaluation.prompts, evaluation.targets, evaluation.responses)
@@ -266,4 +268,5 @@ class EvaluateModule(SamplingModule):
     def table(self) -> Table:
         """Return the comparison as a table for the terminal."""
         note = f" Best of n: the KL to {self.best_of_n_model} is an upper bound." if self.best_of_n else ""
-        return comparison_table(self.metrics, baseline=self.baseline, output=self.output, note=note)
+        output = None if self.trainer.fast_dev_run else self.output  # type: ignore[attr-defined]
+        return comparison_table(self.metrics, baseline=self.baseline, output=output, note=note)

@@ -57,18 +57,19 @@ def write_unscored(path: Path, sampled: Mapping[str, Sequence[ResponseBatch]]) -
     write_json_lines(path, rows)
 
 
-def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path, note: str = "") -> Table:
+def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path | None, note: str = "") -> Table:
     """Build the table of all models for the terminal.
 
     Args:
         metrics: The content of metrics.json.
         baseline: Name of the model that the others are compared with.
-        output: Directory of metrics.json, for the caption.
+        output: Directory of metrics.json, for the caption. None: it has not been written.
         note: A further sentence of the caption.
     """
+    place = "" if output is None else f" All metrics are in {output}."
     table = Table(
         title=f"{metrics['prompts']} held-out prompts; 95% bootstrap intervals; ties count as 0.5",
-        caption=f"RM: reward model. KL to {baseline}, nats per response.{note} All metrics are in {output}.",
+        caption=f"RM: reward model. KL to {baseline}, nats per response.{note}{place}",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )

@@ -313,6 +313,24 @@ def test_a_pipeline_continues_where_it_was_interrupted(tmp_path: Path, kill: Any
         torch.testing.assert_close(*(weights(directory / name) for directory in directories), **EXACT)
 
 
+def test_a_pipeline_that_starts_over_continues_where_it_was_interrupted(tmp_path: Path, kill: Any) -> None:
+    """The results of the later steps, which the earlier pipeline has left, are not those of this pipeline."""
+    steps = ["pipeline.steps=[sft,reward]", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
+    command = [*TINY, *steps, "pipeline.overrides.sft=['stage.samples=0']", f"paths.root={tmp_path}"]
+    with hydra_command(*command) as cfg:
+        run_pipeline(cfg)
+    final = tmp_path / "rlhf" / "reward" / "reward_model_final.pt"
+    earlier, other = weights(final), [*command, "seed=5"]
+    kill()
+    with hydra_command(*other, "overwrite=true") as cfg, pytest.raises(Killed):
+        run_pipeline(cfg)
+    assert not final.exists()
+    assert not (final.parent / "reward.log").exists()
+    with hydra_command(*other, "resume=true") as cfg:
+        run_pipeline(cfg)
+    assert any(not torch.equal(weight, earlier[name]) for name, weight in weights(final).items())
+
+
 def test_a_pipeline_that_would_replace_a_result_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result of the last step is found before the first step starts."""
     monkeypatch.setattr("rlhf.pipeline.run_stage", lambda *_: pytest.fail("a step has started"))
