@@ -1,11 +1,13 @@
 """What all training stages share: schedule, optimizer, random state, gradient norm, hyperparameters."""
 
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,12 +23,13 @@ from rlhf.ppo import PPOModule
 from rlhf.sft import SFTModule
 from rlhf.stage import Mean, Metrics, Result, StageModule
 from rlhf.stage.optimizer import relative_rate
+from rlhf.stage.random_state import get_random_state, separate_random_state, set_random_state
 from rlhf.stage.sample_table import markdown_table, text_table
 from rlhf.stage.step_metrics import StepMetrics
 
 
 class TinyStage(StageModule):
-    """A stage with a matrix and a vector of ones. Its gradient is ``slope``, and each step draws a random number."""
+    """A stage with a matrix and a vector of ones. Its gradient is ``slope``, and each step draws random numbers."""
 
     def __init__(self, *, slope: float = 0.0, **optimizer: Any) -> None:
         super().__init__(**{"learning_rate": 0.1, "schedule": "constant", **optimizer})
@@ -35,13 +38,13 @@ class TinyStage(StageModule):
         nn.init.ones_(self.linear.bias)
         self.slope = slope
         self.learning_rates: list[float] = []
-        self.draws: list[float] = []
+        self.draws: list[tuple[float, ...]] = []  # of PyTorch, ``random`` and NumPy
         self.clipped_norms: list[float] = []  # of the gradients that the optimizer gets
         self.kept: list[bool] = []  # whether gradients exist when the loss is computed
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, Metrics]:
         self.learning_rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.draws.append(float(torch.rand(())))
+        self.draws.append((float(torch.rand(())), random.random(), numpy.random.standard_normal()))
         self.kept.append(self.linear.weight.grad is not None)
         return self.slope * (self.linear.weight.sum() + self.linear.bias.sum()), {}
 
@@ -220,13 +223,42 @@ def test_invalid_optimizer_settings_are_rejected(keys: dict[str, Any], message: 
 
 def test_resumed_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
     """Two epochs in one run, compared with one epoch and a second one that resumes from another random state."""
-    torch.manual_seed(1)
+    lightning.seed_everything(1, verbose=False)
     fit(whole := TinyStage(), steps=3, max_epochs=2)
-    torch.manual_seed(1)
+    lightning.seed_everything(1, verbose=False)
     fit(TinyStage(), steps=3).save_checkpoint(tmp_path / "last.ckpt")
-    torch.manual_seed(99)
+    lightning.seed_everything(99, verbose=False)
     fit(resumed := TinyStage(), steps=3, max_epochs=2, resume=tmp_path / "last.ckpt")
     assert resumed.draws == whole.draws[3:]
+
+
+def draw() -> list[float]:
+    """Draw from all generators. NumPy computes two normal numbers at once, and keeps the second one."""
+    return [float(torch.rand(())), random.random(), random.gauss(0, 1), numpy.random.standard_normal()]
+
+
+def test_separate_draws_are_reproducible_and_change_no_others() -> None:
+    lightning.seed_everything(1, verbose=False)
+    draw()
+    state = get_random_state()
+    expected, separate = draw(), []
+    set_random_state(state)
+    for _ in range(2):
+        with separate_random_state(7):
+            separate.append(draw())
+    assert draw() == expected
+    assert separate[0] == separate[1]
+
+
+def test_an_older_checkpoint_restores_the_state_that_it_has() -> None:
+    """It has no state of ``random`` and of NumPy: their generators continue."""
+    lightning.seed_everything(1, verbose=False)
+    state = get_random_state()
+    first, second = draw(), draw()
+    lightning.seed_everything(1, verbose=False)
+    draw()
+    set_random_state({name: state[name] for name in ("cpu", "accelerator")})
+    assert draw() == [first[0], *second[1:]]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])

@@ -29,10 +29,7 @@ class Boundary:
     @classmethod
     def here(cls, trainer: Trainer, module: LightningModule) -> "Boundary":
         """Return the current state of a run on a single process."""
-        entries = {
-            "loops": trainer._checkpoint_connector._get_loops_state_dict(),
-            "random_states": [get_random_state()],
-        }
+        entries = {"loops": trainer._checkpoint_connector._get_loops_state_dict()}
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if datamodule is not None:
             entries[type(datamodule).__qualname__] = datamodule.state_dict()
@@ -41,7 +38,8 @@ class Boundary:
             for name, part in module.named_modules()
             if type(part).get_extra_state is not nn.Module.get_extra_state
         }
-        return cls(trainer.global_step, copy.deepcopy(entries), copy.deepcopy(state))
+        random_states = {"random_states": [get_random_state()]}  # a copy already
+        return cls(trainer.global_step, copy.deepcopy(entries) | random_states, copy.deepcopy(state))
 
 
 def position_within_epoch(trainer: Trainer) -> dict[str, Any]:

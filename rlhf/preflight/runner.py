@@ -1,13 +1,11 @@
 """Runs the pre-flight checks of a stage and prints them, without any effect on training."""
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import torch
 from rich import box
 from rich.console import Console
@@ -93,7 +91,7 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
     This covers all random number generators, train and eval modes, buffers, extra state such as running moments, and
     the module's plain attributes. Checks never change weights or gradients.
     """
-    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), get_random_state()
+    random_state = get_random_state()
     modes = {part: part.training for part in module.modules()}
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
     has_extra_state = [part for part in module.modules() if type(part).get_extra_state is not nn.Module.get_extra_state]
@@ -103,9 +101,7 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        set_random_state(torch_state)
+        set_random_state(random_state)
         for part, training in modes.items():
             part.training = training
         with torch.no_grad():

@@ -1,14 +1,20 @@
-"""State of PyTorch's random number generators, saved in checkpoints so that a resumed run draws the same numbers."""
+"""State of the random number generators, saved in checkpoints so that a resumed run draws the same numbers."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 
 
 def get_random_state() -> dict[str, Any]:
-    """Return the state of the CPU generator and of the generators of all accelerator devices."""
+    """Return the state of PyTorch's generators, of ``random`` and of NumPy's global generator.
+
+    PyTorch has a generator for the CPU and one for each accelerator device. The states of the other two consist of
+    plain Python objects, which ``torch.load(weights_only=True)`` opens.
+    """
     accelerator = _accelerator()
     if accelerator is None:
         states = []
@@ -16,16 +22,27 @@ def get_random_state() -> dict[str, Any]:
         states = accelerator.get_rng_state_all()
     else:  # Apple's devices have a single generator.
         states = [accelerator.get_rng_state()]
-    return {"cpu": torch.get_rng_state(), "accelerator": states}
+    numpy_state: Any = numpy.random.get_state()
+    name, key, *rest = numpy_state
+    return {
+        "cpu": torch.get_rng_state(),
+        "accelerator": states,
+        "python": random.getstate(),
+        "numpy": (name, key.tolist(), *rest),
+    }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore a state from ``get_random_state``.
 
     The states of accelerator devices are restored only if this process sees as many devices as the process that saved
-    them.
+    them. Older checkpoints lack the states of ``random`` and of NumPy.
     """
     torch.set_rng_state(state["cpu"].cpu())
+    if "python" in state:
+        random.setstate(state["python"])
+    if "numpy" in state:
+        numpy.random.set_state(state["numpy"])
     states, accelerator = [device_state.cpu() for device_state in state["accelerator"]], _accelerator()
     if accelerator is None or len(states) != accelerator.device_count():
         return
@@ -46,6 +63,8 @@ def separate_random_state(seed: int) -> Iterator[None]:
     """Draw from generators with this seed during the context, and restore the previous state on exit."""
     state = get_random_state()
     torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
     try:
         yield
     finally:
