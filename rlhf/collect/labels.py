@@ -8,7 +8,6 @@ import torch
 
 from rlhf.collect.candidates import Candidates
 from rlhf.collect.objective import best_and_worst
-from rlhf.data.json_files import JsonLines
 from rlhf.errors import Stopped
 from rlhf.label import serve_pairs
 from rlhf.label.pairs import read_pairs
@@ -93,6 +92,4 @@ class PageLabels(Labels):
                 "Repeat the command to continue: every choice is on disk.",
                 exit_code=130,
             )
-        if not session.preferences.is_file() or not session.preferences.stat().st_size:
-            return []
-        return [dict(row) for row in JsonLines(str(session.preferences))]
+        return session.rows  # The file also has rows of earlier sessions with other responses.

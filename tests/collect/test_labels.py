@@ -15,6 +15,8 @@ from rlhf.collect.candidates import Candidates
 from rlhf.data import Prompt
 from rlhf.errors import Stopped
 from rlhf.files import write_json_lines
+from rlhf.label.pairs import Pair, Response, read_pairs
+from rlhf.label.session import Session
 
 SCORER = "def score(prompts, responses): return [len(text) for text in responses]"
 
@@ -60,6 +62,24 @@ def test_a_stopped_page_says_how_to_continue(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
     with pytest.raises(Stopped, match=r"Labeling was stopped: 0 of 8 pairs are labeled\.\n  Repeat the command"):
         PageLabels(port=0).label(candidates(), file)
+
+
+def test_rows_of_an_earlier_session_are_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same directory has a choice between other responses. Its row stays in the file of the page."""
+    file, folder = tmp_path / "candidates.jsonl", tmp_path / "label"
+    earlier = Session([Pair("p0", Response("old a"), Response("old b"))], folder, overlap=0.0)
+    earlier.choose("Ada", next(iter(earlier.pairs)), "left")
+    write_json_lines(file, (found.row() for found in candidates()))
+    session = Session(read_pairs(file), folder, overlap=0.0)
+    for number, pair in enumerate(session.pairs.values()):
+        shown = session.left(pair, "Ada")
+        longer = "left" if pair.first.text.endswith("longer") == (shown == "first") else "right"
+        session.choose("Ada", pair.id, longer if number else "tie", reason="half of a pair: \ud800")
+    monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
+    rows = PageLabels(port=0, overlap=0.0).label(candidates(), file)
+    assert [row["chosen"] for row in rows] == [f"{n} longer" for n in range(1, 8)]
+    write_json_lines(tmp_path / "preferences.jsonl", rows)  # as the stage does
+    assert len(session.preferences.read_text().splitlines()) == 8
 
 
 @pytest.mark.slow
