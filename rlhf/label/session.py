@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError, first_line
 from rlhf.files import atomic_write
 from rlhf.label.journal import DECISIONS, UNDO, Event, Journal
 from rlhf.label.pairs import Pair
@@ -27,6 +27,9 @@ class Session:
         directory: Directory of ``journal.jsonl`` and ``preferences.jsonl``.
         overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
         seed: Seed of the sides on which responses are shown.
+
+    Raises:
+        DataError: A line of one of the files is damaged.
     """
 
     def __init__(self, pairs: Sequence[Pair], directory: Path, *, overlap: float = 0.1, seed: int = 1) -> None:
@@ -161,7 +164,24 @@ class Session:
             return []
         lines = self.preferences.read_bytes().splitlines(keepends=True)
         known = {_texts(pair.prompt, pair.first.text, pair.second.text) for pair in self.pairs.values()}
-        return [line for line in lines if line.endswith(b"\n") and _texts_of_line(line) not in known]
+        complete = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and line.endswith(b"\n")]
+        return [line for number, line in complete if self._texts_of_line(number, line) not in known]
+
+    def _texts_of_line(self, number: int, line: bytes) -> tuple[bytes, ...]:
+        """Return the texts of a line of ``preferences.jsonl``.
+
+        Raises:
+            DataError: The line is not a preference row.
+        """
+        try:
+            row = json.loads(line)
+            return _texts(row["prompt"], row["chosen"], row["rejected"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{self.preferences}:{number}: the line must have prompt, chosen and rejected ({first_line(error)}).",
+                f"Remove the line. If it is a choice between the current responses, it is also in {self.journal.path} "
+                "and is written again.",
+            ) from error
 
     def _row(self, key: str) -> dict[str, Any] | None:
         """Return the preference row of a pair; None if no response is preferred by most annotators."""
@@ -188,11 +208,6 @@ class Session:
 def _texts(prompt: Any, *responses: str) -> tuple[bytes, ...]:
     """Return the texts of a pair as a file has them, whichever response comes first."""
     return _line({"prompt": prompt}), *sorted(_line({"response": response}) for response in responses)
-
-
-def _texts_of_line(line: bytes) -> tuple[bytes, ...]:
-    row = json.loads(line)
-    return _texts(row["prompt"], row["chosen"], row["rejected"])
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -204,6 +204,23 @@ def test_unknown_pairs_and_damaged_journals_are_errors(open_session: Open, tmp_p
         open_session()
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"prompt": "p", "chosen', b'{"prompt": "p"}', b'["p"]', b'"p"', b"\xff", b"[" * 100_000]
+)
+def test_a_damaged_preference_row_is_reported(
+    open_session: Open, pairs: list[Pair], tmp_path: Path, line: bytes
+) -> None:
+    """Without the line, the session continues: every choice is in the journal. A blank line does no harm."""
+    prefer(open_session(), "Ada", pairs[0], "b")
+    path = tmp_path / "preferences.jsonl"
+    path.write_bytes(b"\n" + line + b"\n")
+    with pytest.raises(DataError, match=r"preferences\.jsonl:2: the line must have .*\n  Remove the line"):
+        open_session()
+    path.write_bytes(b"\n  \n")
+    open_session()
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["text b 0"]
+
+
 def test_choices_of_other_pairs_are_kept(open_session: Open, tmp_path: Path) -> None:
     """Another file of pairs may have been labeled in the same directory."""
     Journal(tmp_path / "journal.jsonl").append(Event("elsewhere", "Ada", "first"))
