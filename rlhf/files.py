@@ -75,12 +75,14 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def replace_link(path: Path, target: Path) -> None:
-    """Make ``path`` another name of an existing file, in place of the file that has had this name.
+    """Make ``path`` another name of an existing file, in place of the file or directory that has had this name.
 
     Where the file system has no hard links, the file is renamed.
     """
     part = path.with_name(path.name + PART)
     part.unlink(missing_ok=True)
+    if path.is_dir():  # A file cannot be renamed to the name of a directory.
+        remove(path)
     try:
         os.link(target, part)
     except OSError:

@@ -55,9 +55,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         path = Path(self.broadcast(filepath))
-        if not self._save_distributed_checkpoint:
+        if not self._save_distributed_checkpoint and not path.is_dir():
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        # A file takes the place of a directory in the same way: Lightning would delete the directory first.
         part = path.with_name(path.name + PART)
         if self.is_global_zero:
             remove(part)
@@ -160,7 +161,7 @@ def check_loadable(checkpoint: str | None, strategy: object) -> None:
 
 
 def replace_directory(path: Path, part: Path) -> None:
-    """Rename a complete directory to ``path``, and ``last.ckpt`` that was there to ``previous.ckpt``."""
+    """Rename a complete checkpoint to ``path``, and ``last.ckpt`` that was there to ``previous.ckpt``."""
     if path.exists():
         old = path.with_name(PREVIOUS if path.name == LAST else path.name + OLD)
         remove(old)

@@ -103,7 +103,7 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path, monke
     assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("previous", ["absent", "other", "same"])
+@pytest.mark.parametrize("previous", ["absent", "other", "same", "directory"])
 def test_a_link_is_replaced_and_leaves_no_other_file(tmp_path: Path, previous: str) -> None:
     target, path = tmp_path / "target", tmp_path / "path"
     target.write_bytes(b"content")
@@ -111,6 +111,9 @@ def test_a_link_is_replaced_and_leaves_no_other_file(tmp_path: Path, previous: s
         os.link(target, path)
     elif previous == "other":
         path.write_bytes(b"older")
+    elif previous == "directory":  # A checkpoint of trainer=fsdp.
+        path.mkdir()
+        (path / "shard").write_bytes(b"older")
     replace_link(path, target)
     assert path.samefile(target)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["path", "target"]

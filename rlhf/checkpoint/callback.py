@@ -92,7 +92,7 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         debugging = trainer.fast_dev_run  # type: ignore[attr-defined]
         if stage == "fit" and trainer.is_global_zero and self.dirpath and not debugging:
-            for leftover in Path(self.dirpath).glob(f"*{self.FILE_EXTENSION}{PART}"):
+            for leftover in Path(self.dirpath).glob(f"*{self.FILE_EXTENSION}*{PART}"):
                 remove(leftover)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

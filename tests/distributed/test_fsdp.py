@@ -302,6 +302,21 @@ def resume_file(rank: int, tiny_run: TinyRun, folder: Path) -> dict[str, Any]:
     return fit(tiny_run, "sft", 1, 2, kind="file", save=None, resume=folder / "sft-file-0")
 
 
+def test_a_file_takes_the_place_of_a_directory(new_run: Any, tmp_path: Path) -> None:
+    """The directory that the run continues from becomes ``previous.ckpt``, and is complete."""
+    assert in_ranks(replace_by_file, new_run(), tmp_path) == [[2, 4]] * 2
+    paths = [tmp_path / "previous.ckpt" / "meta.pt", tmp_path / "last.ckpt"]
+    assert [torch.load(path, weights_only=True)["global_step"] for path in paths] == [2, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def replace_by_file(rank: int, tiny_run: TinyRun, folder: Path) -> list[int]:
+    """Write a directory after the first epoch and a file after the second one. Return the steps of both runs."""
+    first = fit(tiny_run, "sft", 2, 1, kind="directory", save=folder)
+    second = fit(tiny_run, "sft", 2, 2, kind="file", save=folder, resume=folder)
+    return [first["steps"], second["steps"]]
+
+
 def test_a_killed_run_keeps_a_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is killed after the newest directory has been renamed and before the new one takes its place."""
     last, previous, part = (tmp_path / name for name in ("last.ckpt", "previous.ckpt", "last.ckpt.part"))
