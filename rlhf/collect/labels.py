@@ -1,6 +1,8 @@
 """Who decides which response is better: a reward function, or people."""
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rlhf.errors import Stopped
 from rlhf.label import serve_pairs
 from rlhf.label.pairs import read_pairs
 from rlhf.schema import Fraction, Port
+from rlhf.web.access import Access
 
 
 class Labels:
@@ -24,6 +27,11 @@ class Labels:
 
     needs_scores = False
     needs_single_process = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold what labeling needs, such as the port of a page. The context begins before responses are sampled."""
+        yield
 
     def label(self, candidates: Sequence[Candidates], file: Path) -> list[dict[str, Any]]:
         """Return preference rows.
@@ -76,20 +84,36 @@ class PageLabels(Labels):
     def __init__(
         self, *, overlap: Fraction = 0.1, host: str = "127.0.0.1", port: Port = 8088, token: str | None = None
     ) -> None:
-        self.settings: dict[str, Any] = {"overlap": overlap, "host": host, "port": port, "token": token}
+        self.overlap, self.port = overlap, port
+        self.access = Access.of(host, token, "labels")
+        self._bound: socket.socket | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Occupy the port, so that one that is in use is reported before responses are sampled.
+
+        Raises:
+            ConfigError: The address cannot be used.
+        """
+        from rlhf.web.server import bind  # Imported here: training needs no server.
+
+        with bind(self.access.host, self.port, "labels") as self._bound:
+            yield
 
     def label(self, candidates: Sequence[Candidates], file: Path) -> list[dict[str, Any]]:
-        """Return preference rows.
+        """Return preference rows. This is called in the context of ``opened``.
 
         Raises:
             Stopped: The server was stopped before every pair was labeled.
         """
-        session = serve_pairs(read_pairs(file), file.parent / "label", until_complete=True, **self.settings)
+        assert self._bound is not None
+        pairs, folder = read_pairs(file), file.parent / "label"
+        session = serve_pairs(pairs, folder, self.access, self._bound, overlap=self.overlap, until_complete=True)
         if not session.is_complete:
             progress = session.progress("")
             raise Stopped(
                 f"Labeling was stopped: {progress['labeled']} of {progress['total']} pairs are labeled.",
-                "Repeat the command to continue: every choice is on disk.",
+                "Every choice is on disk. Repeat the command to continue, in a pipeline with resume=true.",
                 exit_code=130,
             )
         return session.rows  # The file also has rows of earlier sessions with other responses.

@@ -115,6 +115,11 @@ class CollectModule(SamplingModule):
                 ) from error
 
     def on_test_epoch_end(self) -> None:
+        with self.labels.opened():
+            self.collect()
+
+    def collect(self) -> None:
+        """Sample responses, score them, and have them labeled."""
         # 1. Sample.
         torch.manual_seed(torch.initial_seed() + self.global_rank)
         with frozen_on_device(self, Frozen(Policy(self.source.language_model(self.tokenizer)))) as policy:

@@ -1,5 +1,6 @@
 """``stage=label``: serve the preference page."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from rlhf.label.pairs import Pair, in_order, read_pairs
 from rlhf.label.session import Session
 from rlhf.printable import printable
 from rlhf.schema import Fraction, Port, PositiveInt
+from rlhf.web.access import Access
 
 
 def label(
@@ -50,21 +52,24 @@ def label(
     Raises:
         ConfigError: There are no pairs, or the address cannot be used.
     """
+    from rlhf.web.server import bind  # Imported here: training needs no server.
+
     path = Path(pairs) if pairs is not None else Path(cfg.paths.run) / "evaluation" / "samples.jsonl"
     found = in_order(read_pairs(path, models), select, cfg.seed)[:max_pairs]
-    serve_pairs(found, Path(output), overlap=overlap, seed=cfg.seed, host=host, port=port, token=token)
+    access = Access.of(host, token)
+    with bind(host, port) as bound:
+        serve_pairs(found, Path(output), access, bound, overlap=overlap, seed=cfg.seed)
     return 0
 
 
 def serve_pairs(
     pairs: Sequence[Pair],
     directory: Path,
+    access: Access,
+    bound: socket.socket,
     *,
     overlap: float = 0.1,
     seed: int = 1,
-    host: str = "127.0.0.1",
-    port: int = 8088,
-    token: str | None = None,
     until_complete: bool = False,
 ) -> Session:
     """Serve the page for pairs, and return the session when the server has ended.
@@ -72,25 +77,23 @@ def serve_pairs(
     Args:
         pairs: Pairs in the order in which they are shown.
         directory: Directory of the journal and of the preference file.
+        access: Who may send requests.
+        bound: Socket of ``rlhf.web.server.bind``.
         overlap: Share of the pairs that every annotator labels.
         seed: Seed of the sides on which responses are shown.
-        host: Address to listen on.
-        port: Port to listen on.
-        token: Secret in the address of the page.
         until_complete: End when every pair has been labeled or skipped.
 
     Raises:
-        ConfigError: Another process uses the directory, or the address cannot be used.
+        ConfigError: There are no pairs, or another process uses the directory.
     """
     # Imported here: training needs no server.
     from rlhf.label.app import label_application
-    from rlhf.web.access import Access
-    from rlhf.web.server import bind, serve
+    from rlhf.web.server import serve
 
     if not pairs:
         raise ConfigError("There are no pairs to label.", "Set command.pairs=<file>")
-    access, console = Access.of(host, token), Console(highlight=False, soft_wrap=True)
-    with bind(host, port) as bound, locked(directory):
+    console = Console(highlight=False, soft_wrap=True)
+    with locked(directory):
         session = Session(pairs, directory, overlap=overlap, seed=seed)
         progress = session.progress("")
         console.print(f"{progress['total']} pairs, {progress['labeled']} of them labeled. Open in a browser:")

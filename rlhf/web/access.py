@@ -27,16 +27,21 @@ class Access:
     token: str | None
 
     @classmethod
-    def of(cls, host: str, token: str | None) -> "Access":
+    def of(cls, host: str, token: str | None, node: str = "command") -> "Access":
         """Return the rules for an address: any other address than that of this machine requires a token.
+
+        Args:
+            host: Address that the server listens on.
+            token: Secret of at least 16 characters. None: a random one, if the address requires one.
+            node: Node of the configuration with the keys ``host`` and ``token``, for error messages.
 
         Raises:
             ConfigError: The token is too short to be secret.
         """
         if token is not None and len(token) < 16:
             raise ConfigError(
-                f"command.token must have at least 16 characters, got {len(token)}.",
-                "Remove command.token: a token is generated if command.host requires one.",
+                f"{node}.token must have at least 16 characters, got {len(token)}.",
+                f"Remove {node}.token: a token is generated if {node}.host requires one.",
             )
         return cls(host, token or (None if host in LOOPBACK else secrets.token_urlsafe(24)))
 

@@ -17,8 +17,13 @@ from rlhf.errors import ConfigError
 POLL_SECONDS = 0.1
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that accepts connections at an address. Port 0 chooses a free one.
+def bind(host: str, port: int, node: str = "command") -> socket.socket:
+    """Return a socket that accepts connections at an address.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on. 0: any free one.
+        node: Node of the configuration with the keys ``host`` and ``port``, for error messages.
 
     Raises:
         ConfigError: The address cannot be used.
@@ -33,11 +38,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise ConfigError(
-                f"command.port={port} is in use by another process.", "Set command.port=0 for any free port."
+                f"{node}.port={port} is in use by another process.", f"Set {node}.port=0 for any free port."
             ) from error
         raise ConfigError(
-            f"command.host={host} command.port={port}: the address cannot be used ({error}).",
-            "Set command.host=127.0.0.1 command.port=0.",
+            f"{node}.host={host} {node}.port={port}: the address cannot be used ({error}).",
+            f"Set {node}.host=127.0.0.1 {node}.port=0.",
         ) from error
     return bound
 

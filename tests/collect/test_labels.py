@@ -13,7 +13,7 @@ from harness import TINY_DATA, TINY_MODEL, run_train
 from rlhf.collect import PageLabels
 from rlhf.collect.candidates import Candidates
 from rlhf.data import Prompt
-from rlhf.errors import Stopped
+from rlhf.errors import ConfigError, Stopped
 from rlhf.files import write_json_lines
 from rlhf.label.pairs import Pair, Response, read_pairs
 from rlhf.label.session import Session
@@ -43,13 +43,19 @@ def candidates() -> list[Candidates]:
     ]
 
 
+def label(labels: PageLabels, file: Path) -> list[dict[str, Any]]:
+    """Label the candidates, as the stage does after sampling."""
+    with labels.opened():
+        return labels.label(candidates(), file)
+
+
 def test_people_decide(repo: Path, tmp_path: Path) -> None:
     """The program of the benchmark is the annotator. The two identical responses to each prompt are one."""
     port, file = free_port(), tmp_path / "candidates.jsonl"
     write_json_lines(file, (found.row() for found in candidates()))
     process = annotator(repo, tmp_path, port, 1)
     try:
-        rows = PageLabels(port=port, overlap=0.0).label(candidates(), file)
+        rows = label(PageLabels(port=port, overlap=0.0), file)
         assert process.communicate(timeout=60)[0] == "8 choices\n"
     finally:
         kill_group(process.pid)
@@ -60,8 +66,8 @@ def test_a_stopped_page_says_how_to_continue(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "candidates.jsonl"
     write_json_lines(file, (found.row() for found in candidates()))
     monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
-    with pytest.raises(Stopped, match=r"Labeling was stopped: 0 of 8 pairs are labeled\.\n  Repeat the command"):
-        PageLabels(port=0).label(candidates(), file)
+    with pytest.raises(Stopped, match=r"stopped: 0 of 8 pairs are labeled\.\n.* pipeline with resume=true"):
+        label(PageLabels(port=0), file)
 
 
 def test_rows_of_an_earlier_session_are_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +82,16 @@ def test_rows_of_an_earlier_session_are_not_collected(tmp_path: Path, monkeypatc
         longer = "left" if pair.first.text.endswith("longer") == (shown == "first") else "right"
         session.choose("Ada", pair.id, longer if number else "tie", reason="half of a pair: \ud800")
     monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
-    rows = PageLabels(port=0, overlap=0.0).label(candidates(), file)
+    rows = label(PageLabels(port=0, overlap=0.0), file)
     assert [row["chosen"] for row in rows] == [f"{n} longer" for n in range(1, 8)]
     write_json_lines(tmp_path / "preferences.jsonl", rows)  # as the stage does
     assert len(session.preferences.read_text().splitlines()) == 8
+
+
+def test_a_short_token_is_rejected_with_its_key() -> None:
+    """The constructor rejects it, before anything is loaded."""
+    with pytest.raises(ConfigError, match=r"labels\.token must have .* got 3\.\n  Remove labels\.token: .*labels"):
+        PageLabels(token="abc")
 
 
 @pytest.mark.slow

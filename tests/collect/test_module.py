@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness import FakeSource, MetricsLogger, quick_trainer
-from rlhf.collect import CollectDataModule, CollectModule
+from rlhf.collect import CollectDataModule, CollectModule, PageLabels
 from rlhf.data import Preference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward
 from rlhf.sampling import Rollout, SamplingParams
+from rlhf.web.server import bind
 
 WORDS = ["May", "Monday", "Dunmore and Dalton"]
 ROWS = [{"prompt": "the bridge"}, {"prompt": "the fair"}]
@@ -116,6 +117,14 @@ def test_a_collection_without_pairs_is_an_error(collection: Collection) -> None:
     with pytest.raises(ConfigError, match=r"found no pair: the responses to each of the 2 prompts.*\n.*temperature=1"):
         collection.run(["May"] * 4)
     assert not collection.output.exists()
+
+
+def test_a_port_in_use_is_reported_before_sampling(collection: Collection) -> None:
+    """The sampler has no responses: it would fail."""
+    with bind("127.0.0.1", 0) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"labels\.port={port} is in use .*\n  Set labels\.port=0 for"):
+            collection.run([], labels=PageLabels(port=port))
 
 
 def test_a_conversation_stays_a_conversation(collection: Collection) -> None:
