@@ -47,7 +47,11 @@ class Access:
 
     def allows_host(self, header: str | None) -> bool:
         """Return whether the ``Host`` header names this server."""
-        name = urlsplit(f"//{header or ''}").hostname
+        try:
+            address = urlsplit(f"//{header or ''}")
+            name, _ = address.hostname, address.port
+        except ValueError:  # Brackets without an IPv6 address, or a port that is not a number.
+            return False
         if name is None:
             return False
         # Behind a token, the server may be reached under any name of its machine.
@@ -63,7 +67,10 @@ class Access:
         """
         if fetch_site not in (None, "same-origin", "none"):
             return False
-        return origin is None or urlsplit(origin).netloc == host
+        try:
+            return origin is None or urlsplit(origin).netloc == host
+        except ValueError:  # not a URL
+            return False
 
     def allows_token(self, *given: str | None) -> bool:
         """Return whether one of the tokens of a request is right."""

@@ -39,6 +39,8 @@ def test_a_short_token_is_rejected() -> None:
         ("127.0.0.1.evil.example", False),
         ("", False),
         (None, False),
+        ("[::1", False),  # not an address
+        ("127.0.0.1:port", False),
     ],
 )
 def test_only_names_of_this_machine_are_allowed(header: str | None, allowed: bool) -> None:
@@ -59,6 +61,7 @@ def test_only_names_of_this_machine_are_allowed(header: str | None, allowed: boo
         ("null", "cross-site", False),  # a sandboxed frame
         ("null", None, False),
         (None, "cross-site", False),
+        ("http://[::1", None, False),  # not a URL
     ],
 )
 def test_only_pages_of_the_server_may_change_something(

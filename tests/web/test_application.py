@@ -83,6 +83,11 @@ def test_requests_that_change_something_are_checked(
     assert response.json() == ({"a": 1} if status == 200 else {"error": response.json()["error"]})
 
 
+@pytest.mark.parametrize("host", ["[::1", "127.0.0.1:port"])
+def test_a_host_that_is_not_an_address_is_refused(client: TestClient, host: str) -> None:
+    assert client.get("/", headers={"host": host}).status_code == 403
+
+
 def test_errors_reveal_nothing(client: TestClient) -> None:
     assert client.get("/fail").status_code == 500
     assert "secret" not in client.get("/fail").text
