@@ -8,7 +8,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from rlhf.distributed import barrier, is_rank_zero
+from rlhf.distributed import barrier, gather_objects, is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import Export, describe, save_result
 from rlhf.export.huggingface import check_huggingface
@@ -67,8 +67,7 @@ class PreflightChecks(Callback):
     def reload(self, result: Result) -> nn.Module:
         """Save a result to a temporary file and open it again."""
         path = self.output / "check.pt"
-        save_result(result, path, self.provenance)
-        barrier()  # Rank 0 writes the file for all ranks.
+        self._save(result, path)
         try:
             export = Export(str(path))
             if export.kind == "scalar_model":
@@ -78,6 +77,19 @@ class PreflightChecks(Callback):
             barrier()
             if is_rank_zero():
                 path.unlink()
+
+    def _save(self, result: Result, path: Path) -> None:
+        """Save a result. Rank 0 writes the file for all ranks, so its failure is an error on each of them."""
+        failure: Exception | None = None
+        try:
+            save_result(result, path, self.provenance)
+        except Exception as error:  # Any error: the other ranks wait here.
+            failure = error
+        reasons = [reason for reason in gather_objects(failure and str(failure)) if reason is not None]
+        if failure is not None:
+            raise failure
+        if reasons:
+            raise OSError(reasons[0])
 
 
 class PreflightOnly(Exception):

@@ -71,6 +71,27 @@ def test_a_failed_check_stops_the_run(tiny_run: TinyRun, tmp_path: Path, monkeyp
     assert run.batches == []
 
 
+def test_all_ranks_report_that_rank_0_cannot_write(
+    tiny_run: TinyRun, policy: FakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1, whose part succeeds, does not wait for a file, and rank 0 raises the original error."""
+    checks, result = PreflightChecks(tmp_path, PROVENANCE, only=False), Result(policy.model, tiny_run.tokenizer)
+    monkeypatch.setattr(callbacks, "save_result", lambda *_: None)
+    monkeypatch.setattr(callbacks, "gather_objects", lambda own: ["The disk is full.", own])
+    with pytest.raises(OSError, match=r"^The disk is full\.$"):
+        checks.reload(result)
+
+    def fail(*_: Any) -> None:
+        raise PermissionError("no permission")
+
+    announced: list[Any] = []
+    monkeypatch.setattr(callbacks, "save_result", fail)
+    monkeypatch.setattr(callbacks, "gather_objects", lambda own: announced.append(own) or [own, None])
+    with pytest.raises(PermissionError, match="no permission"):
+        checks.reload(result)
+    assert announced == ["no permission"]
+
+
 @pytest.mark.parametrize("kind", ["policy", "reward_model"])
 def test_reload_saves_and_opens_a_result(
     tiny_run: TinyRun, policy: FakeSource, reward_model: FakeSource, tmp_path: Path, kind: str
