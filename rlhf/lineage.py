@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import sha256_of_file
 from rlhf.models import ModelSource
-from rlhf.overrides import leaves
+from rlhf.overrides import leaves, to_override, to_value
 from rlhf.stages import StageInfo, stages
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,9 @@ def check_resumable(
         log.warning("resume=force: %s", difference)
     changed = changed_settings(recorded, provenance)
     if changed and not force:
-        differences = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
-        restored = " ".join(f"{key}={before}" for key, (before, _) in changed.items())
+        differences = ", ".join(_difference(key, *values) for key, values in changed.items())
+        run = _run_directory(provenance)
+        restored = shlex.join(to_override(key, _absolute(before, run)) for key, (before, _) in changed.items())
         raise ConfigError(
             f"resume: {path} was {made} with other settings: {differences}.",
             f"Restore them ({restored}), start over (overwrite=true), or {proceed.format('ones')}: resume=force",
@@ -93,12 +95,12 @@ def check_resumable(
         if is_finished
         else " from now on."
     )
-    for key, (before, now) in changed.items():
-        log.warning("resume=force: %s was %s and is %s%s", key, before, now, effect)
+    for key, values in changed.items():
+        log.warning("resume=force: %s%s", _difference(key, *values), effect)
 
 
-def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the settings that affect training and that differ: key -> value before and now, as they are typed.
+def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that affect training and that differ: key -> value before and now, as in ``settings``.
 
     Inputs and data files are compared by their content instead, and the length of training may change. Inputs without
     a SHA-256, such as a model on the Hub, are compared by their path.
@@ -106,7 +108,7 @@ def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any])
     by_content = {f"stage.{name}" for name in provenance.get("inputs", {})} | {"data.train", "data.val", "data.test"}
     before, now = settings(recorded), settings(provenance)
     changed = {
-        key: (_typed(before[key]), _typed(now[key]))
+        key: (before[key], now[key])
         for key in sorted(before.keys() & now.keys() - by_content)
         if before[key] != now[key] and key not in LENGTH
     }
@@ -115,11 +117,14 @@ def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any])
 
 
 def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that affect training by their full keys. Paths are relative to the directory of the run."""
+    """Return the settings that affect training by their full keys.
+
+    Paths in the directory of the run are relative to it, and of type ``Path``.
+    """
     config = provenance.get("config", {})
     nodes = {name: config[name] for name in COMPARED if config.get(name) is not None}
     nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
-    directory = config.get("paths", {}).get("run", "")
+    directory = _run_directory(provenance)
     flat = dict(leaves(nodes))
     if "adapter" in config:
         flat["adapter"] = "none" if config["adapter"] is None else "lora"
@@ -135,32 +140,42 @@ def code_files(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: path for key, path in values.items() if path.endswith(".py") and Path(path).is_file()}
 
 
+def _run_directory(provenance: Mapping[str, Any]) -> str:
+    return str(provenance.get("config", {}).get("paths", {}).get("run", ""))
+
+
 def _relative(value: Any, directory: str) -> Any:
     is_path = isinstance(value, str) and directory and Path(value).is_relative_to(directory)
-    return str(Path(value).relative_to(directory)) if is_path else value
+    return Path(value).relative_to(directory) if is_path else value
 
 
-def _changed_paths(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def _absolute(value: Any, directory: str) -> Any:
+    """Undo ``_relative`` for a value or a list of values, in the directory of another run."""
+    if isinstance(value, list):
+        return [_absolute(one, directory) for one in value]
+    return Path(directory) / value if isinstance(value, Path) else value
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    return f"{key} was {to_value(before)} and is {to_value(now)}"
+
+
+def _changed_paths(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the inputs that come from another path, and of which no SHA-256 tells whether they have changed."""
     before, now = _input_paths(recorded), _input_paths(provenance)
     keys = before.keys() & now.keys() - (_digests(recorded).keys() & _digests(provenance).keys())
     return {key: (before[key], now[key]) for key in sorted(keys) if before[key] != now[key]}
 
 
-def _input_paths(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Return the path or paths of each input by configuration key, as they are typed; null for random weights."""
-    directory = provenance.get("config", {}).get("paths", {}).get("run", "")
-    found = {}
+def _input_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the path or paths of each input by configuration key, as in ``settings``; None for random weights."""
+    directory = _run_directory(provenance)
+    found: dict[str, Any] = {}
     for name, files in provenance.get("inputs", {}).items():
         matches = [re.search(r"\bpath=(['\"])(.*?)\1", str(file["source"])) for file in files]
-        paths = [_relative(match[2], directory) if match else "null" for match in matches]
-        found[f"stage.{name}"] = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
+        paths = [_relative(match[2], directory) if match else None for match in matches]
+        found[f"stage.{name}"] = paths[0] if len(paths) == 1 else paths
     return found
-
-
-def _typed(value: Any) -> str:
-    """Return a value as it is typed on the command line."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _digests(provenance: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,6 +1,8 @@
 """What files of a run were made from: checkpoints of other inputs, outdated outputs, policies of different parents."""
 
 import logging
+import re
+import shlex
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rlhf.export.huggingface import save_huggingface
 from rlhf.files import sha256_of_file
 from rlhf.lineage import check_resumable, outdated_stages, warn_about_parents
 from rlhf.models import Pretrained
+from rlhf.overrides import quote
 from rlhf.stage import Result
 
 
@@ -174,6 +177,20 @@ def test_changed_settings_are_named_key_by_key(caplog: pytest.LogCaptureFixture)
     )
     check_resumable("last.ckpt", recorded, changed, force=True)
     assert "resume=force: stage.beta was 0.2 and is 0.3 from now on." in caplog.text
+
+
+def test_the_suggested_command_restores_the_settings(tmp_path: Path) -> None:
+    """Read as a shell reads it, with a line feed, quotes and lists in the values, and for a run that was renamed."""
+    template = '{prompt}\n"Summary": '
+    cases = [f"data.template={quote(template)}", "stage.betas=[0.9,0.999]", 'data.columns.prompt="it\'s"']
+    recorded = provenance_of(*cases, f"stage.policy={tmp_path}/a/sft/x.pt", f"paths.run={tmp_path}/a")
+    run = f"paths.run={tmp_path}/b"
+    with pytest.raises(ConfigError) as error:
+        check_resumable("last.ckpt", recorded, provenance_of(run, "data.columns.prompt=other"))
+    (suggestion,) = re.findall(r"\n  Restore them \((.*)\), start over", str(error.value), re.DOTALL)
+    cfg = compose_config("stage=dpo", run, *shlex.split(suggestion))
+    assert (cfg.data.template, cfg.data.columns.prompt, list(cfg.stage.betas)) == (template, "it's", [0.9, 0.999])
+    assert cfg.stage.policy == f"{tmp_path}/b/sft/x.pt"
 
 
 @pytest.mark.parametrize(
