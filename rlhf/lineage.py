@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SHOWN = 12  # digits of a SHA-256 in messages
 # What the weights depend on. Of the Trainer's flags, most do not affect training.
 COMPARED = ("seed", "stage", "data", "model", "adapter")
-WITHOUT_EFFECT = ("data.cache_dir",)  # on the weights
+WITHOUT_EFFECT = ("data.cache_dir", "data.test")  # on the weights
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")  # Changing one extends a run.
 TRAINER_KEYS = (
     *(key.removeprefix("trainer.") for key in LENGTH),
@@ -102,10 +102,11 @@ def check_resumable(
 def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings that affect training and that differ: key -> value before and now, as in ``settings``.
 
-    Inputs and data files are compared by their content instead, and the length of training may change. Inputs without
-    a SHA-256, such as a model on the Hub, are compared by their path.
+    Inputs and data files are compared by their content instead, and the length of training may change. Where one of
+    the two has no SHA-256, such as a model or a dataset on the Hub, they are compared by their path.
     """
-    by_content = {f"stage.{name}" for name in provenance.get("inputs", {})} | {"data.train", "data.val", "data.test"}
+    by_content = {f"stage.{name}" for name in provenance.get("inputs", {})}  # or by ``_changed_paths``
+    by_content |= _digests(recorded).keys() & _digests(provenance).keys()
     before, now = settings(recorded), settings(provenance)
     changed = {
         key: (before[key], now[key])

@@ -150,6 +150,30 @@ def test_inputs_without_a_digest_are_compared_by_their_path(
     assert "stage.policy was owner/name and is sft/sft_final.pt" in caplog.text
 
 
+def test_data_without_a_digest_are_compared_by_their_path(outputs: Outputs, tmp_path: Path) -> None:
+    """Such as a dataset on the Hub. The test data do not matter, and neither does where a file with a digest is."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "moved.jsonl").write_text("{}\n")
+    hub = {"train": "owner/data", "val": "owner/data"}
+    local = {**hub, "train": str(tmp_path / "rows.jsonl")}
+    before, of_file = (outputs.provenance("dpo", None, **data) for data in (hub, local))
+    check_resumable("last.ckpt", before, outputs.provenance("dpo", None, **hub, test="owner/other"))
+    check_resumable(
+        "last.ckpt", of_file, outputs.provenance("dpo", None, **{**local, "train": f"{tmp_path}/moved.jsonl"})
+    )
+    for recorded, split, data in (
+        (before, "train", "other/data"),
+        (before, "val", "other/data"),
+        (of_file, "train", "a/b"),
+    ):
+        changed = outputs.provenance("dpo", None, **{**local, **hub, split: data})
+        with pytest.raises(
+            ConfigError, match=rf"other settings: data\.{split} was .* and is {data}\.\n  Restore them "
+        ):
+            check_resumable("last.ckpt", recorded, changed)
+        check_resumable("last.ckpt", recorded, changed, force=True)
+
+
 def test_another_base_model_is_reported_once() -> None:
     def provenance(path: str) -> dict[str, Any]:
         cfg = compose_config("stage=sft", "model=pretrained", f"model.path={path}")
