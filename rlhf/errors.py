@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.overrides import quote
 from rlhf.process.launch import is_launched
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -186,10 +188,11 @@ def _override_message(override: str) -> str:
         return f"{override!r} is not an override: the form is <key>=<value>.\n  " + (
             f"For a stage: stage={name}" if name in stages() else "For example: stage=ppo"
         )
-    quoted = f'["{value}"]' if key.startswith("pipeline.overrides.") else f'"{value}"'
+    quoted = quote(value, '"')
+    suggested = f"{key}=[{quoted}]" if key.startswith("pipeline.overrides.") else f"{key}={quoted}"
     return (
         f"{override!r} cannot be parsed: the value contains a character that has a meaning for Hydra, such as a space, "
-        f"'=', ',' or a bracket.\n  Quote the value: '{key}={quoted}'"
+        f"'=', ',' or a bracket.\n  Quote the value: {shlex.quote(suggested)}"
     )
 
 

@@ -218,11 +218,22 @@ def test_an_override_that_does_not_parse_is_explained(override: str, message: st
     assert explain(error_of(lambda: compose_config(override))) == f"{message}\n  {hint}"
 
 
-def test_the_suggested_quotes_work() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.train", "a=b.jsonl"),
+        ("data.template", '{prompt}: "go"'),
+        ("data.template", "{prompt}: it's\\"),
+        ("pipeline.overrides.ppo", 'data.template="{prompt} a"'),
+    ],
+)
+def test_the_suggested_quotes_work(key: str, value: str) -> None:
     """They are for the shell: ``shlex`` reads the hint as a shell would."""
-    message = str(explain(error_of(lambda: compose_config("stage=sft", "data.train=a=b.jsonl"))))
+    stage = [] if key.startswith("pipeline.") else ["stage=sft"]
+    message = str(explain(error_of(lambda: compose_config(*stage, f"{key}={value}"))))
     (override,) = shlex.split(message.split("Quote the value: ")[1])
-    assert compose_config("stage=sft", override).data.train == "a=b.jsonl"
+    found = OmegaConf.select(compose_config(*stage, override), key)
+    assert found == ([value] if key.startswith("pipeline.") else value)
 
 
 # Errors of the disk
