@@ -13,14 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import __version__
-from rlhf.command import command_in_run
 from rlhf.distributed import barrier, is_rank_zero
 from rlhf.errors import ConfigError
-from rlhf.export import OUTPUTS, RUN, open_model_source, save_result
+from rlhf.export import open_model_source, save_result
 from rlhf.export.huggingface import save_huggingface
 from rlhf.files import FINAL_MODEL, atomic_write, sha256_of_file
 from rlhf.lineage import code_files, model_digest, outdated_stages, warn_about_outdated
 from rlhf.models import BaseModel, ModelSource, SharedBase, WithAdapter, as_sequence
+from rlhf.run_names import OUTPUTS, RUN, command_in_run
 from rlhf.stage import Result
 from rlhf.stages import BASE_MODEL, StageInfo, policy_stages, stages
 

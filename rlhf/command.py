@@ -1,15 +1,13 @@
-"""The command line of a run, for messages."""
+"""The command line of a stage, for messages."""
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rlhf.export import OUTPUTS
-from rlhf.overrides import quote, to_override
+from rlhf.overrides import quote
 
 
 def command_line(cfg: DictConfig, overrides: Sequence[str] | None = None) -> str:
@@ -26,12 +24,6 @@ def command_line(cfg: DictConfig, overrides: Sequence[str] | None = None) -> str
             directory = [f"paths.output={quote(cfg.paths.output)}"]  # of a job of a sweep
     own = [override for override in overrides if not _is_left_out(override.split("=")[0].lstrip("+"))]
     return shlex.join(["python", "train.py", f"stage={cfg.stage_name}", *own, *directory])
-
-
-def command_in_run(directory: Path, *overrides: str) -> str:
-    """Return the command line with overrides for the run in a directory."""
-    root = [] if directory.parent == Path(OUTPUTS) else [to_override("paths.root", directory.parent)]
-    return shlex.join(["python", "train.py", *overrides, to_override("run", directory.name), *root])
 
 
 def _is_left_out(key: str) -> bool:

@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.command import command_in_run
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import sha256_of_file
 from rlhf.models import ModelSource
 from rlhf.overrides import leaves, to_override, to_value
+from rlhf.run_names import command_in_run
 from rlhf.stages import StageInfo, stages
 
 log = logging.getLogger(__name__)

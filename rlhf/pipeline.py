@@ -14,7 +14,6 @@ from rich.table import Table
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
 from rlhf.checkpoint.resume import check_start, earlier_files
-from rlhf.command import command_in_run
 from rlhf.config import check_values
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
@@ -27,6 +26,7 @@ from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
 from rlhf.rounds import final_policy, round_steps
 from rlhf.run import required_inputs, run_stage
+from rlhf.run_names import command_in_run
 from rlhf.runs.scan import stage_directories
 from rlhf.stages import stages
 

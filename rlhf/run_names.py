@@ -2,13 +2,17 @@
 
 import hashlib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from rlhf.errors import ConfigError
+from rlhf.overrides import to_override
 
+OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
 MAX_JOB_NAME = 100  # characters
 _ONLY_JOB = "job"  # name of the job of a sweep that iterates over nothing
 # They do not distinguish the jobs of a sweep, unless it iterates over them.
@@ -40,6 +44,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
         name = value.strip("'\"")
         if key.lstrip("+") == "run" and (not name or name.startswith(".") or re.search(r"[/\\:]", name)):
             check_run_name(name)
+
+
+def command_in_run(directory: Path, *overrides: str) -> str:
+    """Return the command line with overrides for the run in a directory."""
+    root = [] if directory.parent == Path(OUTPUTS) else [to_override("paths.root", directory.parent)]
+    return shlex.join(["python", "train.py", *overrides, to_override("run", directory.name), *root])
 
 
 def job_name(overrides: str) -> str:

@@ -1,11 +1,14 @@
-"""Names of the directories of jobs."""
+"""Names of the directories of runs and jobs, and command lines in messages that contain them."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from contract.configs import hydra_command
 from rlhf import run_names
-from rlhf.run_names import job_name
+from rlhf.run_names import command_in_run, job_name
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,16 @@ def test_names_of_different_jobs_differ() -> None:
     """Also where the characters in which they differ cannot be part of a name."""
     assert job_name("stage.policy=/a/b") != job_name("stage.policy=/a_b")
     assert job_name("x=" + "a" * 200) != job_name("x=" + "a" * 201)
+
+
+def test_the_default_directory_of_all_runs_is_left_out() -> None:
+    assert command_in_run(Path("outputs/rlhf"), "stage=dpo") == "python train.py stage=dpo run=rlhf"
+    assert command_in_run(Path("/r/outputs/a b")) == "python train.py 'run=a b' paths.root=/r/outputs"
+
+
+@pytest.mark.parametrize("directory", ["outputs/mine", "/r/it's/a b", "/r/a,b=c/seed=1,x=2", "other/a+b"])
+def test_the_command_runs_in_the_directory(directory: str) -> None:
+    """Whatever characters the shell and Hydra treat specially."""
+    command = shlex.split(command_in_run(Path(directory), "stage=dpo"))
+    with hydra_command(*command[2:]) as cfg:
+        assert cfg.paths.run == directory

@@ -2,8 +2,6 @@
 
 from rlhf.export.file import (
     FINAL_PATTERN,
-    OUTPUTS,
-    RUN,
     Export,
     describe,
     load_model,
@@ -13,8 +11,6 @@ from rlhf.export.file import (
 
 __all__ = [
     "FINAL_PATTERN",
-    "OUTPUTS",
-    "RUN",
     "Export",
     "describe",
     "load_model",

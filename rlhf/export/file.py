@@ -25,6 +25,7 @@ from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
 from rlhf.models.opening import REPLACE_FILE, check_finite, opening
 from rlhf.models.sources import remember_config
 from rlhf.models.weights import check_fit, load_weights
+from rlhf.run_names import OUTPUTS, RUN
 from rlhf.stage import Result
 from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
 from rlhf.tokenizer.vocabulary import check_vocabulary
@@ -32,7 +33,6 @@ from rlhf.tokenizer.vocabulary import check_vocabulary
 log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
 
-OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
 FINAL_PATTERN = "*_final.pt"
 
 

@@ -55,7 +55,7 @@ def label(
     from rlhf.web.server import bind  # Imported here: training needs no server.
 
     path = Path(pairs) if pairs is not None else Path(cfg.paths.run) / "evaluation" / "samples.jsonl"
-    found = in_order(read_pairs(path, models), select, cfg.seed)[:max_pairs]
+    found = in_order(read_pairs(path, models, Path(cfg.paths.run)), select, cfg.seed)[:max_pairs]
     access = Access.of(host, token)
     with bind(host, port) as bound:
         serve_pairs(found, Path(output), access, bound, overlap=overlap, seed=cfg.seed)

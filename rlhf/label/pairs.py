@@ -14,6 +14,7 @@ from rlhf.data.json_files import JsonLines
 from rlhf.data.records import RecordError
 from rlhf.errors import ConfigError, DataError
 from rlhf.metrics.evaluation_names import TARGET
+from rlhf.run_names import OUTPUTS, RUN, command_in_run
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Pair:
         return "\n\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_pairs(path: Path, models: Sequence[str] | None = None) -> list[Pair]:
+def read_pairs(path: Path, models: Sequence[str] | None = None, run: Path = Path(OUTPUTS, RUN)) -> list[Pair]:
     """Read the pairs of a file: ``samples.jsonl`` of an evaluation, or ``candidates.jsonl`` of ``stage=collect``.
 
     Every two responses to a prompt form a pair. Identical responses do not, and equal pairs of several models are one.
@@ -82,6 +83,7 @@ def read_pairs(path: Path, models: Sequence[str] | None = None) -> list[Pair]:
     Args:
         path: The file.
         models: Names of the models whose responses are compared; None: all models in the file.
+        run: Directory of the run that the message about a missing file suggests to evaluate.
 
     Raises:
         ConfigError: There is no such file, or it has no responses of these models.
@@ -90,7 +92,8 @@ def read_pairs(path: Path, models: Sequence[str] | None = None) -> list[Pair]:
     if not path.is_file() or not path.stat().st_size:
         raise ConfigError(
             f"command.pairs={path}: there is no such file, or it is empty.",
-            "Run python train.py stage=evaluate, whose samples.jsonl has responses of all models, or stage=collect.",
+            f"Run {command_in_run(run, 'stage=evaluate')}, or set command.pairs=<file> to a candidates.jsonl of "
+            "stage=collect.",
         )
     rows = JsonLines(str(path))
     found: dict[tuple[str, frozenset[str]], Pair] = {}

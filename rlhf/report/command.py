@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from rlhf.errors import ConfigError
 from rlhf.printable import printable
-from rlhf.run_names import check_run_name
+from rlhf.run_names import check_run_name, command_in_run
 from rlhf.runs.scan import stage_directories, subdirectories
 from rlhf.schema import PositiveInt
 
@@ -46,7 +46,7 @@ def write_report(
         raise ConfigError("command.runs and command.sweep exclude each other.", "Remove command.sweep.")
     root = Path(cfg.paths.root)
     if runs is None and sweep is None:
-        path = _run_directory(root, Path(cfg.paths.run), str(cfg.run), f"run={cfg.run}")
+        path = _run_directory(root, Path(cfg.paths.run), f"run={cfg.run}")
         target = Path(output) if output is not None else path / NAME
         write_run_report(path, str(cfg.run), target, max_prompts)
     elif sweep is not None:
@@ -94,10 +94,10 @@ def _write_comparison(title: str, paths: dict[str, Path], target: Path) -> None:
 
 def _chosen_run(root: Path, name: str) -> Path:
     check_run_name(name)
-    return _run_directory(root, root / name, name, "command.runs")
+    return _run_directory(root, root / name, "command.runs")
 
 
-def _run_directory(root: Path, path: Path, name: str, key: str) -> Path:
+def _run_directory(root: Path, path: Path, key: str) -> Path:
     """Return the directory of a run.
 
     Raises:
@@ -108,8 +108,8 @@ def _run_directory(root: Path, path: Path, name: str, key: str) -> Path:
     known = [entry.name for entry in subdirectories(root) if stage_directories(entry)]
     listed = ", ".join(map(printable, known)) or "none"
     reason = "it contains no stage" if path.is_dir() else "there is no such run"
-    fix = "Choose one of these" if known else f"Run python train.py run={name}"
-    raise ConfigError(f"{key}: {reason} ({printable(str(path))}). Runs in {printable(str(root))}: {listed}.", f"{fix}.")
+    fix = "Choose one of these." if known else f"Run {printable(command_in_run(path))}"
+    raise ConfigError(f"{key}: {reason} ({printable(str(path))}). Runs in {printable(str(root))}: {listed}.", fix)
 
 
 def _sweep_directory(run: Path, sweep: str) -> Path:

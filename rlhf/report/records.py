@@ -82,6 +82,11 @@ class RunRecord:
     overrides: list[str] | None = None
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def is_one_stage(self) -> bool:
+        """Whether the directory is that of a stage, as for a job of a sweep over one stage."""
+        return len(self.stages) == 1 and self.stages[0].path == self.path
+
     def of_stage(self, stage: str) -> list[StageRecord]:
         """Return the records of a stage, variants of the pipeline among them."""
         return [record for record in self.stages if record.stage == stage]
@@ -165,8 +170,8 @@ def _note_missing(run: RunRecord) -> None:
     if not run.stages:
         run.problems.append("No stage has been started.")
         return
-    if len(run.stages) == 1 and run.stages[0].path == run.path:
-        return  # A job of a sweep over one stage.
+    if run.is_one_stage:
+        return
     if "evaluate" not in names:
         run.problems.append("There is no evaluation, so win rates and responses are missing.")
     if "reward" not in names:

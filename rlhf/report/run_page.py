@@ -18,6 +18,7 @@ from rlhf.report.reward_model import summarize_reward_model
 from rlhf.report.samples import Samples, read_samples
 from rlhf.report.settings import commands, configurations, data_table, version_table
 from rlhf.report.tables import Cell, Table, code, duration, number, size, text
+from rlhf.run_names import command_in_run
 from rlhf.runs.scan import EVALUATION
 
 NO_BREAK = chr(0xA0)
@@ -70,6 +71,7 @@ def run_content(run: RunRecord, max_prompts: int) -> dict[str, Any]:
         "warnings": {record.name: record.log.warnings for record in run.stages if record.log.warnings},
         "curves": curves,
         "tradeoffs": tradeoffs,
+        "evaluate": "" if run.is_one_stage else command_in_run(run.path, "stage=evaluate"),
         "evaluation": summarize_evaluation(evaluation, colors) if has_metrics and evaluation is not None else None,
         "reward_models": reward_models,
         "samples": samples,

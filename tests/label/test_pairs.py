@@ -1,12 +1,16 @@
 """Files that pairs are read from, and the order of the pairs."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from contract.configs import compose_config, hydra_command
 from rlhf.errors import ConfigError, DataError
+from rlhf.label import label
 from rlhf.label.pairs import Pair, Response, in_order, read_pairs
 
 SAMPLE = {
@@ -84,5 +88,12 @@ def test_other_rows_are_located(tmp_path: Path, row: Any) -> None:
 def test_a_file_without_pairs_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contains no prompt with two different responses"):
         read_pairs(write(tmp_path, {"prompt": "p", "responses": [{"text": "x"}, {"text": "x"}]}))
-    with pytest.raises(ConfigError, match="there is no such file, or it is empty"):
-        read_pairs(tmp_path / "nothing.jsonl")
+
+
+def test_the_suggested_command_evaluates_the_run(tmp_path: Path) -> None:
+    cfg = compose_config("stage=label", f"paths.root={tmp_path}", "run=my run")
+    with pytest.raises(ConfigError, match="there is no such file, or it is empty") as error:
+        label(cfg)
+    (command,) = re.findall(r"\n  Run python train\.py (.*), or set command\.pairs=", str(error.value))
+    with hydra_command(*shlex.split(command)) as evaluation:
+        assert (evaluation.stage_name, evaluation.paths.run) == ("evaluate", f"{tmp_path}/my run")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from contract.configs import compose_config
+from contract.configs import compose_config, hydra_command
 from report.conftest import CURVES, EVALUATION, HOSTILE, REWARD, TEXTS, damage, write_events, write_stage
 from report.page_reader import Page, read_page
 from rlhf.errors import ConfigError
@@ -228,6 +229,32 @@ def test_rounds_follow_the_other_stages(finished_run: Path) -> None:
     names = [row[0][0] for row in page.tables["pipeline-stages"]]
     assert names == ["sft", "reward", "ppo", "evaluation", "round_2/evaluate", "round_10/evaluate"]
     assert page.values("evaluation-metrics") == {"round_10": [0.5]}
+
+
+@pytest.mark.parametrize("directory", ["my run", "sweeps/pipeline/loss=ipo,stage.beta=0.1"])
+def test_the_command_for_an_evaluation_is_that_of_the_directory(tmp_path: Path, directory: str) -> None:
+    """Whatever the name of the report is, as that of the pipeline for a job of a sweep."""
+    write_stage(tmp_path / directory, "dpo")
+    write_run_report(tmp_path / directory, "title", tmp_path / "report.html")
+    (command,) = re.findall(r"To make one: (.*)", read_page(tmp_path / "report.html").text)
+    program, *overrides = shlex.split(command)[1:]
+    with hydra_command(*overrides) as cfg:
+        assert (program, cfg.stage_name, cfg.paths.run) == ("train.py", "evaluate", str(tmp_path / directory))
+
+
+def test_a_job_over_one_stage_has_no_command_for_an_evaluation(tmp_path: Path) -> None:
+    """It is not a run, so ``stage=evaluate`` finds no policy in its directory."""
+    text = report_of(write_stage(tmp_path, "dpo", "stage.beta=0.1")).text
+    assert "There is no complete evaluation." in text
+    assert "To make one" not in text
+
+
+def test_the_command_for_a_run_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        command(tmp_path / "none yet" / "nope")
+    overrides = shlex.split(str(error.value).partition("\n  Run python train.py ")[2])
+    with hydra_command(*overrides) as cfg:
+        assert cfg.paths.run == str(tmp_path / "none yet" / "nope")
 
 
 def test_runs_are_compared(finished_run: Path) -> None:
