@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
 from rlhf.checkpoint.resume import check_start, earlier_files
@@ -22,6 +23,7 @@ from rlhf.files import FINAL_MODEL
 from rlhf.output_directory import OutputDirectory
 from rlhf.overrides import quote
 from rlhf.precision import resolve_precision
+from rlhf.printable import printable
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report
 from rlhf.rounds import final_policy, round_steps
@@ -215,16 +217,19 @@ def output_table(directory: Path, configs: dict[str, DictConfig], seconds: dict[
     table = Table(title=f"Outputs; {sum(seconds.values()):.0f} s in total")
     for title in ("step", "seconds", "files"):
         table.add_column(title, justify="right" if title == "seconds" else "left", overflow="fold")
+    rows: list[tuple[str, str, str]] = []
     for step, config in configs.items():
         output = Path(config.paths.output)
         names = (stages()[config.stage_name].final or "metrics.json", "samples.jsonl", f"{config.stage_name}.log")
         files = [output / name for name in names if (output / name).is_file()]
-        table.add_row(step, f"{seconds[step]:.0f}", "\n".join(map(str, files)))
+        rows.append((step, f"{seconds[step]:.0f}", "\n".join(map(str, files))))
     if (final := directory / FINAL_MODEL).is_file():
-        table.add_row("result", "", f"{final}   ({load_call(final)})")
+        rows.append(("result", "", f"{final}   ({load_call(final)})"))
     if (report := directory / REPORT).is_file():
-        table.add_row("report", "", str(report))
-    table.add_row("curves", "", f"tensorboard --logdir {shlex.quote(str(directory))}")
+        rows.append(("report", "", str(report)))
+    rows.append(("curves", "", f"tensorboard --logdir {shlex.quote(str(directory))}"))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 

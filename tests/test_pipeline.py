@@ -1,5 +1,6 @@
 """The steps of the pipeline: which are allowed, how each is configured, in which order they run."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from contract.configs import hydra_command
 from rlhf import pipeline
 from rlhf.errors import ConfigError
-from rlhf.overrides import quote
+from rlhf.overrides import quote, to_override
 from rlhf.pipeline import check_steps, output_table, run_pipeline, step_config, step_overrides
 
 RLOO = "+pipeline.variants.rloo=['stage=grpo','advantage=rloo']"
@@ -272,15 +273,17 @@ def test_a_report_that_fails_is_a_warning(
 
 
 def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
-    """A row per step, then the final model and the command for TensorBoard."""
-    with hydra_command(f"paths.root={tmp_path}", "pipeline.steps=[sft,evaluate]") as cfg:
+    """A row per step, then the final model and the command for TensorBoard. Brackets are not the markup of rich."""
+    with hydra_command(
+        to_override("paths.root", tmp_path / "exp[a1]" / "[/b]"), "pipeline.steps=[sft,evaluate]"
+    ) as cfg:
         directory = Path(cfg.paths.run)
         configs = {step: step_config(step_overrides(cfg, step, directory)) for step in cfg.pipeline.steps}
     for name in ("sft/sft_final.pt", "sft/sft.log", "evaluation/metrics.json", "final_rl_model.pt"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).touch()
     table = output_table(directory, configs, {"sft": 61.4, "evaluate": 8.7})
-    columns: dict[str, list[Any]] = {str(column.header): list(column.cells) for column in table.columns}
+    columns = {str(column.header): list(map(str, column.cells)) for column in table.columns}
     assert table.title == "Outputs; 70 s in total"
     assert columns["step"] == ["sft", "evaluate", "result", "curves"]
     assert columns["seconds"] == ["61", "9", "", ""]
@@ -289,5 +292,8 @@ def test_the_table_lists_the_files_that_exist(tmp_path: Path) -> None:
         f"{directory}/evaluation/metrics.json",
     ]
     call = f'load_model("{directory}/final_rl_model.pt")'
-    assert columns["files"][2:] == [f"{directory}/final_rl_model.pt   ({call})", f"tensorboard --logdir {directory}"]
+    assert columns["files"][2:] == [f"{directory}/final_rl_model.pt   ({call})", f"tensorboard --logdir '{directory}'"]
     Console(width=20, quiet=True).print(table)
+    console = Console(width=500, file=StringIO())
+    console.print(table)
+    assert [text for text in columns["files"][1:] if text not in console.file.getvalue()] == []

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 
 from harness import EXACT, PROMPTS, STAGES, TINY_DATA, Run, TinyRun, run_train, tiny_reward_model
 from rlhf.callbacks import PreflightChecks, PreflightOnly
+from rlhf.check import Check
 from rlhf.data import EncodedResponse, Encoder, SequenceBatch
 from rlhf.errors import UserError
 from rlhf.export import Export, save_result
@@ -28,6 +31,7 @@ from rlhf.models import Pretrained
 from rlhf.models import trunk as trunk_module
 from rlhf.preflight import PreflightFailed
 from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
+from rlhf.preflight.runner import check_table
 from rlhf.sft import SFTModule
 from rlhf.stage import Metrics, Result
 
@@ -388,3 +392,12 @@ def test_unknown_value_of_check_is_rejected(repo: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "check" in done.stderr
     assert "maybe" in done.stderr
+
+
+def test_measurements_in_the_table_are_text() -> None:
+    """Brackets, as of special tokens, are not the markup of rich, and control characters are escaped."""
+    check = Check("no [/INST] in texts", False, "[INST] in 3 rows\x1b", "[a] 0", "A fault.")
+    console = Console(file=StringIO(), width=200)
+    console.print(check_table([check], 1.0))
+    text = console.file.getvalue()
+    assert [part for part in (check.name, "[INST] in 3 rows\\x1b", check.limit) if part not in text] == []

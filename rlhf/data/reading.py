@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import track
 
 from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
@@ -100,7 +101,7 @@ class RecordReader:
         empty: list[int] = []
         has_margins = False
         quiet = count < PROGRESS_BAR_ROWS
-        for index in track(range(count), f"reading {path}", transient=True, disable=quiet):
+        for index in track(range(count), f"reading {escape(str(path))}", transient=True, disable=quiet):
             try:
                 row = _row(path, rows, index)
                 record_type = record_type or self._detect(row, record_types)

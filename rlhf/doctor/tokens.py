@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +86,7 @@ def encode(split: Split, encoder: Encoder) -> Iterator[tuple[Entry, Sequence[Enc
     """
     entries = split.entries
     quiet = len(entries) < PROGRESS_BAR_RECORDS
-    for start in track(range(0, len(entries), CHUNK), f"encoding {split.path}", transient=True, disable=quiet):
+    for start in track(range(0, len(entries), CHUNK), f"encoding {escape(split.path)}", transient=True, disable=quiet):
         chunk = entries[start : start + CHUNK]
         try:
             encoder.prepare([pair for entry in chunk for pair in conversations(entry.record)])

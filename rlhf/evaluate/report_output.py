@@ -6,11 +6,13 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from rlhf.evaluate.metrics import ModelResponses, point_estimate
 from rlhf.evaluate.responses import ResponseBatch
 from rlhf.files import write_json_lines
 from rlhf.metrics.evaluation_names import KL_TO, TARGET, WIN_RATE
+from rlhf.printable import printable
 
 
 def write_samples(
@@ -67,9 +69,10 @@ def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path 
         note: A further sentence of the caption.
     """
     place = "" if output is None else f" All metrics are in {output}."
+    caption = f"RM: reward model. KL to {baseline}, nats per response.{note}{place}"
     table = Table(
         title=f"{metrics['prompts']} held-out prompts; 95% bootstrap intervals; ties count as 0.5",
-        caption=f"RM: reward model. KL to {baseline}, nats per response.{note}{place}",
+        caption=Text(printable(caption), style="table.caption"),
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
@@ -87,10 +90,10 @@ def comparison_table(metrics: Mapping[str, Any], *, baseline: str, output: Path 
     shown = {title: keys for title, keys in columns.items() if any(_entry(model, keys) for model in models.values())}
     table.add_column("model", overflow="fold", min_width=6)  # Long model names wrap; numbers do not.
     for title in shown:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(Text(printable(title)), justify="right", no_wrap=True)
     for name, model in models.items():
         table.add_row(
-            name.replace("_best_of_", "\nbest of "),  # Words wrap better than a long name.
+            Text(printable(name.replace("_best_of_", "\nbest of "))),  # Words wrap better than a long name.
             *(_cell(_entry(model, keys), with_interval="wins" in title) for title, keys in shown.items()),
         )
     return table

@@ -7,6 +7,7 @@ from typing import Literal
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from rlhf.errors import ConfigError
 from rlhf.files import locked
@@ -97,9 +98,9 @@ def serve_pairs(
         session = Session(pairs, directory, overlap=overlap, seed=seed)
         progress = session.progress("")
         console.print(f"{progress['total']} pairs, {progress['labeled']} of them labeled. Open in a browser:")
-        console.print(f"  {access.url(bound.getsockname()[1])}")
+        console.print(Text(f"  {access.url(bound.getsockname()[1])}"))
         is_done = (lambda: session.is_complete) if until_complete else None
         serve(label_application(session, access), bound, is_done=is_done)
-        console.print(f"Every choice is in {printable(str(session.journal.path))}; the pairs that it decides are in")
-        console.print(f"  {printable(str(session.preferences))}")
+        journal, preferences = printable(str(session.journal.path)), printable(str(session.preferences))
+        console.print(Text(f"Every choice is in {journal}; the pairs that it decides are in\n  {preferences}"))
     return session

@@ -10,6 +10,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from rlhf.check import Check
@@ -18,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.logs import metrics_log
 from rlhf.preflight.checks import check_reload
 from rlhf.preflight.measurements import as_sequences, sample_rows
+from rlhf.printable import printable
 from rlhf.stage import Result, StageModule
 from rlhf.stage.random_state import get_random_state, set_random_state
 
@@ -80,7 +82,8 @@ def check_table(checks: Sequence[Check], seconds: float) -> Table:
         table.add_column(title, overflow="fold")
     for check in checks:
         style = "" if check.passed else "bold red"
-        table.add_row("ok" if check.passed else "FAILED", check.name, check.measured, check.limit, style=style)
+        cells = ("ok" if check.passed else "FAILED", check.name, check.measured, check.limit)
+        table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
     return table
 
 

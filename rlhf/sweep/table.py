@@ -58,7 +58,9 @@ def sweep_table(directory: Path, jobs: Mapping[Path, Job]) -> Table:
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (*keys, metric, "seconds"):
         numeric = column in (metric, "seconds")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        table.add_column(
+            Text(printable(column)), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+        )
     for number, job in enumerate(jobs.values()):
         shown = "failed" if job.error else "none" if job.value is None else f"{job.value:.4f}"
         cells = [printable(_rounded(row[number])) for row in keys.values()]

@@ -94,6 +94,20 @@ def test_a_short_token_is_rejected_with_its_key() -> None:
         PageLabels(token="abc")
 
 
+def test_the_page_prints_its_directory_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets are not the markup of rich."""
+    file = tmp_path / "exp[a1]" / "[/b]" / "candidates.jsonl"
+    write_json_lines(file, (found.row() for found in candidates()))
+    monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
+    with pytest.raises(Stopped):
+        PageLabels(port=0).label(candidates(), file)
+    printed = capsys.readouterr().out
+    assert f"Every choice is in {file.parent}/label/journal.jsonl;" in printed
+    assert f"\n  {file.parent}/label/preferences.jsonl\n" in printed
+
+
 @pytest.mark.slow
 def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> None:
     """Two rounds of DPO on the choices of an annotator who prefers long responses, and a reward model on the last."""

@@ -1,14 +1,18 @@
 """Token counts, what does not fit into ``data.max_length``, and special tokens in texts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.markup import render
 
-from rlhf.data import Demonstration, Encoder, Preference, Prompt
+from rlhf.data import Demonstration, Encoder, Preference, Prompt, reading
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
 from rlhf.doctor import tokens
 from rlhf.doctor.findings import ERROR, WARNING
-from rlhf.doctor.forms import Split
+from rlhf.doctor.forms import Split, read_split
 from rlhf.doctor.tokens import encode, measure, percentiles, special_tokens
 
 
@@ -40,6 +44,21 @@ def test_lengths_are_those_of_training(split: Callable[..., Split], tokenizer: A
     assert (found.prompts, found.responses, found.rows) == ([prompt], responses, [prompt + responses[0]])
     assert lengths[Prompt].prompts == [count("<bos>It\nSummary:")]
     assert lengths[Prompt].responses == []
+
+
+def test_the_progress_bars_show_the_path_as_it_is(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets are not the markup of rich."""
+    shown = []
+    for module in (tokens, reading):
+        monkeypatch.setattr(module, "track", lambda items, text, **_: shown.append(render(text).plain) or items)
+    path = tmp_path / "exp[a1]" / "[/b].jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    measure(read_split("train", str(path), RecordReader(RecordParser())), tokenizer, 100, 10)
+    RecordReader(RecordParser()).read(str(path), "train", (Demonstration,))
+    assert set(shown) == {f"encoding {path}", f"reading {path}"}
 
 
 @pytest.mark.parametrize("chunk", [1, 256])

@@ -53,3 +53,15 @@ def test_table_shows_the_columns_that_have_values() -> None:
     assert "RM wins" not in text
     assert "ROUGE" not in text
     assert "outputs/evaluation" in text
+
+
+def test_names_and_paths_in_the_table_are_text() -> None:
+    """Brackets are not the markup of rich, and control characters are escaped."""
+    models = {"[/b]\x1b": {"gold": INTERVAL}, "[a1]_best_of_4": {"win_rate_vs_[/b]\x1b": {"gold": RATE}}}
+    console = Console(file=StringIO(), width=200)
+    metrics = {"prompts": 2, "models": models}
+    console.print(comparison_table(metrics, baseline="[/b]\x1b", output=Path("exp[a1]/[/i]")))
+    text = " ".join(console.file.getvalue().split())  # The caption wraps.
+    shown = ("vs [/b]\\x1b", "KL to [/b]\\x1b, nats", "metrics are in exp[a1]/[/i].", " [a1] ", "best of 4")
+    assert [part for part in shown if part not in text] == []
+    assert "\x1b" not in text

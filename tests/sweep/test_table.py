@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_the_best_job_comes_first(tmp_path: Path, metric: str, order: str) -> No
     assert columns == {"loss": list(order), metric: [shown[name] for name in order], "seconds": ["61"] * 4}
     assert failures(jobs) == ["loss=c: stage.beta must be\\x1b[2J positive."]
     Console(width=20, quiet=True).print(table)
+
+
+def test_keys_in_the_table_are_text(tmp_path: Path) -> None:
+    """Brackets are not the markup of rich, and control characters are escaped."""
+    for value in "ab":
+        write_json(tmp_path / value / "job.json", asdict(Job([f"[/b]={value}"], "x\x1b[a1]", 1.0)))
+    console = Console(width=200, file=StringIO())
+    console.print(sweep_table(tmp_path, read_jobs(tmp_path)))
+    assert "[/b]" in console.file.getvalue()
+    assert "x\\x1b[a1]" in console.file.getvalue()
 
 
 def test_jobs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
