@@ -253,11 +253,22 @@ class EvaluateModule(SamplingModule):
             log.warning("trainer.fast_dev_run=true: metrics and samples are not written.")
         elif self.trainer.is_global_zero:
             self.output.mkdir(parents=True, exist_ok=True)
-            write_json(self.output / "metrics.json", self.metrics)
-            write_samples(self.output / "samples.jsonl", evaluation.prompts, evaluation.targets, evaluation.responses)
+            self.write(evaluation)
         self.trainer.strategy.barrier()
         for logger in self.loggers:
             logger.log_metrics(point_estimates(summary), step=0)
+
+    def write(self, evaluation: Evaluation) -> None:
+        """Write samples.jsonl, and then metrics.json, which marks the evaluation as finished.
+
+        The files of an earlier evaluation are replaced together: if the process is killed in between, there is no
+        metrics.json, and if the new samples cannot be written, both earlier files stay.
+        """
+        samples, metrics, new = (self.output / name for name in ("samples.jsonl", "metrics.json", "samples.jsonl.new"))
+        write_samples(new, evaluation.prompts, evaluation.targets, evaluation.responses)
+        metrics.unlink(missing_ok=True)
+        new.replace(samples)
+        write_json(metrics, self.metrics)
 
     @property
     def monitored(self) -> float:

@@ -263,6 +263,31 @@ def recording(sync: Any, dtypes: list[torch.dtype]) -> Any:
     return wrapper
 
 
+@pytest.mark.parametrize(
+    ("function", "left"), [("write_samples", ["metrics.json", "samples.jsonl"]), ("write_json", ["samples.jsonl"])]
+)
+def test_an_evaluation_that_is_killed_while_it_writes_does_not_look_finished(
+    evaluation: Evaluation,
+    policy: FakeSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    left: Any,
+) -> None:
+    """metrics.json is written last, so that it never belongs to other samples. The second run has two prompts."""
+    evaluation.run(models={"sft": policy}, sampler=FakeSampler())
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rlhf.evaluate.module.{function}", kill)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        evaluation.run(DEMONSTRATIONS[:2], models={"sft": policy}, sampler=FakeSampler())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == (8 if "metrics.json" in left else 2)
+
+
 def test_targets_are_left_out_if_a_prompt_has_none(evaluation: Evaluation, policy: FakeSource) -> None:
     rows = [*DEMONSTRATIONS[:4], {"prompt": "Who won?"}]
     module = evaluation.run(rows, models={"sft": policy}, sampler=FakeSampler())
