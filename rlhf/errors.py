@@ -209,6 +209,11 @@ def _file_message(error: OSError) -> str | None:
             "process (ulimit -f) allows. Earlier results and checkpoints are intact.\n  Raise the limit, or choose "
             "another file system with paths.root=<directory>, and repeat the command with resume=true."
         )
+    if error.errno == errno.ENAMETOOLONG:
+        return (
+            f"{error.filename}: the name of the file or directory is too long.\n  Choose a shorter name, such as "
+            "run=<name>, or another place for the outputs: paths.root=<directory>"
+        )
     makes_directory = any(frame.name == "mkdir" for frame in traceback.extract_tb(error.__traceback__))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or makes_directory:
         return (

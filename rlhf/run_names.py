@@ -13,23 +13,24 @@ from rlhf.errors import ConfigError
 from rlhf.overrides import to_override
 
 OUTPUTS, RUN = "outputs", "rlhf"  # the default directory of all runs, and the default run
-MAX_JOB_NAME = 100  # characters
+MAX_RUN_NAME, MAX_JOB_NAME = 200, 100  # bytes; file systems allow 255
 _ONLY_JOB = "job"  # name of the job of a sweep that iterates over nothing
 # They do not distinguish the jobs of a sweep, unless it iterates over them.
 _LEFT_OUT = frozenset({"stage", "run", "experiment", "paths.root", "resume", "overwrite"})
 swept_keys: set[str] = set()  # what the current sweep iterates over; ``SweepTable`` sets it
-_NAME = re.compile(r"\w[\w.,+=@ -]{0,199}")
+_NAME = re.compile(r"\w[\w.,+=@ -]*")
 
 
 def check_run_name(name: object) -> None:
     """Reject a value of ``run`` that is not the plain name of a directory.
 
     Raises:
-        ConfigError: It is empty, or contains a path separator, a colon or a control character.
+        ConfigError: It is empty or too long, or contains a path separator, a colon or a control character.
     """
-    if name is None or not _NAME.fullmatch(str(name)):
+    if name is None or not _NAME.fullmatch(str(name)) or len(str(name).encode()) > MAX_RUN_NAME:
         raise ConfigError(
-            f"run must be a plain name of letters, digits, '_', '-' and '.', got {name!r}.",
+            f"run must be a plain name of letters, digits, '_', '-' and '.' with at most {MAX_RUN_NAME} bytes, "
+            f"got {name!r}.",
             "Set run=<name>. For another directory of all runs: paths.root=<directory>",
         )
 
@@ -72,10 +73,11 @@ def job_name(overrides: str) -> str:
     # Numbers that a sweeper has drawn have up to 17 digits.
     rounded = re.sub(r"\d+\.\d{6,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.4g}", full)
     name = re.sub(r"[^\w.,=+@-]+", "_", rounded)
-    if name == full and len(name) <= MAX_JOB_NAME:
+    encoded = name.encode()
+    if name == full and len(encoded) <= MAX_JOB_NAME:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{name[:MAX_JOB_NAME].rstrip('.,_')}-{digest}"
+    return f"{encoded[:MAX_JOB_NAME].decode(errors='ignore').rstrip('.,_')}-{digest}"
 
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)

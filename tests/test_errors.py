@@ -262,6 +262,14 @@ def test_a_directory_that_cannot_be_written_is_explained(number: int) -> None:
     )
 
 
+def test_a_name_that_is_too_long_is_explained(tmp_path: Path) -> None:
+    """Permissions have nothing to do with it."""
+    path = tmp_path / ("x" * 256)  # File systems allow 255 bytes.
+    assert str(explain(error_of(path.mkdir))).startswith(
+        f"{path}: the name of the file or directory is too long.\n  Choose a shorter name, such as run=<name>, or "
+    )
+
+
 def test_a_directory_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
     """``/proc/x`` is reported as a missing file."""
     (tmp_path / "file").touch()

@@ -20,6 +20,7 @@ from rlhf.run_names import command_in_run, job_name
         ("stage.policy=/a/b.pt", r"policy=_a_b.pt-\w{8}"),
         ("stage.policy=" + "x" * 300, r"policy=x{93}-\w{8}"),
         ("loss=ipo,overwrite=true,run=mine,stage=dpo", "loss=ipo"),
+        ("data.template=" + "是" * 120, r"template=是{30}-\w{8}"),  # 100 bytes: 9, and 3 for each character
         ("stage.beta=0.43557259109182184,seed=1", r"beta=0.4356,seed=1-\w{8}"),
         ("stage.eps=4.252744858000656e-05", r"eps=4.253e-05-\w{8}"),
         ("run=mine,stage=dpo", "job"),
