@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from rlhf.printable import printable
 from rlhf.report.events import Alert
 from rlhf.report.figures import (
     ALERT,
@@ -195,7 +196,11 @@ def intervals_plot(name: str, title: str, rows: Sequence[tuple[str, float, float
 
 
 def shorten(label: str, limit: int = 26) -> str:
-    """Return a label that fits next to a plot: the middle of a long one is left out."""
+    """Return a label that fits next to a plot: the middle of a long one is left out.
+
+    Characters that SVG cannot contain are escaped.
+    """
+    label = printable(label)
     return label if len(label) <= limit else f"{label[: limit // 2 - 1]}…{label[-limit // 2 :]}"
 
 

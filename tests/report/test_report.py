@@ -312,6 +312,16 @@ def test_the_command_writes_the_report_without_torch(repo: Path, finished_run: P
     assert not list(root.rglob("*.part"))
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\x1b<", r"a\x1b<"), ("\0", r"\x00"), ("\ud800", r"\ud800"), ("\ufffe", r"\ufffe")]
+)
+def test_names_of_models_may_contain_any_character(finished_run: Path, name: str, shown: str) -> None:
+    """SVG cannot contain control characters, lone surrogates and U+FFFE, so a plot shows their escapes."""
+    path = finished_run / "evaluation" / "metrics.json"
+    path.write_text(json.dumps(EVALUATION).replace('"ppo"', json.dumps(name)))
+    assert f"{shown}, gold score" in report_of(finished_run).text
+
+
 def test_names_of_metrics_and_runs_are_text(tmp_path: Path) -> None:
     """Neither the markup of HTML nor that of matplotlib has an effect."""
     run = tmp_path / "$a_b$ <b>"
