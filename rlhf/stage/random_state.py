@@ -40,9 +40,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     """
     torch.set_rng_state(state["cpu"].cpu())
     if "python" in state:
-        random.setstate(state["python"])
+        version, numbers, normal = state["python"]
+        random.setstate((version, tuple(numbers), normal))  # A dump has lists in place of tuples.
     if "numpy" in state:
-        numpy.random.set_state(state["numpy"])
+        numpy.random.set_state(tuple(state["numpy"]))
     states, accelerator = [device_state.cpu() for device_state in state["accelerator"]], _accelerator()
     if accelerator is None or len(states) != accelerator.device_count():
         return
