@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
-from rlhf.models import PolicyOutput, gathered
+from rlhf.models import PolicyOutput, common_count, gathered
 from rlhf.reward_functions import RewardFunction, ScoringBatch
 from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
 from rlhf.rl.policies import PolicyWithReference
@@ -89,6 +89,13 @@ class Collector:
                         tensors[name] = torch.zeros_like(rollout.input_ids, dtype=torch.float)
                     tensors[name][index, : values.shape[1]] = values.float()
         return Experience(rollout, lengths, **tensors)
+
+    def evaluate_in_order(self, rollout: Rollout, size: int) -> Experience:
+        """Compute what ``evaluate_rollout`` does, with at most ``size`` rows at once and in the order of the rows."""
+        count = len(rollout.input_ids)
+        split = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        idle = common_count(self.policies.policy, len(split)) - len(split)  # Other ranks have more responses.
+        return self.evaluate_rollout(rollout, split + split[-1:] * idle)
 
     def _evaluate(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""

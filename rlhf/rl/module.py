@@ -65,7 +65,7 @@ class OnPolicyModule(UpdateModule):
             mean over their tokens, and ``sequence_sum`` the mean over responses of the sum over their tokens divided by
             the constant ``stage.sampling.max_new_tokens`` (Liu et al. 2025, arXiv:2503.20783).
         ppo_epochs: Number of passes over each rollout.
-        minibatch_size: Number of responses per minibatch and device.
+        minibatch_size: Number of responses per minibatch and device. Validation evaluates as many responses at once.
         learning_rate: Peak learning rate of AdamW.
         eps: AdamW epsilon.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.
@@ -269,7 +269,7 @@ class OnPolicyModule(UpdateModule):
         # The same draws in every validation, and training draws as if there were no validation.
         with separate_random_state(batch_idx * self.trainer.world_size + self.global_rank):
             rollout = self.collector.sample(prompts)
-        experience = self.collector.evaluate_rollout(rollout, [range(len(rollout.input_ids))])
+        experience = self.collector.evaluate_in_order(rollout, self.minibatch_size)
         metrics = {
             "score": self.collector.score(rollout, prompts)[0].mean(),
             "kl": experience.kl_per_sequence.mean(),

@@ -100,13 +100,17 @@ def sample(module: Any, length: int) -> list[list[int]]:
 
 
 def uneven(module: Any, rank: int) -> list[int]:
-    """Sample and score 5 prompts on rank 0 and 2 on rank 1, in batches of 2: ranks run different numbers of batches."""
+    """Sample, evaluate and score 5 prompts on rank 0 and 2 on rank 1, in batches of 2.
+
+    Ranks need different numbers of batches.
+    """
     prompts = PromptBatch([[1, 5 + row] for row in range(5 if rank == 0 else 2)], [])
     module.collector.rollout_batch_size = module.reward.batch_size = 2
     module.collector.sampler = LocalSampler()
     rollout = module.collector.sample(prompts)
     batch = ScoringBatch(rollout.input_ids, rollout.attention_mask, [], [], [])
-    return list(module.reward(batch).shape)
+    experience = module.collector.evaluate_in_order(rollout, 2)
+    return [*module.reward(batch).shape, *experience.kl_per_sequence.shape]
 
 
 @pytest.fixture(scope="session")
@@ -174,8 +178,8 @@ def test_ranks_sample_different_numbers_of_tokens_from_the_gathered_policy(resul
     assert first == one == [ids[:2] for ids in second]
 
 
-def test_ranks_sample_and_score_different_numbers_of_batches(results: Any) -> None:
-    assert [result["uneven"] for result in results] == [[5], [5], [2]]
+def test_ranks_sample_evaluate_and_score_different_numbers_of_batches(results: Any) -> None:
+    assert [result["uneven"] for result in results] == [[5, 5], [5, 5], [2, 2]]
 
 
 def test_frozen_matrices_are_sharded_in_the_dtype_of_autocast(results: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness import DEMONSTRATIONS, EXACT, NO_UPDATE, TinyRun, assert_same_weights, weights_differ
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.reward_functions import RewardFunction, ScoringBatch
-from rlhf.rl.collector import concatenate
+from rlhf.rl.collector import Collector, concatenate
 from rlhf.sampling import LocalSampler, Rollout
 
 
@@ -136,6 +136,32 @@ def test_validation_does_not_change_training(tiny_run: TinyRun) -> None:
     (truncated, _), kl = validated.curve("val/truncated"), validated.curve("val/kl")
     assert 0 <= truncated <= 1
     assert len(kl) == 2
+
+
+def test_validation_evaluates_rollouts_in_minibatches(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 prompts with 4 responses each are 32 responses: 10 minibatches of 3 and one of 2.
+
+    The KL is the mean over the 32 responses, as if they were evaluated at once.
+    """
+    sizes: list[int] = []
+    whole: list[float] = []
+    evaluate, evaluate_in_order = Collector._evaluate, Collector.evaluate_in_order
+
+    def recorded(self: Collector, inputs: Any) -> Any:
+        sizes.append(len(inputs.input_ids))
+        return evaluate(self, inputs)
+
+    def compared(self: Collector, rollout: Rollout, size: int) -> Any:
+        whole.append(float(self.evaluate_rollout(rollout, [range(32)]).kl_per_sequence.mean()))
+        sizes.clear()
+        return evaluate_in_order(self, rollout, size)
+
+    monkeypatch.setattr(Collector, "_evaluate", recorded)
+    monkeypatch.setattr(Collector, "evaluate_in_order", compared)
+    run = tiny_run.train("grpo", data={"val": tiny_run.write("val", DEMONSTRATIONS)}, minibatch_size=3)
+    assert sizes == [3] * 10 + [2]
+    assert whole[0] != 0
+    assert run.curve("val/kl") == pytest.approx(whole, rel=1e-4)
 
 
 def test_every_validation_draws_the_same_numbers(tiny_run: TinyRun) -> None:
