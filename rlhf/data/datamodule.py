@@ -188,14 +188,19 @@ class RecordDataModule(lightning.LightningDataModule):
                 report_encoded(self, split, summary)
         return self._rows[split]
 
-    def sample_prompts(self, count: int, response_budget: int = 64) -> list[tuple[list[int], Prompt]]:
+    def sample_prompts(
+        self, count: int, response_budget: int = 64, max_length: int | None = None
+    ) -> list[tuple[list[int], Prompt]]:
         """Return the first validation prompts as token ids and records; training prompts if there is no validation.
 
         Args:
             count: Number of different prompts.
             response_budget: Tokens of ``max_length`` to reserve for the response, at most half of ``max_length``.
+            max_length: Maximum length of prompt and response together, in tokens, if it is shorter than that of the
+                data.
         """
-        reserve = min(response_budget, self.max_length // 2)
+        length = min(self.max_length, max_length or self.max_length)
+        reserve = self.max_length - length + min(response_budget, length // 2)
         encoder, records = self.encoder(), self.records("val") or self.records("train")
         unique: dict[str, Prompt] = {}
         for record in records:

@@ -49,7 +49,7 @@ class PreferenceModule(ReferenceModule):
         samples: Number of validation prompts to which responses are sampled after each validation and after training,
             greedily. TensorBoard and the log show them with their implicit rewards. If the reference model has been
             freed, it is opened again for each table. 0 disables it.
-        max_new_tokens: Maximum length of these responses, in tokens.
+        max_new_tokens: Maximum length of these responses, in tokens; less if the model has too few positions.
         sampler: Sampler of these responses. null: ``LocalSampler``.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate schedule: ``cosine`` or ``linear`` decay to 0, or ``constant``.

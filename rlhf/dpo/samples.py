@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.models import kl_divergence
+from rlhf.stage.sample_table import sample_for_table
 
 
 @torch.no_grad()
@@ -22,13 +23,11 @@ def sample_responses(module: Any, datamodule: RecordDataModule) -> tuple[Sequenc
         The names of the columns, and a row per prompt: prompt, response, implicit reward in reward units and, with a
         reference model, the sum over the response of the KL divergence of the policy from the reference model, in nats.
     """
-    prompts = datamodule.sample_prompts(module.samples, module.sampling.max_new_tokens)
-    module.sampler.sync(module.policy.lm, module.tokenizer)
+    prompts, rollout = sample_for_table(module, datamodule)
     with module.trainer.precision_plugin.forward_context():
-        rollout = module.sampler.sample([input_ids for input_ids, _ in prompts], module.sampling)
         sequences = SequenceBatch(rollout.input_ids, rollout.attention_mask, rollout.response_mask).to(module.device)
         columns = _rewards_and_kl(module, sequences)
-    texts = zip((prompt.raw_text for _, prompt in prompts), rollout.decode(module.tokenizer), strict=True)
+    texts = zip((prompt.raw_text for prompt in prompts), rollout.decode(module.tokenizer), strict=True)
     rows = zip(texts, *(values.tolist() for values in columns.values()), strict=True)
     return ("prompt", "response", *columns), [(*pair, *numbers) for pair, *numbers in rows]
 

@@ -1,7 +1,8 @@
 """Response sampling, shared by SFT, PPO, GRPO, evaluation and the pre-flight checks. It works without a trainer."""
 
 from rlhf.sampling.params import SamplingParams
+from rlhf.sampling.responses import position_limit
 from rlhf.sampling.rollout import Rollout
 from rlhf.sampling.sampler import LocalSampler, Sampler
 
-__all__ = ["LocalSampler", "Rollout", "Sampler", "SamplingParams"]
+__all__ = ["LocalSampler", "Rollout", "Sampler", "SamplingParams", "position_limit"]

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.errors import ConfigError, UserError
 from rlhf.models.probes import length_boundary
@@ -175,9 +175,18 @@ def invalid_logits(position: int) -> UserError:
     )
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return the maximum length of prompt and response together when a model samples; None if it has no limit.
+
+    Args:
+        config: The configuration of the model.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_positions(lm: PreTrainedModel, shortest: int, needed: int) -> None:
     """Refuse prompts that leave too few positions for ``max_new_tokens``, and warn of positions that may change."""
-    available = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    available = position_limit(lm.config)
     if available is not None and needed > available:
         raise ConfigError(
             f"The longest prompt and max_new_tokens need {needed} positions together, but the model has {available}.",

@@ -15,6 +15,7 @@ from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
 from rlhf.stage import Metrics, Result, StageModule
 from rlhf.stage.random_state import separate_random_state
+from rlhf.stage.sample_table import sample_for_table
 from rlhf.tensors import masked_fraction, masked_mean
 
 
@@ -26,7 +27,7 @@ class SFTModule(StageModule):
             ``model=`` selects.
         samples: Number of validation prompts to which responses are sampled after each epoch, greedily. TensorBoard
             shows them. 0 disables it.
-        max_new_tokens: Maximum length of these responses, in tokens.
+        max_new_tokens: Maximum length of these responses, in tokens; less if the model has too few positions.
         sampler: Sampler of these responses. null: ``LocalSampler``.
         learning_rate: Peak learning rate of AdamW.
         betas: AdamW decay rates of the first and second moment.
@@ -99,12 +100,8 @@ class SFTModule(StageModule):
 
     def sample_responses(self, datamodule: RecordDataModule) -> list[tuple[str, str]]:
         """Return the first validation prompts, each with a greedy response."""
-        rows = datamodule.sample_prompts(self.samples)
-        self.sampler.sync(self.policy.lm, self.tokenizer)
-        with self.trainer.precision_plugin.forward_context():
-            rollout = self.sampler.sample([input_ids for input_ids, _ in rows], self.sampling)
-        responses = rollout.decode(self.tokenizer)
-        return [(prompt.raw_text, response) for (_, prompt), response in zip(rows, responses, strict=True)]
+        prompts, rollout = sample_for_table(self, datamodule)
+        return [(prompt.raw_text, text) for prompt, text in zip(prompts, rollout.decode(self.tokenizer), strict=True)]
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         return checks(self, datamodule)
