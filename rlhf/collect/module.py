@@ -88,6 +88,8 @@ class CollectModule(SamplingModule):
                 f"labels=page requires a single process, but there are {self.trainer.world_size}.",
                 "Set trainer.devices=1 trainer.strategy=auto.",
             )
+        reward_models = self.reward_sources if self.reward.needs_model else ()
+        self.check_positions({"policy": self.source}, reward_models, "train")
         if self.labels.needs_scores or self.reward_sources:
             datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             check_targets(self.reward, datamodule, ("train",))

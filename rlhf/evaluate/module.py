@@ -104,6 +104,8 @@ class EvaluateModule(SamplingModule):
 
     def on_test_start(self) -> None:
         super().on_test_start()
+        policies = {f"model {name}": source for name, source in self.sources.items()}
+        self.check_positions(policies, self.reward_sources, "test")
         if self.gold is not None:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             read_columns(self.gold.columns, datamodule, ("test",), self.gold.name)

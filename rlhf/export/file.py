@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,18 @@ from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export.content import FORMAT, build_limit, parse_config, parse_generation_config, parse_json, read_export
 from rlhf.files import FINAL_MODEL, atomic_write
-from rlhf.models import Adapter, Pretrained, ScalarHead, ScalarModel, adapter_of, base_weights, full_state_dict
+from rlhf.models import (
+    Adapter,
+    BaseModel,
+    Pretrained,
+    ScalarHead,
+    ScalarModel,
+    adapter_of,
+    base_weights,
+    full_state_dict,
+    trunk_on_meta,
+    trunk_without_weights,
+)
 from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
 from rlhf.models.opening import REPLACE_FILE, check_finite, opening
 from rlhf.models.sources import remember_config
@@ -226,22 +238,37 @@ class Export:
                 model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False, **keywords)
             return remember_config(model)
         base = self.adapter.base
+        log.info("%s contains an adapter. Its base model is read from %s.", self.path, self.base or base.path)
+        with self._opening_base(base) as source:
+            model = source.language_model(tokenizer)
+        base.check(model, self.path)
+        with build_limit(self.path):
+            add_adapter(model, self.adapter)
+        return model
+
+    @contextmanager
+    def _opening_base(self, base: BaseModel) -> Iterator["Export | Pretrained"]:
+        """Open the base model of an adapter. An error in this context names the file with the adapter."""
         path = self.base or base.path
-        log.info("%s contains an adapter. Its base model is read from %s.", self.path, path)
         try:
             source = open_model_source(path, revision=base.revision, attention=self.attention)
             if isinstance(source, Export) and source.adapter is not None:
                 raise DataError(f"{path} contains an adapter itself.")
-            model = source.language_model(tokenizer)
+            yield source
         except UserError as error:
             raise DataError(
                 f"{self.path} contains an adapter, and its base model cannot be opened. {error.args[0]}",
                 f"Restore the base model at {base.path}, or open the file with load_model(<path>, base=<path>).",
             ) from error
-        base.check(model, self.path)
-        with build_limit(self.path):
-            add_adapter(model, self.adapter)
-        return model
+
+    def trunk_without_weights(self) -> PreTrainedModel | None:
+        """Return the model without its output layer, on the meta device; None if it is not known."""
+        if self.adapter is not None:
+            with self._opening_base(self.adapter.base) as source:
+                return trunk_without_weights(source)
+        config = parse_config(self._content(), self.path)
+        with build_limit(self.path), opening(self.path, "model", REPLACE_FILE):
+            return trunk_on_meta(config)
 
     def _content(self, kind: str | None = None) -> dict[str, Any]:
         return read_export(self.path, kind)

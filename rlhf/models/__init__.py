@@ -4,6 +4,7 @@ from rlhf.models.adapter_sources import SharedBase, WithAdapter, starting_point
 from rlhf.models.adapters import Adapter, BaseModel, LoRA, adapter_of, base_weights
 from rlhf.models.backbone import Policy, PolicyOutput, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
+from rlhf.models.descriptions import trunk_on_meta, trunk_without_weights
 from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
 from rlhf.models.logits import cache_name
 from rlhf.models.reference import open_reference
@@ -60,4 +61,6 @@ __all__ = [
     "starting_point",
     "stored_weights",
     "train_tokenizer",
+    "trunk_on_meta",
+    "trunk_without_weights",
 ]

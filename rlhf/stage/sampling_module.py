@@ -1,12 +1,13 @@
 """What the stages share that sample responses to all prompts of their data, without training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import lightning
 
 from rlhf.data import PromptBatch
 from rlhf.models import ModelSource, as_sequence
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
+from rlhf.stage.positions import check_source_positions
 
 
 class SamplingModule(lightning.LightningModule):
@@ -36,6 +37,25 @@ class SamplingModule(lightning.LightningModule):
     def response_budget(self) -> int:
         """Maximum response length in tokens, which the data module reserves in ``max_length``."""
         return self.sampling.max_new_tokens
+
+    def check_positions(
+        self, policies: Mapping[str, ModelSource], reward_models: Sequence[ModelSource], split: str
+    ) -> None:
+        """Reject prompts that do not fit a model, before any model is opened.
+
+        Args:
+            policies: The models that respond, by the names to use in messages.
+            reward_models: The models that score the responses.
+            split: The split of the prompts.
+        """
+        check_source_positions(
+            policies,
+            reward_models,
+            sampler=self.sampler,
+            budget=self.response_budget,
+            datamodule=getattr(self.trainer, "datamodule", None),
+            split=split,
+        )
 
     def on_test_start(self) -> None:
         self.batches = []
