@@ -44,7 +44,7 @@ from rlhf.models import ModelSource
 from rlhf.output_directory import OutputDirectory, StartOutput
 from rlhf.process.heap import keep_heap, release_heap
 from rlhf.speed import set_speed
-from rlhf.stage.memory import report_out_of_memory
+from rlhf.stage.out_of_memory import report_out_of_memory
 from rlhf.stages import stages
 from rlhf.sweep import Monitored
 

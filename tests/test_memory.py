@@ -1,6 +1,5 @@
-"""Out of memory: the message names the keys to change, and a step that is computed in pieces has the same result."""
+"""Out of memory: a step that is computed in pieces has the same result."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 from harness import ON_POLICY, STAGES, TinyRun, assert_same_weights
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.rl import UpdateLimits
-from rlhf.stage.memory import is_out_of_memory, report_out_of_memory
 
 SPLITTABLE = [stage for stage in STAGES if stage != "kto"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -125,64 +123,3 @@ def test_settings_that_cannot_be_halved_are_rejected(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_run.train(stage, **keys)
-
-
-# Messages
-
-
-@pytest.mark.parametrize(
-    ("stage", "place", "expected"),
-    [
-        ("sft", "rlhf.sft.module.cross_entropy_loss", "computing a training step .*data.batch_size=4 trainer.acc.*=2"),
-        (
-            "ppo",
-            "rlhf.rl.policy_update.clipped_policy_loss",
-            "computing a training step .*stage.minibatch_size=2 trainer.acc.*=2",
-        ),
-        ("ppo", "rlhf.sampling.sampler.LocalSampler._decoding", "sampling responses .*stage.rollout_batch_size=4"),
-        ("ppo", "rlhf.rl.collector.Collector._evaluate", "evaluating a rollout .*stage.minibatch_size=2"),
-    ],
-)
-def test_the_message_names_the_phase_and_the_keys(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str, place: str, expected: str
-) -> None:
-    def exhausted(*arguments: Any, **keys: Any) -> Any:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 64 TB")
-
-    run = tiny_run.build(stage)
-    monkeypatch.setattr(place, exhausted)
-    expected = f"(?s)stage={stage} has run out of memory while {expected}"
-    with (
-        pytest.raises(TrainingError, match=expected) as raised,
-        report_out_of_memory(stage, run.module, run.datamodule),
-    ):
-        run.fit()
-    assert "can't allocate memory" in str(raised.value)
-    assert raised.value.exit_code == 1
-
-
-def test_memory_of_evaluation(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny_run.build("sft", data={"val": tiny_run.write("val", STAGES["sft"].records)})
-
-    def validation_step(self: Any, *arguments: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(STAGES["sft"].module, "validation_step", validation_step)
-    with (
-        pytest.raises(TrainingError, match=r"(?s)validation or test metrics .*data\.eval_batch_size=4"),
-        report_out_of_memory("sft", run.module, run.datamodule),
-    ):
-        run.fit()
-
-
-def test_other_errors_pass() -> None:
-    assert not is_out_of_memory(RuntimeError("shapes differ"))
-    with pytest.raises(RuntimeError, match="shapes differ"), report_out_of_memory("sft", SimpleNamespace(), None):
-        raise RuntimeError("shapes differ")
-
-
-def test_real_allocations_that_fail_are_recognized() -> None:
-    """One exabyte, which no machine has."""
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(raised.value)

@@ -1,16 +1,13 @@
-"""Out of memory: which keys to change, and training batches that are computed in pieces."""
+"""Out of memory: training batches that are computed in pieces."""
 
 import gc
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from traceback import walk_tb
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.errors import TrainingError, first_line
 from rlhf.stage.precision import gradient_scaler
 
 log = logging.getLogger(__name__)
@@ -99,71 +96,3 @@ class BatchSplitter:
         size = -(-batch.row_count // self.pieces)
         for start in range(0, batch.row_count, size):
             yield batch.select(range(start, min(start + size, batch.row_count)))
-
-
-# Messages
-
-
-@contextmanager
-def report_out_of_memory(stage: str, module: Any, datamodule: Any) -> Iterator[None]:
-    """Turn an error of memory in this context into one that names what was running and which keys to change.
-
-    Args:
-        stage: Name of the stage.
-        module: Its module.
-        datamodule: Its data.
-
-    Raises:
-        TrainingError: Memory has run out.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        phase = _phase(error)
-        raise TrainingError(
-            f"stage={stage} has run out of memory while {phase} ({first_line(error)}).",
-            _fix(phase, module, datamodule),
-        ) from error
-
-
-SAMPLING = "sampling responses"
-ROLLOUT = "evaluating a rollout"
-EVALUATION = "computing validation or test metrics"
-TRAINING = "computing a training step"
-
-
-def _phase(error: BaseException) -> str:
-    """Return what was running when an error was raised, by the functions on its traceback."""
-    running = {(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
-    if any(name.startswith("rlhf.sampling") for name, _ in running):
-        return SAMPLING
-    if running & {("rlhf.rl.collector", "evaluate_rollout"), ("rlhf.rl.collector", "score")}:
-        return ROLLOUT
-    if any(function in ("validation_step", "test_step") for _, function in running):
-        return EVALUATION
-    return TRAINING
-
-
-def _fix(phase: str, module: Any, datamodule: Any) -> str:
-    """Return the keys to change, with values where one half of the current value is enough."""
-    length = f"data.max_length={max(datamodule.max_length // 2, 2)}"
-    on_policy = hasattr(module, "minibatch_size")
-    if phase == SAMPLING:
-        size = (getattr(module, "rollout_batch_size", None) or datamodule.batch_size) if on_policy else None
-        key = "data.eval_batch_size" if size is None else "stage.rollout_batch_size"
-        half = max((datamodule.eval_batch_size if size is None else size) // 2, 1)
-        return f"Set {key}={half}. Otherwise set {length}, or lower the maximum length of responses."
-    if phase == EVALUATION:
-        return f"Set data.eval_batch_size={max(datamodule.eval_batch_size // 2, 1)}. Otherwise set {length}."
-    key, size = ("stage.minibatch_size", module.minibatch_size) if on_policy else ("data.batch_size", None)
-    size = datamodule.batch_size if size is None else size
-    if phase == ROLLOUT:
-        return f"Set {key}={max(size // 2, 1)}, reward.batch_size=<smaller>, or {length}."
-    accumulate = 2 * module.trainer.accumulate_grad_batches
-    return (
-        f"Set {key}={max(size // 2, 1)} trainer.accumulate_grad_batches={accumulate}, which gives the same updates, or "
-        f"stage.on_out_of_memory=halve, which does so when it is necessary.\n  Otherwise set "
-        f"stage.gradient_checkpointing=true or {length}."
-    )
