@@ -1,14 +1,13 @@
 """Parse rows of data into records. The fields that a row has determine how it is parsed."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.columns import check_columns
-from rlhf.data.content_parts import joined_text
+from rlhf.data.messages import check_characters, conversation, parse_messages, parse_transcript
 from rlhf.data.records import (
     Demonstration,
     Message,
@@ -20,12 +19,7 @@ from rlhf.data.records import (
     Row,
     UnpairedPreference,
 )
-from rlhf.data.tool_calls import has_tool_calls, has_tools
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
-# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+from rlhf.data.tool_calls import has_tools
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class RecordParser:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
             response = self._final_response(messages, "messages")
-            prompt = _conversation(messages[:-1])
+            prompt = conversation(messages[:-1])
         else:
             response = self._response(row, self._demonstrated(row), "demonstration")
             prompt = self._prompt(row, "demonstration")
@@ -130,8 +124,8 @@ class RecordParser:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
             if messages[-1]["role"] != "assistant":
-                return _conversation(messages)
-            prompt, target = _conversation(messages[:-1]), messages[-1]["content"]
+                return conversation(messages)
+            prompt, target = conversation(messages[:-1]), messages[-1]["content"]
         elif self.has(row, "prompt") or self.has(row, "document"):
             prompt = self._prompt(row, "prompt")
             for name in ("target", "completion", "chosen"):
@@ -151,16 +145,16 @@ class RecordParser:
         if isinstance(value, str):
             if not value.strip():
                 raise RecordError(f"the field '{self.column(name)}' is empty")
-            _check_characters(self.column(name), value)
+            check_characters(self.column(name), value)
             return Prompt([{"role": "user", "content": value}], value)
-        return _conversation(self._messages(row, name))
+        return conversation(self._messages(row, name))
 
     def _response(self, row: Row, name: str, kind: str) -> str:
         """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
         value = self._get(row, name, kind)
         if _is_text_or_number(value):
             response = str(value)  # A CSV column may contain only numbers.
-            _check_characters(self.column(name), response)
+            check_characters(self.column(name), response)
             return response
         messages = self._messages(row, name)
         if len(messages) > 1:
@@ -191,52 +185,21 @@ class RecordParser:
             if isinstance(value, str) and "\n\nAssistant:" not in value:
                 raise self._missing(row, "prompt", "preference")
             is_text = isinstance(value, str)
-            conversations.append(self._turns(value, name) if is_text else self._messages(row, name))
+            conversations.append(parse_transcript(value, self.column(name)) if is_text else self._messages(row, name))
         chosen, rejected = conversations
         if chosen[:-1] != rejected[:-1]:
             raise RecordError(
                 "'chosen' and 'rejected' diverge before the final response, so they do not share a prompt"
             )
         return (
-            _conversation(chosen[:-1]),
+            conversation(chosen[:-1]),
             self._final_response(chosen, "chosen"),
             self._final_response(rejected, "rejected"),
         )
 
-    def _turns(self, text: str, name: str) -> list[Message]:
-        """Parse the ``\\n\\nHuman: ... \\n\\nAssistant: ...`` format of HH (Bai et al. 2022, arXiv:2204.05862)."""
-        column = self.column(name)
-        _check_characters(column, text)
-        before, *turns = TURN.split("\n\n" + text.lstrip())
-        if before.strip():
-            raise RecordError(
-                f"the field '{column}' contains text before its first turn: {before.strip()!r:.40}",
-                fix="Begin the transcript with 'Human:'.",
-            )
-        roles, contents = turns[::2], turns[1::2]
-        return [
-            {"role": "user" if role == "Human" else "assistant", "content": content.strip()}
-            for role, content in zip(roles, contents, strict=True)
-        ]
-
     def _messages(self, row: Row, name: str) -> list[Message]:
         column = self.column(name)
-        value = row[column]
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise RecordError(f"the field '{column}' must be text or a list of messages, got {value!r:.40}")
-        messages = []
-        for number, message in enumerate(value, 1):
-            fields = message if isinstance(message, Mapping) else {}
-            role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
-            if has_tool_calls(fields):
-                raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
-            if isinstance(content, list) and content:
-                content = joined_text(content, column, number)
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
-            _check_characters(column, content)
-            messages.append({"role": ROLES.get(role, role), "content": content})
-        return messages
+        return parse_messages(row[column], column)
 
     def _final_response(self, messages: Sequence[Message], name: str) -> str:
         if (role := messages[-1]["role"]) != "assistant":
@@ -275,17 +238,3 @@ def _is_text_or_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def _check_characters(column: str, text: str) -> None:
-    """Raise an error if a text cannot be encoded: JSON may contain escaped halves of a surrogate pair."""
-    if not text.isascii() and (surrogate := SURROGATE.search(text)):
-        raise RecordError(f"the field '{column}' contains {surrogate[0]!a}, which is half of a surrogate pair")
-
-
-def _conversation(messages: Sequence[Message]) -> Prompt:
-    if not messages or messages[-1]["role"] == "assistant":
-        raise RecordError("the conversation before the response must end with a user message")
-    if len(messages) == 1:
-        return Prompt(messages, messages[0]["content"])
-    return Prompt(messages, "\n\n".join(f"{message['role']}: {message['content']}" for message in messages))

@@ -1,0 +1,84 @@
+"""Messages of conversations: lists of messages, and transcripts in the format of HH."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.data.content_parts import joined_text
+from rlhf.data.records import Message, Prompt, RecordError
+from rlhf.data.tool_calls import has_tool_calls
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
+# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+def parse_messages(value: Any, column: str) -> list[Message]:
+    """Parse a list of messages.
+
+    Args:
+        value: The list.
+        column: Its column, for the error message.
+
+    Raises:
+        RecordError: It is not a list of messages, or a message has content that is not supported.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise RecordError(f"the field '{column}' must be text or a list of messages, got {value!r:.40}")
+    messages = []
+    for number, message in enumerate(value, 1):
+        fields = message if isinstance(message, Mapping) else {}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        if has_tool_calls(fields):
+            raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
+        if isinstance(content, list) and content:
+            content = joined_text(content, column, number)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
+        check_characters(column, content)
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def parse_transcript(text: str, column: str) -> list[Message]:
+    """Parse the ``\\n\\nHuman: ... \\n\\nAssistant: ...`` format of HH (Bai et al. 2022, arXiv:2204.05862).
+
+    Args:
+        text: The transcript.
+        column: Its column, for the error message.
+
+    Raises:
+        RecordError: There is text before the first turn.
+    """
+    check_characters(column, text)
+    before, *turns = TURN.split("\n\n" + text.lstrip())
+    if before.strip():
+        raise RecordError(
+            f"the field '{column}' contains text before its first turn: {before.strip()!r:.40}",
+            fix="Begin the transcript with 'Human:'.",
+        )
+    roles, contents = turns[::2], turns[1::2]
+    return [
+        {"role": "user" if role == "Human" else "assistant", "content": content.strip()}
+        for role, content in zip(roles, contents, strict=True)
+    ]
+
+
+def check_characters(column: str, text: str) -> None:
+    """Raise an error if a text cannot be encoded: JSON may contain escaped halves of a surrogate pair."""
+    if not text.isascii() and (surrogate := SURROGATE.search(text)):
+        raise RecordError(f"the field '{column}' contains {surrogate[0]!a}, which is half of a surrogate pair")
+
+
+def conversation(messages: Sequence[Message]) -> Prompt:
+    """Return a conversation up to the next response.
+
+    Raises:
+        RecordError: The last message is by the assistant.
+    """
+    if not messages or messages[-1]["role"] == "assistant":
+        raise RecordError("the conversation before the response must end with a user message")
+    if len(messages) == 1:
+        return Prompt(messages, messages[0]["content"])
+    return Prompt(messages, "\n\n".join(f"{message['role']}: {message['content']}" for message in messages))
