@@ -14,6 +14,7 @@ from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
 from rlhf.process.time_limit import time_limit
 from rlhf.tokenizer.probe import encoding
+from rlhf.tokenizer.templates import is_plain_template
 
 RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a millisecond
 
@@ -221,7 +222,9 @@ class Encoder:
             roles = [message["role"] for message in conversation]
             raise ConfigError(
                 f"The tokenizer's chat template does not support a conversation with the roles {roles} ({error}).",
-                'Use another template: data.template="{prompt}\\n"',
+                "Rename the other roles in the data, or remove their messages."
+                if is_plain_template(self.tokenizer)
+                else 'Use another template: data.template="{prompt}\\n"',
             ) from error
 
     def _apply_template(self, conversations: list[list[Message]], is_prompt: bool) -> list[str]:

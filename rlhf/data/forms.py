@@ -1,6 +1,7 @@
 """The forms of rows: which fields belong to each of them, and which stages read it."""
 
 from rlhf.data.alpaca import without_alpaca_fields
+from rlhf.data.messages import role_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Record, Row, UnpairedPreference
 
@@ -33,4 +34,4 @@ def form_of(parser: RecordParser, row: Row) -> type[Record]:
 def _ends_with_response(parser: RecordParser, row: Row) -> bool:
     messages = row[parser.column("messages")]
     last = messages[-1] if isinstance(messages, list) and messages else None
-    return not (isinstance(last, dict) and last.get("role") in ("user", "system", "tool"))
+    return not (isinstance(last, dict) and role_of(last) in ("user", "system", "tool"))

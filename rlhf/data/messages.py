@@ -10,8 +10,19 @@ from rlhf.data.tool_calls import has_tool_calls
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
-# Roles of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and ``content``.
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+# Roles in lower case, also those of other formats. ShareGPT has ``from`` and ``value`` instead of ``role`` and
+# ``content``. Other roles, such as ``tool``, are left to the chat template.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
+
+
+def role_of(message: Mapping[str, Any]) -> Any:
+    """Return the role of a message under the name that chat templates have for it."""
+    role = message.get("role", message.get("from"))
+    return ROLES.get(role.lower(), role) if isinstance(role, str) else role
 
 
 def parse_messages(value: Any, column: str) -> list[Message]:
@@ -29,7 +40,7 @@ def parse_messages(value: Any, column: str) -> list[Message]:
     messages = []
     for number, message in enumerate(value, 1):
         fields = message if isinstance(message, Mapping) else {}
-        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        role, content = role_of(fields), fields.get("content", fields.get("value"))
         if has_tool_calls(fields):
             raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
         if isinstance(content, list) and content:
@@ -37,7 +48,7 @@ def parse_messages(value: Any, column: str) -> list[Message]:
         if not isinstance(role, str) or not isinstance(content, str):
             raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
         check_characters(column, content)
-        messages.append({"role": ROLES.get(role, role), "content": content})
+        messages.append({"role": role, "content": content})
     return messages
 
 

@@ -10,6 +10,7 @@ PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
 )
+PLAIN_ROLES = "the roles of data.template are system, user and assistant"
 
 
 def chat_template(template: str) -> str:
@@ -21,7 +22,7 @@ def chat_template(template: str) -> str:
 
     Returns:
         Jinja source for ``tokenizer.chat_template``. It starts with BOS if the tokenizer has one, and ends a response
-        with EOS.
+        with EOS. Roles other than ``system``, ``user`` and ``assistant`` are an error.
     """
     if "{prompt}" not in template:
         raise ConfigError(
@@ -31,7 +32,9 @@ def chat_template(template: str) -> str:
     return (
         f"{PLAIN_TEMPLATE}"
         f"{{%- elif message['role'] == 'user' -%}}{{{{- {before} + message['content'] + {after} -}}}}"
-        "{%- else -%}{{- ' ' + message['content'] + (eos_token if loop.last else '\\n\\n') -}}{%- endif -%}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        "{{- ' ' + message['content'] + (eos_token if loop.last else '\\n\\n') -}}"
+        f"{{%- else -%}}{{{{- raise_exception({_jinja_string(PLAIN_ROLES)}) -}}}}{{%- endif -%}}"
         "{%- endfor -%}"
     )
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.forms import form_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import (
     FIELDS,
@@ -84,6 +85,27 @@ def test_demonstrations(row: dict[str, Any], expected: Demonstration) -> None:
 )
 def test_preferences(row: dict[str, Any], expected: Preference) -> None:
     assert RecordParser().parse(row, Preference) == expected
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        ("User", "user"),
+        ("prompter", "user"),  # OpenAssistant
+        ("chatgpt", "assistant"),
+        ("Model", "assistant"),
+        ("developer", "system"),  # OpenAI
+        ("tool", "tool"),
+        ("iPython", "iPython"),
+    ],
+)
+def test_roles_of_other_formats_are_mapped(role: str, expected: str) -> None:
+    """Roles that are not known reach the chat template as they are."""
+    messages = [{"role": role, "content": "Q"}, USER, ASSISTANT]
+    assert RecordParser().parse({"messages": messages}, Demonstration).prompt.messages[0]["role"] == expected
+    assert form_of(RecordParser(), {"messages": messages[:1]}) is (
+        Demonstration if expected in ("assistant", "iPython") else Prompt
+    )
 
 
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
@@ -323,9 +345,9 @@ def test_columns_are_renamed(columns: dict[str, str], row: dict[str, Any], recor
             None,
         ),
         (
-            {"messages": [USER, {**ASSISTANT, "role": "Assistant"}]},
+            {"messages": [USER, {**ASSISTANT, "role": "Writer"}]},
             Demonstration,
-            "'messages' must end with a message by 'assistant', but the last one is by 'Assistant'",
+            "'messages' must end with a message by 'assistant', but the last one is by 'Writer'",
             None,
         ),
         (

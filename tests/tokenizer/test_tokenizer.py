@@ -3,6 +3,9 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data import Encoder
+from rlhf.data.parser import RecordParser
+from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError
 from rlhf.models import chat_template, train_tokenizer
 
@@ -118,3 +121,23 @@ def test_jinja_syntax_in_a_prompt_is_not_evaluated(tokenizer: PreTrainedTokenize
 def test_a_template_without_prompt_is_rejected(template: str) -> None:
     with pytest.raises(ConfigError, match=r"^template must contain \{prompt\}, got .*\n.*data\.template="):
         chat_template(template)
+
+
+@pytest.mark.parametrize("role", ["tool", "User"])
+def test_a_plain_template_has_three_roles(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
+    """Another role would be written as a response, and a prompt that ends with it would end with EOS."""
+    tokenizer.chat_template = chat_template("Q: {prompt}\nA:")
+    with pytest.raises(ConfigError) as error:
+        Encoder(tokenizer, 100).encode_prompt([USER, {"role": role, "content": "5"}])
+    assert str(error.value).splitlines() == [
+        f"The tokenizer's chat template does not support a conversation with the roles ['user', '{role}'] (the roles "
+        "of data.template are system, user and assistant).",
+        "  Rename the other roles in the data, or remove their messages.",
+    ]
+
+
+def test_a_chat_template_gets_the_roles_of_tools(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    row = {"messages": [USER, *({"role": role, "content": "5"} for role in ("tool", "ipython"))]}
+    ids = Encoder(tokenizer, 100).encode_prompt(RecordParser().parse(row, Prompt).messages)
+    assert tokenizer.decode(ids) == "<user>Hi<tool>5<ipython>5"
