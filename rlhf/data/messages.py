@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf.data.content_parts import joined_text
 from rlhf.data.records import Message, Prompt, RecordError
-from rlhf.data.tool_calls import has_tool_calls
+from rlhf.data.unsupported import check_message
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile("\n\n(Human|Assistant):")  # The first turn of a transcript may lack the line feeds.
@@ -41,8 +41,7 @@ def parse_messages(value: Any, column: str) -> list[Message]:
     for number, message in enumerate(value, 1):
         fields = message if isinstance(message, Mapping) else {}
         role, content = role_of(fields), fields.get("content", fields.get("value"))
-        if has_tool_calls(fields):
-            raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
+        check_message(fields, role, column)
         if isinstance(content, list) and content:
             content = joined_text(content, column, number)
         if not isinstance(role, str) or not isinstance(content, str):

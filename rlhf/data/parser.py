@@ -19,7 +19,7 @@ from rlhf.data.records import (
     Row,
     UnpairedPreference,
 )
-from rlhf.data.tool_calls import has_tools
+from rlhf.data.unsupported import has_tools
 
 
 @dataclass(frozen=True)

@@ -431,6 +431,31 @@ def test_tools_and_calls_are_not_dropped(message: dict[str, Any], row: dict[str,
             assert caught.value.missing is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"thinking": "2 and 2"}, "has reasoning in 'thinking', which is not supported"),
+        ({"reasoning_content": "2 and 2", "thinking": ""}, "has reasoning in 'reasoning_content', which is not"),
+        ({"reasoning": [{"text": "2 and 2"}]}, "has reasoning in 'reasoning', which is not supported"),
+        ({"weight": 0}, "has the weight 0, but weights are not supported"),
+        ({"weight": 0.5}, "has the weight 0.5, but weights are not supported"),
+        ({"thinking": None, "reasoning_content": " ", "reasoning": [None], "weight": 1}, None),
+        ({"weight": None, "name": "a"}, None),
+    ],
+)
+def test_reasoning_and_weights_are_not_dropped(fields: dict[str, Any], reason: str | None) -> None:
+    """Without them, the model would learn to respond at once, or responses that should not be learned."""
+    for position in (1, 3):
+        messages = [{**USER, "weight": 0}, ASSISTANT, USER, ASSISTANT]
+        messages[position] = {**ASSISTANT, **fields}
+        if reason is None:
+            assert RecordParser().parse({"messages": messages}, Demonstration).response == "A"
+        else:
+            with pytest.raises(RecordError, match=f"^a message in the field 'messages' {reason}") as error:
+                RecordParser().parse({"messages": messages}, Demonstration)
+            assert error.value.fix is not None
+
+
 def test_a_column_of_tools_can_be_a_field() -> None:
     assert RecordParser({"prompt": "tools"}).parse({"tools": "[1]", "target": "A"}, Demonstration).response == "A"
 
