@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlhf.data.context import SYSTEM
 from rlhf.data.forms import FORMS, form_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import FIELDS, Demonstration, Prompt, Record, RecordError, Row
@@ -113,7 +114,7 @@ def _missing(parser: RecordParser, row: Row, record_type: type[Record]) -> str |
 
 
 def _free_columns(parser: RecordParser, row: Row) -> list[str]:
-    used = {*parser.columns.values(), *COMMON_FIELDS}
+    used = {*parser.columns.values(), *COMMON_FIELDS, *SYSTEM}
     return [column for column, value in row.items() if value is not None and column not in used]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.columns import check_columns
+from rlhf.data.context import earlier_turns, system_message
 from rlhf.data.messages import check_characters, conversation, parse_messages, parse_transcript
 from rlhf.data.records import (
     Demonstration,
@@ -77,7 +78,7 @@ class RecordParser:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
             response = self._final_response(messages, "messages")
-            prompt = conversation(messages[:-1])
+            prompt = self._conversation(row, messages[:-1])
         else:
             response = self._response(row, self._demonstrated(row), "demonstration")
             prompt = self._prompt(row, "demonstration")
@@ -124,8 +125,8 @@ class RecordParser:
         if self.has(row, "messages"):
             messages = self._messages(row, "messages")
             if messages[-1]["role"] != "assistant":
-                return conversation(messages)
-            prompt, target = conversation(messages[:-1]), messages[-1]["content"]
+                return self._conversation(row, messages)
+            prompt, target = self._conversation(row, messages[:-1]), messages[-1]["content"]
         elif self.has(row, "prompt") or self.has(row, "document"):
             prompt = self._prompt(row, "prompt")
             for name in ("target", "completion", "chosen"):
@@ -146,8 +147,18 @@ class RecordParser:
             if not value.strip():
                 raise RecordError(f"the field '{self.column(name)}' is empty")
             check_characters(self.column(name), value)
-            return Prompt([{"role": "user", "content": value}], value)
-        return conversation(self._messages(row, name))
+            turns = earlier_turns(row, self.columns.values())
+            return self._conversation(row, [*turns, {"role": "user", "content": value}])
+        return self._conversation(row, self._messages(row, name))
+
+    def _conversation(self, row: Row, messages: Sequence[Message]) -> Prompt:
+        """Return the conversation up to the next response, with the system prompt of the row."""
+        return conversation(self._with_system(row, messages))
+
+    def _with_system(self, row: Row, messages: Sequence[Message]) -> list[Message]:
+        """Return messages that begin with the system prompt of the row, unless they begin with another one."""
+        begins_with_system = bool(messages) and messages[0]["role"] == "system"
+        return [*([] if begins_with_system else system_message(row, self.columns.values())), *messages]
 
     def _response(self, row: Row, name: str, kind: str) -> str:
         """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
@@ -164,7 +175,7 @@ class RecordParser:
     def _check_prompt(self, row: Row, name: str, kind: str, before: Sequence[Message]) -> None:
         """Raise an error if the messages before a response are not those of the prompt."""
         prompt = self._prompt(row, kind).messages
-        if list(before) == list(prompt):
+        if list(prompt) in (list(before), self._with_system(row, before)):
             return
         column, shared = self.column(name), self.column("prompt" if self.has(row, "prompt") else "document")
         shorter = min(len(before), len(prompt))
@@ -192,7 +203,7 @@ class RecordParser:
                 "'chosen' and 'rejected' diverge before the final response, so they do not share a prompt"
             )
         return (
-            conversation(chosen[:-1]),
+            self._conversation(row, chosen[:-1]),
             self._final_response(chosen, "chosen"),
             self._final_response(rejected, "rejected"),
         )

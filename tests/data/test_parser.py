@@ -14,6 +14,7 @@ from rlhf.data.records import (
     Rating,
     RecordError,
     UnpairedPreference,
+    prompt_of,
 )
 from rlhf.errors import ConfigError
 
@@ -111,6 +112,42 @@ def test_roles_of_other_formats_are_mapped(role: str, expected: str) -> None:
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
     row = {"instruction": "Shorten it.", "input": "A long text.", "output": "A."}
     assert RecordParser().parse(row, Demonstration).prompt.raw_text == "Shorten it.\n\nA long text."
+
+
+SYSTEM = {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "record_type", "expected"),
+    [
+        ({"prompt": "q"}, {"system": "S", "q": "Q", "chosen": "A", "rejected": "B"}, Preference, [SYSTEM, USER]),
+        ({}, {"system_prompt": "S", "system": "", "prompt": "Q"}, Prompt, [SYSTEM, USER]),
+        ({}, {"system": "S", "messages": [USER, ASSISTANT]}, Demonstration, [SYSTEM, USER]),
+        ({}, {"system": "T", "messages": [SYSTEM, USER, ASSISTANT]}, Demonstration, [SYSTEM, USER]),
+        ({}, {"system": "S", "prompt": "Q", "target": [USER, ASSISTANT]}, Demonstration, [SYSTEM, USER]),
+        ({}, {"system": " ", "system_prompt": None, "prompt": "Q"}, Prompt, [USER]),
+        ({"prompt": "system"}, {"system": "Q"}, Prompt, [USER]),
+        (
+            {},
+            {"system": "S", "instruction": "R", "input": "", "output": "B", "history": [["Q", "A"]]},
+            Demonstration,
+            [SYSTEM, *CONVERSATION],
+        ),
+        ({}, {"history": [], "prompt": "Q"}, Prompt, [USER]),
+        ({}, {"history": "of Rome", "prompt": "Q"}, Prompt, [USER]),
+    ],
+)
+def test_the_system_prompt_and_the_history_of_a_row_precede_its_prompt(
+    columns: dict[str, str], row: dict[str, Any], record_type: type, expected: list[dict[str, str]]
+) -> None:
+    assert prompt_of(RecordParser(columns).parse(row, record_type)).messages == expected
+
+
+@pytest.mark.parametrize("history", [["Q", "A"], [["Q"]], [["Q", None]], [USER, ASSISTANT]])
+def test_a_history_of_another_form_is_refused(history: list[Any]) -> None:
+    reason = "^the field 'history' must be a list of pairs of a user message and a response, got "
+    with pytest.raises(RecordError, match=reason):
+        RecordParser().parse({"history": history, "prompt": "R"}, Prompt)
 
 
 def test_a_transcript_keeps_the_lines_within_a_turn() -> None:
