@@ -164,7 +164,7 @@ class RecordParser:
         """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
         value = self._get(row, name, kind)
         if _is_text_or_number(value):
-            response = str(value)  # A CSV column may contain only numbers.
+            response = str(value)  # JSON and Parquet files contain numbers.
             check_characters(self.column(name), response)
             return response
         messages = self._messages(row, name)

@@ -90,7 +90,7 @@ class RecordReader:
         """
         if not self.splits:
             refuse_directory(path)
-        return read_rows(path, split=self.splits.get(split, split), subset=self.subset)
+        return read_rows(path, split=self.splits.get(split, split), subset=self.subset, columns=self.parser.columns)
 
     def _parse_all(
         self, path: str, rows: Sequence[Row], count: int, record_types: Sequence[type[Record]]

@@ -10,7 +10,9 @@ from datasets import Dataset
 
 from rlhf.data.files import location, read_rows
 from rlhf.data.json_files import JsonLines
-from rlhf.data.records import RecordError
+from rlhf.data.parser import RecordParser
+from rlhf.data.reading import RecordReader
+from rlhf.data.records import Demonstration, Prompt, RecordError
 from rlhf.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "reward": 0.5}, {"prompt": "Ωmega 東", "reward": -2.0}, {"prompt": "x", "reward": 3.0}]
@@ -176,12 +178,43 @@ def test_cells_of_text_are_read_as_they_are(tmp_path: Path, extension: str) -> N
 
 
 def test_cells_of_numbers_are_numbers_or_missing(tmp_path: Path) -> None:
-    """R writes ``NA`` for a missing number. A column of another name that contains only numbers is one of numbers."""
+    """R writes ``NA`` for a missing number. What is not a number remains text, so that its row is the invalid one."""
     path = tmp_path / "rows.csv"
-    path.write_text("reward,margin,label,stars\n1,NA,true,4\n0.5,2,false,\n")
+    path.write_text("reward,margin,label,stars\n1,NA,true,4\n0.5,2,FALSE,\n1e-1,five,1,04\n1_0,,yes,x\n")
     assert list(read_rows(str(path))) == [
-        {"reward": 1.0, "margin": None, "label": True, "stars": 4.0},
+        {"reward": 1.0, "margin": None, "label": True, "stars": "4"},
         {"reward": 0.5, "margin": 2.0, "label": False, "stars": None},
+        {"reward": 0.1, "margin": "five", "label": 1, "stars": "04"},
+        {"reward": "1_0", "margin": None, "label": "yes", "stars": "x"},
+    ]
+
+
+def test_columns_with_other_names_determine_the_cells_of_numbers(tmp_path: Path) -> None:
+    """The column ``margin`` is the response here. pandas alone would read 7.0 and 12.0, because a cell is empty."""
+    path = tmp_path / "rows.csv"
+    path.write_text("question,margin,stars,label\n1,007,4,1\n2,,0.5,0\n3,12,,NA\n")
+    columns = {"prompt": "question", "completion": "margin", "reward": "stars"}
+    rows = read_rows(str(path), columns=columns)
+    assert list(rows) == [
+        {"question": "1", "margin": "007", "stars": 4.0, "label": True},
+        {"question": "2", "margin": None, "stars": 0.5, "label": False},
+        {"question": "3", "margin": "12", "stars": None, "label": None},
+    ]
+    assert RecordParser(columns).parse(rows[0], Demonstration).response == "007"
+    records = RecordReader(RecordParser(columns)).read(str(path), "train", [Prompt])
+    assert records.existing_columns(["stars", "score"]) == {"stars"}
+
+
+def test_the_first_rows_do_not_determine_the_types_of_the_others(tmp_path: Path) -> None:
+    """``datasets`` reads 10,000 rows at once. In these, the ratings are integers, and the input is empty."""
+    path = tmp_path / "rows.csv"
+    lines = [f"{i},1,,," for i in range(10_000)] + [f"{'9' * 30},0.5,x,y,z", "a,0,x,y,z"]
+    path.write_text("\n".join(["id,reward,input,note,label", *lines]) + "\n")
+    rows = read_rows(str(path))
+    assert [rows[9_999], *list(rows)[10_000:]] == [
+        {"id": "9999", "reward": 1.0, "input": None, "note": None, "label": None},
+        {"id": "9" * 30, "reward": 0.5, "input": "x", "note": "y", "label": "z"},
+        {"id": "a", "reward": 0.0, "input": "x", "note": "y", "label": "z"},
     ]
 
 

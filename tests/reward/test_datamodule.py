@@ -49,7 +49,7 @@ def test_split_names_of_the_pairs_do_not_apply_to_demonstrations(
     module = data(tmp_path, {})
     module.demonstrations = "owner/demonstrations"
 
-    def read_rows(path: str, *, split: str, subset: str | None) -> list[dict[str, str]]:
+    def read_rows(path: str, *, split: str, subset: str | None, columns: Any) -> list[dict[str, str]]:
         assert (path, split, subset) == ("owner/demonstrations", "train", None)
         return [{"prompt": "R", "completion": "C"}]
 
