@@ -75,6 +75,11 @@ def parse_transcript(text: str, column: str) -> list[Message]:
     ]
 
 
+def is_opened_transcript(text: str) -> bool:
+    """Return whether a text is a transcript in the format of HH that ends where the assistant responds."""
+    return text.rstrip().endswith("\n\nAssistant:") and text.lstrip().startswith("Human:")
+
+
 def check_characters(column: str, text: str) -> None:
     """Raise an error if a text cannot be encoded: JSON may contain escaped halves of a surrogate pair."""
     if not text.isascii() and (surrogate := SURROGATE.search(text)):

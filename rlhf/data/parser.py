@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.columns import check_columns
 from rlhf.data.context import earlier_turns, system_message
-from rlhf.data.messages import check_characters, conversation, parse_messages, parse_transcript
+from rlhf.data.messages import check_characters, conversation, is_opened_transcript, parse_messages, parse_transcript
 from rlhf.data.records import (
     Demonstration,
     Message,
@@ -142,14 +142,15 @@ class RecordParser:
     def _prompt(self, row: Row, kind: str) -> Prompt:
         """Parse ``prompt``, or ``document`` if there is no ``prompt``: text or a list of messages."""
         name = self._first_name(row, "prompt", "document")
-        value = self._get(row, name, kind)
-        if isinstance(value, str):
-            if not value.strip():
-                raise RecordError(f"the field '{self.column(name)}' is empty")
-            check_characters(self.column(name), value)
-            turns = earlier_turns(row, self.columns.values())
-            return self._conversation(row, [*turns, {"role": "user", "content": value}])
-        return self._conversation(row, self._messages(row, name))
+        column, value = self.column(name), self._get(row, name, kind)
+        if not isinstance(value, str):
+            return self._conversation(row, self._messages(row, name))
+        if not value.strip():
+            raise RecordError(f"the field '{column}' is empty")
+        check_characters(column, value)
+        is_transcript = is_opened_transcript(value)
+        turns = parse_transcript(value, column)[:-1] if is_transcript else [{"role": "user", "content": value}]
+        return self._conversation(row, [*earlier_turns(row, self.columns.values()), *turns])
 
     def _conversation(self, row: Row, messages: Sequence[Message]) -> Prompt:
         """Return the conversation up to the next response, with the system prompt of the row."""
@@ -166,11 +167,16 @@ class RecordParser:
         if _is_text_or_number(value):
             response = str(value)  # JSON and Parquet files contain numbers.
             check_characters(self.column(name), response)
-            return response
+            return response.strip() if self._continues_transcript(row) else response
         messages = self._messages(row, name)
         if len(messages) > 1:
             self._check_prompt(row, name, kind, messages[:-1])
         return self._final_response(messages, name)
+
+    def _continues_transcript(self, row: Row) -> bool:
+        """Return whether the prompt of a row is a transcript in the format of HH."""
+        prompt = row.get(self.column(self._first_name(row, "prompt", "document")))
+        return isinstance(prompt, str) and is_opened_transcript(prompt)
 
     def _check_prompt(self, row: Row, name: str, kind: str, before: Sequence[Message]) -> None:
         """Raise an error if the messages before a response are not those of the prompt."""

@@ -165,6 +165,33 @@ def test_the_first_turn_of_a_transcript_needs_no_blank_line() -> None:
     assert RecordParser().parse(stripped, Preference) == Preference(LONG_PROMPT, "C", "D")
 
 
+@pytest.mark.parametrize(
+    ("row", "record_type", "expected"),
+    [
+        ({"prompt": TRANSCRIPT, "chosen": " C", "rejected": " D\n"}, Preference, Preference(LONG_PROMPT, "C", "D")),
+        ({"document": TRANSCRIPT.lstrip() + " ", "target": " C"}, Demonstration, Demonstration(LONG_PROMPT, "C")),
+        ({"prompt": TRANSCRIPT, "response": " C", "reward": 1}, Rating, Rating(LONG_PROMPT, "C", 1.0)),
+        ({"prompt": TRANSCRIPT, "completion": " C"}, Prompt, Prompt(CONVERSATION, LONG_PROMPT.raw_text, "C")),
+        (
+            {"prompt": "\n\nHuman: Q\n\nAssistant:", "completion": " A", "label": True},
+            UnpairedPreference,
+            UnpairedPreference(PROMPT, "A", True),
+        ),
+    ],
+)
+def test_a_prompt_may_be_a_transcript(row: dict[str, Any], record_type: type, expected: Any) -> None:
+    """Dahoas/rm-static has this form. As text, the prompt would have the template around it as well."""
+    assert RecordParser().parse(row, record_type) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["Human: Q\nAssistant:", "Human: Q\n\nAssistant: A", "Q\n\nAssistant:", "Dear Human: Q\n\nAssistant:"]
+)
+def test_other_texts_are_not_transcripts(text: str) -> None:
+    demonstration = RecordParser().parse({"prompt": text, "completion": " A"}, Demonstration)
+    assert demonstration == Demonstration(Prompt([{"role": "user", "content": text}], text), " A")
+
+
 def test_text_before_the_first_turn_of_a_transcript_is_refused() -> None:
     row = {"good": "Be kind." + TRANSCRIPT + " C", "rejected": TRANSCRIPT + " D"}
     with pytest.raises(
