@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,12 +123,20 @@ def _hash_of_file(path: str, size: int, modified: int) -> str:
 
 
 def source_of_class(kind: type) -> str | None:
-    """Return a hash of the source code of a class and of the classes that it derives from; None without a source."""
+    """Return a hash of the modules that define a class and the classes that it derives from; None without a source.
+
+    Whole modules, because the methods of a class call functions outside of it.
+    """
+    modules = dict.fromkeys(base.__module__ for base in kind.__mro__)
+    digest = hashlib.sha256()
     try:
-        sources = [inspect.getsource(base) for base in kind.__mro__ if not base.__module__.startswith(_LIBRARIES)]
-    except (OSError, TypeError):  # such as classes of an interactive session
+        for name in modules:
+            if name.split(".")[0] not in _LIBRARIES:
+                source = inspect.getsourcefile(sys.modules[name])
+                digest.update(Path(str(source)).read_bytes())
+    except (OSError, TypeError, KeyError):  # such as classes of an interactive session
         return None
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
+    return digest.hexdigest()
 
 
 @lru_cache

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,4 +149,6 @@ def _tokenizer_key(tokenizer: Any) -> str | None:
         return None
     special = [tokenizer.bos_token, tokenizer.eos_token, *tokenizer.all_special_tokens]
     content = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
+    if "strftime_now" in str(tokenizer.chat_template):  # The template writes the date.
+        content += str(date.today())
     return hashlib.sha256(content.encode()).hexdigest()

@@ -2,11 +2,15 @@
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from harness import EXACT, PAIRS, TinyRun
 from ranks import in_ranks
 from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
+from rlhf.data.cache import source_of_class
 from rlhf.data.rows import RowList, RowTable
 from rlhf.errors import ConfigError
 from rlhf.sft import SFTDataModule
@@ -151,6 +156,42 @@ def test_another_tokenizer_is_encoded_again(write: Write, tokenizer: PreTrainedT
     other = deepcopy(tokenizer)
     other.add_tokens(["Q1"])
     assert list(sft(write, other, tmp_path / "cache").encoded("train")) != before
+
+
+@pytest.mark.parametrize("name", ["lightning_data", "torch_utils", "some_data"])
+def test_the_functions_of_a_module_are_part_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A method may call them. The names of the first two begin like those of libraries."""
+    path = tmp_path / f"{name}.py"
+    path.write_text("def clean(text):\n    return text\n\n\nclass Data:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = import_module(name).Data
+    before = source_of_class(kind)
+    assert before == source_of_class(kind) != source_of_class(type("Data", (), {"__module__": __name__}))
+    path.write_text(path.read_text().replace("return text", "return text.strip()"))
+    assert source_of_class(kind) != before
+    monkeypatch.delitem(sys.modules, name)
+    assert source_of_class(kind) is None
+
+
+@pytest.mark.usefixtures("always_cached")
+@pytest.mark.parametrize(("template", "files"), [("{{ strftime_now('%d') }}", 2), ("", 1)])
+def test_a_template_that_writes_the_date_is_encoded_again(
+    write: Write,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    files: int,
+) -> None:
+    """Three runs on two days."""
+    dated = deepcopy(tokenizer)
+    dated.chat_template = f"{template}{tokenizer.chat_template}"
+    for day in (1, 1, 2):
+        monkeypatch.setattr("rlhf.data.encode_split.date", Mock(today=lambda day=day: date(2026, 12, day)))
+        sft(write, dated, tmp_path / "cache", template=None).encoded("train")
+    assert len(list((tmp_path / "cache").glob("rows-*.arrow"))) == files
 
 
 @pytest.mark.usefixtures("always_cached")
