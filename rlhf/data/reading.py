@@ -16,9 +16,10 @@ from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows, refuse_directory
 from rlhf.data.forms import form_of
 from rlhf.data.hints import hints, parses
+from rlhf.data.label_names import check_label_names
 from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
-from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, prompt_of
+from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, UnpairedPreference, prompt_of
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class RecordReader:
                 count - len(summary["invalid"]),
                 location(path, summary["first_empty"]),
             )
+        if names[summary["type"]] is UnpairedPreference:
+            check_label_names(path, rows, self.parser.column("label"))
         invalid = set(summary["invalid"])
         valid = range(count) if not invalid else [index for index in range(count) if index not in invalid]
         log.info("%s: read %d records, skipped %d invalid rows", path, len(valid), len(invalid))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from hydra.utils import instantiate
 
 from contract.configs import compose_config
@@ -52,6 +53,35 @@ def test_a_null_field_is_not_looked_for_under_another_name(write: Write) -> None
         READER.read(path, "train", (Demonstration,))
     assert str(caught.value).startswith(f"{path}:2: the field 'completion' of the demonstration record is null (fields")
     assert "data.columns" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_clear"),
+    [
+        (["bad", "good"], True),
+        (["Thumbs down", "Thumbs up"], True),
+        (["good", "bad"], False),
+        (["toxic", "harmless"], False),
+        (["bad", "good", "unknown"], False),
+    ],
+)
+def test_the_names_of_labels_must_mean_false_and_true(tmp_path: Path, names: list[str], is_clear: bool) -> None:
+    """The first name has the number 0, which is an undesirable response."""
+    path = str(tmp_path / "rows.parquet")
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "liked": ClassLabel(names=names)})
+    Dataset.from_dict({"prompt": ["Q"], "completion": ["A"], "liked": [1]}, features=features).to_parquet(path)
+    reader = RecordReader(RecordParser({"label": "liked"}))
+    assert list(reader.read(path, "train", (Demonstration,))) == [Demonstration(QUESTION, "A")]
+    if is_clear:
+        assert list(reader.read(path, "train", (UnpairedPreference,))) == [UnpairedPreference(QUESTION, "A", True)]
+    else:
+        with pytest.raises(DataError) as error:
+            reader.read(path, "train", (UnpairedPreference,))
+        assert str(error.value).splitlines() == [
+            f"{path}: the values of the field 'liked' have the names {', '.join(map(repr, names))}, of which the first "
+            "one would mean undesirable and the second one desirable.",
+            "  Store a copy of the data in which 'liked' is true or false.",
+        ]
 
 
 def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
