@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.data.json_files import check_utf8
 from rlhf.data.lazy import LazySequence
-from rlhf.data.records import Row
+from rlhf.data.records import RecordError, Row
 from rlhf.errors import DataError
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}  # what separates the fields
@@ -27,10 +27,12 @@ class SeparatedRows(LazySequence[Row]):
         rows: The rows, in which every cell is text.
         numbers: The columns of numbers. A cell that is not a number remains text, which makes its row invalid.
         labels: The columns of labels, which are true, false or numbers.
+        sep: What separates the cells. With a tab, a cell may not contain both a tab and a line break: most TSV files
+            are not quoted, and the lines after a cell that begins with a quotation mark would be read as its text.
     """
 
-    def __init__(self, rows: Any, numbers: Collection[str], labels: Collection[str]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Any, numbers: Collection[str], labels: Collection[str], sep: str) -> None:
+        self._rows, self._sep = rows, sep
         self.column_names: list[str] = rows.column_names
         self._converters = {name: _number for name in self.column_names if name in numbers}
         self._converters |= {name: _label for name in self.column_names if name in labels}
@@ -39,10 +41,25 @@ class SeparatedRows(LazySequence[Row]):
         return len(self._rows)
 
     def item(self, index: int) -> Row:
+        """Return a row.
+
+        Raises:
+            RecordError: A cell contains several lines of a TSV file.
+        """
         row = {name: cell or None for name, cell in self._rows[index].items()}
+        if self._sep == "\t" and (name := next((name for name, cell in row.items() if _has_lines(cell)), None)):
+            raise RecordError(
+                f"the field '{name}' contains a tab and a line break, as if it began with a quotation mark that is "
+                "not closed on its line",
+                fix="Quote each cell that contains a quotation mark, and write the quotation mark twice.",
+            )
         for name, convert in self._converters.items():
             row[name] = convert(row[name] or "")
         return row
+
+
+def _has_lines(cell: str | None) -> bool:
+    return cell is not None and "\n" in cell and "\t" in cell
 
 
 def _number(cell: str) -> float | str | None:

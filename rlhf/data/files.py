@@ -107,7 +107,7 @@ def _read_table(path: str, columns: Mapping[str, str | None]) -> Sequence[Row]:
         if sep is not None:
             check_field_counts(path, sep)
         raise DataError(f"{path}: the file cannot be read ({first_line(error.__cause__ or error)}).") from error
-    return rows if sep is None else SeparatedRows(rows, *columns_of_numbers(columns))
+    return rows if sep is None else SeparatedRows(rows, *columns_of_numbers(columns), sep)
 
 
 def _check_parquet_rows(path: str) -> None:

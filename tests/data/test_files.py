@@ -249,6 +249,25 @@ def test_a_row_with_more_fields_than_the_header_is_rejected(
     assert csv.field_size_limit() == limit
 
 
+def test_a_cell_of_several_lines_of_a_tsv_file_is_refused(tmp_path: Path) -> None:
+    """Lines 6 and 7 would be part of the cell that begins in line 5. Line breaks alone are text."""
+    path = tmp_path / "rows.tsv"
+    path.write_text('prompt\tchosen\na\t"b" c\nd\t"e\nf"\ng\t"open\nh\tlost\ni\tlost"\nj\tk\n')
+    rows = read_rows(str(path))
+    assert [rows[index] for index in (0, 1, 3)] == [
+        {"prompt": "a", "chosen": "b c"},
+        {"prompt": "d", "chosen": "e\nf"},
+        {"prompt": "j", "chosen": "k"},
+    ]
+    with pytest.raises(DataError) as error:
+        RecordReader(RecordParser()).read(str(path), "train", [Prompt])
+    assert str(error.value).splitlines()[:2] == [
+        f"{path}, row 3: the field 'chosen' contains a tab and a line break, as if it began with a quotation mark that "
+        "is not closed on its line.",
+        "  Quote each cell that contains a quotation mark, and write the quotation mark twice.",
+    ]
+
+
 def test_fields_after_the_last_one_of_a_row_are_missing(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"a, b"\n"c\nd","1,000"\n')
