@@ -1,5 +1,6 @@
 """Sources of models with adapters. The models of a stage that have the same base share its weights."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -36,7 +37,7 @@ def _frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None and not parameter.requires_grad:
-                name = f"{path}.{attribute}".replace(".base_layer.", ".")
+                name = re.sub(r"(\.base_layer)+\.", ".", f"{path}.{attribute}")
                 for prefix in prefixes:
                     name = name.removeprefix(prefix)
                 found.append((name, module, attribute, parameter))

@@ -33,7 +33,7 @@ class LoRA:
         alpha: Scale of the update, dimensionless. Its factor is alpha / r.
         dropout: Probability with which inputs of A are dropped. Only SFT trains with dropout.
         target_modules: Names of the adapted modules, such as ``[q_proj, v_proj]``, as in peft. ``all-linear``: every
-            linear layer except the output embedding.
+            linear layer except the output embedding, and the fused experts of the architectures that peft supports.
 
     Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685).
     """
@@ -198,11 +198,12 @@ def merge_adapter(model: nn.Module) -> None:
     """Add the update of every adapted layer to its weight, W + (alpha / r) B A, and remove the adapter."""
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(model.named_modules()):
+    # Inner layers first: fused experts have one layer for each of their parameters, nested in one another.
+    for name, layer in reversed(list(model.named_modules())):
         if isinstance(layer, LoraLayer):
             merged: Any = layer
             merged.merge()
-            model.set_submodule(name, merged.get_base_layer())
+            model.set_submodule(name, merged.base_layer)
     for part in model.modules():
         for attribute in (_MARK, "peft_config"):
             vars(part).pop(attribute, None)

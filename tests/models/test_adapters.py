@@ -19,6 +19,7 @@ from transformers import (
     Mamba2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 from contract.configs import compose_config
@@ -59,6 +60,7 @@ SMALL = LoRA(r=2, alpha=4)
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 MAMBA = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4}
+EXPERTS = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 # A configuration, and the linear layers of a block that get an adapter.
 ARCHITECTURES = {
     "gpt2": (
@@ -70,6 +72,11 @@ ARCHITECTURES = {
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
     ),
     "mamba2": (Mamba2Config(vocab_size=300, num_hidden_layers=2, **MAMBA, **SPECIAL), "in_proj"),
+    # peft adapts each of the two parameters of the fused experts by a layer: ``experts``, and its ``base_layer``.
+    "qwen3_moe": (
+        Qwen3MoeConfig(vocab_size=300, num_hidden_layers=2, **LLAMA, **EXPERTS, **SPECIAL),
+        "q_proj k_proj v_proj o_proj gate experts base_layer",
+    ),
 }
 
 
@@ -372,6 +379,15 @@ def test_all_models_of_a_stage_share_the_base(base: Export, tokenizer: PreTraine
     for model in (policy, critic):
         model.to(torch.float64)
     assert {p.dtype for p in reference.parameters()} == {torch.float64}, "moving one model moves the shared base"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_policy_and_reference_model_share_the_experts(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The reference model has no adapter, so it holds nothing but the base."""
+    source = WithAdapter(Pretrained(str(folder)), SMALL, SharedBase())
+    policy = source.language_model(tokenizer)
+    reference = starting_point(source).language_model(tokenizer)
+    assert addresses(reference, frozen=True) == addresses(policy, frozen=True)
 
 
 def test_different_weights_are_not_shared(
