@@ -27,11 +27,15 @@ _REPLACE = "Use a file that a stage of this project wrote, or run the stage agai
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the files that ``save_pretrained`` writes, by name: text as a string, other bytes as a uint8 tensor."""
+    """Return the files that ``save_pretrained`` writes, by name: text as a string, other bytes as a uint8 tensor.
+
+    Of several chat templates, only the default one is packed, which is the one that is used. ``save_pretrained`` writes
+    the others to a directory.
+    """
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         files: dict[str, Any] = {}
-        for path in sorted(Path(directory).iterdir()):
+        for path in sorted(path for path in Path(directory).iterdir() if path.is_file()):
             data = path.read_bytes()
             try:
                 files[path.name] = data.decode()

@@ -20,6 +20,7 @@ _OUT_OF_TIME = {getattr(signal, name, None) for name in ("SIGKILL", "SIGXCPU")} 
 WAIT = 600  # seconds: the limit on a machine that has other work to do, and on Windows
 MEMORY = 8 << 30  # bytes of address space
 MAX_CHARACTERS = 100_000  # that a template may write for one of the conversations below
+_OTHER_TEMPLATE = 'Use another template: data.template="{prompt}\\n"'
 
 TEXTS = (
     "The mayor of Dunmore opened the new bridge on Monday; it cost 90 euros.\n\n\tdef f(x):\n    return x ** 2\n",
@@ -58,15 +59,18 @@ def check_template(tokenizer: Any) -> None:
     """Reject a chat template that hangs, writes enormous texts or ignores the messages.
 
     Raises:
-        DataError: It does one of these. A template that supports some roles only is accepted.
+        DataError: It does one of these, or the tokenizer has several templates and none is the default. A template that
+            supports some roles only is accepted.
     """
     template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise DataError(
+                f"None of the tokenizer's chat templates is named default, got {', '.join(template)}.", _OTHER_TEMPLATE
+            )
+        template = template["default"]
     if template and (problem := _try(template=template, special_tokens=_special_tokens(tokenizer))):
-        raise DataError(
-            f"The tokenizer's chat template cannot be used: it {problem}.",
-            'Use another template: data.template="{prompt}\\n"',
-        )
+        raise DataError(f"The tokenizer's chat template cannot be used: it {problem}.", _OTHER_TEMPLATE)
 
 
 @contextmanager

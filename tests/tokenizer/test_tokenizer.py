@@ -6,8 +6,10 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data import Encoder
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import Prompt
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models import chat_template, train_tokenizer
+from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
+from rlhf.tokenizer.probe import check_template
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -141,3 +143,16 @@ def test_a_chat_template_gets_the_roles_of_tools(tokenizer: PreTrainedTokenizerF
     row = {"messages": [USER, *({"role": role, "content": "5"} for role in ("tool", "ipython"))]}
     ids = Encoder(tokenizer, 100).encode_prompt(RecordParser().parse(row, Prompt).messages)
     assert tokenizer.decode(ids) == "<user>Hi<tool>5<ipython>5"
+
+
+def test_the_default_one_of_several_templates_is_stored(tokenizer: PreTrainedTokenizerFast) -> None:
+    """``save_pretrained`` writes the others, such as that for tools, to a directory. They are not used."""
+    tokenizer.chat_template = {"default": chat_template("{prompt}?"), "tool_use": chat_template("{prompt}!")}
+    opened = unpack_tokenizer(pack_tokenizer(tokenizer), "sft_final.pt")
+    assert opened.apply_chat_template([USER], tokenize=False) == "<bos>Hi?"
+
+
+def test_several_templates_without_a_default_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = {"rag": chat_template("{prompt}?"), "tool_use": chat_template("{prompt}!")}
+    with pytest.raises(DataError, match=r"is named default, got rag, tool_use\.\n  Use another .*: data\.template="):
+        check_template(tokenizer)
