@@ -160,7 +160,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     """Freeze a model and add a new, trainable adapter to it.
 
     Raises:
-        ConfigError: The model has no such target modules.
+        ConfigError: The model has no such target modules, or one of them is the input embedding or shares its weight.
     """
     from peft import inject_adapter_in_model
 
@@ -173,8 +173,27 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
             f"{first_line(error)}",
             f"Set adapter.target_modules={ALL_LINEAR}.",
         ) from error
+    _check_embeddings(model, adapter.lora)
     for part in (model, model.base_model):
         setattr(part, _MARK, adapter)
+
+
+def _check_embeddings(model: PreTrainedModel, lora: LoRA) -> None:
+    """Reject an adapter of the input embedding, and one of a tied output embedding: merging it would change both."""
+    from peft.tuners.lora import LoraLayer
+
+    inputs: Any = model.get_input_embeddings()
+    outputs: Any = model.get_output_embeddings()
+    if isinstance(inputs, LoraLayer):
+        problem = "the input embedding, which cannot be adapted"
+    elif isinstance(outputs, LoraLayer) and outputs.weight is inputs.weight:
+        problem = "the output embedding, which shares its weight with the input embedding in this model"
+    else:
+        return
+    raise ConfigError(
+        f"adapter.target_modules={_as_override(lora.target_modules)} includes {problem}.",
+        f"Set adapter.target_modules={ALL_LINEAR}.",
+    )
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:

@@ -33,6 +33,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export, open_model_source, save_result
 from rlhf.export.huggingface import save_huggingface
 from rlhf.models import (
+    Adapter,
     Frozen,
     LoRA,
     Policy,
@@ -50,6 +51,7 @@ from rlhf.models import (
     starting_point,
     stored_weights,
 )
+from rlhf.models.adapters import BaseModel, add_adapter
 from rlhf.preflight.checks import check_frozen_models
 from rlhf.run import run_stage
 from rlhf.stage import Result
@@ -202,6 +204,28 @@ def test_unknown_target_modules_are_rejected(base: Export, tokenizer: PreTrained
         ConfigError, match=r"^adapter\.target_modules=\[no_such_layer\] does not fit the model: .*\n  Set"
     ):
         source.language_model(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("target", "tied", "message"),
+    [
+        ("embed_tokens", False, "includes the input embedding, which cannot be adapted"),
+        ("lm_head", True, "includes the output embedding, which shares its weight with the input embedding"),
+        ("lm_head", False, None),
+    ],
+)
+def test_tied_embeddings_cannot_be_adapted(target: str, tied: bool, message: str | None) -> None:
+    """Merging the update of a tied output embedding would also change the input embedding."""
+    lm = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=300, num_hidden_layers=1, tie_word_embeddings=tied, **LLAMA, **SPECIAL)
+    )
+    adapter = Adapter(LoRA(target_modules=["q_proj", target]), BaseModel("base", None, ""))
+    if message is None:
+        add_adapter(lm, adapter)
+        assert isinstance(lm.lm_head, LoraLayer)
+    else:
+        with pytest.raises(ConfigError, match=rf"^adapter\.target_modules=\[{target},q_proj\] {message}.*\n  Set"):
+            add_adapter(lm, adapter)
 
 
 def test_random_weights_cannot_be_a_base_model(tokenizer: PreTrainedTokenizerFast) -> None:
