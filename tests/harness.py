@@ -137,7 +137,7 @@ class FakeSource:
 def tiny_reward_model(lm: PreTrainedModel) -> ScalarModel:
     """Return a reward model with the trunk of ``lm`` and a linear head with random weights, the same every time."""
     torch.manual_seed(1)
-    return ScalarModel(deepcopy(lm.base_model), ScalarHead(lm.config.hidden_size))
+    return ScalarModel(deepcopy(lm.base_model), ScalarHead(lm.get_output_embeddings().weight.shape[1]))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from rlhf.models.backbone import Policy, PolicyOutput, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
 from rlhf.models.descriptions import trunk_on_meta, trunk_without_weights
 from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
-from rlhf.models.logits import cache_name
+from rlhf.models.logits import cache_name, state_width
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
 from rlhf.models.scan import limit_scan_chunks
@@ -59,6 +59,7 @@ __all__ = [
     "open_reference",
     "shard",
     "starting_point",
+    "state_width",
     "stored_weights",
     "train_tokenizer",
     "trunk_on_meta",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
-from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks
+from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks, state_width
 from rlhf.models.token_statistics import EntropyMode, token_statistics
 from rlhf.models.trunk import prepare_trunk, states_before
 from rlhf.tensors import scatter, true_positions
@@ -60,8 +60,7 @@ class Policy(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width of the last hidden state."""
-        config: Any = self.lm.config.get_text_config()
-        return int(config.hidden_size)
+        return state_width(self.lm)
 
     def forward(
         self,

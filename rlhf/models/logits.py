@@ -62,9 +62,7 @@ def find_logit_transform(lm: PreTrainedModel) -> LogitTransform:
 
 def _probe(lm: PreTrainedModel) -> LogitTransform:
     """Compare the logits of two tokens with those of every transform that the configuration may mean."""
-    embedding: Any = lm.get_output_embeddings()
-    if embedding is None:
-        raise unsupported_architecture(lm, "It has no output embedding")
+    embedding = _output_embedding(lm)
     if lm.base_model is lm:
         raise unsupported_architecture(lm, NO_TRUNK)
     input_ids = torch.arange(2, device=lm.device).repeat(2, 1)
@@ -88,6 +86,24 @@ def _probe(lm: PreTrainedModel) -> LogitTransform:
         if _close(transform(numbers), output.logits[0, -1]):
             return transform
     raise unsupported_architecture(lm, "It scales or caps its logits in an unknown way")
+
+
+def _output_embedding(lm: PreTrainedModel) -> Any:
+    embedding: Any = lm.get_output_embeddings()
+    if embedding is None:
+        raise unsupported_architecture(lm, "It has no output embedding")
+    return embedding
+
+
+def state_width(lm: PreTrainedModel) -> int:
+    """Return the width of the last hidden states of a language model: that of its output embedding.
+
+    ``hidden_size`` is another number in models that project their last hidden states, such as OPT-350M.
+
+    Raises:
+        ConfigError: The model has no output embedding.
+    """
+    return int(_output_embedding(lm).weight.shape[1])
 
 
 def cache_name(lm: PreTrainedModel) -> str:

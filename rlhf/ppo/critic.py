@@ -5,7 +5,7 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout
+from rlhf.models import ModelSource, PolicyOutput, ScalarHead, ScalarModel, disable_dropout, state_width
 from rlhf.rl import ModelInputs
 from rlhf.tensors import scatter
 
@@ -29,14 +29,12 @@ def open_critic(
     lm = policy.language_model(tokenizer)
     if init == "random":
         lm = AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
-    return disable_dropout(ScalarModel(lm.base_model, ScalarHead(lm.config.get_text_config().hidden_size)))
+    return disable_dropout(ScalarModel(lm.base_model, ScalarHead(state_width(lm))))
 
 
 def critic_width(critic: Critic, policy_width: int) -> int:
     """Return the width of the hidden states that the critic reads."""
-    if isinstance(critic, ScalarHead):
-        return policy_width
-    return int(critic.config.get_text_config().hidden_size)
+    return policy_width if isinstance(critic, ScalarHead) else critic.head.settings["input_dim"]
 
 
 def critic_values(

@@ -15,7 +15,7 @@ from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
 from rlhf.distributed import gather_objects, sum_over_ranks
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
-from rlhf.models import ModelSource, ScalarHead, ScalarModel, allows_shared_prompts, disable_dropout
+from rlhf.models import ModelSource, ScalarHead, ScalarModel, allows_shared_prompts, disable_dropout, state_width
 from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensemble_std, regression_loss
 from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
@@ -102,7 +102,7 @@ class RewardModule(StageModule):
 
     def open_models(self) -> None:
         lm = disable_dropout(self.source.language_model(self.tokenizer))
-        width = lm.config.get_text_config().hidden_size
+        width = state_width(lm)
         if self.input_dim not in (None, width):
             raise ConfigError(
                 f"stage.input_dim must be {width}, the width of the model's hidden states, got {self.input_dim}.",
