@@ -40,7 +40,7 @@ from rlhf.models.weights import check_fit, load_weights
 from rlhf.run_names import OUTPUTS, RUN
 from rlhf.stage import Result
 from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
-from rlhf.tokenizer.vocabulary import check_vocabulary
+from rlhf.tokenizer.vocabulary import compare_tokenizers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", PreTrainedModel, ScalarModel)
@@ -203,7 +203,7 @@ class Export:
             DataError: The reward model was trained with another vocabulary than that of ``tokenizer``.
         """
         content = self._content("scalar_model")
-        check_vocabulary(self.tokenizer(), tokenizer, self.path)
+        compare_tokenizers(self.tokenizer(), tokenizer, self.path)
         head = dict(content.get("head") or {})
 
         def build() -> ScalarModel:

@@ -31,7 +31,7 @@ from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.tokenizer.probe import check_tokenizer
 from rlhf.tokenizer.training import train_tokenizer
-from rlhf.tokenizer.vocabulary import check_embedding, check_vocabulary
+from rlhf.tokenizer.vocabulary import check_embedding, compare_tokenizers
 
 T = TypeVar("T")
 _REWARD_MODEL = "Use a sequence classification model with one label, or a reward_model_final.pt."
@@ -221,7 +221,7 @@ class Pretrained:
         Raises:
             DataError: It has another vocabulary than ``tokenizer``, or it is not such a model.
         """
-        check_vocabulary(self._tokenizer(), tokenizer, self.path)
+        compare_tokenizers(self._tokenizer(), tokenizer, self.path)
         model = self._open_model("reward model", AutoModelForSequenceClassification, tokenizer)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:

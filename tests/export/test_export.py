@@ -28,7 +28,7 @@ from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.export import open_model_source, save_result
 from rlhf.export.huggingface import check_huggingface, save_huggingface
-from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, disable_dropout
+from rlhf.models import ModelSource, Pretrained, ScalarHead, ScalarModel, chat_template, disable_dropout
 from rlhf.run import run_stage
 from rlhf.stage import Result
 from rlhf.stages import stages
@@ -224,6 +224,35 @@ def test_a_reward_model_with_another_tokenizer_is_rejected(
     other = source.tokenizer(["an entirely different text"])
     with pytest.raises(UserError, match=r"the tokenizer of the reward model .* differs from that of the policy"):
         open_model_source(str(path)).scalar_model(other)
+
+
+def test_a_reward_model_with_another_chat_template_is_reported_once(
+    reward_model: ScalarModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PPO opens it twice: as the reward model, and as the critic."""
+    export = open_model_source(str(save(reward_model, tokenizer, tmp_path, "reward")))
+    tokenizer.chat_template = chat_template("{prompt}\nTL;DR:")
+    for _ in range(2):
+        export.scalar_model(tokenizer)
+    (message,) = [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()]
+    assert r"trained on '<bos>How tall is the bridge?\nSummary: Thirty meters.<eos>', but" in message
+    assert r"writes '<bos>How tall is the bridge?\nTL;DR: Thirty meters.<eos>'. Train" in message
+    assert "data.template" in message
+
+
+def test_chat_templates_that_write_the_same_text_are_not_reported(
+    reward_model: ScalarModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    export = open_model_source(str(save(reward_model, tokenizer, tmp_path, "reward")))
+    tokenizer.chat_template += "{# a comment, and white space after EOS #}\n\n"
+    export.scalar_model(tokenizer)
+    assert not [record for record in caplog.records if "chat template" in record.getMessage()]
 
 
 # What a pretrained model brings
