@@ -15,6 +15,8 @@ from rlhf.sampling import LocalSampler, Sampler, position_limit
 # Names of layers that add an embedding of each position.
 _LEARNED = {"wpe", "embed_positions", "position_embedding", "position_embeddings"}
 _NAMES = {"reference": "reference model", "reward": "reward model"}  # of models, by the attributes of stages
+# Architectures that compute the positions once, as a table, with the setting that is its length.
+_TABLES = {"codegen": "n_positions", "ctrl": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
 
 
 class Limit(NamedTuple):
@@ -33,8 +35,8 @@ def check_positions(module: Any, datamodule: Any) -> None:
     """Reject data with longer sequences than a model of a training stage has positions for.
 
     Learned position embeddings have such a limit, and so do rotary embeddings of the type ``dynamic``: above it,
-    transformers chooses their frequencies by the longest sequence of this batch and of earlier ones. Other models have
-    no limit in training. ``LocalSampler`` has one for every model with ``max_position_embeddings``, which applies to
+    transformers chooses their frequencies by the longest sequence of this batch and of earlier ones. Some
+    architectures store positions as a table. Other models have no limit in training. ``LocalSampler`` has one for every model with ``max_position_embeddings``, which applies to
     the stages that train on their own samples.
 
     Args:
@@ -136,6 +138,8 @@ def _positions(part: nn.Module) -> int | None:
     config: Any = getattr(part, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return None
+    if config.model_type in _TABLES:
+        return int(getattr(config, _TABLES[config.model_type]))
     learned = any(isinstance(child, nn.Embedding) and name in _LEARNED for name, child in part.named_children())
     dynamic = any(one["rope_type"] == "dynamic" for one in rope_parameters(config))
     return getattr(config, "max_position_embeddings", None) if learned or dynamic else None

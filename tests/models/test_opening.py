@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from security.hostile import SIZES, SPECIAL, Workshop
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CodeGenConfig,
+    CTRLConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedTokenizerFast,
+)
 
 from harness import TinyRun
 from rlhf.errors import ConfigError, UserError
@@ -188,8 +198,13 @@ def test_a_valid_export_and_folder_open(work: Workshop) -> None:
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+GPT2_LIKE = {"vocab_size": 300, "n_positions": 8, "n_embd": 16, "n_layer": 1, **SPECIAL}
 EIGHT_POSITIONS = {
-    "learned": GPT2Config(vocab_size=300, n_positions=8, n_embd=16, n_layer=1, n_head=2, **SPECIAL),
+    "learned": GPT2Config(n_head=2, **GPT2_LIKE),
+    "gptj": GPTJConfig(n_head=2, rotary_dim=4, **GPT2_LIKE),
+    "codegen": CodeGenConfig(n_head=4, rotary_dim=4, **GPT2_LIKE),
+    "ctrl": CTRLConfig(n_head=2, dff=16, **GPT2_LIKE),
+    "mpt": MptConfig(vocab_size=300, max_seq_len=8, d_model=16, n_layers=1, n_heads=2, **SPECIAL),
     "dynamic": LlamaConfig(
         vocab_size=300,
         hidden_size=16,
@@ -203,7 +218,7 @@ EIGHT_POSITIONS = {
 }
 
 
-@pytest.mark.parametrize(("stage", "positions"), [("sft", "learned"), ("dpo", "learned"), ("sft", "dynamic")])
+@pytest.mark.parametrize(("stage", "positions"), [("dpo", "learned"), *(("sft", name) for name in EIGHT_POSITIONS)])
 def test_data_longer_than_the_positions_are_refused(tiny_run: TinyRun, stage: str, positions: str) -> None:
     """Otherwise, the first long sequence would be an index error, or change the positions of all later ones."""
     lm = AutoModelForCausalLM.from_config(EIGHT_POSITIONS[positions])
