@@ -35,9 +35,9 @@ def check_positions(module: Any, datamodule: Any) -> None:
     """Reject data with longer sequences than a model of a training stage has positions for.
 
     Learned position embeddings have such a limit, and so do rotary embeddings of the type ``dynamic``: above it,
-    transformers chooses their frequencies by the longest sequence of this batch and of earlier ones. Some
-    architectures store positions as a table. Other models have no limit in training. ``LocalSampler`` has one for every model with ``max_position_embeddings``, which applies to
-    the stages that train on their own samples.
+    transformers chooses their frequencies by the longest sequence of this batch and of earlier ones. Some architectures
+    store positions as a table. Other models have no limit in training. ``LocalSampler`` has one for every model with
+    ``max_position_embeddings``, which applies to the stages that train on their own samples.
 
     Args:
         module: The stage, with its models.
