@@ -2,6 +2,7 @@
 
 import re
 from decimal import Decimal, InvalidOperation
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,9 +10,27 @@ from torch import Tensor
 from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 # A hyphen after a word, a number or a closing bracket is no sign: 10-20, COVID-19.
-NUMBER = re.compile(rf"(?:(?<![\w)\]}}%])[-{MINUS}])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
+NUMBER = rf"""
+    (?: (?<! [\w)\]}}%] ) [-{MINUS}] (?: \\? [$€£¥] )? )?  # sign, and the currency of -$5
+    (?: \d[\d,]*(?:\.\d+)? | (?<! [\w.] )\.\d+ )
+    (?: [eE][-+]?\d+(?!\w) )?
+"""
+OPERAND = r"[ \t]* [-+({$\\]* \d[\d,.]*"
+# What follows a number and makes it part of an expression. A unit does not (5/hour), nor do Markdown (**5**) and 6:00.
+CONTINUATION = rf"""
+    [ \t]* (?: [/÷xX{TIMES}·+] | \\(?:times|cdot|div) | }}{{ ) {OPERAND}  # 1/2, 2 x 10^8, \frac{{1}}{{2}}
+    | [*]{{1,2}} \d[\d,.]* | [ ][*]{{1,2}}[ ]{OPERAND}                    # 2*3, 2 ** 3
+    | [ \t]* \^ [-({{]* \w*                                            # 2^10, 2^{{n}}
+    | [ \t]+ \d+/\d+ | :(?!00)\d+ | [⁰¹²³⁴-⁹¼-¾]                      # 1 1/2, 3:4, 10²
+    | [ \t]* (?: (?: √ | \\sqrt ) [({{]? \d* | π | \\pi )               # 2√3, 2\pi
+"""
+EXPRESSION = re.compile(
+    rf"(?P<function> (?: √ | sqrt | frac ) [({{]? )? (?P<number> {NUMBER} ) (?P<continuation> (?: {CONTINUATION} )* )",
+    re.VERBOSE,
+)
+NOT_IN_DECIMAL = re.compile(r"[^-+.\deE]")  # commas and the currency
 
 
 class ExactMatchReward(RewardFunction):
@@ -53,7 +72,8 @@ class ExactMatchReward(RewardFunction):
         if expected is None:
             raise DataError(
                 f"reward=exact_match requires a reference response that ends in a number, got {target!r}.",
-                "Use data whose records have such a 'target', 'completion' or 'chosen' field.",
+                "Use data whose records have such a 'target', 'completion' or 'chosen' field. Write 1/2 as 0.5: "
+                "fractions, powers and products are not evaluated.",
             )
         return expected
 
@@ -62,7 +82,7 @@ class ExactMatchReward(RewardFunction):
         for response, target in zip(batch.responses, batch.targets, strict=True):
             matches = final_number(response, self.marker, strict=self.strict) == self._expected(target)
             rewards.append(self.correct if matches else self.wrong)
-        return torch.tensor(rewards, device=batch.input_ids.device)
+        return torch.tensor(rewards, dtype=torch.float, device=batch.input_ids.device)
 
 
 def final_number(text: str, marker: str, *, strict: bool) -> Decimal | None:
@@ -74,15 +94,15 @@ def final_number(text: str, marker: str, *, strict: bool) -> Decimal | None:
         strict: Whether to return None for a text without the marker, instead of its last number.
 
     Returns:
-        The number, or None if there is none.
+        The number, or None if there is none, or if it is part of an expression such as 1/2 or 2^10.
     """
     _, found, after = text.rpartition(marker)
-    if found:
-        match = NUMBER.search(after)
-        numbers = [match.group()] if match else []
-    else:
-        numbers = [] if strict else NUMBER.findall(after)[-1:]
+    if strict and not found:
+        return None
+    expressions = list(islice(EXPRESSION.finditer(after), 1 if found else None))
+    if not expressions or expressions[-1]["function"] or expressions[-1]["continuation"]:
+        return None
     try:
-        return Decimal(numbers[0].replace(",", "").replace(MINUS, "-")) if numbers else None
+        return Decimal(NOT_IN_DECIMAL.sub("", expressions[-1]["number"].replace(MINUS, "-")))
     except InvalidOperation:
         return None

@@ -31,11 +31,45 @@ from rlhf.reward_functions.exact_match import final_number
         ("x=-7", "-7"),
         ("$-7$", "-7"),
         (r"\boxed{-7}", "-7"),
+        ("#### -$5", "-5"),
+        (r"#### -\$1,250.50", "-1250.50"),
+        ("#### $-5", "-5"),
+        ("10-$20", "20"),
+        ("#### 1e3", "1000"),
+        ("x = 2.5E-1", "0.25"),
+        ("#### 5/hour", "5"),
+        ("**#### 18**", "18"),
+        ("**18** 5-packs", "5"),
+        ("at 6:00", "0"),
+        ("#### 6:00", "6"),
+        ("#### 18\n* 3 apples", "18"),
+        ("2 x 9 = $18", "18"),
     ],
 )
 def test_final_number_is_the_first_after_the_last_marker(text: str, number: str | None) -> None:
     """Without a marker it is the last number of the text. A hyphen between words or numbers is no sign."""
     assert final_number(text, "####", strict=False) == (None if number is None else Decimal(number))
+
+
+PLAIN = "1/2, 1 / 2, 1 1/2, 2^10, 2^{n}, 2**10, 2 * 3, 2 x 10^8, 2 + 3, 3:4, 10², 1½, 2√3, 2π, sqrt(3), 1/-2, $1/$2"
+LATEX = r"\frac{1}{2}, \frac12, \sqrt{3}, 2\sqrt{3}, 2 \times 3, 2\cdot 3, 2\pi"
+
+
+@pytest.mark.parametrize("expression", [*PLAIN.split(", "), *LATEX.split(", "), "2\N{MULTIPLICATION SIGN}10"])
+def test_a_number_within_an_expression_is_not_the_final_number(make_batch: Any, expression: str) -> None:
+    """Neither operand counts, with or without a marker: 1/2 is not 1 and not 2."""
+    texts = [f"#### {expression}", f"5 * 6 = 30, so it is {expression}"]
+    assert [final_number(text, "####", strict=False) for text in texts] == [None, None]
+    digits = [digit for digit in expression if digit in "0123456789"]
+    targets = tuple(f"#### {digit}" for digit in digits)
+    assert ExactMatchReward()(make_batch(*[texts[0]] * len(digits), targets=targets)).tolist() == [0.0] * len(digits)
+
+
+@pytest.mark.parametrize("target", ["#### 1/2", "#### 2 x 10^8", "#### 2^10", r"#### \frac{1}{2}"])
+def test_targets_must_not_be_expressions(target: str) -> None:
+    """Before, the first number of the target counted, so a response of 1 was correct for 1/2."""
+    with pytest.raises(DataError, match=r"ends in a number, got (.|\n)* fractions, powers and products are not"):
+        ExactMatchReward().check_target(target)
 
 
 def test_exact_match_by_hand(make_batch: Any) -> None:
