@@ -65,6 +65,11 @@ def declared_keywords(target: Any) -> tuple[dict[str, Parameter], bool]:
     return {name: p for name, p in found.items() if p.kind not in VARIADIC}, not is_closed
 
 
+def has_default(target: Any, name: str, value: Any) -> bool:
+    """Return whether a value is the default of a keyword in the signature of a function or a class."""
+    return bool(value == declared_keywords(target)[0][name].default)
+
+
 def check_arguments(target: Any, path: str, arguments: Mapping[str, Any]) -> None:
     """Raise the error of ``rlhf.config`` for an argument that the signature of a function or class does not allow.
 

@@ -239,6 +239,7 @@ def test_preflight_checks_report_a_rollout_without_a_dump(tiny_run: TinyRun) -> 
     [
         ({"on_nonfinite": "ignore"}, r"stage\.on_nonfinite must be stop or skip, got 'ignore'"),
         ({"max_nonfinite_steps": 0}, r"stage\.max_nonfinite_steps must be an integer of at least 1, got 0"),
+        ({"max_nonfinite_steps": 3}, r"stage\.max_nonfinite_steps=3 has no effect with stage\.on_nonfinite=stop\.\n"),
     ],
 )
 def test_invalid_settings_are_rejected(tiny_run: TinyRun, keys: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from rlhf.data.labeled_batches import LabeledBatch
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs, model_key
 from rlhf.errors import ConfigError
 from rlhf.models import Frozen, Policy, allows_shared_prompts, open_reference
+from rlhf.schema import has_default, to_text
 from rlhf.stage import StageModule
 from rlhf.stage.precision import move_frozen
 from rlhf.stage.random_state import separate_random_state
@@ -51,6 +52,12 @@ class ReferenceModule(StageModule):
         **optimizer: Any,
     ) -> None:
         super().__init__(**optimizer)
+        if reference_free and not has_default(ReferenceModule, "precompute_ref_logprobs", precompute_ref_logprobs):
+            raise ConfigError(
+                f"stage.precompute_ref_logprobs={to_text(precompute_ref_logprobs)} has no effect with "
+                "stage.reference_free=true.",
+                "Set stage.reference_free=false or remove stage.precompute_ref_logprobs.",
+            )
         self.reference_free = reference_free
         self.precompute_ref_logprobs = precompute_ref_logprobs
         self.ref_logprobs_cache = ref_logprobs_cache

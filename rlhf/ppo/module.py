@@ -1,6 +1,5 @@
 """The PPO stage."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from rlhf.rl import AdvantageEstimator, Experience, Minibatch, ModelInputs, OnPo
 from rlhf.rl.advantages import gae
 from rlhf.rl.estimators import estimator_name, needs_critic
 from rlhf.rl.objective import clipped_value_loss
-from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, has_default
 from rlhf.tensors import masked_scale, masked_whiten
 
 # Settings without effect if the advantage estimator does not declare the argument.
@@ -204,9 +203,8 @@ def _check_unused(advantage: AdvantageEstimator, given: dict[str, Any]) -> None:
     declared = declared_arguments(advantage)
     unused = {name for name, argument in ADVANTAGE_KEYS.items() if argument not in declared}
     unused |= set() if needs_critic(advantage) else CRITIC_KEYS
-    parameters = inspect.signature(PPOModule.__init__).parameters
     for name in sorted(unused):
-        if given[name] != parameters[name].default:
+        if not has_default(PPOModule, name, given[name]):
             raise ConfigError(
                 f"stage.{name}={given[name]} has no effect: the advantage estimator {estimator_name(advantage)} "
                 f"{'needs no critic' if name in CRITIC_KEYS else f'does not declare {ADVANTAGE_KEYS[name]}'}.",

@@ -21,8 +21,8 @@ from rlhf.data import (
 )
 from rlhf.data.loader import BucketBatchSampler
 from rlhf.data.parser import RecordParser
-from rlhf.errors import DataError
-from rlhf.schema import DataPath, PositiveInt
+from rlhf.errors import ConfigError, DataError
+from rlhf.schema import DataPath, PositiveInt, has_default
 
 
 @dataclass
@@ -52,6 +52,11 @@ class RewardDataModule(PreferenceDataModule):
         self, *, demonstrations: DataPath | None = None, demonstration_rows: PositiveInt = 512, **keys: Any
     ) -> None:
         super().__init__(**keys)
+        if demonstrations is None and not has_default(RewardDataModule, "demonstration_rows", demonstration_rows):
+            raise ConfigError(
+                f"data.demonstration_rows={demonstration_rows} has no effect without data.demonstrations.",
+                "Set data.demonstrations=<path> or remove data.demonstration_rows.",
+            )
         self.demonstrations = demonstrations
         self.demonstration_rows = demonstration_rows
         self._demonstrations: Sequence[Demonstration] | None = None

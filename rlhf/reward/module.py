@@ -20,7 +20,7 @@ from rlhf.reward.objective import bradley_terry_loss, centering_penalty, ensembl
 from rlhf.reward.preflight import reward_model_checks
 from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.report_output import plot, scalars, summary
-from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt, has_default
 from rlhf.stage import Metrics, Result, StageModule
 from rlhf.stage.loggers import log_figure
 from rlhf.stage.optimizer import Schedule
@@ -37,7 +37,7 @@ class RewardModule(StageModule):
     Args:
         policy: Language model whose trunk the reward model starts from. null: the run's SFT model.
         input_dim: Width of the hidden states. null: read from the model.
-        hidden_dim: Width of the inner layers of the head.
+        hidden_dim: Width of the inner layers of the head, with ``num_layers`` of at least 2.
         num_layers: Number of linear layers of the head. 1: a linear head.
         num_heads: Number of heads with independent initial weights. Each head has its own loss, and the score is their
             mean. PPO and GRPO can penalize their disagreement (``reward.uncertainty_penalty``).
@@ -74,6 +74,11 @@ class RewardModule(StageModule):
             warmup_ratio=warmup_ratio,
             **optimizer,
         )
+        if num_layers == 1 and not has_default(RewardModule, "hidden_dim", hidden_dim):
+            raise ConfigError(
+                f"stage.hidden_dim={hidden_dim} has no effect with stage.num_layers=1: the head has no inner layers.",
+                "Set stage.num_layers=2 or remove stage.hidden_dim.",
+            )
         self.source = policy
         self.input_dim = input_dim
         self.head_settings = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}

@@ -27,7 +27,7 @@ from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, Posit
 from rlhf.stage.epoch import prepare_epoch, remaining_steps
 from rlhf.stage.hyperparameters import check_constructors, constructor_calls, plain_arguments
 from rlhf.stage.memory import BatchSplitter
-from rlhf.stage.nonfinite import NonfiniteGuard
+from rlhf.stage.nonfinite import MAX_STEPS, NonfiniteGuard
 from rlhf.stage.optimizer import LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype, gradient_scaler, keep_batches
@@ -95,7 +95,7 @@ class StageModule(ReportingModule):
         warmup_ratio: FractionBelowOne = 0.0,
         gradient_checkpointing: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
-        max_nonfinite_steps: PositiveInt = 10,
+        max_nonfinite_steps: PositiveInt = MAX_STEPS,
         on_out_of_memory: Literal["stop", "halve"] = "stop",
     ) -> None:
         super().__init__()

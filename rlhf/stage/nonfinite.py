@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.distributed import gather_objects, world_size
-from rlhf.errors import TrainingError, listed
+from rlhf.errors import ConfigError, TrainingError, listed
 from rlhf.logs import metrics_log
 from rlhf.models.sharding import local_tensor
 from rlhf.overrides import to_override
@@ -23,6 +23,7 @@ from rlhf.stage.precision import gradient_scaler
 from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)
+MAX_STEPS = 10  # the default of stage.max_nonfinite_steps
 
 
 @dataclass
@@ -50,6 +51,9 @@ class NonfiniteGuard:
         action: ``stop`` or ``skip``.
         max_steps: Number of consecutive optimizer steps that may be skipped.
 
+    Raises:
+        ConfigError: ``max_steps`` is not its default, but no step may be skipped.
+
     Attributes:
         count: Number of optimizer steps that have been skipped.
         step: The batches of the current optimizer step.
@@ -59,6 +63,11 @@ class NonfiniteGuard:
 
     def __init__(self, action: Literal["stop", "skip"], max_steps: int) -> None:
         self.skips = action == "skip"
+        if not self.skips and max_steps != MAX_STEPS:
+            raise ConfigError(
+                f"stage.max_nonfinite_steps={max_steps} has no effect with stage.on_nonfinite={action}.",
+                "Set stage.on_nonfinite=skip or remove stage.max_nonfinite_steps.",
+            )
         self.max_steps = max_steps
         self.count = 0
         self.run: dict[str, Any] = {"stage": "<stage>", "command": "python train.py stage=<stage>", "config": {}}

@@ -232,6 +232,11 @@ def test_reference_free_opens_no_reference_model(tiny_run: TinyRun, reference_fr
             "stage.reference_free must be true with stage.loss._target_=rlhf.dpo.objective.simpo_loss, "
             "got stage.reference_free=false.",
         ),
+        (
+            "dpo",
+            {**LOSSES["simpo"], "precompute_ref_logprobs": True},
+            "stage.precompute_ref_logprobs=true has no effect with stage.reference_free=true.",
+        ),
         ("dpo", {**LOSSES["simpo"], "length_normalized": False}, "got stage.length_normalized=false."),
         ("dpo", {**LOSSES["orpo"], "reference_free": False}, "with stage.loss._target_=rlhf.dpo.objective.odds_ratio"),
         (

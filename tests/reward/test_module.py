@@ -201,6 +201,22 @@ def test_wrong_input_dim_is_rejected(harness: RewardRun) -> None:
         harness.reward(input_dim=77)
 
 
+@pytest.mark.parametrize(
+    ("keys", "data", "message"),
+    [
+        ({"hidden_dim": 7}, {}, "stage.hidden_dim=7 has no effect with stage.num_layers=1"),
+        ({}, {"demonstration_rows": 7}, "data.demonstration_rows=7 has no effect without data.demonstrations."),
+    ],
+)
+def test_a_key_without_effect_is_rejected(
+    harness: RewardRun, keys: dict[str, Any], data: dict[str, Any], message: str
+) -> None:
+    """A linear head has no inner layers, and without a file of demonstrations there are no rows to limit."""
+    with pytest.raises(ConfigError) as caught:
+        harness.reward(data=data, **keys)
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize("key", [{"label_smoothing": 0.1}, {"centering_coef": 0.01}])
 def test_pair_options_are_rejected_for_ratings(harness: RewardRun, key: dict[str, float]) -> None:
     """They are rejected before any weights are loaded."""
