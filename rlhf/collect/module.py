@@ -23,7 +23,7 @@ from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
 from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_targets, read_columns
 from rlhf.sampling import Rollout, Sampler, SamplingParams
-from rlhf.stage.precision import frozen_on_device, move_frozen
+from rlhf.stage.precision import frozen_on_device, move_frozen, scoring_context
 from rlhf.stage.sampling_module import SamplingModule
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class CollectModule(SamplingModule):
         prompts = [found.prompt for found in candidates for _ in found.texts]
         batch = ScoringBatch.of(rollout.to(self.device), prompts, self.sampling, self.tokenizer)
         reward: RewardFunction = self.reward
-        with self.trainer.precision_plugin.forward_context():
+        with scoring_context(self.trainer.precision_plugin):
             if isinstance(reward, ModelReward):
                 members = reward.member_scores(batch)
                 scores = reward.combine(members)

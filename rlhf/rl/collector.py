@@ -31,6 +31,7 @@ class Collector:
         num_generations: Number of responses per prompt.
         rollout_batch_size: Number of responses to sample at once; None: all.
         precision_context: Enters the Trainer's precision, such as autocast.
+        scoring_context: Enters the precision of reward functions.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Collector:
         num_generations: int,
         rollout_batch_size: int | None = None,
         precision_context: Callable[[], AbstractContextManager[Any]],
+        scoring_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.policies = policies
         self.token_values = token_values
@@ -55,6 +57,7 @@ class Collector:
         self.num_generations = num_generations
         self.rollout_batch_size = rollout_batch_size
         self.precision_context = precision_context
+        self.scoring_context = scoring_context
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """Sample responses from the current policy. The responses to one prompt are adjacent rows."""
@@ -117,9 +120,8 @@ class Collector:
         """
         repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
         batch = ScoringBatch.of(rollout, repeated, self.sampling, self.tokenizer)
-        with self.precision_context():
+        with self.scoring_context():
             scores, components = self.reward.score_with_components(batch)
-        # Under trainer.precision=bf16-true, new tensors of a reward function are bfloat16 unless it says otherwise.
         return scores.float(), components
 
     def sample_rows(

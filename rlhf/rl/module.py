@@ -31,6 +31,7 @@ from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf.stage import Result
 from rlhf.stage.optimizer import Schedule
+from rlhf.stage.precision import scoring_context
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean
 
@@ -169,6 +170,7 @@ class OnPolicyModule(UpdateModule):
             num_generations=self.num_generations,
             rollout_batch_size=self.rollout_batch_size,
             precision_context=lambda: self.trainer.precision_plugin.forward_context(),
+            scoring_context=lambda: scoring_context(self.trainer.precision_plugin),
         )
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:

@@ -37,6 +37,21 @@ def _unchanged(data: Any) -> Any:
     return data
 
 
+@contextmanager
+def scoring_context(plugin: Precision) -> Iterator[None]:
+    """Enter the Trainer's precision, but let reward functions create tensors in float32.
+
+    Under ``bf16-true``, ``torch.tensor`` would otherwise round the scores of a reward function to 8 significant bits.
+    """
+    with plugin.forward_context():
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def move_frozen(module: lightning.LightningModule, model: nn.Module) -> Any:
     """Move a model that is not trained to the device, in the Trainer's precision, and return it.
 

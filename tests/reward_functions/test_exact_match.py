@@ -4,6 +4,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions import ExactMatchReward
@@ -77,6 +78,17 @@ def test_exact_match_by_hand(make_batch: Any) -> None:
     batch = make_batch("9 + 9 #### 18.0", "it is 18", "#### 17", "eighteen", targets=("... #### 18",) * 4)
     assert ExactMatchReward(wrong=-0.5)(batch).tolist() == [1.0, 1.0, -0.5, -0.5]
     assert ExactMatchReward(strict=True)(batch).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_rewards_are_float32(make_batch: Any) -> None:
+    """Rewards that are given as integers as well. The default dtype of ``trainer.precision=bf16-true`` is bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rewards = ExactMatchReward(correct=257, wrong=0)(make_batch("#### 1", targets=("1",)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [257.0]
 
 
 @pytest.mark.parametrize("target", [None, "no number"])

@@ -79,6 +79,19 @@ def test_moments_and_penalty_do_not_depend_on_the_precision(tiny_run: TinyRun, p
     assert run.module.kl.coef == 0.2
 
 
+def test_tensors_of_a_reward_function_are_float32(tiny_run: TinyRun) -> None:
+    """bfloat16 has 8 significant bits, so it would round 257 = 2^8 + 1 to 256. Training leaves the default as it is."""
+
+    class DefaultReward(FixedReward):
+        def forward(self, batch: ScoringBatch) -> Tensor:
+            return torch.tensor(self.given)
+
+    reward = DefaultReward([257.0] * 8)
+    run = tiny_run.train("ppo", reward=reward, critic_init="sft", trainer={"precision": "bf16-true", "max_steps": 1})
+    assert run.module.scores.mean == 257.0
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_scores_of_any_precision_are_accepted(tiny_run: TinyRun) -> None:
     class HalfReward(FixedReward):
         def forward(self, batch: ScoringBatch) -> Tensor:
