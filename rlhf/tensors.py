@@ -4,6 +4,8 @@ Per-token tensors have shape [batch, time], and entry t belongs to token t. Mask
 masked values, including NaN, affect neither results nor gradients.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,3 +210,8 @@ def pad_rows_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids on the left with 0, and return the ids and a mask that is True on real tokens."""
     reversed_ids, reversed_mask = pad_right([row[::-1] for row in rows])
     return reversed_ids.flip(1), reversed_mask.flip(1)
+
+
+def shape_of(value: Any) -> str:
+    """Describe a value by its shape, or by its type if it is not a tensor, for error messages."""
+    return f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

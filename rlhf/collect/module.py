@@ -21,7 +21,7 @@ from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json_lines
 from rlhf.models import Frozen, ModelSource, Policy
-from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_targets, read_columns
+from rlhf.reward_functions import ModelReward, RewardFunction, ScoringBatch, check_rewards, check_targets, read_columns
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 from rlhf.stage.precision import frozen_on_device, move_frozen, scoring_context
 from rlhf.stage.sampling_module import SamplingModule
@@ -179,6 +179,7 @@ class CollectModule(SamplingModule):
                 scores = reward.combine(members)
             else:
                 scores = reward(batch)
+                check_rewards(reward, scores, len(prompts))
                 members = scores[:, None]
         size = self.num_generations
         for number, found in enumerate(candidates):

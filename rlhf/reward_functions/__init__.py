@@ -1,6 +1,6 @@
 """Reward functions: reward models, Python functions, verifiable responses, and weighted sums of these."""
 
-from rlhf.reward_functions.base import RewardFunction, ScoringBatch, columns_of
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch, check_rewards, columns_of
 from rlhf.reward_functions.data import check_targets, read_columns
 from rlhf.reward_functions.endings import end_as_in_training
 from rlhf.reward_functions.exact_match import ExactMatchReward
@@ -16,6 +16,7 @@ __all__ = [
     "RewardFunction",
     "ScoringBatch",
     "WeightedSumReward",
+    "check_rewards",
     "check_targets",
     "columns_of",
     "end_as_in_training",

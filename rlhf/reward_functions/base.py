@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Prompt
+from rlhf.errors import ConfigError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.endings import end_as_in_training
 from rlhf.sampling import Rollout, SamplingParams
+from rlhf.tensors import shape_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,25 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """Return the values of prompts in further columns of the data, by column."""
     names = prompts[0].columns if prompts else ()
     return {name: [prompt.columns[name] for prompt in prompts] for name in names}
+
+
+def check_rewards(reward: nn.Module, result: Any, responses: int) -> None:
+    """Check that a reward function has returned one reward per response.
+
+    Args:
+        reward: The reward function.
+        result: What it has returned.
+        responses: Number of responses.
+
+    Raises:
+        ConfigError: It has returned something else.
+    """
+    if not isinstance(result, Tensor) or result.shape != (responses,):
+        raise ConfigError(
+            f"The reward function {type(reward).__name__} must return a tensor of shape [{responses}], got "
+            f"{shape_of(result)}.",
+            "Return one number per response, [batch].",
+        )
 
 
 class RewardFunction(nn.Module):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError
 from rlhf.models import ModelSource
-from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.reward_functions.base import RewardFunction, ScoringBatch, check_rewards
 from rlhf.reward_functions.python import PythonReward
 
 
@@ -37,7 +37,8 @@ class WeightedSumReward(RewardFunction):
         if not self.weights:
             raise ConfigError("reward.weights must contain a weight other than 0.", "Set reward.weights.model=1.")
         self.components = {name: _component(name, components[name]) for name in self.weights}
-        self.rewards = nn.ModuleDict(self.components)  # registers them, so that they follow the stage to its device
+        # Registered, so that they follow the stage to its device. A module may not be named like one of its methods.
+        self.rewards = nn.ModuleDict({f"reward_{name}": component for name, component in self.components.items()})
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]
@@ -68,6 +69,8 @@ class WeightedSumReward(RewardFunction):
 
     def score_with_components(self, batch: ScoringBatch) -> tuple[Tensor, dict[str, Tensor]]:
         rewards = {name: component(batch) for name, component in self.components.items()}
+        for name, component in self.components.items():
+            check_rewards(component, rewards[name], len(batch.responses))
         return torch.stack([self.weights[name] * values for name, values in rewards.items()]).sum(dim=0), rewards
 
 

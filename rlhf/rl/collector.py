@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
 from rlhf.models import PolicyOutput, common_count, gathered
-from rlhf.reward_functions import RewardFunction, ScoringBatch
+from rlhf.reward_functions import RewardFunction, ScoringBatch, check_rewards
 from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
 from rlhf.rl.policies import PolicyWithReference
 from rlhf.sampling import Rollout, Sampler, SamplingParams
@@ -122,6 +122,8 @@ class Collector:
         batch = ScoringBatch.of(rollout, repeated, self.sampling, self.tokenizer)
         with self.scoring_context():
             scores, components = self.reward.score_with_components(batch)
+        for result in (scores, *components.values()):
+            check_rewards(self.reward, result, len(repeated))
         return scores.float(), components
 
     def sample_rows(

@@ -3,11 +3,13 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf.declared import call_declared, declared_arguments
 from rlhf.errors import ConfigError
 from rlhf.rl.advantages import AdvantageEstimator
+from rlhf.tensors import shape_of
 
 
 def check_estimator(advantage: AdvantageEstimator, num_generations: int) -> None:
@@ -42,16 +44,31 @@ def call_estimator(advantage: AdvantageEstimator, **available: Any) -> tuple[Ten
         [batch, time] advantages, and [batch, time] returns if the estimator uses a critic, otherwise None.
 
     Raises:
-        ConfigError: The estimator declares an argument that is not available, or declares ``values`` and does not
-            return returns.
+        ConfigError: The estimator declares an argument that is not available, declares ``values`` and does not return
+            returns, or returns tensors of another shape.
     """
     estimate = call_declared(advantage, **available)
+    shape = available["response_mask"].shape
     if not needs_critic(advantage):
-        return (estimate[0] if isinstance(estimate, tuple) else estimate), None
+        advantages = estimate[0] if isinstance(estimate, tuple) else estimate
+        _check_shape(advantage, "advantages", advantages, shape)
+        return advantages, None
     if not isinstance(estimate, tuple):
         raise ConfigError(
             f"The advantage estimator {estimator_name(advantage)} declares the argument 'values', so it must return "
             "two tensors: advantages, and the returns to fit the critic to."
         )
     advantages, returns = estimate
+    _check_shape(advantage, "advantages", advantages, shape)
+    _check_shape(advantage, "returns", returns, shape)
     return advantages, returns
+
+
+def _check_shape(advantage: AdvantageEstimator, name: str, result: Any, shape: torch.Size) -> None:
+    if not isinstance(result, Tensor) or result.shape != shape:
+        raise ConfigError(
+            f"The advantage estimator {estimator_name(advantage)} must return a tensor of {name} of shape "
+            f"{list(shape)}, got {shape_of(result)}.",
+            "Return one number per token, [batch, time]. For one number per response, return "
+            "torch.where(response_mask, scores[:, None], 0.0).",
+        )

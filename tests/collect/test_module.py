@@ -16,7 +16,7 @@ from rlhf.data import Preference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader
 from rlhf.errors import ConfigError, DataError
-from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward
+from rlhf.reward_functions import ExactMatchReward, ModelReward, PythonReward, RewardFunction, ScoringBatch
 from rlhf.sampling import Rollout, SamplingParams
 from rlhf.web.server import bind
 
@@ -182,6 +182,17 @@ def test_a_scoring_function_receives_the_targets(collection: Collection, tmp_pat
     rows = [{"prompt": "the bridge", "completion": "May"}]
     collection.run(["Monday", "May"], rows=rows, reward=PythonReward(path=f"{function}:score"))
     assert [(row["chosen"], row["rejected"]) for row in collection.rows] == [("May", "Monday")]
+
+
+def test_rewards_of_another_shape_are_refused(collection: Collection) -> None:
+    """Two responses have two rewards."""
+
+    class Misshapen(RewardFunction):
+        def forward(self, batch: ScoringBatch) -> torch.Tensor:
+            return torch.ones(len(batch.responses), 1)
+
+    with pytest.raises(ConfigError, match=r"Misshapen must return a tensor of shape \[2\], got one of shape \[2, 1\]"):
+        collection.run(["May", "Monday"], rows=[{"prompt": "the bridge"}], reward=Misshapen())
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf"])

@@ -221,6 +221,28 @@ def test_an_estimator_with_values_must_return_returns(tiny_run: TinyRun) -> None
         tiny_run.train("ppo", advantage=no_returns)
 
 
+def per_response(scores: Tensor) -> Tensor:
+    """An estimator that returns [batch] instead of [batch, time]."""
+    return scores
+
+
+def short_returns(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """An estimator whose returns lack the last token."""
+    return rewards - values, rewards[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (per_response, r"per_response must return a tensor of advantages of shape \[8, \d+\], got one of shape \[8\]"),
+        (short_returns, r"short_returns must return a tensor of returns of shape \[8, \d+\], got one of shape \[8, \d"),
+    ],
+)
+def test_estimates_of_another_shape_are_refused(tiny_run: TinyRun, estimator: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^The advantage estimator {message}"):
+        tiny_run.train("ppo", advantage=estimator)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -53,6 +53,15 @@ def test_several_python_functions_are_added_by_their_paths(
     assert {name: scores.tolist() for name, scores in by_component.items()} == {"letters": [3, 2], "spaces": [1, 0]}
 
 
+@pytest.mark.parametrize("name", ["type", "values", "forward"])
+def test_a_component_may_be_named_like_a_method_of_a_module(make_batch: Any, name: str) -> None:
+    """3 x 1 for a correct response."""
+    reward = WeightedSumReward(components={name: ExactMatchReward()}, weights={name: 3.0})
+    total, by_component = reward.score_with_components(make_batch("#### 1", targets=("#### 1",)))
+    assert total.tolist() == [3.0]
+    assert {key: scores.tolist() for key, scores in by_component.items()} == {name: [1.0]}
+
+
 def test_a_component_without_a_class_must_have_a_path() -> None:
     with pytest.raises(ConfigError, match=r"reward\.components\.mine must have the key path, .* got pth\.\n"):
         WeightedSumReward(components={"mine": {"pth": "mine.py:score"}}, weights={"mine": 1.0})

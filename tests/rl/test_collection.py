@@ -1,5 +1,6 @@
 """Collection of experience: rollout batches, scores, samples, validation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from harness import DEMONSTRATIONS, EXACT, NO_UPDATE, TinyRun, assert_same_weights, weights_differ
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.reward_functions import RewardFunction, ScoringBatch
+from rlhf.reward_functions import RewardFunction, ScoringBatch, WeightedSumReward
 from rlhf.rl.collector import Collector, concatenate
 from rlhf.sampling import LocalSampler, Rollout
 
@@ -59,6 +60,31 @@ class FixedReward(RewardFunction):
 
     def forward(self, batch: ScoringBatch) -> Tensor:
         return torch.tensor(self.given, dtype=torch.float, device=batch.input_ids.device)
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (lambda: torch.ones(8, 1), r"one of shape \[8, 1\]"),
+        (lambda: torch.ones(()), r"one of shape \[\]"),
+        (lambda: torch.ones(7), r"one of shape \[7\]"),
+        (lambda: [1.0] * 8, "a list"),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rewards_of_another_shape_are_refused(
+    tiny_run: TinyRun, make: Callable[[], Any], given: str, weighted: bool
+) -> None:
+    """Eight responses have eight rewards. Within a weighted sum, the message names the component."""
+
+    class Misshapen(RewardFunction):
+        def forward(self, batch: ScoringBatch) -> Any:
+            return make()
+
+    reward = WeightedSumReward(components={"mine": Misshapen()}, weights={"mine": 2.0}) if weighted else Misshapen()
+    message = rf"^The reward function Misshapen must return a tensor of shape \[8\], got {given}\.\n"
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.train("ppo", reward=reward, critic_init="sft")
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
