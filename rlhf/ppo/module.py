@@ -46,7 +46,8 @@ class PPOModule(OnPolicyModule):
         critic: ``separate`` trains a separate model, ``shared`` a value head on the policy.
         critic_init: Initial weights of a separate critic: ``reward_model``, ``sft`` (the policy's trunk with a new
             head) or ``random``. null: the reward model if there is one, otherwise ``sft``.
-        critic_warmup: Number of iterations at the start in which only the critic is trained.
+        critic_warmup: Number of iterations at the start in which only the critic is trained. An adaptive KL coefficient
+            stays constant in them.
         critic_learning_rate: Peak learning rate of the critic. null: equal to ``learning_rate``.
         obs_dim: Expected width of the hidden states that the critic reads. null accepts any width.
         action_dim: Expected vocabulary size of the policy. null accepts any size.
@@ -152,7 +153,7 @@ class PPOModule(OnPolicyModule):
 
     @property
     def warming_up(self) -> bool:
-        """Whether only the critic is trained in this iteration."""
+        """Whether only the critic is trained in this iteration, and not the policy."""
         return self.has_critic and self.iterations <= self.critic_warmup
 
     def frozen_modules(self) -> list[nn.Module]:

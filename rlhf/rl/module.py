@@ -182,6 +182,11 @@ class OnPolicyModule(UpdateModule):
 
     # One iteration
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the policy is not trained in this iteration."""
+        return False
+
     def minibatches_per_iteration(self, prompts: int) -> int:
         """Return the number of minibatches of an iteration over this many prompts, over all passes."""
         return self.ppo_epochs * -(-prompts * self.num_generations // self.minibatch_size)
@@ -219,8 +224,9 @@ class OnPolicyModule(UpdateModule):
         advantages, returns = self.estimate_advantages(rewards, scores, experience)
         metrics |= critic_metrics(experience, returns)
 
-        # 5. Adapt the KL coefficient.
-        metrics["kl_coef"] = self.kl.update(metrics["objective/kl"], len(columns["kl"]))
+        # 5. Adapt the KL coefficient. Before the policy is trained, its KL is 0.
+        kl = metrics["objective/kl"]
+        metrics["kl_coef"] = self.kl.coef if self.warming_up else self.kl.update(kl, len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(

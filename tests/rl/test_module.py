@@ -68,6 +68,18 @@ def test_critic_warmup_trains_the_critic_only(tiny_run: TinyRun, critic: str) ->
     assert weights_differ(later.module.policy.lm, tiny_run.lm)
 
 
+def test_the_coefficient_stays_constant_during_critic_warmup(tiny_run: TinyRun) -> None:
+    """The KL of the untrained policy is 0, clip(0 / 6 - 1, -0.2, 0.2) = -0.2, and 8 of 100 responses are one iteration.
+
+    Two iterations of warm-up use the initial 0.1, and so does the third, in the rewards. It ends with 0.1 x (1 - 0.2 x
+    0.08) = 0.0984.
+    """
+    kl = KLController(target_per_sequence=6.0, horizon=100)
+    run = tiny_run.train("ppo", kl=kl, kl_coef=0.1, critic_warmup=2, trainer={"max_epochs": 3})
+    assert run.curve("kl_coef") == [0.1, 0.1, 0.1]
+    assert run.module.kl.coef == pytest.approx(0.0984, rel=1e-12)
+
+
 @pytest.mark.parametrize("init", ["sft", "random"])
 def test_critic_init(tiny_run: TinyRun, init: str) -> None:
     """``sft`` starts from the trunk of the policy with a new head, ``random`` from neither policy nor reward model."""
@@ -123,16 +135,16 @@ def test_unknown_stop_tokens_are_refused_before_training(tiny_run: TinyRun) -> N
 
 
 def test_a_resumed_run_restores_coefficient_moments_and_warmup(tiny_run: TinyRun, tmp_path: Path) -> None:
-    """Two epochs in one run equal one epoch, a checkpoint, and the second epoch in a new run."""
+    """Three epochs in one run equal two epochs, a checkpoint, and the third epoch in a new run."""
 
     def keys() -> dict[str, Any]:
         kl = KLController(target_per_sequence=0.01, horizon=10)
         return {"kl": kl, "scores": ScoreShaping(), "critic_warmup": 1}
 
-    uninterrupted = tiny_run.train("ppo", trainer={"max_epochs": 2}, **keys())
-    first = tiny_run.train("ppo", **keys())
+    uninterrupted = tiny_run.train("ppo", trainer={"max_epochs": 3}, **keys())
+    first = tiny_run.train("ppo", trainer={"max_epochs": 2}, **keys())
     first.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = tiny_run.train("ppo", trainer={"max_epochs": 2}, resume=tmp_path / "last.ckpt", **keys())
+    resumed = tiny_run.train("ppo", trainer={"max_epochs": 3}, resume=tmp_path / "last.ckpt", **keys())
     assert float(uninterrupted.module.kl.coef) != 0.1
     assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
