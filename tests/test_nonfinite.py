@@ -223,6 +223,18 @@ def test_updates_on_a_rollout_that_is_not_finite_are_skipped(tiny_run: TinyRun) 
     assert all(bool(weight.isfinite().all()) for weight in run.module.parameters())
 
 
+def test_training_stops_after_too_many_skipped_rollouts_in_a_row(tiny_run: TinyRun) -> None:
+    """Rollouts have 4 steps, and the limit is 2: training continues after rollout 2, and stops at the third in a row.
+
+    By then, rollouts 2, 4 and 5 have been skipped, which are 3 x 4 = 12 optimizer steps, and 5 x 4 = 20 steps are over.
+    """
+    keys = {"critic_init": "sft", "trainer": {"max_epochs": 8}, "on_nonfinite": "skip", "max_nonfinite_steps": 2}
+    run = tiny_run.build("ppo", reward=FaultyReward({2, 4, 5, 6}), **keys)
+    with pytest.raises(TrainingError, match=r"step 21: .*max_nonfinite_steps=2, and 2 steps in a row were skipped"):
+        run.fit()
+    assert run.curve("train/nonfinite_steps") == [0.0, 4.0, 4.0, 8.0, 12.0]
+
+
 def test_preflight_checks_report_a_rollout_without_a_dump(tiny_run: TinyRun) -> None:
     """There is no state of training to dump yet."""
     checks = PreflightChecks(tiny_run.folder, {}, only=True)

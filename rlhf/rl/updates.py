@@ -101,7 +101,7 @@ class UpdateModule(StageModule):
             del metrics["grad_norm"]  # The norm of an update that does not take place would distort the mean.
         self.guard.start_step()
         if self.rollout_is_nonfinite:
-            self.nonfinite.skip_step()
+            self.nonfinite.skip_step_of_rollout()
         elif self.nonfinite.must_skip(self, self.gradient_norm):
             optimizer.zero_grad(set_to_none=True)
             self.iteration_metrics.skip_step()

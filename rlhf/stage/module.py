@@ -69,7 +69,8 @@ class StageModule(ReportingModule):
         on_nonfinite: What to do if a loss, a gradient or, in PPO and GRPO, a value of a rollout is NaN or infinite:
             ``stop`` before the weights change, or ``skip`` the optimizer step and count it in
             ``train/nonfinite_steps``.
-        max_nonfinite_steps: Number of consecutive optimizer steps that ``on_nonfinite=skip`` may skip.
+        max_nonfinite_steps: Number of consecutive optimizer steps that ``on_nonfinite=skip`` may skip. A rollout of PPO
+            or GRPO whose updates are skipped counts as one step.
         on_out_of_memory: What to do if memory runs out in a training step: ``stop``, or ``halve`` the batches, now and
             for the rest of the run, and accumulate their gradients. Single process only.
 

@@ -49,7 +49,7 @@ class NonfiniteGuard:
 
     Args:
         action: ``stop`` or ``skip``.
-        max_steps: Number of consecutive optimizer steps that may be skipped.
+        max_steps: Number of consecutive optimizer steps that may be skipped. A rollout without updates counts as one.
 
     Raises:
         ConfigError: ``max_steps`` is not its default, but no step may be skipped.
@@ -120,7 +120,8 @@ class NonfiniteGuard:
             [{"batch": micro.batch, "random_state": micro.random_state} for micro in step],
             "The step is",
         )
-        self.skip_step()
+        self._consecutive += 1
+        self.count += 1
         return True
 
     @staticmethod
@@ -161,12 +162,12 @@ class NonfiniteGuard:
         text = f"{listed(parts)} {'is' if len(parts) == 1 else 'are'} not finite" + _weights_text(weights)
         faulty = [batch.select(prompts)] if prompts else []
         self._handle(module, text, faulty, [dict(dump)], "The updates on this rollout are")
+        self._consecutive += 1
         return True
 
-    def skip_step(self) -> None:
-        """Count an optimizer step that is skipped."""
+    def skip_step_of_rollout(self) -> None:
+        """Count an optimizer step of a rollout without updates."""
         self.count += 1
-        self._consecutive += 1
 
     # What happens then
 
