@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from harness import EXACT, MetricsLogger, TinyRun, quick_trainer
+from harness import DEMONSTRATIONS, EXACT, MetricsLogger, TinyRun, quick_trainer
 from rlhf.errors import ConfigError
 from rlhf.logs import TextLogger, log_file
 from rlhf.ppo import PPOModule
@@ -476,3 +477,21 @@ def test_a_schedule_of_accumulation_changes_the_weights(tiny_run: TinyRun) -> No
     assert weights[:4] == [1.0] * 4
     assert len(set(weights[4:])) > 1
     assert sum(weights[4:]) == pytest.approx(4)
+
+
+def test_throughput_excludes_validation(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock advances 2 s in a training batch of 8 rows, and 100 s in a validation: 8 / 2 = 4 rows per second."""
+    clock = [0.0]
+    monkeypatch.setattr("rlhf.stage.throughput.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock[0] += 2
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            clock[0] += 100
+
+    data = {"val": tiny_run.write("val", DEMONSTRATIONS)}
+    run = tiny_run.train("sft", data=data, callbacks=[Clock()], trainer={"max_epochs": 3})
+    assert clock == [306.0]
+    assert run.curve("throughput/sequences_per_s") == [4.0, 4.0, 4.0]

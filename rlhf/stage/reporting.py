@@ -38,6 +38,9 @@ class ReportingModule(lightning.LightningModule):
         if isinstance(batch, Batch) and not batch.is_filler:
             self._meter.add(batch.token_count, batch.sequence_count)
 
+    def on_validation_start(self) -> None:
+        self._meter.pause()
+
     def on_validation_epoch_end(self) -> None:
         metrics = self.trainer.callback_metrics.items()
         means = {name.removeprefix("val/"): float(mean) for name, mean in metrics if name.startswith("val/")}
@@ -45,6 +48,7 @@ class ReportingModule(lightning.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in derived.items()}, sync_dist=True)
 
     def on_validation_end(self) -> None:
+        self._meter.resume()
         if not self.trainer.sanity_checking:
             self.validated_step = self.global_step
 
@@ -123,7 +127,7 @@ class ReportingModule(lightning.LightningModule):
         return {"grad_norm": full_tensor(nn.utils.get_total_norm(gradients)), "lr": optimizer.param_groups[0]["lr"]}
 
     def throughput(self) -> dict[str, float]:
-        """Return tokens and sequences per second since the previous call.
+        """Return tokens and sequences per second since the previous call, without the time of validation.
 
         The mean of the results of all ranks is their total throughput.
         """

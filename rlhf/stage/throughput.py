@@ -4,7 +4,7 @@ import time
 
 
 class ThroughputMeter:
-    """Counts tokens and sequences from its creation, or from the last call of ``rates``."""
+    """Counts tokens and sequences from its creation, or from the last call of ``rates``, without the time of pauses."""
 
     def __init__(self) -> None:
         self._restart()
@@ -13,6 +13,17 @@ class ThroughputMeter:
         self._tokens = 0
         self._sequences = 0
         self._started = time.perf_counter()
+        self._paused: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        if self._paused is not None:
+            self._started += time.perf_counter() - self._paused
+            self._paused = None
 
     def add(self, tokens: int, sequences: int) -> None:
         """Count the tokens (without padding) and the sequences of a batch on this device."""
