@@ -12,6 +12,7 @@ from rlhf.check import Check
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.data.labeled_batches import LabeledBatch
 from rlhf.declared import declared_arguments
+from rlhf.distributed import gather_objects
 from rlhf.dpo.metrics import MetricGroup
 from rlhf.dpo.objective import response_lengths
 from rlhf.dpo.preflight import checks
@@ -153,8 +154,12 @@ class PreferenceModule(ReferenceModule):
         self.fill_ref_logprobs(batch, "val")
         loss, nll, groups = self.loss_and_metrics(batch)
         self.log_val({"preference_loss" if self.sft_coef else "loss": loss}, batch.loss_terms)
-        for terms, values in self._terms_and_values(batch, nll, groups):
-            self.log_val(values, terms)
+        groups = self._terms_and_values(batch, nll, groups)
+        # Lightning would log NaN for a group without terms. All ranks must log the same metrics.
+        terms_of_ranks = gather_objects([group.terms for group in groups])
+        for group, *terms in zip(groups, *terms_of_ranks, strict=True):
+            if any(terms):
+                self.log_val(group.values, group.terms)
 
     def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         if not metrics.keys() >= {"preference_loss", "nll"}:

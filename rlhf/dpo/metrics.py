@@ -14,7 +14,7 @@ class MetricGroup(NamedTuple):
 
     Args:
         terms: Number of terms in this batch. It is the weight of the batch in the mean over a validation epoch. A group
-            without terms is not logged in training.
+            without terms on any rank is not logged.
         values: The metrics by name.
     """
 

@@ -1,5 +1,6 @@
 """KTO: unpaired preferences, and the KL baseline that they are compared with."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -201,6 +202,20 @@ def test_metrics_without_responses_are_not_logged(tiny_run: TinyRun, train: Trai
     metrics = train(sft_coef=0.5, data={"train": path}).recorder.metrics[-1]
     assert "rewards/chosen" in metrics
     assert metrics.keys().isdisjoint({"rewards/rejected", "logps/rejected", "rewards/margins"})
+
+
+@one_architecture
+@pytest.mark.parametrize("label", [True, False])
+def test_validation_metrics_without_responses_are_not_logged(tiny_run: TinyRun, train: Train, label: bool) -> None:
+    """Validation data with one label have no mean over the other one, which would be 0 / 0, and no margin."""
+    rows = [{"prompt": f"p{i}", "completion": "yes" * i, "label": label} for i in range(1, 9)]
+    run = train(sft_coef=0.5, data={"val": tiny_run.write("val", rows), "eval_batch_size": 4})
+    shown = {name: float(value) for name, value in run.trainer.callback_metrics.items() if name.startswith("val/")}
+    present, absent = ("chosen", "rejected") if label else ("rejected", "chosen")
+    assert {f"val/rewards/{present}", f"val/logps/{present}", "val/rewards/accuracies", "val/kto/kl"} <= shown.keys()
+    assert shown.keys().isdisjoint({f"val/rewards/{absent}", f"val/logps/{absent}", "val/rewards/margins"})
+    assert ("val/nll" in shown) is label  # The negative log-likelihood is that of desirable responses.
+    assert all(math.isfinite(value) for value in shown.values())
 
 
 def test_training_separates_the_labels(tiny_run: TinyRun, train: Train) -> None:
