@@ -34,7 +34,7 @@ class Alerts(Callback):
         min_entropy_per_token: Smallest ``policy/entropy_avg``, in nats per token, as a mean over the window.
         min_score_range: Smallest ``objective/score_range``, in reward units, as a mean over the window.
         min_explained_variance: Smallest ``critic/explained_variance``, as a mean over the window. The first 10
-            iterations are ignored.
+            iterations are ignored, and so are those in which all returns are equal.
         max_gradient_norm_ratio: Largest ``grad_norm`` relative to the median of the previous 50. The alert needs 10
             previous values, unless the norm is not finite.
         window: Number of values in a mean, so that a single bad batch does not fire an alert. In PPO and GRPO, a value
@@ -80,12 +80,13 @@ class Alerts(Callback):
 
         Returns:
             A message for each alert that fires, and an empty string for each one that does not. Alerts whose metrics
-            are missing are left out.
+            are missing or undefined are left out.
         """
+        undefined = {name for name, rule in RULES.items() if rule.ignores_nan and _is_nan(metrics.get(rule.metrics[0]))}
         measured = {
             name: threshold
             for name, threshold in self.thresholds().items()
-            if metrics.keys() >= set(RULES[name].metrics)
+            if metrics.keys() >= set(RULES[name].metrics) and name not in undefined
         }
         for name in {metric for alert in measured for metric in RULES[alert].metrics}:
             value = float(metrics[name])
@@ -155,6 +156,10 @@ class Alerts(Callback):
         self.first_values = state_dict["first_values"]
         self.recent_values = state_dict["recent_values"]
         self.active = state_dict["active"]
+
+
+def _is_nan(value: Any) -> bool:
+    return value is not None and math.isnan(value)
 
 
 def recent_mean(values: Sequence[float], window: int) -> float | None:

@@ -89,7 +89,7 @@ def masked_scale(values: Tensor, mask: Tensor) -> Tensor:
 
     Reference: Huang et al. 2024, detail 8 of PPO, whitening of rewards without shifting the mean (arXiv:2403.17031).
     """
-    mean = _mean_over_ranks(values, mask)
+    mean = mean_over_ranks(values, mask)
     return torch.where(mask, masked_whiten(values, mask) + mean, 0.0)
 
 
@@ -110,8 +110,8 @@ def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
     Reference: Huang et al. 2024, detail 20 of PPO (arXiv:2403.17031). Some implementations add the mean back; this
     one does not.
     """
-    centered = torch.where(mask, values - _mean_over_ranks(values, mask), 0.0)
-    return centered * torch.rsqrt(_mean_over_ranks(centered.square(), mask) + 1e-8)  # Equal values become 0.
+    centered = torch.where(mask, values - mean_over_ranks(values, mask), 0.0)
+    return centered * torch.rsqrt(mean_over_ranks(centered.square(), mask) + 1e-8)  # Equal values become 0.
 
 
 def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
         values: [batch, time] values of any unit.
         mask: [batch, time] bool, True on the entries to include.
     """
-    centered = torch.where(mask, values - _mean_over_ranks(values, mask), 0.0)
-    return _mean_over_ranks(centered.square(), mask)
+    centered = torch.where(mask, values - mean_over_ranks(values, mask), 0.0)
+    return mean_over_ranks(centered.square(), mask)
 
 
-def _mean_over_ranks(values: Tensor, mask: Tensor) -> Tensor:
+def mean_over_ranks(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the unmasked entries of all ranks, or 0 if there are none."""
     total = sum_over_ranks(torch.where(mask, values, 0.0).sum())
     return total / sum_over_ranks(mask.sum()).clamp(min=1)

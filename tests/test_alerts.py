@@ -116,6 +116,13 @@ def test_nan_fires_an_alert(name: str) -> None:
     assert fired(Alerts(), steps(HEALTHY, {name: [float("nan")] * 20}))[4] != set()
 
 
+def test_an_undefined_explained_variance_fires_no_alert() -> None:
+    """NaN in half of the iterations: the alert fires at the 15th defined one, at index 2 x 15 - 1 of 30."""
+    undefined = [float("nan"), -1.0] * 15
+    metrics = list(steps({"critic/explained_variance": undefined}))
+    assert [bool(names) for names in fired(Alerts(), metrics)] == [False] * 29 + [True]
+
+
 def test_every_alert_has_advice() -> None:
     assert Alerts().thresholds().keys() == RULES.keys() == FAULTS.keys()
     assert all(sentence.endswith(".") for rule in RULES.values() for sentence in (rule.meaning, rule.change))

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf.tensors import last_true, masked_mean, masked_variance
+from rlhf.tensors import last_true, masked_mean, masked_variance, mean_over_ranks
+
+ROUNDING = 1e-5  # largest relative rounding error of returns, which are sums over tokens in float32
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -201,7 +203,11 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
         response_mask: [batch, time] bool, True on response tokens including EOS.
 
     Returns:
-        Scalar, at most 1. A perfect critic gives 1; a constant one gives 0.
+        Scalar, at most 1. A perfect critic gives 1, a constant one 0. NaN if all returns are equal up to rounding.
     """
+    variance = masked_variance(returns, response_mask)
+    # Returns are computed from values, so their rounding errors are proportional to the larger of the two.
+    scale = torch.where(response_mask, torch.maximum(returns.abs(), values.abs()), 0.0)
+    is_rounding = variance <= mean_over_ranks(scale.square(), response_mask) * ROUNDING**2
     residual_variance = masked_variance(returns - values, response_mask)
-    return 1 - residual_variance / masked_variance(returns, response_mask).clamp(min=1e-8)
+    return torch.where(is_rounding, torch.nan, 1 - residual_variance / variance)

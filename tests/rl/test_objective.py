@@ -3,6 +3,7 @@
 import math
 import random
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -187,9 +188,19 @@ def test_explained_variance_by_hand() -> None:
     values 0, 2, 4: residuals 0: 1            values 2, 2, 2: residual variance 8/3: 0
     values 0, 1, 2: residuals 0, 1, 2 of variance 2/3: 1 - 1/4
     values 5, 7, 9: residuals -5 of variance 0: 1
+
+    The same holds for returns that are 1000 times as small.
     """
     returns = torch.tensor([[0.0, 2.0, 4.0, NAN]])
     mask = torch.tensor([[True, True, True, False]])
     for values, expected in (([0.0, 2, 4], 1.0), ([2.0, 2, 2], 0.0), ([0.0, 1, 2], 0.75), ([5.0, 7, 9], 1.0)):
-        got = explained_variance(torch.tensor([[*values, INF]]), returns, mask)
-        torch.testing.assert_close(got, torch.tensor(expected))
+        for scale in (1.0, 1e-3):
+            got = explained_variance(torch.tensor([[*values, INF]]) * scale, returns * scale, mask)
+            torch.testing.assert_close(got, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("returns", [[0.0] * 3, [5.0] * 3, [1.0, 1.0000001, 0.9999999], [1e-8, 2e-8, 3e-8]])
+def test_explained_variance_of_equal_returns_is_undefined(returns: list[float]) -> None:
+    """The variance of the returns is 0 up to rounding; the values have variance 2/3. The padding differs."""
+    values, mask = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([[True, True, True, False]])
+    assert explained_variance(values, torch.tensor([[*returns, 9.0]]), mask).isnan()
