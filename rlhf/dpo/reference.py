@@ -68,7 +68,7 @@ class ReferenceModule(StageModule):
 
     def open_reference(self) -> Frozen:
         """Open the reference model."""
-        reference = open_reference(self.source, self.tokenizer, self.policy)
+        reference = open_reference(self.source, self.tokenizer)
         allows_shared_prompts(reference.lm.base_model)
         return Frozen(reference)
 

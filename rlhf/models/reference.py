@@ -8,7 +8,7 @@ from rlhf.models.frozen import disable_dropout
 from rlhf.models.sources import ModelSource
 
 
-def open_reference(source: ModelSource, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Policy:
+def open_reference(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Policy:
     """Open the model that a policy starts from, without dropout, as its reference model.
 
     It is opened from the same source, not copied, so that a resumed run has the same reference model. Where only an
@@ -17,6 +17,5 @@ def open_reference(source: ModelSource, tokenizer: PreTrainedTokenizerBase, poli
     Args:
         source: Source of the policy.
         tokenizer: Tokenizer of the policy.
-        policy: The policy.
     """
     return Policy(disable_dropout(starting_point(source).language_model(tokenizer)))

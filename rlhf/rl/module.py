@@ -156,7 +156,7 @@ class OnPolicyModule(UpdateModule):
 
     def open_models(self) -> None:
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
-        self.reference = Frozen(open_reference(self.source, self.tokenizer, self.policy))
+        self.reference = Frozen(open_reference(self.source, self.tokenizer))
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
         self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
         self.policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)

@@ -388,7 +388,7 @@ def test_all_models_of_a_stage_share_the_base(base: Export, tokenizer: PreTraine
     policies = WithAdapter(base, SMALL, shared)
     rewards = WithAdapter(Export(str(tmp_path / "reward_model_final.pt")), SMALL, shared)
     policy = Policy(policies.language_model(tokenizer))
-    reference = Frozen(open_reference(policies, tokenizer, policy)).model
+    reference = Frozen(open_reference(policies, tokenizer)).model
     reward_model = Frozen(starting_point(rewards).scalar_model(tokenizer)).model
     critic = rewards.scalar_model(tokenizer)
 
@@ -439,7 +439,7 @@ def test_training_continues_the_adapter_of_an_earlier_stage(
     export, trained = adapter_file(base, tokenizer, tmp_path / "sft_final.pt")
     source = WithAdapter(export, SMALL, SharedBase())
     policy = Policy(source.language_model(tokenizer))
-    reference = open_reference(source, tokenizer, policy)
+    reference = open_reference(source, tokenizer)
     assert torch.equal(logits(policy.lm), logits(trained))
     assert torch.equal(logits(reference.lm), logits(trained))
     assert adapter_of(policy.lm) == adapter_of(trained), "the base is that of the first adapter"
