@@ -188,7 +188,7 @@ def _bounds(annotation: Any) -> list[tuple[str, float]]:
 def _accepts_one(option: Any, value: Any) -> bool:
     kind, arguments = _plain(option), get_args(option)
     if get_origin(option) is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in arguments)
     if get_origin(option) in (tuple, Sequence):
         if isinstance(value, str) or not isinstance(value, Sequence):
             return False

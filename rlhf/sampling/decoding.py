@@ -129,7 +129,8 @@ def draw_tokens(
     random = random if ranks is None else random[:, ranks]
     block = _choose(blocks.sum(dim=-1), random[0])
     within = _choose(blocks[torch.arange(len(logits), device=logits.device), block], random[1])
-    return torch.where(valid, block * BLOCK + within, INVALID_TOKEN)
+    tokens = (block * BLOCK + within).clamp(max=logits.shape[1] - 1)
+    return torch.where(valid, tokens, INVALID_TOKEN)
 
 
 def _choose(weights: Tensor, random: Tensor) -> Tensor:
@@ -168,6 +169,6 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
         ordered, order = logits.sort(dim=-1, descending=True)
         # Probabilities are counted in integers, because a GPU has no deterministic cumulative sum of floats.
         probabilities = (ordered.softmax(dim=-1) * 2**40).long()
-        remove = probabilities.cumsum(dim=-1) - probabilities >= int(top_p * 2**40)
+        remove = probabilities.cumsum(dim=-1) - probabilities >= max(int(top_p * 2**40), 1)
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
     return logits

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError
-from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, check_arguments
+from rlhf.schema import NonNegativeInt, PositiveInt, check_arguments
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SamplingParams:
     """
 
     max_new_tokens: PositiveInt = 64
-    temperature: NonNegativeFloat = 0.7
+    temperature: Literal[0] | Annotated[float, ">= 1e-06"] = 0.7
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, "> 0", "<= 1"] = 1.0
     stop_tokens: Sequence[str] | None = None

@@ -73,7 +73,7 @@ def test_sampling_settings(typed: Typed, line: str, name: str, value: float) -> 
     ("line", "message"),
     [
         ("/temperature hot", "/temperature needs a number, got 'hot'"),
-        ("/temperature -1", "temperature must be a number of at least 0, got -1"),
+        ("/temperature -1", "temperature must be 0 or a number of at least 1e-06, got -1"),
         ("/top_k 1.5", "/top_k needs an integer, got '1.5'"),
         ("/seed -1", "seed must be from 0 to 4294967295, got -1"),
         ("/max_new_tokens 1000", "max_new_tokens must be less than 96"),

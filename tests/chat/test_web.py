@@ -78,8 +78,8 @@ def test_settings_apply_to_the_next_prompt(client: TestClient, page: ChatPage) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"temperature": -1}, "temperature must be a number of at least 0."),
-        ({"temperature": None}, "temperature must be a number of at least 0."),
+        ({"temperature": -1}, "temperature must be 0 or a number of at least 1e-06."),
+        ({"temperature": None}, "temperature must be 0 or a number of at least 1e-06."),
         ({"top_p": 0}, "top_p must be a number above 0 and at most 1."),
         ({"max_new_tokens": 96}, "max_new_tokens must be less than 96"),
         ({"stop_tokens": ["a"]}, "There is no setting 'stop_tokens'."),

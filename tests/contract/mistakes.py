@@ -11,6 +11,7 @@ POSITIVE_INT = "an integer of at least 1"
 NON_NEGATIVE_INT = "an integer of at least 0"
 POSITIVE = "a number above 0"
 NON_NEGATIVE = "a number of at least 0"
+TEMPERATURE = "0 or a number of at least 1e-06"
 BELOW_ONE = "a number of at least 0 and below 1"
 FRACTION = "a number from 0 to 1"
 SCHEDULE = "cosine, linear, or constant"
@@ -84,7 +85,7 @@ KEYS: list[tuple[str, str, list[Any], str, str]] = [
     ("ppo", "stage.entropy_coef", NOT_NON_NEGATIVE, NON_NEGATIVE, "0.0"),
     ("ppo", "stage.ppo_epochs", NOT_POSITIVE_INT, POSITIVE_INT, "4"),
     ("ppo", "stage.minibatch_size", NOT_POSITIVE_INT, POSITIVE_INT, "64"),
-    ("ppo", "stage.sampling.temperature", NOT_NON_NEGATIVE, NON_NEGATIVE, "0.7"),
+    ("ppo", "stage.sampling.temperature", [*NOT_NON_NEGATIVE, 1e-38, True], TEMPERATURE, "0.7"),
     ("ppo", "stage.sampling.top_p", [0, 2, "abc", NAN, None], "a number above 0 and at most 1", "1.0"),
     ("ppo", "stage.sampling.top_k", [-1, 1.5, "abc", None], NON_NEGATIVE_INT, "0"),
     ("ppo", "stage.kl.estimator", ["k4", None], "k1, k2, k3, or full", "k1"),

@@ -63,6 +63,12 @@ def test_a_token_that_the_filters_removed_is_never_drawn(monkeypatch: pytest.Mon
     assert draw_tokens(logits, SamplingParams(temperature=1.0, top_k=2)).item() in (3, 490)
 
 
+def test_a_draw_is_a_token_of_the_vocabulary_even_if_the_logits_overflow() -> None:
+    """3e38 / 0.5 is infinite in float32. The last block of 128 tokens is not full: 300 = 2 x 128 + 44."""
+    logits = torch.full((1, 300), 3e38)
+    assert 0 <= draw_tokens(logits, SamplingParams(temperature=0.5)).item() < 300
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_whose_logits_are_not_finite_are_marked(temperature: float) -> None:
     """A NaN, an infinite logit, no finite logit; tokens of probability 0 are no fault."""
@@ -128,7 +134,7 @@ def test_top_k_keeps_the_k_most_likely_tokens(top_k: int, expected: list[int]) -
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
-    [(1.0, [0, 1, 2]), (0.95, [0, 1, 2]), (0.85, [0, 2]), (0.65, [0, 2]), (0.55, [2]), (0.01, [2])],
+    [(1.0, [0, 1, 2]), (0.95, [0, 1, 2]), (0.85, [0, 2]), (0.65, [0, 2]), (0.55, [2]), (0.01, [2]), (1e-13, [2])],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_the_probability(top_p: float, expected: list[int]) -> None:
     """Probabilities 0.3, 0.1, 0.6: token 2 reaches 0.6, tokens 2 and 0 reach 0.9, all tokens reach 1."""

@@ -14,6 +14,7 @@ from rlhf.sampling import SamplingParams
     [
         {"max_new_tokens": 0},
         {"temperature": -0.1},
+        {"temperature": 1e-38},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"top_p": 0.0},
@@ -43,3 +44,10 @@ def test_eos_is_the_default_stop_token(tokenizer: PreTrainedTokenizerFast) -> No
 def test_stop_token_must_be_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="stop_tokens contains 'no token'"):
         SamplingParams(stop_tokens=["no token"]).stop_ids(tokenizer)
+
+
+def test_a_tiny_temperature_is_refused_with_the_values_that_are_allowed() -> None:
+    """Logits that are divided by 1e-38 exceed float32. Greedy decoding is a temperature of 0, as integer or float."""
+    with pytest.raises(ConfigError, match=r"^temperature must be 0 or a number of at least 1e-06, got 1e-38\."):
+        SamplingParams(temperature=1e-38)
+    assert [SamplingParams(temperature=value).temperature for value in (0, 0.0, 1e-6)] == [0, 0, 1e-6]
