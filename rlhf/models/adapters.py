@@ -171,7 +171,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         raise ConfigError(
             f"adapter.target_modules={_as_override(adapter.lora.target_modules)} does not fit the model: "
             f"{first_line(error)}",
-            f"Set adapter.target_modules={ALL_LINEAR}.",
+            "Set adapter.dropout=0." if "lora_dropout" in str(error) else f"Set adapter.target_modules={ALL_LINEAR}.",
         ) from error
     _check_embeddings(model, adapter.lora)
     for part in (model, model.base_model):
@@ -247,13 +247,21 @@ def save_adapter(model: PreTrainedModel, adapter: Adapter, directory: Path) -> N
 
 def set_classifier_adapter(classifier: PreTrainedModel) -> None:
     """Describe the adapted layers of a sequence classifier, whose layer ``score`` is trained in full, for peft."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     adapter = adapter_of(classifier)
     assert adapter is not None
     config = adapter.lora.peft_config(classifier)
     config.task_type, config.modules_to_save, config.exclude_modules = "SEQ_CLS", ["score"], None
-    config.target_modules = {name for name, layer in classifier.named_modules() if isinstance(layer, LoraLayer)}
+    config.target_modules, config.target_parameters = set(), set()
+    for name, layer in classifier.named_modules():
+        if isinstance(layer, ParamWrapper):  # of experts, where peft may choose another rank
+            parameter = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            config.target_parameters.add(parameter)
+            config.rank_pattern[parameter] = layer.r["default"]
+            config.alpha_pattern[parameter] = layer.lora_alpha["default"]
+        elif isinstance(layer, LoraLayer):
+            config.target_modules.add(name)
     classifier.peft_config = {"default": config}
 
 

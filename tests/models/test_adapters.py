@@ -228,6 +228,14 @@ def test_tied_embeddings_cannot_be_adapted(target: str, tied: bool, message: str
             add_adapter(lm, adapter)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_experts_have_no_dropout(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """peft adapts their weights instead of their inputs, so there is nothing to drop."""
+    source = WithAdapter(Pretrained(str(folder)), LoRA(dropout=0.1))
+    with pytest.raises(ConfigError, match=r"lora_dropout.*\n  Set adapter\.dropout=0\."):
+        source.language_model(tokenizer)
+
+
 def test_random_weights_cannot_be_a_base_model(tokenizer: PreTrainedTokenizerFast) -> None:
     """They are stored nowhere, so the adapter could not be opened again."""
     with pytest.raises(
@@ -333,7 +341,7 @@ def test_a_hugging_face_folder_opens_without_this_project(
         assert opened.peft_config["default"].base_model_name_or_path == str(folder)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_folder_of_a_reward_model_opens_without_this_project(
     merged: bool, folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
