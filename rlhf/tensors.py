@@ -4,8 +4,6 @@ Per-token tensors have shape [batch, time], and entry t belongs to token t. Mask
 masked values, including NaN, affect neither results nor gradients.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -212,6 +210,6 @@ def pad_rows_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return reversed_ids.flip(1), reversed_mask.flip(1)
 
 
-def shape_of(value: Any) -> str:
+def shape_of(value: object) -> str:
     """Describe a value by its shape, or by its type if it is not a tensor, for error messages."""
     return f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -224,9 +224,8 @@ class OnPolicyModule(UpdateModule):
         advantages, returns = self.estimate_advantages(rewards, scores, experience)
         metrics |= critic_metrics(experience, returns)
 
-        # 5. Adapt the KL coefficient. Before the policy is trained, its KL is 0.
-        kl = metrics["objective/kl"]
-        metrics["kl_coef"] = self.kl.coef if self.warming_up else self.kl.update(kl, len(columns["kl"]))
+        # 5. Adapt the KL coefficient. Responses of a policy that is not trained yet do not count: their KL is 0.
+        metrics["kl_coef"] = self.kl.update(metrics["objective/kl"], 0 if self.warming_up else len(columns["kl"]))
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(

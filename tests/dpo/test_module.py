@@ -151,7 +151,8 @@ def test_gradient_accumulation_equals_one_large_batch(tiny_run: TinyRun, name: s
     rounding errors of tiny gradients into full steps. The reference model sees the policy's batches, so that log-ratios
     are exactly 0, because IPO's gradient is sensitive to them. Tolerances are the defaults.
     """
-    keys = {**LOSSES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0, "precompute_ref_logprobs": False}
+    keys = {**LOSSES[name], "sft_coef": 0.7, "eps": 1.0, "learning_rate": 1.0}
+    keys |= {} if keys.get("reference_free") else {"precompute_ref_logprobs": False}
     large = tiny_run.train("dpo", data={"batch_size": 8}, trainer={"max_steps": 1}, **keys)
     small = tiny_run.train(
         "dpo", data={"batch_size": 2}, trainer={"max_steps": 1, "accumulate_grad_batches": 4}, **keys
