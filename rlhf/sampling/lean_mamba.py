@@ -19,8 +19,12 @@ from rlhf.tensors import pad_rows_left
 
 
 def has_mamba_decoder(lm: Any) -> bool:
-    """Return whether ``MambaBatch`` supports a model."""
-    return type(lm) is Mamba2ForCausalLM and tuple(lm.config.time_step_limit) == (0.0, math.inf)
+    """Return whether ``MambaBatch`` supports a model.
+
+    Weights in half precision are converted between the layers of transformers, whose residuals are float32.
+    """
+    unlimited = type(lm) is Mamba2ForCausalLM and tuple(lm.config.time_step_limit) == (0.0, math.inf)
+    return unlimited and lm.dtype == torch.float32
 
 
 class MambaBatch(LeanBatch):

@@ -200,6 +200,15 @@ def test_other_architectures_are_decoded_by_transformers(name: str) -> None:
     assert lean_decoder(model(OTHERS[name])) is None
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
+def test_models_in_half_precision_sample(name: str) -> None:
+    """Under ``trainer.precision=bf16-true``. The residuals of Mamba-2 are float32 then, so transformers decodes it."""
+    lm = model(LEAN[name]).bfloat16()
+    assert (lean_decoder(lm) is None) == (name == "mamba2")
+    responses = greedy(lm, PROMPTS, 299)
+    assert responses[0][0] == int(plain_logits(lm, PROMPTS[:1]).argmax())
+
+
 def test_the_switch() -> None:
     lm = model(LEAN["llama"])
     with speed(lean_decoding=False):
