@@ -101,8 +101,9 @@ def test_the_page_prints_its_directory_as_it_is(
     file = tmp_path / "exp[a1]" / "[/b]" / "candidates.jsonl"
     write_json_lines(file, (found.row() for found in candidates()))
     monkeypatch.setattr("rlhf.web.server.serve", lambda *_, **__: None)
-    with pytest.raises(Stopped):
-        PageLabels(port=0).label(candidates(), file)
+    labels = PageLabels(port=0)
+    with labels.opened(), pytest.raises(Stopped):
+        labels.label(candidates(), file)
     printed = capsys.readouterr().out
     assert f"Every choice is in {file.parent}/label/journal.jsonl;" in printed
     assert f"\n  {file.parent}/label/preferences.jsonl\n" in printed
