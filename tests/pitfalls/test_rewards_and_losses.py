@@ -239,6 +239,7 @@ def test_18_every_key_is_tried(repo: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["transformer"], scope="session")  # Keys mean the same for all of them.
 def test_18_every_key_changes_the_outcome(tiny_run: TinyRun) -> None:
     """Changing one key changes the run. Repeating a run does not."""
     torch.manual_seed(9)
