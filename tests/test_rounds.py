@@ -99,7 +99,7 @@ def test_a_round_of_every_kind_runs(repo: Path, tmp_path: Path, architecture: st
     """DPO with labels of a reward model. With ``resume=true``, a second command trains nothing."""
     command = [
         *(*TINY_MODEL[architecture], *TINY_DATA),
-        *("pipeline.steps=[sft,reward]", "pipeline.rounds=1", "stage=pipeline"),
+        *("pipeline.steps=[sft,reward]", "pipeline.rounds=1", "pipeline.report=false", "stage=pipeline"),
         "pipeline.overrides.collect=['data.num_prompts=16']",
         "pipeline.overrides.evaluate=['data.max_rows=8']",
     ]

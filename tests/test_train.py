@@ -72,9 +72,9 @@ def test_the_pipeline_writes_all_outputs(repo: Path, tmp_path: Path, model: str)
 @pytest.mark.slow
 def test_variants_of_a_stage_have_their_own_directories(repo: Path, tmp_path: Path) -> None:
     """Three methods in a job of a sweep: the directory of the job has one per method, all in one evaluation."""
-    steps = "pipeline.steps=[sft,reward,rloo,dpo,ipo,evaluate]"
+    steps = ["pipeline.steps=[sft,reward,rloo,dpo,ipo,evaluate]", "pipeline.report=false"]
     tiny = [*TINY_MODEL["transformer"], *SHORT]
-    run_train(repo, tmp_path, "-m", "experiment=compare", "seed=2", "run=all", steps, *tiny)
+    run_train(repo, tmp_path, "-m", "experiment=compare", "seed=2", "run=all", *steps, *tiny)
     (folder,) = (path for path in (tmp_path / "all" / "sweeps" / "pipeline").iterdir() if path.is_dir())
     for name, target in {"rloo": "rloo", "dpo": "sigmoid_loss", "ipo": "ipo_loss"}.items():
         (path,) = (folder / name).glob("*_final.pt")

@@ -23,6 +23,12 @@ from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 PROMPT = "The mayor of Dunmore opened the new bridge."
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 def finish(chat: Chat, prompt: str = PROMPT) -> Turn:
     """Sample the responses to a prompt until they are complete."""
     turn = chat.ask(prompt)

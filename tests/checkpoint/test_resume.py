@@ -295,8 +295,8 @@ def test_a_second_process_is_refused(sft: Any, output: Path) -> None:
 
 def test_a_pipeline_continues_where_it_was_interrupted(tmp_path: Path, kill: Any) -> None:
     """Finished steps are skipped, the interrupted one is resumed, and the others start."""
-    steps = ["pipeline.steps=[sft,reward,dpo]", "trainer.max_epochs=1", "data.batch_size=8"]
-    command = [*TINY, *steps, "pipeline.overrides.sft=['stage.samples=0']"]
+    steps = ["pipeline.steps=[sft,reward,dpo]", "trainer.max_epochs=1", "data.batch_size=8", "data.max_rows=16"]
+    command = [*TINY, *steps, "pipeline.report=false", "pipeline.overrides.sft=['stage.samples=0']"]
     directories = [tmp_path / "whole" / "rlhf", tmp_path / "killed" / "rlhf"]
     with hydra_command(*command, f"paths.root={tmp_path}/whole") as cfg:
         run_pipeline(cfg)
@@ -316,7 +316,13 @@ def test_a_pipeline_continues_where_it_was_interrupted(tmp_path: Path, kill: Any
 def test_a_pipeline_that_starts_over_continues_where_it_was_interrupted(tmp_path: Path, kill: Any) -> None:
     """The results of the later steps, which the earlier pipeline has left, are not those of this pipeline."""
     steps = ["pipeline.steps=[sft,reward]", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
-    command = [*TINY, *steps, "pipeline.overrides.sft=['stage.samples=0']", f"paths.root={tmp_path}"]
+    command = [
+        *TINY,
+        *steps,
+        "pipeline.report=false",
+        "pipeline.overrides.sft=['stage.samples=0']",
+        f"paths.root={tmp_path}",
+    ]
     with hydra_command(*command) as cfg:
         run_pipeline(cfg)
     final = tmp_path / "rlhf" / "reward" / "reward_model_final.pt"

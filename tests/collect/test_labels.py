@@ -120,7 +120,9 @@ def test_people_label_the_rounds_of_a_pipeline(repo: Path, tmp_path: Path) -> No
     tiny = [*TINY_MODEL["transformer"], *TINY_DATA]
     evaluate = "pipeline.overrides.evaluate=['data.max_rows=8']"
     try:
-        run_train(repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", page, evaluate)
+        run_train(
+            repo, tmp_path, *tiny, "pipeline.steps=[sft]", "pipeline.rounds=2", "pipeline.report=false", page, evaluate
+        )
     finally:
         kill_group(process.pid)
         watcher.join()

@@ -77,13 +77,17 @@ def make_clone(folder: Path, *, package: bool = False) -> Path:
 
 
 def budget(command: str) -> list[str]:
-    """Return overrides that keep a training command short: few rows, few steps, and a tiny model from scratch."""
+    """Return overrides that keep a training command short: few rows, few steps, and a tiny model from scratch.
+
+    The first pipeline writes a report, and later ones do not.
+    """
     if not command.startswith("train.py") or "--cfg" in command or "--help" in command:
         return []
     model = [] if "model=pretrained" in command else SMALL_MODEL
     if "stage=evaluate" in command:
         return [*model, "data.max_rows=8", "trainer.enable_progress_bar=false"]
-    return [*model, *SMALL_BUDGET]
+    repeats_pipeline = any(word in command for word in ("pipeline.", "experiment=compare", "train.py resume=true"))
+    return [*model, *SMALL_BUDGET, *(["pipeline.report=false"] if repeats_pipeline else [])]
 
 
 def run_in_clone(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,12 @@ from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 PARAMS = SamplingParams(max_new_tokens=8, temperature=1.0)
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 @pytest.mark.parametrize(("n", "expected"), [(1, 0.0), (2, 0.19315), (4, 0.63629), (16, 1.83509)])
 def test_kl_bound_by_hand(n: int, expected: float) -> None:
     """log 2 - 1/2 = 0.69315 - 0.5;  log 4 - 3/4 = 1.38629 - 0.75;  log 16 - 15/16 = 2.77259 - 0.9375."""

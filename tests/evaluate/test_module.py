@@ -21,6 +21,12 @@ from rlhf.sampling import Rollout, SamplingParams
 PARAMS = SamplingParams(max_new_tokens=8, temperature=0.7)
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 class FakeSampler:
     """Responds with the first token of the prompt and EOS, and records the policies that it is synchronized with."""
 

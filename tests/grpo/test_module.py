@@ -15,6 +15,12 @@ from rlhf.rl import KLController, ScoreShaping
 from rlhf.rl.advantages import gae, grpo, reinforce_pp, rloo
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 @pytest.fixture(autouse=True)
 def _groups_of_two(tiny_run: TinyRun) -> None:
     tiny_run.stage_keys["grpo"]["num_generations"] = 2

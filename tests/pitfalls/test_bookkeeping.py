@@ -22,6 +22,12 @@ from rlhf.export import open_model_source, save_result
 from rlhf.models import logits
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 def test_22_the_reward_head_is_saved_and_never_initialized_at_random(tiny_run: TinyRun, tmp_path: Path) -> None:
     """PPO's reward model and critic have the trained two-layer head, bit for bit; a file without it is rejected."""
     reward = tiny_run.train("reward", num_layers=2, hidden_dim=7, learning_rate=1e-2)

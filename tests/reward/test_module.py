@@ -32,6 +32,12 @@ from rlhf.reward import RewardModule
 RECORDS = {"pairs": PAIRS, "ratings": RATINGS}
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 class RewardRun(TinyRun):
     """A harness for the reward stage."""
 

@@ -13,6 +13,12 @@ from rlhf.rl import KLController, Minibatch, ScoreShaping, UpdateLimits
 from rlhf.sampling import LocalSampler, SamplingParams
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 def skipped(run: Any) -> list[float]:
     """Return whether each optimizer step was skipped, 1.0 or 0.0."""
     return [update["policy/skipped"] for update in run.recorder.updates]

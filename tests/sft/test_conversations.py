@@ -22,6 +22,12 @@ TALKS = [
 PLAIN = {"eps": 1.0, "learning_rate": 1.0}  # The first step of AdamW is then close to the gradient.
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 def rows(talks: list[list[str]]) -> list[dict[str, Any]]:
     """Rows of conversations, the first of which has a system message."""
     system = [{"role": "system", "content": "Be brief."}]
