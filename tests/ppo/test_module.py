@@ -20,6 +20,12 @@ from rlhf.rl.policies import PolicyWithReference
 from rlhf.rl.policy_update import PolicyUpdate
 
 
+@pytest.fixture(scope="session")
+def architecture() -> str:
+    """The architecture makes no difference here: one is enough."""
+    return "transformer"
+
+
 def test_first_ratio_and_first_kl_are_exact(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first update, log-probs of update and rollout are equal to the last bit, and the KL is 0.
 
