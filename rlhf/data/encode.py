@@ -13,10 +13,8 @@ from rlhf.data.openings import Openings
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError, UserError
 from rlhf.process.time_limit import time_limit
-from rlhf.tokenizer.probe import encoding
+from rlhf.tokenizer.probe import RENDER_SECONDS, encoding
 from rlhf.tokenizer.templates import is_plain_template
-
-RENDER_SECONDS = 10  # for one conversation, which usually takes a fraction of a millisecond
 
 Batch = TypeVar("Batch")
 _Conversation: TypeAlias = tuple[Sequence[Message], str | None]  # messages of a prompt, and a response

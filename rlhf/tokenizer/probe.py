@@ -19,6 +19,7 @@ SECONDS = 20  # of processor time, of which starting the process takes less than
 _OUT_OF_TIME = {getattr(signal, name, None) for name in ("SIGKILL", "SIGXCPU")}  # Windows has neither.
 WAIT = 600  # seconds: the limit on a machine that has other work to do, and on Windows
 MEMORY = 8 << 30  # bytes of address space
+RENDER_SECONDS = 10  # for one conversation in this process, which usually takes a fraction of a millisecond
 MAX_CHARACTERS = 100_000  # that a template may write for one of the conversations below
 _OTHER_TEMPLATE = 'Use another template: data.template="{prompt}\\n"'
 

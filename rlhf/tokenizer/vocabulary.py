@@ -8,11 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError
 from rlhf.process.time_limit import time_limit
-from rlhf.tokenizer.probe import CONVERSATIONS, check_template
+from rlhf.tokenizer.probe import CONVERSATIONS, RENDER_SECONDS, check_template
 
 log = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 60
-RENDER_SECONDS = 10  # for one short conversation, which usually takes a fraction of a millisecond
 
 
 def check_embedding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, origin: str) -> None:
