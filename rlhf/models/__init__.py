@@ -7,11 +7,11 @@ from rlhf.models.checkpointing import enable_gradient_checkpointing
 from rlhf.models.descriptions import trunk_on_meta, trunk_without_weights
 from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
 from rlhf.models.logits import cache_name, state_width
+from rlhf.models.optimizations.scan import limit_scan_chunks
+from rlhf.models.optimizations.shared_prompts import allows_shared_prompts
 from rlhf.models.reference import open_reference
 from rlhf.models.scalar import RewardModelEnsemble, ScalarHead, ScalarModel
-from rlhf.models.scan import limit_scan_chunks
 from rlhf.models.sharding import common_count, full_state_dict, full_tensor, gathered, is_sharded, local_tensor, shard
-from rlhf.models.shared_prompts import allows_shared_prompts
 from rlhf.models.sources import Mamba, ModelSource, Pretrained, Transformer, as_sequence
 from rlhf.models.token_statistics import EntropyMode
 from rlhf.models.trunk import hidden_states

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from rlhf.models.fused_modules import fuse_modules
-from rlhf.models.gated_mlp import FusedGatedMLP
-from rlhf.models.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
-from rlhf.models.layouts import Layout, SeparateRows
-from rlhf.models.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.optimizations.fused_modules import fuse_modules
+from rlhf.models.optimizations.gated_mlp import FusedGatedMLP
+from rlhf.models.optimizations.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
+from rlhf.models.optimizations.layouts import Layout, SeparateRows
+from rlhf.models.optimizations.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
+from rlhf.models.optimizations.rms_norm import FusedRMSNorm
+from rlhf.models.optimizations.shared_prompts import shared_prompts
 from rlhf.models.probes import length_boundary
-from rlhf.models.rms_norm import FusedRMSNorm
-from rlhf.models.shared_prompts import shared_prompts
 from rlhf.speed import speed_settings
 
 # Tokens of a row of a pair up to which an accelerator uses a mask, which needs fewer operations than two calls per row.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.models.gated_mlp import has_hooks, is_silu
+from rlhf.models.optimizations.gated_mlp import has_hooks, is_silu
 from rlhf.models.probes import has_full_attention
 
 Function: TypeAlias = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from rlhf.models import cache_name
-from rlhf.models.gated_mlp import is_silu
+from rlhf.models.optimizations.gated_mlp import is_silu
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
 from rlhf.sampling.unpadded import groups_of_equal_length, in_order, padding_reaches_state

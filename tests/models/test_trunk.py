@@ -23,8 +23,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models import Policy
-from rlhf.models.packed_rows import allows_packed_rows
-from rlhf.models.shared_prompts import allows_shared_prompts
+from rlhf.models.optimizations.packed_rows import allows_packed_rows
+from rlhf.models.optimizations.shared_prompts import allows_shared_prompts
 from rlhf.models.trunk import GROUP_TOKENS, prepare_trunk, split_by_length, states_before
 from rlhf.speed import speed
 
@@ -151,7 +151,7 @@ def test_attention_computes_no_products_that_a_mask_would_remove(
         sizes.append((query.shape[2], key.shape[2]))
         return sdpa_attention_forward(module, query, key, *others, **keywords)
 
-    monkeypatch.setattr("rlhf.models.packed_rows.sdpa_attention_forward", recorded)
+    monkeypatch.setattr("rlhf.models.optimizations.packed_rows.sdpa_attention_forward", recorded)
     lm = model(LLAMA)
     policy = Policy(lm)
     if recomputed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf.models.fused_modules import FusedModule
+from rlhf.models.optimizations.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
 MIN_WIDTH = 512  # of the states, below which little memory is saved and a step takes up to 4 % longer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf.models.layouts import Layout
+from rlhf.models.optimizations.layouts import Layout
 
 MAX_TOKENS = 128  # of a row, above which SDPA is as fast
 MAX_PADDING = 1.5  # pairs of tokens of the padded batch, relative to those of the rows

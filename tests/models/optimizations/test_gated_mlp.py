@@ -16,8 +16,8 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.models import Policy
-from rlhf.models.fused_modules import fuse_modules
-from rlhf.models.gated_mlp import FusedGatedMLP
+from rlhf.models.optimizations.fused_modules import fuse_modules
+from rlhf.models.optimizations.gated_mlp import FusedGatedMLP
 from rlhf.speed import speed
 
 GATED = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.models.layouts import SharedPrompts, Sizes
+from rlhf.models.optimizations.layouts import SharedPrompts, Sizes
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing

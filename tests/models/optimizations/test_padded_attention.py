@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import DeepseekV3Config, GPT2Config, Qwen3Config
 
 from rlhf.models import Policy
-from rlhf.models.layouts import SeparateRows, SharedPrompts
-from rlhf.models.packed_rows import allows_packed_rows
-from rlhf.models.padded_attention import MAX_TOKENS, PaddedRows
+from rlhf.models.optimizations.layouts import SeparateRows, SharedPrompts
+from rlhf.models.optimizations.packed_rows import allows_packed_rows
+from rlhf.models.optimizations.padded_attention import MAX_TOKENS, PaddedRows
 
 # The first layers of DeepSeek V3, which have no experts. Queries and keys have a width of 6.
 LATENT = {
@@ -42,14 +42,14 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         queries.append(query)
         return attend(self, query, *others)
 
-    monkeypatch.setattr("rlhf.models.padded_attention.MAX_PADDING", 100)
+    monkeypatch.setattr("rlhf.models.optimizations.padded_attention.MAX_PADDING", 100)
     monkeypatch.setattr(PaddedRows, "attend", recorded)
     return queries
 
 
 def row_by_row(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf.models.padded_attention.MAX_TOKENS", 0)
+        patch.setattr("rlhf.models.optimizations.padded_attention.MAX_TOKENS", 0)
         return loss_and_gradients(policy, shared=shared)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from rlhf.models.fused_modules import FusedModule
+from rlhf.models.optimizations.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}

@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models.checkpointing import recomputes_layers
-from rlhf.models.layouts import Layout, SharedPrompts, Sizes
-from rlhf.models.padded_attention import PaddedRows
+from rlhf.models.optimizations.layouts import Layout, SharedPrompts, Sizes
+from rlhf.models.optimizations.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
 
 _NAME = "rlhf_packed_rows"

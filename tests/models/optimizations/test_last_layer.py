@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, MambaConfig, MixtralConfig, PreTrainedModel
 
 from rlhf.models import Policy, ScalarHead, ScalarModel, allows_shared_prompts
-from rlhf.models.last_layer import allows_partial_last_layer, last_layer
+from rlhf.models.optimizations.last_layer import allows_partial_last_layer, last_layer
 from rlhf.speed import speed
 
 ARCHITECTURES = {
@@ -35,7 +35,7 @@ def test_only_states_before_responses_are_computed(
 ) -> None:
     """Pairs whose prompt is computed once use the state of its last token twice."""
     monkeypatch.setattr("rlhf.models.trunk.GROUP_TOKENS", 0)
-    monkeypatch.setattr("rlhf.models.last_layer.MAX_USED", 1)
+    monkeypatch.setattr("rlhf.models.optimizations.last_layer.MAX_USED", 1)
     lm = model(ARCHITECTURES[name])
     policy = Policy(lm)
     with speed(packed_rows=False, row_groups=1, shared_prompts=False, partial_last_layer=False):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Mamba2Config
 
 from harness import TinyRun
-from rlhf.models.concurrent import can_compute_concurrently, concurrent_states
+from rlhf.models.optimizations.concurrent import can_compute_concurrently, concurrent_states
 from rlhf.models.trunk import prepare_trunk, states_before
 from rlhf.ppo import PPOModule
 from rlhf.speed import speed

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GemmaConfig, Mamba2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from rlhf.models import Policy
-from rlhf.models.fused_modules import fuse_modules
-from rlhf.models.rms_norm import FusedRMSNorm, _RMSNorm
+from rlhf.models.optimizations.fused_modules import fuse_modules
+from rlhf.models.optimizations.rms_norm import FusedRMSNorm, _RMSNorm
 from rlhf.speed import speed
 
 MAMBA = Mamba2Config(
@@ -30,15 +30,15 @@ FEWER = {
 
 @pytest.fixture(autouse=True)
 def narrow_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 1)
+    monkeypatch.setattr("rlhf.models.optimizations.rms_norm.MIN_WIDTH", 1)
 
 
 def test_narrow_norms_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model(LLAMA)
-    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 17)
+    monkeypatch.setattr("rlhf.models.optimizations.rms_norm.MIN_WIDTH", 17)
     fuse_modules(lm.base_model, FusedRMSNorm)
     assert not isinstance(lm.model.norm, FusedRMSNorm)
-    monkeypatch.setattr("rlhf.models.rms_norm.MIN_WIDTH", 16)
+    monkeypatch.setattr("rlhf.models.optimizations.rms_norm.MIN_WIDTH", 16)
     fuse_modules(lm.base_model, FusedRMSNorm)
     assert isinstance(lm.model.norm, FusedRMSNorm)
 
