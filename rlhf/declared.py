@@ -10,6 +10,11 @@ from torch import nn
 from rlhf.errors import ConfigError
 
 
+def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a ``functools.partial``, and any other function unchanged."""
+    return function.func if isinstance(function, partial) else function
+
+
 def declared_arguments(function: Callable[..., Any]) -> set[str]:
     """Return the names of the arguments that a function declares and that are not bound yet.
 
@@ -46,5 +51,5 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:
-    inner = function.func if isinstance(function, partial) else function
+    inner = unwrapped(function)
     return str(getattr(inner, "__qualname__", type(inner).__qualname__))

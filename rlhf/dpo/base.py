@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.check import Check
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.data.labeled_batches import LabeledBatch
-from rlhf.declared import declared_arguments
+from rlhf.declared import declared_arguments, unwrapped
 from rlhf.distributed import gather_objects
 from rlhf.dpo.metrics import MetricGroup
 from rlhf.dpo.objective import response_lengths
@@ -97,7 +97,7 @@ class PreferenceModule(ReferenceModule):
                 f"stage.loss._partial_ must be false for the class {self._loss_name()}, got true.",
                 "Set stage.loss._partial_=false.",
             )
-        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        loss = unwrapped(self.loss)
         for switch, needed in getattr(loss, "needs", {}).items():
             if getattr(self, switch) != needed:
                 needed_word, given_word = str(needed).lower(), str(not needed).lower()
@@ -109,7 +109,7 @@ class PreferenceModule(ReferenceModule):
 
     def _loss_name(self) -> str:
         """Return the import path of the loss."""
-        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        loss = unwrapped(self.loss)
         named = loss if hasattr(loss, "__qualname__") else type(loss)
         return f"{named.__module__}.{named.__qualname__}"
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
+from rlhf.declared import unwrapped
 from rlhf.dpo.objective import kto_loss, sigmoid_loss
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs
 from rlhf.preflight import (
@@ -42,7 +42,7 @@ def checks(module: Any, datamodule: RecordDataModule) -> Iterator[Check]:
     batch: Any = datamodule.collate(rows).to(module.device)
     extremes = extreme_sequences(datamodule).to(module.device)
     sequences, policy, reference = batch.sequences, module.policy, module.reference
-    loss = module.loss.func if isinstance(module.loss, partial) else module.loss
+    loss = unwrapped(module.loss)
     yield check_single_bos(module.tokenizer, [*unpadded_rows(sequences), *unpadded_rows(extremes)])
     yield check_eos_in_loss(module, policy, batch, datamodule.max_length)
     yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)

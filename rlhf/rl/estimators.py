@@ -1,12 +1,11 @@
 """How on-policy stages check and call an advantage estimator."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.declared import call_declared, declared_arguments
+from rlhf.declared import call_declared, declared_arguments, unwrapped
 from rlhf.errors import ConfigError
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.tensors import shape_of
@@ -24,7 +23,7 @@ def check_estimator(advantage: AdvantageEstimator, num_generations: int) -> None
 
 def estimator_name(advantage: AdvantageEstimator) -> str:
     """Return the name of an advantage estimator for messages."""
-    function = advantage.func if isinstance(advantage, partial) else advantage
+    function = unwrapped(advantage)
     return str(getattr(function, "__name__", type(function).__name__))
 
 
