@@ -20,7 +20,7 @@ from rlhf.data import Batch, Prompt
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, listed
 from rlhf.logs import quiet_libraries
-from rlhf.models import Frozen
+from rlhf.models import all_named_modules
 from rlhf.overrides import leaves
 from rlhf.run import build_trainer, builder_and_adapted_inputs
 from rlhf.sampling import Rollout
@@ -204,22 +204,12 @@ def first_nonfinite_output(module: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    handles = [part.register_forward_hook(watch(name)) for name, part in _modules(module)]
+    handles = [part.register_forward_hook(watch(name)) for name, part in all_named_modules(module) if name]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, part in module.named_modules():
-        path = f"{prefix}{name}"
-        if part is not module:
-            yield path, part
-        if isinstance(part, Frozen):
-            yield f"{path}.model", part.model
-            yield from _modules(part.model, f"{path}.model.")
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from rlhf.models.adapters import Adapter, BaseModel, LoRA, adapter_of, base_weig
 from rlhf.models.backbone import Policy, PolicyOutput, kl_divergence
 from rlhf.models.checkpointing import enable_gradient_checkpointing
 from rlhf.models.descriptions import trunk_on_meta, trunk_without_weights
-from rlhf.models.frozen import Frozen, cast_frozen_matrices, disable_dropout, frozen_in_float32
+from rlhf.models.frozen import Frozen, all_named_modules, cast_frozen_matrices, disable_dropout, frozen_in_float32
 from rlhf.models.logits import cache_name, state_width
 from rlhf.models.optimizations.scan import limit_scan_chunks
 from rlhf.models.optimizations.shared_prompts import allows_shared_prompts
@@ -37,6 +37,7 @@ __all__ = [
     "Transformer",
     "WithAdapter",
     "adapter_of",
+    "all_named_modules",
     "allows_shared_prompts",
     "as_sequence",
     "base_weights",

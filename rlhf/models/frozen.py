@@ -39,6 +39,14 @@ class Frozen(nn.Module):
         return self.model(*args, **kwargs)
 
 
+def all_named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a module with their names, as ``named_modules`` does, and those that ``Frozen`` hides."""
+    for name, part in module.named_modules(prefix=prefix):
+        yield name, part
+        if isinstance(part, Frozen):
+            yield from all_named_modules(part.model, f"{name}.model".lstrip("."))
+
+
 def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of frozen linear layers in the dtype of autocast.
 
@@ -50,13 +58,11 @@ def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
         module: A module, and all ``Frozen`` modules in it.
         dtype: The dtype that autocast computes in.
     """
-    parts = list(module.modules())
+    parts = [part for _, part in all_named_modules(module)]
     embeddings = {id(part.weight) for part in parts if isinstance(part, nn.Embedding)}
     in_heads = {id(layer) for part in parts if isinstance(part, ScalarHead) for layer in part.modules()}
     for part in parts:
-        if isinstance(part, Frozen):
-            cast_frozen_matrices(part.model, dtype)
-        elif isinstance(part, nn.Linear | Conv1D) and id(part) not in in_heads:
+        if isinstance(part, nn.Linear | Conv1D) and id(part) not in in_heads:
             parameters = list(part.parameters(recurse=False))
             if not any(parameter.requires_grad or id(parameter) in embeddings for parameter in parameters):
                 for parameter in parameters:

@@ -1,6 +1,6 @@
 """Check that the models of a stage have a position for every token."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from rlhf.data import RecordDataModule
 from rlhf.errors import ConfigError
-from rlhf.models import Frozen, ModelSource, trunk_without_weights
+from rlhf.models import ModelSource, all_named_modules, trunk_without_weights
 from rlhf.models.probes import rope_parameters
 from rlhf.sampling import LocalSampler, Sampler, position_limit
 
@@ -51,7 +51,7 @@ def check_positions(module: Any, datamodule: Any) -> None:
     limits = [
         Limit(positions, _NAMES.get(name, name))
         for name, child in module.named_children()
-        for part in _parts(child)
+        for _, part in all_named_modules(child)
         if (positions := _positions(part)) is not None
     ]
     budget = getattr(module, "response_budget", 0)
@@ -123,14 +123,6 @@ def _sampling_limits(sampler: Sampler, config: PreTrainedConfig, model: str) -> 
     """Return the limit on what a sampler samples from a policy, if there is one."""
     positions = position_limit(config) if isinstance(sampler, LocalSampler) else None
     return [] if positions is None else [Limit(positions, model)]
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield all modules in a module, also those that ``Frozen`` hides."""
-    for part in module.modules():
-        yield part
-        if isinstance(part, Frozen):
-            yield from _parts(part.model)
 
 
 def _positions(part: nn.Module) -> int | None:

@@ -17,7 +17,15 @@ from transformers import (
 )
 
 from harness import TinyRun
-from rlhf.models import Frozen, Policy, ScalarHead, ScalarModel, cast_frozen_matrices, disable_dropout
+from rlhf.models import (
+    Frozen,
+    Policy,
+    ScalarHead,
+    ScalarModel,
+    all_named_modules,
+    cast_frozen_matrices,
+    disable_dropout,
+)
 
 ROW = torch.tensor([[5, 260, 17, 3, 99, 41, 2]])
 TINY = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -103,6 +111,13 @@ def test_a_frozen_model_is_hidden_from_its_owner() -> None:
     owner.train()
     assert owner.training
     assert not any(module.training for module in model.modules())
+
+
+def test_all_named_modules_include_those_of_frozen_models() -> None:
+    owner = nn.Sequential(Owner(nn.Sequential(nn.ReLU())))
+    names = ["", "0", "0.trained", "0.reference", "0.reference.model", "0.reference.model.0"]
+    assert [name for name, _ in all_named_modules(owner)] == names
+    assert [name for name, _ in all_named_modules(Frozen(nn.ReLU()))] == ["", "model"]
 
 
 def test_a_frozen_model_has_no_gradients() -> None:
