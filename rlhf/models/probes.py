@@ -1,4 +1,4 @@
-"""Helpers for probes: short forward passes that detect what a model supports."""
+"""What models support, found in their configuration and modules or by probes, which are short forward passes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +44,12 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Return the settings of the rotary positions of a model: one for all layers, or one for each kind of layer."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [one for one in (parameters, *parameters.values()) if isinstance(one, dict) and "rope_type" in one]
+
+
+def has_active_dropout(module: nn.Module) -> bool:
+    """Return whether a forward pass of a module draws random numbers for dropout."""
+    kind = nn.modules.dropout._DropoutNd
+    return any(isinstance(part, kind) and part.training and part.p > 0 for part in module.modules())
 
 
 def once_per_model(check: Callable[[Any], Result]) -> Callable[[Any], Result]:

@@ -54,7 +54,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh["data_parallel"], reshard_after_forward=True)
         fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
-        for name in _forward_methods(model):
+        for name in next(names for kind, names in FORWARD_METHODS.items() if isinstance(model, kind)):
             register_fsdp_forward_method(model, name)
         if isinstance(model, Policy):
             _ROOTS[model.lm] = ref(model)
@@ -111,12 +111,12 @@ def common_count(model: nn.Module, count: int) -> int:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all ranks; of a tensor that is not sharded, the tensor itself."""
+    """Return the full tensor; tensors that are not sharded are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor; of a tensor that is not sharded, the tensor itself."""
+    """Return this rank's part of a tensor; tensors that are not sharded are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -171,10 +171,6 @@ def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _outermost(child, names)
-
-
-def _forward_methods(model: nn.Module) -> tuple[str, ...]:
-    return next(names for kind, names in FORWARD_METHODS.items() if isinstance(model, kind))
 
 
 @cache

@@ -61,15 +61,13 @@ def as_sequence(given: T | Sequence[T] | None) -> Sequence[T]:
     return given if isinstance(given, Sequence) else (given,)
 
 
-@dataclass(frozen=True)
 class _RandomWeights:
     """Base class of the sources with random weights."""
 
-    def _vocab_size(self) -> int:
-        raise NotImplementedError
+    vocab_size: int
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        return train_tokenizer(texts, self._vocab_size())
+        return train_tokenizer(texts, self.vocab_size)
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         raise ConfigError(
@@ -102,9 +100,6 @@ class Transformer(_RandomWeights):
     vocab_size: PositiveInt = 2048
     initializer_range: NonNegativeFloat = 0.04
     rope_theta: PositiveFloat = 300.0
-
-    def _vocab_size(self) -> int:
-        return self.vocab_size
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.hidden_size % self.num_heads:
@@ -155,9 +150,6 @@ class Mamba(_RandomWeights):
     chunk_size: PositiveInt = 32
     vocab_size: PositiveInt = 2048
     initializer_range: NonNegativeFloat = 0.05
-
-    def _vocab_size(self) -> int:
-        return self.vocab_size
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if 2 * self.hidden_size % self.head_dim:
@@ -219,7 +211,7 @@ class Pretrained:
         """Open a sequence classification model with one label as a reward model.
 
         Raises:
-            DataError: It has another vocabulary than ``tokenizer``, or it is not such a model.
+            DataError: Its vocabulary differs from that of ``tokenizer``, or it is not such a model.
         """
         compare_tokenizers(self._tokenizer(), tokenizer, self.path)
         model = self._open_model("reward model", AutoModelForSequenceClassification, tokenizer)

@@ -17,15 +17,17 @@ from rlhf.models.optimizations.packed_rows import allows_packed_rows, can_pack_r
 from rlhf.models.optimizations.rms_norm import FusedRMSNorm
 from rlhf.models.optimizations.shared_prompts import shared_prompts
 from rlhf.models.probes import length_boundary
-from rlhf.speed import speed_settings
+from rlhf.speed import SpeedSettings, speed_settings
 
-# Tokens of a row of a pair up to which an accelerator uses a mask, which needs fewer operations than two calls per row.
+# On an accelerator, rows of up to this many tokens use one masked attention call instead of two per row.
 MASKED_TOKENS = 256
 GROUP_TOKENS = 64  # tokens whose computation takes about as long as the overhead of another forward pass
+# Ranks must make the same calls of a sharded model, so these settings do not depend on the rows of a rank.
+SHARDED_SETTINGS = SpeedSettings(packed_rows=False, row_groups=1, shared_prompts=False, partial_last_layer=False)
 
 
 def prepare_trunk(trunk: Any) -> None:
-    """Find out which optimizations a model allows, and let the model not look for padding tokens.
+    """Find out which optimizations a model allows, and keep the model from looking for padding tokens.
 
     Some models, such as GPT-2, look for them when they are called without an attention mask. The host would wait for
     the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
@@ -75,10 +77,10 @@ def hidden_states(
     """
     if lengths is None and attention_mask.is_cpu and bool(attention_mask[:, 0].all()):
         lengths = attention_mask.sum(dim=1).tolist()
-    settings = speed_settings()
-    is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())  # Ranks must make the same calls.
-    partial = settings.partial_last_layer and not is_sharded
-    max_groups = settings.row_groups if input_ids.is_cpu and not is_sharded else 1
+    is_sharded = any(isinstance(part, FSDPModule) for part in trunk.modules())
+    settings = SHARDED_SETTINGS if is_sharded else speed_settings()
+    partial = settings.partial_last_layer
+    max_groups = settings.row_groups if input_ids.is_cpu else 1
     boundary = length_boundary(trunk)
     if lengths is None:
         input_ids, positions = _right_padded(input_ids, attention_mask, positions)
@@ -88,12 +90,9 @@ def hidden_states(
     if boundary is not None and not is_sharded and min(lengths) <= boundary < max(lengths):
         groups = split_by_length(lengths, max(max_groups, 2), boundary)
         return _grouped(trunk, input_ids, SeparateRows.of(lengths), groups, positions, partial)
-    layout: Layout | None = None
-    if settings.shared_prompts and shared_tokens and not is_sharded:
-        layout = shared_prompts(trunk, lengths, shared_tokens)
-    layout = layout or SeparateRows.of(lengths)
-    is_packed = settings.packed_rows and not is_sharded and _gains_from_packing(layout, is_cpu=input_ids.is_cpu)
-    if is_packed and can_pack_rows(trunk):
+    pairs = shared_prompts(trunk, lengths, shared_tokens) if settings.shared_prompts and shared_tokens else None
+    layout: Layout = pairs or SeparateRows.of(lengths)
+    if settings.packed_rows and _gains_from_packing(layout, is_cpu=input_ids.is_cpu) and can_pack_rows(trunk):
         starts = torch.tensor([0, *layout.lengths[:-1]]).cumsum(0)
         used = _token_indices(layout, starts, input_ids)[positions]
         with _computing_used(trunk, used, sum(layout.lengths), partial):
@@ -189,8 +188,8 @@ def split_by_length(lengths: Sequence[int], max_groups: int, boundary: int | Non
     Args:
         lengths: Number of tokens of each row.
         max_groups: Largest number of groups.
-        boundary: Length above which rows are in other groups than those up to it, which needs two groups. None: rows of
-            any length may be in one group.
+        boundary: Rows of up to this length are in different groups from longer rows, which needs two groups. None: rows
+            of any length may be in one group.
 
     Returns:
         The row indices of each group, and the length of its longest row.

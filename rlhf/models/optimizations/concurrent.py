@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
 from rlhf.models.checkpointing import recomputes_layers
+from rlhf.models.probes import has_active_dropout
 from rlhf.models.trunk import states_before
 from rlhf.speed import speed_settings
 from rlhf.tensors import true_positions
@@ -25,7 +26,7 @@ Parameters = list[nn.Parameter]
 
 
 def can_compute_concurrently(*trunks: Any) -> bool:
-    """Return whether ``concurrent_states`` computes any two of these models.
+    """Return whether ``concurrent_states`` can compute any two of these models.
 
     Models with active dropout and models that checkpoint gradients use the random state of the process, and FSDP needs
     all ranks to gather parameters in the same order.
@@ -42,12 +43,8 @@ def can_compute_concurrently(*trunks: Any) -> bool:
     configs = {id(trunk.config.get_text_config()) for trunk in trunks}
     if len(set(parts)) < len(parts) or len(configs) < len(trunks):
         return False
-    return not any(map(_needs_main_thread, parts)) and not any(map(recomputes_layers, trunks))
-
-
-def _needs_main_thread(module: nn.Module) -> bool:
-    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-    return drops or isinstance(module, FSDPModule)
+    is_sharded = any(isinstance(part, FSDPModule) for part in parts)
+    return not is_sharded and not any(has_active_dropout(trunk) or recomputes_layers(trunk) for trunk in trunks)
 
 
 def concurrent_states(

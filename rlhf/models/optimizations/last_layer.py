@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.probes import FAILURES, are_close, once_per_model, probing
+from rlhf.models.checkpointing import recomputes_layers
+from rlhf.models.probes import FAILURES, are_close, has_active_dropout, once_per_model, probing
 
-MAX_USED = 0.8  # fraction of the tokens from which on selecting tokens takes as long as computing all of them
+MAX_USED = 0.8  # above this fraction of tokens, selecting them no longer saves time
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def partial_last_layer(trunk: nn.Module, used: Tensor) -> Iterator[None]:
 
     def restore(mlp: nn.Module, arguments: object, output: Tensor) -> Tensor:
         tokens, order = shape[:2].numel(), torch.arange(len(used), device=used.device)
-        # Of an index that occurs twice, one output is written behind the last token, so that its gradient is zero.
+        # If an index occurs twice, one of the outputs is written after the last token, so that its gradient is zero.
         last_of = used.new_zeros(tokens).scatter(0, used, order)
         targets = torch.where(last_of[used] == order, used, tokens)
         return output.new_zeros(tokens + 1, shape[-1]).index_copy(0, targets, output[0])[:-1].view(shape)
@@ -53,13 +54,12 @@ def saves_last_layer(trunk: nn.Module, used: int, computed: int) -> bool:
         return False
     layer = last_layer(trunk)
     # Gradient checkpointing recomputes the layer outside of the context, and dropout would draw other random numbers.
-    drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.mlp.modules())
-    return not drops and not getattr(layer, "gradient_checkpointing", False)
+    return not has_active_dropout(layer.mlp) and not recomputes_layers(layer)
 
 
 @once_per_model
 def allows_partial_last_layer(trunk: Any) -> bool:
-    """Return whether the last layer of a model has an MLP that computes each token alone, after which no tokens mix.
+    """Return whether the MLP of the last layer computes each token separately, and whether no tokens mix after it.
 
     The first call for a model makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.

@@ -1,5 +1,6 @@
 """The scan of state-space models."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,11 +15,9 @@ def limit_scan_chunks(module: nn.Module) -> None:
     The result changes by rounding only. The configuration of the model, which is exported, does not change.
     """
     limit = speed_settings().scan_chunk
-    for part in module.modules():
-        layer: Any = part
-        if (
-            limit is not None
-            and hasattr(layer, "ssm_state_size")
-            and isinstance(getattr(layer, "chunk_size", None), int)
-        ):
+    if limit is None:
+        return
+    layers: Iterable[Any] = module.modules()
+    for layer in layers:
+        if hasattr(layer, "ssm_state_size") and isinstance(getattr(layer, "chunk_size", None), int):
             layer.chunk_size = min(layer.chunk_size, limit)
