@@ -140,7 +140,7 @@ def check_directory() -> None:
 
 
 def check_ranks(configs: dict[str, DictConfig]) -> None:
-    """Reject steps that run on another number of processes than the first one.
+    """Reject steps that run on a different number of processes from the first one.
 
     Raises:
         ConfigError: A step overrides the processes that all steps share.

@@ -257,7 +257,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     """Build the Trainer of a stage with the configured callbacks and loggers and the given callbacks.
 
     Raises:
-        ConfigError: The strategy shards models in another way than ``trainer=fsdp``.
+        ConfigError: The strategy shards models in a way other than ``trainer=fsdp``.
     """
     configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():

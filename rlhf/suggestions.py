@@ -86,7 +86,7 @@ def _known_keys() -> dict[str, list[tuple[str, str]]]:
 
 
 def _is_available(place: tuple[str, str], chosen: dict[str, str]) -> bool:
-    """Return whether a key of a choice can be set in this command: it may belong to another stage than the chosen."""
+    """Return whether a key of a choice can be set in this command, whose stage may not be the one with the key."""
     group, choice = place
     return group != "stage" or chosen.get("stage", choice) == choice
 

@@ -86,7 +86,7 @@ def test_equal_inputs_and_data_can_be_resumed(outputs: Outputs, recorded: dict[s
 def test_changed_inputs_and_data_cannot_be_resumed(
     outputs: Outputs, recorded: dict[str, Any], tmp_path: Path, changed: str, key: str
 ) -> None:
-    """A new SFT model under the same path would be another reference model than the one that training started with."""
+    """A new SFT model under the same path would be a reference model other than the one that training started with."""
     if changed == "sft":
         outputs.export("sft", change=0.1)
     else:

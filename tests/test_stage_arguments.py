@@ -22,7 +22,7 @@ class TinyStage(StageModule):
 
 
 class OwnArguments(TinyStage):
-    """A subclass without ``**keys`` and with other types than its base class."""
+    """A subclass without ``**keys`` and with types that differ from those of its base class."""
 
     def __init__(self, rate="0.1", max_nonfinite_steps: "int | None" = None) -> None:
         super().__init__(learning_rate=float(rate), on_nonfinite="skip", max_nonfinite_steps=max_nonfinite_steps or 3)

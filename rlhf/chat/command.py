@@ -49,7 +49,7 @@ def chat(
         max_length: Maximum length of prompt and response together, in tokens. Longer prompts lose their beginning.
             null: ``data.max_length`` of the training that made the model, where it is known.
         browser: Show the chat as a page in the browser instead of the terminal.
-        host: Address that the server of the page listens on. Any other one than that of this machine requires a token.
+        host: Address that the page's server listens on. Any address other than that of this machine requires a token.
         port: Port of the server. 0 chooses a free one.
         token: Secret of at least 16 characters that the address of the page contains. null: one is generated if
             ``host`` requires it.

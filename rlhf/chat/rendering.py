@@ -99,7 +99,7 @@ def models_table(chat: Chat) -> Table:
     if chat.scores is not None:
         table.add_row(Text("reward model"), Text(printable(chat.scores.path), overflow="fold"))
     for name in unscored(chat):
-        note = f"{name} has another vocabulary than the reward model and gets no score."
+        note = f"{name} has a different vocabulary from the reward model and gets no score."
         table.add_row(Text(), Text(printable(note), style="yellow"))
     return table
 

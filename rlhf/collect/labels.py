@@ -74,7 +74,7 @@ class PageLabels(Labels):
 
     Args:
         overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
-        host: Address to listen on. Any other address than that of this machine requires a token.
+        host: Address to listen on. Any address other than that of this machine requires a token.
         port: Port to listen on. 0: any free one.
         token: Secret in the address of the page. null: none on this machine, otherwise a random one.
     """

@@ -46,7 +46,7 @@ class RowWriter:
             number: Where it is in the data, from 0; -1 if that is not known.
 
         Raises:
-            TypeError: It has another type than the rows before.
+            TypeError: Its type differs from that of the rows before.
         """
         if type(row) is not self._type:
             raise TypeError(f"rows must have one type, got {self._type.__name__} and {type(row).__name__}")

@@ -56,7 +56,7 @@ class KTOModule(PreferenceModule):
 
             kl = max(0, mean_i [log pi(y_j | x_i) - log ref(y_j | x_i)])
 
-        The mean runs over the rows of all ranks; y_j is a response to another prompt than x_i.
+        The mean runs over the rows of all ranks; y_j is a response to a prompt other than x_i.
 
         Args:
             batch: A batch with its reference log-probs, see ``fill_ref_logprobs``.

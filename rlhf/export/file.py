@@ -200,7 +200,7 @@ class Export:
         """Return a new copy of the reward model in float32 on the CPU. Arguments as for ``language_model``.
 
         Raises:
-            DataError: The reward model was trained with another vocabulary than that of ``tokenizer``.
+            DataError: The reward model was trained with a vocabulary other than that of ``tokenizer``.
         """
         content = self._content("scalar_model")
         compare_tokenizers(self.tokenizer(), tokenizer, self.path)

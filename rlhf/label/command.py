@@ -41,7 +41,7 @@ def label(
         select: Order of the pairs: ``order`` of the file, ``random``, or ``disagreement`` of the reward ensemble.
         max_pairs: Number of pairs, the first ones in this order. null: all.
         overlap: Share of the pairs that every annotator labels. Each other pair is labeled by one of them.
-        host: Address to listen on. Any other address than that of this machine requires a token.
+        host: Address to listen on. Any address other than that of this machine requires a token.
         port: Port to listen on. 0: any free one.
         token: Secret in the address of the page. null: none on this machine, otherwise a random one.
         output: Directory of ``journal.jsonl``, with every choice, and of ``preferences.jsonl``, which ``stage=reward``

@@ -17,7 +17,7 @@ from rlhf.models.sources import ModelSource
 
 
 def share_frozen_weights(model: nn.Module, other: nn.Module) -> None:
-    """Let a model use the parameters of another one wherever both are frozen and equal in every bit.
+    """Let a model use the parameters of another one wherever both are frozen and bit-for-bit equal.
 
     The models may be of different kinds: a language model, and a ``ScalarModel`` with or without an adapter.
     """

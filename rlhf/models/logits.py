@@ -98,7 +98,7 @@ def _output_embedding(lm: PreTrainedModel) -> Any:
 def state_width(lm: PreTrainedModel) -> int:
     """Return the width of the last hidden states of a language model: that of its output embedding.
 
-    ``hidden_size`` is another number in models that project their last hidden states, such as OPT-350M.
+    ``hidden_size`` differs from it in models that project their last hidden states, such as OPT-350M.
 
     Raises:
         ConfigError: The model has no output embedding.

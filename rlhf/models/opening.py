@@ -178,7 +178,7 @@ def _explained(error: BaseException, path: str) -> str:
     if isinstance(error, KeyError):
         return f"a required field is missing: {error}"
     if "ignore_mismatched_sizes" in str(error):
-        return "the weights have other shapes than config.json says"
+        return "the shapes of the weights differ from those in config.json"
     reason = _reason(error).rstrip(".")
     return reason if Path(path).exists() else f"there is no such directory, and {reason[:1].lower()}{reason[1:]}"
 

@@ -16,7 +16,7 @@ from rlhf.tensors import last_true
 def end_as_in_training(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Complete the responses that ended with another stop token than EOS.
+    """Complete the responses that ended with a stop token other than EOS.
 
     A reward model reads its score at the last token, and the texts that it was trained on end with the tokens that the
     chat template writes after a response, and with EOS. Sampling stops before these. Truncated responses stay as they
@@ -29,7 +29,7 @@ def end_as_in_training(
 
     Returns:
         [batch, time] token ids and [batch, time] bool, True on real tokens. Time is longer than in the rollout only if
-        there is another stop token than EOS.
+        there is a stop token other than EOS.
     """
     input_ids, attention_mask = rollout.input_ids, rollout.attention_mask
     endings = {stop: tokens for stop in stop_ids if (tokens := tokens_after(stop, tokenizer))}

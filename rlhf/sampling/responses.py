@@ -202,7 +202,7 @@ def _warn_of_boundary(boundary: int) -> None:
     """Warn once per run."""
     log.warning(
         "The model encodes positions of sequences of more than %d tokens differently (rope_type=longrope). Responses "
-        "that cross this length are scored with other log-probs than those they are sampled with. Set "
+        "that cross this length are scored with log-probs other than those they are sampled with. Set "
         "data.max_length=%d or reduce max_new_tokens.",
         boundary,
         boundary,

@@ -12,7 +12,7 @@ from rlhf.models import full_tensor
 
 
 class Mean(NamedTuple):
-    """A metric that is a mean over other terms than the loss.
+    """A metric that is a mean over terms other than those of the loss.
 
     Attributes:
         value: The mean, a scalar.

@@ -80,8 +80,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _warn_of_template(origin: str, own_text: str, text: str) -> None:
     """Warn once per run."""
     log.warning(
-        "The reward model %s has another chat template than the policy. It was trained on %r, but the policy writes "
-        "%r. Train the reward model with the data.template of the policy, or choose another one: "
+        "The chat template of the reward model %s differs from that of the policy. It was trained on %r, but the "
+        "policy writes %r. Train the reward model with the data.template of the policy, or choose another one: "
         "stage.reward_model=<path>",
         origin,
         own_text,

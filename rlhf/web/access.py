@@ -28,7 +28,7 @@ class Access:
 
     @classmethod
     def of(cls, host: str, token: str | None, node: str = "command") -> "Access":
-        """Return the rules for an address: any other address than that of this machine requires a token.
+        """Return the rules for an address: any address other than that of this machine requires a token.
 
         Args:
             host: Address that the server listens on.

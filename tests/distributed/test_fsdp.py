@@ -276,7 +276,7 @@ def test_a_file_and_a_directory_continue_alike(resumed: Any) -> None:
 
 
 def test_a_checkpoint_of_another_strategy_restores_the_moments(new_run: Any, tmp_path: Path) -> None:
-    """Lightning numbers the parameters of a sharded optimizer in another order than PyTorch."""
+    """Lightning numbers the parameters of a sharded optimizer in a different order from PyTorch."""
     tiny_run = new_run()
     uninterrupted = fit(tiny_run, "sft", 1, 2, kind="plain", save=None)
     fit(tiny_run, "sft", 1, 1, kind="plain", save=tmp_path / "sft-file-0")

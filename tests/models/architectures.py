@@ -37,7 +37,7 @@ Two types of rotary positions depend on the length of a sequence:
 - `longrope`, as in Phi-3 with 128k tokens. Sequences of more than `original_max_position_embeddings` tokens have other
   frequencies, and transformers chooses those of all rows of a forward pass by the longest row. Shorter and longer
   sequences of a batch are therefore computed apart, except in sharded models (`trainer=fsdp`). A response that crosses
-  this length while it is sampled is scored with other log-probs than those it was sampled with, because the cache
+  this length while it is sampled is scored with log-probs other than those it was sampled with, because the cache
   contains keys with the frequencies of short sequences. The sampler warns once; keep `data.max_length` of PPO and GRPO
   at or below this length.
 - `dynamic`. Above `max_position_embeddings` tokens, the frequencies depend on the longest sequence of this batch and of
@@ -89,7 +89,7 @@ LATENT_ATTENTION = {
     "q_lora_rank": 8,
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
-    "v_head_dim": 6,  # another width than queries and keys, as in the published models
+    "v_head_dim": 6,  # a width that differs from that of queries and keys, as in the published models
 }
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,

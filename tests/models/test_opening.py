@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[[Workshop], Path], str]] = {
         lambda work: work.hf({"model.safetensors": ""}),
         r"\(model\.safetensors is corrupt or incomplete: ",
     ),
-    "weights of other shapes": (lambda work: work.hf(hidden_size=32), r"other shapes than config\.json says"),
+    "weights of other shapes": (lambda work: work.hf(hidden_size=32), r"shapes of the weights differ from those in"),
     "weights of more layers": (
         more_layers,
         r"more layers than config\.json says, such as model\.layers\.1\..*\n  Restore the config\.json",

@@ -1,4 +1,4 @@
-"""Every stage with a model that projects its last hidden states to another width than its ``hidden_size``."""
+"""Every stage with a model that projects its last hidden states to a width other than its ``hidden_size``."""
 
 from pathlib import Path
 from typing import Any

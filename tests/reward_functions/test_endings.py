@@ -1,4 +1,4 @@
-"""Responses that ended with another stop token than EOS are scored as the texts of the training data."""
+"""Responses that ended with a stop token other than EOS are scored as the texts of the training data."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ function showSettings() {
   for (const model of state.models) {
     const kind = model.multi_turn ? "conversation" : "single prompts";
     const size = `${(model.parameters / 1e6).toFixed(1)}M parameters`;
-    const note = state.reward_model && !model.scored ? ", no score: another vocabulary than the reward model" : "";
+    const note = state.reward_model && !model.scored ? ", no score: the vocabulary differs from that of the reward model" : "";
     describe(model.name, `${model.path}: ${size}, ${kind}${note}`);
   }
   if (state.reward_model) describe("reward model", state.reward_model);

@@ -1,4 +1,4 @@
-"""Gated MLPs whose backward pass computes what is cheap again, instead of storing it."""
+"""Gated MLPs whose backward pass recomputes what is cheap instead of storing it."""
 
 from typing import Any
 
@@ -42,8 +42,8 @@ class _DownProjection(torch.autograd.Function):
 class FusedGatedMLP(FusedModule):
     """A gated MLP, such as that of the Llama family, that stores half of the activations.
 
-    MLPs with another activation than SiLU, with a limit of it, with dropout or with a bias after the product stay as
-    they are.
+    MLPs stay as they are if their activation is not SiLU or is limited, or if they have dropout or a bias in the last
+    layer.
     """
 
     @staticmethod
@@ -70,5 +70,5 @@ def is_silu(activation: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether something happens before or after the forward pass of a module."""
+    """Return whether a module has hooks that run before or after its forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

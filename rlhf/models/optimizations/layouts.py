@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-# Number of tokens of a prompt and of the rests of both sequences. The row of a single sequence has no third part.
+# Number of tokens of a prompt and of the remainder of each sequence. A row with one sequence has no second remainder.
 Sizes: TypeAlias = tuple[int, int, int]
 
 
@@ -107,7 +107,7 @@ class SeparateRows(Layout):
 
 
 class SharedPrompts(Layout):
-    """Each pair has a row: the prompt, which is computed once, followed by the rests of both sequences.
+    """Each pair has a row: the prompt, which is computed once, followed by the remainder of each sequence.
 
     A token of the second sequence sees the prompt and its own sequence only, and its position continues from the end
     of the prompt. In the batch, the first sequences of all pairs precede the second ones.

@@ -112,13 +112,13 @@ def can_pack_rows(trunk: nn.Module) -> bool:
 
 @once_per_model
 def allows_packed_rows(trunk: Any) -> bool:
-    """Return whether a model computes each sequence of a packed row as if it was alone.
+    """Return whether a model computes each sequence of a packed row as if it were alone.
 
     The first call for a model makes three short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
     created.
 
-    Models with a recurrent state, with a sliding window, with a mask that depends on the tokens and with another
-    attention implementation than SDPA do not.
+    Models with a recurrent state, a sliding window, a mask that depends on the tokens or an attention implementation
+    other than SDPA do not.
     """
     if not has_full_sdpa(trunk.config):
         return False

@@ -1,4 +1,4 @@
-"""RMS norms whose backward pass computes the normalized states again, instead of storing them."""
+"""RMS norms whose backward pass recomputes the normalized states instead of storing them."""
 
 import inspect
 from typing import Any

@@ -31,12 +31,12 @@ def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequ
 
 @once_per_model
 def allows_shared_prompts(trunk: Any) -> bool:
-    """Return whether a model computes both sequences of a row as if each was alone.
+    """Return whether a model computes both sequences of a row as if each were alone.
 
     The first call for a model makes three short forward passes. Stages make it when they open the model, before it is
     on a device.
 
-    Models with a recurrent state, with a sliding window and with another attention implementation than SDPA do not.
+    Models with a recurrent state, a sliding window or an attention implementation other than SDPA do not.
     """
     return has_full_sdpa(trunk.config) and _probe(trunk)
 
