@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
-from rlhf.models.probes import FAILURES, probing
+from rlhf.models.probes import FAILURES, once_per_architecture, probing
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # float32 logits of at most this size are computed at once, to save memory
 
@@ -44,6 +44,7 @@ class LogitTransform:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
+@once_per_architecture
 def find_logit_transform(lm: PreTrainedModel) -> LogitTransform:
     """Find how a model computes its logits, from its configuration and two short forward passes.
 

@@ -1,6 +1,6 @@
 """What models support, found in their configuration and modules or by probes, which are short forward passes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -52,20 +52,46 @@ def has_active_dropout(module: nn.Module) -> bool:
     return any(isinstance(part, kind) and part.training and part.p > 0 for part in module.modules())
 
 
-def once_per_model(check: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Remember the result of a check for each model."""
-    results: WeakKeyDictionary[nn.Module, Result] = WeakKeyDictionary()
+def once_per_architecture(check: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Remember the result of a check for each model, and share it with other models of the same architecture."""
+    of_models: WeakKeyDictionary[nn.Module, Result] = WeakKeyDictionary()
+    of_architectures: dict[Hashable, Result] = {}
 
     @wraps(check)
     def remembered(model: Any) -> Result:
-        if model not in results:
-            results[model] = check(model)
-        return results[model]
+        if model not in of_models:
+            architecture = _architecture(model)
+            if architecture is None:
+                of_models[model] = check(model)
+            else:
+                if architecture not in of_architectures:
+                    of_architectures[architecture] = check(model)
+                of_models[model] = of_architectures[architecture]
+        return of_models[model]
 
     return remembered
 
 
-@once_per_model
+def _architecture(model: Any) -> Hashable:
+    """Return what the forward pass of a model depends on, apart from its weights; None if that is not known.
+
+    Hooks may change the forward pass, and models on the meta device have no values to compare.
+    """
+    parts = list(model.modules())
+    has_hooks = any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if has_hooks or model.device.type == "meta":
+        return None
+    return (
+        tuple(map(type, parts)),
+        model.config.to_json_string(use_diff=False),
+        model.config.get_text_config()._attn_implementation,
+        model.dtype,
+        model.device.type,
+        torch.is_autocast_enabled(model.device.type),
+    )
+
+
+@once_per_architecture
 def length_boundary(model: Any) -> int | None:
     """Return the number of tokens above which a model encodes positions with other frequencies; None if there is none.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.checkpointing import recomputes_layers
-from rlhf.models.probes import FAILURES, are_close, has_active_dropout, once_per_model, probing
+from rlhf.models.probes import FAILURES, are_close, has_active_dropout, once_per_architecture, probing
 
 MAX_USED = 0.8  # above this fraction of tokens, selecting them no longer saves time
 
@@ -57,12 +57,12 @@ def saves_last_layer(trunk: nn.Module, used: int, computed: int) -> bool:
     return not has_active_dropout(layer.mlp) and not recomputes_layers(layer)
 
 
-@once_per_model
+@once_per_architecture
 def allows_partial_last_layer(trunk: Any) -> bool:
     """Return whether the MLP of the last layer computes each token separately, and whether no tokens mix after it.
 
-    The first call for a model makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
-    created.
+    The first call for an architecture makes two short forward passes. ``Policy`` and ``ScalarModel`` make it when they
+    are created.
     """
     try:
         with probing(trunk):

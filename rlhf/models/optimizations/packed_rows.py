@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rlhf.models.checkpointing import recomputes_layers
 from rlhf.models.optimizations.layouts import Layout, SharedPrompts, Sizes
 from rlhf.models.optimizations.padded_attention import PaddedRows
-from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
+from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_architecture, probing
 
 _NAME = "rlhf_packed_rows"
 # The sizes of the rows whose hidden states are being computed, and the padded batch in which they attend, if any.
@@ -110,12 +110,12 @@ def can_pack_rows(trunk: nn.Module) -> bool:
     return not recomputes_layers(trunk) and allows_packed_rows(trunk)
 
 
-@once_per_model
+@once_per_architecture
 def allows_packed_rows(trunk: Any) -> bool:
     """Return whether a model computes each sequence of a packed row as if it were alone.
 
-    The first call for a model makes three short forward passes. ``Policy`` and ``ScalarModel`` make it when they are
-    created.
+    The first call for an architecture makes three short forward passes. ``Policy`` and ``ScalarModel`` make it when
+    they are created.
 
     Models with a recurrent state, a sliding window, a mask that depends on the tokens or an attention implementation
     other than SDPA do not.

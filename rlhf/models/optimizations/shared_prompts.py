@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlhf.models.optimizations.layouts import SharedPrompts, Sizes
-from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_model, probing
+from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_architecture, probing
 
 MIN_SAVING = 0.04  # fraction of the tokens of a batch below which computing the prompts once gains nothing
 _PROBE: Sizes = (3, 2, 3)
@@ -29,12 +29,12 @@ def shared_prompts(trunk: nn.Module, lengths: Sequence[int], shared_tokens: Sequ
     return SharedPrompts([(prompt, first - prompt, second - prompt) for prompt, first, second in ends])
 
 
-@once_per_model
+@once_per_architecture
 def allows_shared_prompts(trunk: Any) -> bool:
     """Return whether a model computes both sequences of a row as if each were alone.
 
-    The first call for a model makes three short forward passes. Stages make it when they open the model, before it is
-    on a device.
+    The first call for an architecture makes three short forward passes. Stages make it when they open the model, before
+    it is on a device.
 
     Models with a recurrent state, a sliding window or an attention implementation other than SDPA do not.
     """
