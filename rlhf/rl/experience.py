@@ -14,7 +14,7 @@ from rlhf.tensors import masked_sum
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of the rows of a rollout as numbers of the host, so that later steps need not wait for the device.
+    """Lengths of the rows of a rollout as Python integers, so that later steps need not wait for the device.
 
     Args:
         sequences: Number of tokens of each prompt and response together.

@@ -22,8 +22,8 @@ class KLController(nn.Module):
 
         error = clip(KL / target - 1, -0.2, 0.2),    coef <- coef (1 + error n / horizon)
 
-    The coefficient is a number of the host. Checkpoints store it, and a resumed run restores it if it adapts; without a
-    target, the resumed run uses its own ``stage.kl_coef``.
+    The coefficient is a Python float on the host. Checkpoints store it, and a resumed run restores it if it adapts;
+    without a target, the resumed run uses its own ``stage.kl_coef``.
 
     Args:
         apply_to: ``reward`` subtracts the penalty from the reward of each token (Ziegler et al. 2019). ``loss`` adds it
@@ -72,11 +72,6 @@ class KLController(nn.Module):
         Args:
             coef: KL coefficient, in reward units per nat, or in loss units per nat if applied to the loss.
         """
-        if coef < 0:
-            raise ConfigError(
-                f"stage.kl_coef must be >= 0, got {coef} (a negative value rewards drifting from the reference model).",
-                "Set stage.kl_coef=0.05.",
-            )
         if coef == 0 and self.target_per_sequence is not None:
             raise ConfigError(
                 "stage.kl_coef must be above 0 with stage.kl.target_per_sequence, got 0: an adaptive coefficient is "

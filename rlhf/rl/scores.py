@@ -16,8 +16,7 @@ class ScoreShaping(nn.Module):
         for a response without a stop token: shaped - penalty, or -penalty
 
     The running moments cover all scores since training started, on all devices, and are stored in checkpoints. They are
-    numbers of the host in double precision, whatever the precision of the models, and exact (Chan et al. 1983, parallel
-    algorithm).
+    Python floats on the host, whatever the precision of the models, and exact (Chan et al. 1983, parallel algorithm).
 
     Args:
         subtract_mean: Subtract the running mean of all scores.

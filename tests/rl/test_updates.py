@@ -91,7 +91,7 @@ def test_limits_are_means_over_tokens_and_cost_nothing_if_there_are_none() -> No
 
 
 def test_update_metrics_are_weighted_means() -> None:
-    """(1 x 10 + 4 x 20) / 30 = 3 over two updates; the norm of no gradients is a number of the host."""
+    """(1 x 10 + 4 x 20) / 30 = 3 over two updates; the norm of no gradients is a Python float."""
     metrics = IterationMetrics()
     metrics.step.add({"policy/ratio": torch.tensor(1.0)}, 10)
     metrics.step.add({"policy/ratio": torch.tensor(4.0), "grad_norm": 0.0}, 20)
