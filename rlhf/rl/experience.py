@@ -1,6 +1,6 @@
 """Experience: a rollout with everything that updates need, and its division into minibatches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -112,12 +112,12 @@ class Minibatch(Batch):
     attention_mask: Tensor
     response_mask: Tensor
     response_tokens: int
+    _: KW_ONLY
     old_logprobs: Tensor
     ref_logprobs: Tensor
     advantages: Tensor
     old_values: Tensor | None = None
     returns: Tensor | None = None
-    _: KW_ONLY
     terms_are_sequences: bool = False
     first: bool = False
     last: bool = False
@@ -151,27 +151,26 @@ class Minibatch(Batch):
 
 
 def select_rows(
-    rollout: Rollout, lengths: Lengths, rows: Sequence[int], *others: Tensor | None
-) -> tuple[ModelInputs, list[Any]]:
+    rollout: Rollout, lengths: Lengths, rows: Sequence[int]
+) -> tuple[ModelInputs, Callable[[Tensor], Tensor]]:
     """Select rows of a rollout, trimmed to the longest sequence among them.
 
     Args:
         rollout: Prompts with sampled responses.
         lengths: Lengths of its rows.
         rows: Indices of the rows.
-        others: Further [batch, time] tensors, or None.
 
     Returns:
-        The inputs of models, and ``others``: [rows, shorter time] each.
+        The inputs of models, and a function that selects the same rows and columns of a [batch, time] tensor.
     """
     width = max(lengths.sequences[row] for row in rows)
     index = torch.tensor(rows, device=rollout.input_ids.device)
 
-    def select(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor[index, :width]
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[index, :width]
 
-    tensors = (select(rollout.input_ids), select(rollout.attention_mask), select(rollout.response_mask))
-    return ModelInputs(*tensors, sum(lengths.responses[row] for row in rows)), [select(other) for other in others]
+    masks = cut(rollout.attention_mask), cut(rollout.response_mask)
+    return ModelInputs(cut(rollout.input_ids), *masks, sum(lengths.responses[row] for row in rows)), cut
 
 
 def shuffled_split(rows: int, size: int) -> list[list[int]]:
@@ -206,15 +205,18 @@ def minibatches(
     """
     rollout, lengths = experience.rollout, experience.lengths
     count = len(lengths.sequences)
-    tensors = (experience.logprobs, experience.ref_logprobs, advantages, experience.values, returns)
     for number in range(passes):
         split = first_split if number == 0 else shuffled_split(count, size)
         for position, rows in enumerate(split):
             first = number == position == 0
-            inputs, others = select_rows(rollout, lengths, rows, *tensors)
+            inputs, cut = select_rows(rollout, lengths, rows)
             yield Minibatch(
                 *inputs,
-                *others,
+                old_logprobs=cut(experience.logprobs),
+                ref_logprobs=cut(experience.ref_logprobs),
+                advantages=cut(advantages),
+                old_values=None if experience.values is None else cut(experience.values),
+                returns=None if returns is None else cut(returns),
                 terms_are_sequences=terms_are_sequences,
                 first=first,
                 last=number == passes - 1 and position == len(split) - 1,
