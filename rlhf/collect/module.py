@@ -147,7 +147,7 @@ class CollectModule(SamplingModule):
 
     def sample(self, batch: PromptBatch) -> Rollout:
         """Sample ``num_generations`` responses to each prompt. Those to one prompt are adjacent."""
-        repeated = [input_ids for input_ids in batch.input_ids for _ in range(self.num_generations)]
+        repeated = batch.repeat(self.num_generations).input_ids
         with self.trainer.precision_plugin.forward_context():
             return self.sampler.sample(repeated, self.sampling).to("cpu")
 

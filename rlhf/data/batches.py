@@ -187,6 +187,10 @@ class PromptBatch(Batch):
     input_ids: list[list[int]]
     prompts: list[Prompt] = field(default_factory=list)
 
+    def repeat(self, count: int) -> Self:
+        """Repeat each prompt ``count`` times, in adjacent rows: one row for each response."""
+        return self.select([row for row in range(self.row_count) for _ in range(count)])
+
     @property
     def loss_terms(self) -> int:
         return 0 if self.is_filler else len(self.input_ids)

@@ -61,7 +61,7 @@ class Collector:
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """Sample responses from the current policy. The responses to one prompt are adjacent rows."""
-        repeated = [input_ids for input_ids in prompts.input_ids for _ in range(self.num_generations)]
+        repeated = prompts.repeat(self.num_generations).input_ids
         self.sampler.sync(self.policies.policy.lm, self.tokenizer)
         size = self.rollout_batch_size or len(repeated)
         # Ranks may sample different numbers of batches from a sharded policy.
@@ -118,7 +118,7 @@ class Collector:
         Returns:
             [batch] scores, in reward units, and the components that they consist of, by name: [batch] each.
         """
-        repeated = [prompt for prompt in prompts.prompts for _ in range(self.num_generations)]
+        repeated = prompts.repeat(self.num_generations).prompts
         batch = ScoringBatch.of(rollout, repeated, self.sampling, self.tokenizer)
         with self.scoring_context():
             scores, components = self.reward.score_with_components(batch)

@@ -237,7 +237,7 @@ class OnPolicyModule(UpdateModule):
             size=self.minibatch_size,
             terms_are_sequences=self.loss_reduction is not masked_mean,
             rollout_metrics=metrics,
-            row_numbers=[number for number in prompts.rows for _ in range(self.num_generations)],
+            row_numbers=prompts.repeat(self.num_generations).rows,
         )
 
     def estimate_advantages(

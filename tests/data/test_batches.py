@@ -62,6 +62,14 @@ def test_loss_terms_of_ratings_and_prompts() -> None:
     assert (prompts.loss_terms, prompts.token_count, prompts.sequence_count) == (2, 5, 2)
 
 
+def test_repeated_prompts_are_adjacent() -> None:
+    """Two prompts, three times each: their token ids, records and row numbers stay together."""
+    prompts = PromptBatch([[1, 5], [1, 5, 6]], [Prompt([], "a"), Prompt([], "b")], rows=[7, 3]).repeat(3)
+    assert prompts.input_ids == [[1, 5]] * 3 + [[1, 5, 6]] * 3
+    assert [prompt.raw_text for prompt in prompts.prompts] == [*"aaabbb"]
+    assert prompts.rows == [7, 7, 7, 3, 3, 3]
+
+
 def test_unpaired_batch_by_hand() -> None:
     """Responses of 2 and 3 tokens, the second one undesirable: 2 loss terms, and 2 tokens for an added SFT loss."""
     batch = UnpairedBatch(SequenceBatch.collate(ROWS), torch.tensor([True, False]), SequenceBatch.collate(ROWS[:1]))
