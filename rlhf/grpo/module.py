@@ -1,6 +1,5 @@
 """The GRPO stage."""
 
-from functools import partial
 from typing import Any
 
 from rlhf.errors import ConfigError
@@ -15,11 +14,13 @@ class GRPOModule(OnPolicyModule):
     """Group relative policy optimization and other methods without a critic (Shao et al. 2024, arXiv:2402.03300).
 
     Each choice of ``advantage=`` sets the KL penalty, the shaping of scores and the loss reduction to those of its
-    paper. The defaults are those of ``advantage=grpo``: raw scores, normalized within each group, and k3 in the loss.
+    paper. The defaults are those of ``advantage=grpo``.
 
     Args:
         advantage: The advantage estimator, selected by ``advantage=``. See ``rlhf.rl.advantages``.
         num_generations: Number of responses per prompt, the size of a group.
+        scores: Normalization and clipping of scores. None: raw scores, which the estimator normalizes in each group.
+        kl: Where and how the KL penalty is applied. None: k3 in the loss.
         kl_coef: KL coefficient, in loss units per nat per token, or in reward units per nat with
             ``stage.kl.apply_to=reward``.
         loss_reduction: ``sequence_mean``, ``sequence_sum`` or ``token_mean``; see ``OnPolicyModule``.
@@ -29,17 +30,13 @@ class GRPOModule(OnPolicyModule):
         ConfigError: The advantage estimator requires a critic, or as ``OnPolicyModule``.
     """
 
-    # Without staticmethod, Python 3.14 would bind a partial to the instance.
-    default_kl = staticmethod(partial(KLController, apply_to="loss", estimator="k3"))
-    default_scores = staticmethod(
-        partial(ScoreShaping, subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=0.0)
-    )
-
     def __init__(
         self,
         *,
         advantage: AdvantageEstimator = grpo,
         num_generations: PositiveInt = 4,
+        scores: ScoreShaping | None = None,
+        kl: KLController | None = None,
         kl_coef: NonNegativeFloat = 0.2,
         loss_reduction: LossReduction = "sequence_mean",
         **keys: Any,
@@ -53,6 +50,8 @@ class GRPOModule(OnPolicyModule):
         super().__init__(
             advantage=advantage,
             num_generations=num_generations,
+            scores=scores or ScoreShaping(subtract_mean=False, scale_by_std=False, clip=None, missing_eos_penalty=0.0),
+            kl=kl or KLController(apply_to="loss", estimator="k3"),
             kl_coef=kl_coef,
             loss_reduction=loss_reduction,
             **keys,

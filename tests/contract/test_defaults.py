@@ -4,11 +4,14 @@ import inspect
 from typing import Any
 
 import pytest
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 
-from contract.configs import STAGES, choices, composed_dict, keywords, targets
+from contract.configs import STAGES, choices, compose_config, composed_dict, keywords, targets
+from rlhf.reward_functions import ExactMatchReward
 from rlhf.stages import commands, stages
 
+# Settings objects for which a stage has other defaults than their class.
+SET_BY_STAGE = ("kl", "scores")
 # Every stage with its default choices, and every choice of the groups that configure a class or function.
 # For the latter only the node of the choice is compared: a choice may also change keys of the stage.
 GROUP_NODES = {
@@ -57,7 +60,7 @@ def test_signature_defaults_equal_the_yaml(overrides: tuple[str, ...], path: str
     )
     differences = []
     for below, node in targets(root):
-        if not node["_target_"].startswith("rlhf."):
+        if not node["_target_"].startswith("rlhf.") or (path == "stage" and below in SET_BY_STAGE):
             continue
         for name, parameter in keywords(get_object(node["_target_"])).items():
             if name not in node or not is_ours(get_object(node["_target_"]), name) or is_required(parameter):
@@ -65,17 +68,20 @@ def test_signature_defaults_equal_the_yaml(overrides: tuple[str, ...], path: str
             value = jsonl[name] if path == "data" and name in jsonl else node[name]
             if is_computed(value):
                 continue
-            if comparable(value) != comparable(stage_default(cfg, path, below).get(name, parameter.default)):
+            if comparable(value) != comparable(parameter.default):
                 key = ".".join(part for part in (path, below, name) if part)
                 differences.append(f"{key}: {value!r} in the yaml, {parameter.default!r} in {node['_target_']}")
     assert differences == []
 
 
-def stage_default(cfg: dict[str, Any], path: str, below: str) -> dict[str, Any]:
-    """Return the keywords of a settings object that its stage sets by default: ``default_kl`` of GRPO, for example."""
-    if path != "stage" or not below:
-        return {}
-    return getattr(getattr(get_object(cfg["stage"]["_target_"]), f"default_{below}", None), "keywords", {})
+@pytest.mark.parametrize("name", SET_BY_STAGE)
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_settings_that_a_stage_sets_by_default_equal_the_yaml(stage: str, name: str) -> None:
+    node = compose_config(f"stage={stage}").stage
+    module = get_object(node._target_)(policy=None, reward=ExactMatchReward())
+    settings, configured = getattr(module, name), instantiate(node[name])
+    for keyword in keywords(type(configured)):
+        assert getattr(settings, keyword) == getattr(configured, keyword), keyword
 
 
 def is_ours(target: Any, name: str) -> bool:
