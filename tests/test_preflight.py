@@ -269,7 +269,7 @@ def test_loss_that_multiplies_by_its_mask_is_found(gpt2_run: TinyRun, monkeypatc
     ) -> Tensor:
         return -((logprobs - old_logprobs).exp() * advantages * response_mask).sum() / response_mask.sum()
 
-    monkeypatch.setattr("rlhf.rl.policy_update.clipped_policy_loss", careless)
+    monkeypatch.setattr("rlhf.rl.updates.clipped_policy_loss", careless)
     assert "loss and gradient do not depend on padding: loss nan" in failures(build(gpt2_run, "ppo"))
 
 

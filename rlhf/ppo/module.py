@@ -9,12 +9,13 @@ from rlhf.check import Check
 from rlhf.data import RecordDataModule
 from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
-from rlhf.models import PolicyOutput, ScalarHead
-from rlhf.ppo.critic import Critic, critic_values, critic_width, open_critic
+from rlhf.models import ScalarHead
+from rlhf.ppo.critic import critic_width, open_separate_critic
 from rlhf.ppo.preflight import critic_checks
-from rlhf.rl import AdvantageEstimator, Experience, Minibatch, ModelInputs, OnPolicyModule
+from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
 from rlhf.rl.advantages import gae
 from rlhf.rl.estimators import estimator_name, needs_critic
+from rlhf.rl.models import Critic
 from rlhf.rl.objective import clipped_value_loss
 from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, has_default
 from rlhf.tensors import masked_scale, masked_whiten
@@ -57,8 +58,6 @@ class PPOModule(OnPolicyModule):
         ConfigError: A value is out of range, settings contradict each other, or a setting has no effect.
     """
 
-    critic: Critic
-
     def __init__(
         self,
         *,
@@ -92,7 +91,6 @@ class PPOModule(OnPolicyModule):
         self.whiten_advantages = needs_critic(advantage) if whiten_advantages is None else whiten_advantages
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
-        self.has_critic = needs_critic(advantage)
         self.shared_critic = critic == "shared"
         self.critic_init = critic_init or ("reward_model" if self.reward_sources else "sft")
         self.critic_warmup = critic_warmup
@@ -105,29 +103,27 @@ class PPOModule(OnPolicyModule):
     def open_models(self) -> None:
         super().open_models()
         _check_dimension("action_dim", self.action_dim, self.policy.vocab_size)
-        if not self.has_critic:
-            return
+        if self.critic is not None:
+            _check_dimension("obs_dim", self.obs_dim, critic_width(self.critic, self.policy.hidden_size))
+
+    def open_critic(self) -> Critic | None:
+        if not needs_critic(self.advantage):
+            return None
         if self.shared_critic:
-            self.critic = ScalarHead(self.policy.hidden_size)
-        else:
-            reward_model = next(iter(self.reward_sources), None)
-            self.critic = open_critic(
-                self.critic_init, policy=self.source, reward_model=reward_model, tokenizer=self.tokenizer
-            )
-            self.policies.critic = self.critic
-        _check_dimension("obs_dim", self.obs_dim, critic_width(self.critic, self.policy.hidden_size))
+            return ScalarHead(self.policy.hidden_size)
+        reward_model = next(iter(self.reward_sources), None)
+        return open_separate_critic(
+            self.critic_init, policy=self.source, reward_model=reward_model, tokenizer=self.tokenizer
+        )
 
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         yield from super().trainable_modules()
-        if self.has_critic:
+        if self.critic is not None:
             yield self.critic, self.critic_learning_rate
-
-    def token_values(self, output: PolicyOutput, inputs: ModelInputs) -> Tensor | None:
-        return critic_values(self.critic, output, inputs) if self.has_critic else None
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         yield from super().preflight_checks(datamodule)
-        if self.has_critic:
+        if self.critic is not None:
             yield from critic_checks(self, datamodule, self.collector, self.critic)
 
     # One iteration
@@ -154,25 +150,17 @@ class PPOModule(OnPolicyModule):
     @property
     def warming_up(self) -> bool:
         """Whether only the critic is trained in this iteration, and not the policy."""
-        return self.has_critic and self.iterations <= self.critic_warmup
+        return self.critic is not None and self.iterations <= self.critic_warmup
 
     def frozen_modules(self) -> list[nn.Module]:
         warmup = [self.policy] if self.warming_up else []
         return [*super().frozen_modules(), *warmup]
 
-    def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:
-        if not self.has_critic:
-            return super().policy_and_values(minibatch)
-        states, critic_states = self.policies.states_with_critic(minibatch.inputs)
-        output = self.policy_update.policy_output(self.policies, minibatch, states)
-        detach = self.warming_up
-        return output, critic_values(self.critic, output, minibatch.inputs, states=critic_states, detach=detach)
-
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        if not self.has_critic:
-            return super().compute_loss(minibatch)
-        output, values = self.policy_and_values(minibatch)
-        assert values is not None
+        output, values = self.models.update_outputs(minibatch.inputs)
+        policy_loss, metrics = self.policy_loss(minibatch, output)
+        if values is None:
+            return policy_loss, metrics
         assert minibatch.old_values is not None
         assert minibatch.returns is not None
         value_loss = clipped_value_loss(
@@ -183,7 +171,6 @@ class PPOModule(OnPolicyModule):
             clip_range=self.value_clip_range,
             loss_reduction=self.loss_reduction,
         )
-        policy_loss, metrics = self.policy_update.loss(self.policies, minibatch, output)
         if self.warming_up:  # Keep the policy in the graph: distributed training needs a gradient of every parameter.
             policy_loss = policy_loss * 0.0
         return policy_loss + self.value_coef * value_loss, {**metrics, "loss/value_avg": value_loss}

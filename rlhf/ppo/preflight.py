@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from rlhf.data import RecordDataModule
-from rlhf.ppo.critic import Critic, critic_values
 from rlhf.preflight import Check, check_no_dropout, check_padding_invariance, shortest_and_longest
 from rlhf.rl import ModelInputs
 from rlhf.rl.collector import Collector
+from rlhf.rl.models import Critic
 from rlhf.rl.preflight import sampled_responses
 from rlhf.stage import StageModule
 
@@ -24,14 +24,14 @@ def critic_checks(
         collector: Its collector.
         critic: Its critic.
     """
-    policy = collector.policies.policy
 
     def measure_values(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
-        output = policy(input_ids, attention_mask, response_mask)
         inputs = ModelInputs(input_ids, attention_mask, response_mask, int(response_mask.sum()))
-        return critic_values(critic, output, inputs)
+        _, values = collector.models.update_outputs(inputs)
+        assert values is not None
+        return values
 
     with sampled_responses(datamodule, collector) as (_, _, sequences):
         yield check_no_dropout(module, "critic", critic, measure_values, sequences)
         extremes = shortest_and_longest(sequences)
-        yield from check_padding_invariance(module, "values", measure_values, extremes, policy.lm)
+        yield from check_padding_invariance(module, "values", measure_values, extremes, collector.models.policy.lm)

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
-from rlhf.models import PolicyOutput, common_count, gathered
+from rlhf.models import common_count, gathered
 from rlhf.reward_functions import RewardFunction, ScoringBatch, check_rewards
 from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
-from rlhf.rl.policies import PolicyWithReference
+from rlhf.rl.models import OnPolicyModels
 from rlhf.sampling import Rollout, Sampler, SamplingParams
 
 
@@ -21,9 +21,7 @@ class Collector:
     """Samples responses, evaluates them under the current weights, and scores them.
 
     Args:
-        policies: The policy and its reference model.
-        token_values: Maps the output of the policy and the inputs that it is computed from to the values of the critic
-            at each token, [batch, time]; to None without a critic.
+        models: The policy, its reference model and the critic.
         reward: The reward function.
         sampler: The sampler.
         sampling: Sampling settings.
@@ -37,8 +35,7 @@ class Collector:
     def __init__(
         self,
         *,
-        policies: PolicyWithReference,
-        token_values: Callable[[PolicyOutput, ModelInputs], Tensor | None],
+        models: OnPolicyModels,
         reward: RewardFunction,
         sampler: Sampler,
         sampling: SamplingParams,
@@ -48,8 +45,7 @@ class Collector:
         precision_context: Callable[[], AbstractContextManager[Any]],
         scoring_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.policies = policies
-        self.token_values = token_values
+        self.models = models
         self.reward = reward
         self.sampler = sampler
         self.sampling = sampling
@@ -62,10 +58,10 @@ class Collector:
     def sample(self, prompts: PromptBatch) -> Rollout:
         """Sample responses from the current policy. The responses to one prompt are adjacent rows."""
         repeated = prompts.repeat(self.num_generations).input_ids
-        self.sampler.sync(self.policies.policy.lm, self.tokenizer)
+        self.sampler.sync(self.models.policy.lm, self.tokenizer)
         size = self.rollout_batch_size or len(repeated)
         # Ranks may sample different numbers of batches from a sharded policy.
-        with gathered(self.policies.policy), self.precision_context():
+        with gathered(self.models.policy), self.precision_context():
             parts = [
                 self.sampler.sample(repeated[start : start + size], self.sampling)
                 for start in range(0, len(repeated), size)
@@ -97,18 +93,17 @@ class Collector:
         """Compute what ``evaluate_rollout`` does, with at most ``size`` rows at once and in the order of the rows."""
         count = len(rollout.input_ids)
         split = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        idle = common_count(self.policies.policy, len(split)) - len(split)  # Other ranks have more responses.
+        idle = common_count(self.models.policy, len(split)) - len(split)  # Other ranks have more responses.
         return self.evaluate_rollout(rollout, split + split[-1:] * idle)
 
     def _evaluate(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""
-        output, reference = self.policies.both_outputs(inputs)
+        output, reference, values = self.models.rollout_outputs(inputs)
         tensors = {
             "logprobs": output.logprobs,
             "ref_logprobs": reference.logprobs,
-            "kl": self.policies.kl(output, reference.logprobs, inputs.response_mask, reference),
+            "kl": self.models.kl(inputs, output, reference.logprobs, reference),
         }
-        values = self.token_values(output, inputs)
         return tensors if values is None else {**tensors, "values": values}
 
     @torch.no_grad()

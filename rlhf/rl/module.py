@@ -1,6 +1,6 @@
 """Base class of the on-policy stages: sampling, scoring, KL penalty and clipped policy updates."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,17 +8,16 @@ from torch import Tensor, nn
 
 from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
-from rlhf.models import Frozen, ModelSource, Policy, PolicyOutput, as_sequence, disable_dropout, open_reference
+from rlhf.models import Frozen, ModelSource, Policy, as_sequence, disable_dropout, open_reference
 from rlhf.reward_functions import RewardFunction, check_targets, read_columns
 from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
-from rlhf.rl.experience import Experience, Minibatch, ModelInputs, minibatches, shuffled_split
+from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
 from rlhf.rl.metrics import critic_metrics, response_columns, rollout_metrics
+from rlhf.rl.models import Critic, OnPolicyModels
 from rlhf.rl.objective import token_rewards
-from rlhf.rl.policies import PolicyWithReference
-from rlhf.rl.policy_update import PolicyUpdate
 from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
 from rlhf.rl.settings import (
@@ -33,14 +32,13 @@ from rlhf.stage import Result
 from rlhf.stage.optimizer import Schedule
 from rlhf.stage.precision import scoring_context
 from rlhf.stage.random_state import separate_random_state
-from rlhf.tensors import masked_mean
 
 
 class OnPolicyModule(UpdateModule):
     """Base class of the on-policy stages: the policy improves on its own responses by clipped updates.
 
-    A subclass may override ``trainable_modules``, ``token_values``, ``policy_and_values``, ``estimate_advantages``,
-    ``estimator_arguments``, ``compute_loss`` and ``frozen_modules``.
+    A subclass may override ``open_critic``, ``trainable_modules``, ``estimate_advantages``, ``estimator_arguments``,
+    ``compute_loss`` and ``frozen_modules``.
 
     Args:
         policy: The model to start from, which is also the reference model. null: the SFT model of the run.
@@ -77,9 +75,8 @@ class OnPolicyModule(UpdateModule):
     """
 
     monitor = "val/score"
-    default_kl: Callable[[], KLController] = KLController
-    default_scores: Callable[[], ScoreShaping] = ScoreShaping
     policy: Policy
+    critic: Critic | None
 
     def __init__(
         self,
@@ -121,18 +118,14 @@ class OnPolicyModule(UpdateModule):
         self.samples = samples
         self.sample_interval = sample_interval
         self.sampler = sampler or LocalSampler()
-        self.scores = scores or self.default_scores()
-        self.kl = kl or self.default_kl()
+        self.scores = scores or ScoreShaping()
+        self.kl = kl or KLController()
         self.kl.initialize(kl_coef)
         self.loss_reduction = loss_reduction_function(loss_reduction, self.sampling.max_new_tokens)
-        self.policy_update = PolicyUpdate(
-            kl=self.kl,
-            clip_range=clip_range,
-            clip_range_high=clip_range if clip_range_high is None else clip_range_high,
-            entropy_coef=entropy_coef,
-            limits=self.guard.limits,
-            loss_reduction=self.loss_reduction,
-        )
+        self.terms_are_sequences = loss_reduction != "token_mean"
+        self.clip_range = clip_range
+        self.clip_range_high = clip_range if clip_range_high is None else clip_range_high
+        self.entropy_coef = entropy_coef
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
 
@@ -159,10 +152,17 @@ class OnPolicyModule(UpdateModule):
         self.reference = Frozen(open_reference(self.source, self.tokenizer))
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
         self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
-        self.policies = PolicyWithReference(self.policy, self.reference, self.sampling.temperature, self.kl.estimator)
+        self.critic = self.open_critic()
+        self.models = OnPolicyModels(
+            self.policy,
+            self.reference,
+            self.critic,
+            temperature=self.sampling.temperature,
+            kl_estimator=self.kl.estimator,
+            entropy="grad" if self.entropy_coef else "value",
+        )
         self.collector = Collector(
-            policies=self.policies,
-            token_values=self.token_values,
+            models=self.models,
             reward=self.reward,
             sampler=self.sampler,
             sampling=self.sampling,
@@ -176,8 +176,8 @@ class OnPolicyModule(UpdateModule):
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         yield self.policy, self.learning_rate
 
-    def token_values(self, output: PolicyOutput, inputs: ModelInputs) -> Tensor | None:
-        """Return the critic's value before each response token, [batch, time]; None without a critic."""
+    def open_critic(self) -> Critic | None:
+        """Open the critic; None: the stage has none."""
         return None
 
     # One iteration
@@ -235,7 +235,7 @@ class OnPolicyModule(UpdateModule):
             first_split=first_split,
             passes=self.ppo_epochs,
             size=self.minibatch_size,
-            terms_are_sequences=self.loss_reduction is not masked_mean,
+            terms_are_sequences=self.terms_are_sequences,
             rollout_metrics=metrics,
             row_numbers=prompts.repeat(self.num_generations).rows,
         )
@@ -262,15 +262,7 @@ class OnPolicyModule(UpdateModule):
             "group_size": self.num_generations,
         }
 
-    # Updates and validation
-
-    def policy_and_values(self, minibatch: Minibatch) -> tuple[PolicyOutput, Tensor | None]:
-        """Evaluate a minibatch under the policy and, with a critic, compute its values: [batch, time]."""
-        return self.policy_update.policy_output(self.policies, minibatch), None
-
-    def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        output, _ = self.policy_and_values(minibatch)
-        return self.policy_update.loss(self.policies, minibatch, output)
+    # Validation
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         # The same draws in every validation, and training draws as if there were no validation.
@@ -288,7 +280,7 @@ class OnPolicyModule(UpdateModule):
     # Pre-flight checks and result
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
-        yield from on_policy_checks(self, datamodule, self.collector, self.policy_and_values, self.iteration)
+        yield from on_policy_checks(self, datamodule, self.collector, self.iteration)
 
     def result(self) -> Result:
         return Result(self.policy.lm, self.tokenizer)

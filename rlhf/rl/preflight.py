@@ -60,7 +60,6 @@ def on_policy_checks(
     module: StageModule,
     datamodule: RecordDataModule,
     collector: Collector,
-    policy_and_values: Callable[[Minibatch], tuple[Any, ...]],
     iteration: Callable[[PromptBatch], Iterator[Minibatch]],
 ) -> Iterator[Check]:
     """Check an on-policy stage on responses to its own prompts.
@@ -69,10 +68,9 @@ def on_policy_checks(
         module: The stage.
         datamodule: Its prompts.
         collector: Its collector.
-        policy_and_values: Evaluates a minibatch as its updates do; see ``OnPolicyModule``.
         iteration: Its iteration: a batch of prompts in, minibatches out.
     """
-    policy, reference = collector.policies.policy, collector.policies.reference
+    policy, reference = collector.models.policy, collector.models.reference
     reward_models = [part for part in collector.reward.modules() if isinstance(part, Frozen)]
     with sampled_responses(datamodule, collector) as (prompts, rollout, sequences):
         yield check_single_bos(module.tokenizer, prompts.input_ids)
@@ -90,7 +88,7 @@ def on_policy_checks(
             yield from check_padding_invariance(module, "scores", score_measure(model), extremes, policy.lm)
         module.train()  # As in training: dropout would show.
         minibatch = next(iter(iteration(prompts)))
-        yield check_first_ratio(collector, policy_and_values, minibatch)
+        yield check_first_ratio(collector, minibatch)
         module.eval()
         gradient = full_precision_gradient(module, [minibatch])
         yield check_padding_is_ignored(module, minibatch, gradient)
@@ -98,18 +96,14 @@ def on_policy_checks(
 
 
 @torch.no_grad()
-def check_first_ratio(
-    collector: Collector,
-    policy_and_values: Callable[[Minibatch], tuple[Any, ...]],
-    minibatch: Minibatch,
-) -> Check:
+def check_first_ratio(collector: Collector, minibatch: Minibatch) -> Check:
     """Check that the first probability ratio is exactly 1.
 
     Rollout and update evaluate the same tensors, and equal shapes give equal rounding.
     """
     with collector.precision_context():
-        logprobs = policy_and_values(minibatch)[0].logprobs
-    distance = float((policy_ratio(logprobs, minibatch.old_logprobs, minibatch.response_mask) - 1).abs().max())
+        output, _ = collector.models.update_outputs(minibatch.inputs)
+    distance = float((policy_ratio(output.logprobs, minibatch.old_logprobs, minibatch.response_mask) - 1).abs().max())
     return Check(
         "first ratio exactly 1",
         distance == 0,
@@ -138,7 +132,7 @@ def check_first_kl(collector: Collector, rollout: Rollout) -> Check:
 def check_sampling_matches_scoring(module: StageModule, collector: Collector, prompts: PromptBatch) -> Check:
     """Check that greedily sampled tokens are the most likely ones when the whole response is evaluated at once."""
     greedy = replace(collector.sampling, temperature=0.0)
-    policy = collector.policies.policy
+    policy = collector.models.policy
     with torch.no_grad(), full_precision(module):
         rollout = collector.sampler.sample(prompts.input_ids, greedy)
         output = policy(rollout.input_ids, rollout.attention_mask, rollout.response_mask, is_argmax=True)

@@ -1,15 +1,18 @@
-"""Updates on minibatches of experience: limits, metrics and logging."""
+"""Updates on minibatches of experience: loss, limits, metrics and logging."""
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
+from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Minibatch
-from rlhf.rl.metrics import IterationMetrics, checked_columns
+from rlhf.rl.kl import KLController
+from rlhf.rl.metrics import IterationMetrics, checked_columns, update_metrics
+from rlhf.rl.models import OnPolicyModels
+from rlhf.rl.objective import clipped_policy_loss
 from rlhf.rl.skipping import UpdateGuard, zero_loss
 from rlhf.rl.update_limits import UpdateLimits
 from rlhf.stage import StageModule
@@ -28,7 +31,16 @@ class UpdateModule(StageModule):
         iterations: Number of iterations started.
         rollout_is_nonfinite: A value of the current rollout is not finite, so its updates are skipped.
         sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
+        models: Policy, reference model and critic.
+        kl, clip_range, clip_range_high, entropy_coef, loss_reduction: The settings of ``OnPolicyModule``.
     """
+
+    models: OnPolicyModels
+    kl: KLController
+    clip_range: float
+    clip_range_high: float
+    entropy_coef: float
+    loss_reduction: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, *, limits: UpdateLimits | None = None, **optimizer: Any) -> None:
         super().__init__(**optimizer)
@@ -81,9 +93,39 @@ class UpdateModule(StageModule):
                 "Set stage.on_out_of_memory=stop.",
             )
 
-    @abstractmethod
     def compute_loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the unweighted loss of a minibatch and its metrics, ``update_metrics`` among them."""
+        output, _ = self.models.update_outputs(minibatch.inputs)
+        return self.policy_loss(minibatch, output)
+
+    def policy_loss(self, minibatch: Minibatch, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of the policy on a minibatch and its metrics.
+
+            L = L_clip - entropy_coef * mean(entropy) + kl_coef * mean(KL),    the last term only with apply_to=loss
+
+        Args:
+            minibatch: The minibatch.
+            output: Output of the policy on it.
+        """
+        loss = surrogate = clipped_policy_loss(
+            output.logprobs,
+            minibatch.old_logprobs,
+            minibatch.advantages,
+            minibatch.response_mask,
+            clip_range=self.clip_range,
+            clip_range_high=self.clip_range_high,
+            dual_clip=self.guard.limits.dual_clip,
+            loss_reduction=self.loss_reduction,
+        )
+        metrics = update_metrics(minibatch, output, low=self.clip_range, high=self.clip_range_high)
+        if self.entropy_coef:
+            assert output.entropy is not None
+            loss = loss - self.entropy_coef * self.loss_reduction(output.entropy, minibatch.response_mask)
+        if self.kl.in_loss:
+            kl = self.models.kl(minibatch.inputs, output, minibatch.ref_logprobs)
+            metrics["loss/kl_avg"] = self.loss_reduction(kl, minibatch.response_mask)
+            loss = loss + self.kl.coef * metrics["loss/kl_avg"]
+        return loss, {"loss/policy_avg": surrogate, **metrics}
 
     def frozen_modules(self) -> list[nn.Module]:
         """Return the modules that the next optimizer step must not change."""

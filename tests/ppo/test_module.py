@@ -14,10 +14,9 @@ from contract.configs import compose_config
 from harness import EXACT, TinyRun, assert_same_weights, isolated_logprobs, weights_differ
 from rlhf.errors import ConfigError
 from rlhf.models import ScalarHead
-from rlhf.rl import Minibatch
+from rlhf.rl import Minibatch, ModelInputs
 from rlhf.rl.advantages import dr_grpo, gae, reinforce_pp, rloo
-from rlhf.rl.policies import PolicyWithReference
-from rlhf.rl.policy_update import PolicyUpdate
+from rlhf.rl.models import OnPolicyModels
 
 
 @pytest.fixture(scope="session")
@@ -31,18 +30,18 @@ def test_first_ratio_and_first_kl_are_exact(tiny_run: TinyRun, monkeypatch: pyte
 
     The second minibatch follows an update, so its log-probs differ.
     """
-    pairs: list[tuple[Tensor, Tensor]] = []
-    policy_output = PolicyUpdate.policy_output
+    found: list[Tensor] = []
+    update_outputs = OnPolicyModels.update_outputs
 
-    def recording(self: PolicyUpdate, policies: PolicyWithReference, minibatch: Minibatch, states: Any = None) -> Any:
-        output = policy_output(self, policies, minibatch, states)
-        pairs.append((output.logprobs.detach(), minibatch.old_logprobs))
-        return output
+    def recording(self: OnPolicyModels, inputs: ModelInputs) -> Any:
+        output, values = update_outputs(self, inputs)
+        found.append(output.logprobs.detach())
+        return output, values
 
-    monkeypatch.setattr(PolicyUpdate, "policy_output", recording)
+    monkeypatch.setattr(OnPolicyModels, "update_outputs", recording)
     run = tiny_run.train("ppo")
-    assert torch.equal(*pairs[0])
-    assert not torch.equal(*pairs[1])
+    assert torch.equal(found[0], run.batches[0].old_logprobs)
+    assert not torch.equal(found[1], run.batches[1].old_logprobs)
     assert run.recorder.rollouts[0]["objective/kl"] == 0.0
     lengths = run.batches[0].response_mask.sum(dim=1)
     assert lengths.min() < lengths.max(), "responses of equal length would hide the effects of padding"

@@ -117,7 +117,7 @@ def test_the_entropy_bonus_raises_entropy(tiny_run: TinyRun) -> None:
 
     def entropy(module: PPOModule) -> float:
         with torch.no_grad():
-            output = module.policy_update.policy_output(module.policies, minibatch)
+            output, _ = module.models.update_outputs(minibatch.inputs)
         return float(output.entropy[minibatch.response_mask].mean())
 
     assert entropy(with_bonus.module) > entropy(without.module)

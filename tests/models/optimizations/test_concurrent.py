@@ -164,7 +164,7 @@ def train(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, *, concurrent: boo
         calls += 1
         return concurrent_states(*arguments)
 
-    monkeypatch.setattr("rlhf.rl.policies.concurrent_states", counting)
+    monkeypatch.setattr("rlhf.rl.models.concurrent_states", counting)
     with speed(concurrent_models=concurrent):
         return tiny_run.train("ppo", whiten_advantages=False), calls
 
