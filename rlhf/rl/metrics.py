@@ -17,12 +17,12 @@ from rlhf.tensors import masked_mean, masked_sum
 
 
 @torch.no_grad()
-def response_columns(experience: Experience, raw_scores: Tensor, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def response_columns(experience: Experience, scores: Tensor, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gather one number per response and quantity from all ranks, in a single transfer from the device.
 
     Args:
         experience: The evaluated rollout.
-        raw_scores: [batch] scores of the responses before shaping.
+        scores: [batch] scores of the responses, before shaping.
         components: [batch] components of the scores, by name.
 
     Returns:
@@ -31,19 +31,19 @@ def response_columns(experience: Experience, raw_scores: Tensor, components: Map
     rollout = experience.rollout
     ngrams, distinct_ngrams = count_ngrams(rollout.response_ids())
     columns = {
-        "scores": raw_scores,
+        "scores": scores,
         "kl": experience.kl_per_sequence,
         "kl_estimate": masked_sum(experience.kl, rollout.response_mask),
         "logprobs": masked_sum(experience.logprobs, rollout.response_mask),
         "length": rollout.lengths,
         "finished": rollout.finished,
-        "ngrams": torch.tensor(ngrams, device=raw_scores.device),
-        "distinct_ngrams": torch.tensor(distinct_ngrams, device=raw_scores.device),
+        "ngrams": torch.tensor(ngrams, device=scores.device),
+        "distinct_ngrams": torch.tensor(distinct_ngrams, device=scores.device),
         **{f"reward/{name}": values for name, values in components.items()},
     }
     if experience.values is not None:
         columns["values"] = masked_sum(experience.values, rollout.response_mask)
-    table = torch.stack([column.to(raw_scores.device).float() for column in columns.values()]).cpu()
+    table = torch.stack([column.to(scores.device).float() for column in columns.values()]).cpu()
     return dict(zip(columns, torch.cat(gather_objects(table), dim=1), strict=True))
 
 

@@ -209,23 +209,22 @@ class OnPolicyModule(UpdateModule):
         experience = self.collector.evaluate_rollout(rollout, first_split)
 
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
-        raw_scores, components = self.collector.score(rollout, prompts)
-        columns = response_columns(experience, raw_scores, components)
+        scores, components = self.collector.score(rollout, prompts)
+        columns = response_columns(experience, scores, components)
         if self.must_skip_rollout(columns, {"batch": prompts, "rollout": rollout, "first_split": first_split}):
-            raw_scores, experience = torch.zeros_like(raw_scores), experience.finite()
+            scores, experience = torch.zeros_like(scores), experience.finite()
         else:
             self.scores.update(columns["scores"])
-        scores = self.scores(raw_scores, rollout.finished)
-        rewards = token_rewards(scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
-        metrics = rollout_metrics(columns, self.kl, self.scores)
-        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples_to_show)
+        shaped_scores = self.scores(scores, rollout.finished)
+        rewards = token_rewards(shaped_scores, experience.kl, rollout.response_mask, kl_coef=self.kl.reward_coef)
 
         # 4. Estimate advantages and, with a critic, returns.
-        advantages, returns = self.estimate_advantages(rewards, scores, experience)
-        metrics |= critic_metrics(experience, returns)
+        advantages, returns = self.estimate_advantages(rewards, shaped_scores, experience)
 
-        # 5. Adapt the KL coefficient. Responses of a policy that is not trained yet do not count: their KL is 0.
+        # 5. Compute the metrics and adapt the KL coefficient, unless the policy is not trained yet: its KL is 0.
+        metrics = rollout_metrics(columns, self.kl, self.scores) | critic_metrics(experience, returns)
         metrics["kl_coef"] = self.kl.update(metrics["objective/kl"], 0 if self.warming_up else len(columns["kl"]))
+        self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples_to_show)
 
         # 6. Yield minibatches for several passes over the rollout.
         yield from minibatches(
