@@ -15,7 +15,7 @@ from rlhf.rl.collector import Collector
 from rlhf.rl.estimators import call_estimator, check_estimator
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import critic_metrics, response_columns, rollout_metrics
+from rlhf.rl.metrics import checked_columns, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.models import Critic, OnPolicyModels
 from rlhf.rl.objective import token_rewards
 from rlhf.rl.preflight import on_policy_checks
@@ -211,7 +211,8 @@ class OnPolicyModule(UpdateModule):
         # 3. Score them, and turn shaped scores and KL into a reward for each token.
         scores, components = self.collector.score(rollout, prompts)
         columns = response_columns(experience, scores, components)
-        if self.must_skip_rollout(columns, {"batch": prompts, "rollout": rollout, "first_split": first_split}):
+        dump = {"batch": prompts, "rollout": rollout, "first_split": first_split}
+        if self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump):
             scores, experience = torch.zeros_like(scores), experience.finite()
         else:
             self.scores.update(columns["scores"])

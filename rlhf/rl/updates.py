@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.kl import KLController
-from rlhf.rl.metrics import IterationMetrics, checked_columns, update_metrics
+from rlhf.rl.metrics import IterationMetrics, update_metrics
 from rlhf.rl.models import OnPolicyModels
 from rlhf.rl.objective import clipped_policy_loss
 from rlhf.rl.skipping import UpdateGuard, zero_loss
@@ -29,7 +28,6 @@ class UpdateModule(StageModule):
         guard: Decides which minibatches are skipped.
         iteration_metrics: Metrics of the current iteration.
         iterations: Number of iterations started.
-        rollout_is_nonfinite: A value of the current rollout is not finite, so its updates are skipped.
         sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
         models: Policy, reference model and critic.
         kl, clip_range, clip_range_high, entropy_coef, loss_reduction: The settings of ``OnPolicyModule``.
@@ -47,23 +45,12 @@ class UpdateModule(StageModule):
         self.guard = UpdateGuard(limits or UpdateLimits())
         self.iteration_metrics = IterationMetrics()
         self.iterations = 0
-        self.rollout_is_nonfinite = False
         self.sample_rows: Sequence[tuple[str | float, ...]] = []
-
-    def must_skip_rollout(self, columns: Mapping[str, Tensor], dump: Mapping[str, Any]) -> bool:
-        """Return whether a rollout is not finite. Its iteration then keeps its length, but nothing is trained on it.
-
-        Args:
-            columns: See ``response_columns``.
-            dump: What a replay needs.
-        """
-        self.rollout_is_nonfinite = self.nonfinite.must_skip_rollout(self, checked_columns(columns), dump)
-        return self.rollout_is_nonfinite
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> Tensor:
         if minibatch.first:
             self.iteration_metrics.rollout = minibatch.rollout_metrics
-            self.guard.start_rollout(stopped=self.rollout_is_nonfinite)
+            self.guard.start_rollout(stopped=self.nonfinite.skips_rollout)
         if not self.guard.rollout_stopped:
             self.nonfinite.start_batch(minibatch)
             if self.splitter is not None:
@@ -128,27 +115,19 @@ class UpdateModule(StageModule):
         return loss, {"loss/policy_avg": surrogate, **metrics}
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Return the modules that the next optimizer step must not change."""
         return self._trained() if self.guard.step_is_empty else []
 
     def _trained(self) -> list[nn.Module]:
         return [module for module, _ in self.trainable_modules()]
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for module in self.frozen_modules():
-            module.zero_grad()  # The optimizer then leaves its parameters and their moments unchanged.
-        metrics = self.optimizer_metrics(optimizer)
-        self.gradient_norm = float(metrics["grad_norm"])
-        if self.guard.step_is_empty:
-            del metrics["grad_norm"]  # The norm of an update that does not take place would distort the mean.
+    def finish_step(self, metrics: Mapping[str, Tensor | float], *, skipped: bool) -> None:
+        if self.guard.step_is_empty:  # The norm of an update that does not take place would distort the mean.
+            metrics = {"lr": metrics["lr"]}
         self.guard.start_step()
-        if self.rollout_is_nonfinite:
-            self.nonfinite.skip_step_of_rollout()
-        elif self.nonfinite.must_skip(self, self.gradient_norm):
-            optimizer.zero_grad(set_to_none=True)
+        if skipped:
             self.iteration_metrics.skip_step()
-            return
-        self.iteration_metrics.finish_step(metrics)
+        else:
+            self.iteration_metrics.finish_step(metrics)
 
     # Logging
 

@@ -220,15 +220,19 @@ class StageModule(ReportingModule):
                 "Set stage.on_out_of_memory=stop.",
             )
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that the next optimizer step must not change."""
+        return []
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
-        # Where the metrics are logged, the host has read the norm already.
-        norm = self.metrics["grad_norm"] if self.is_log_step else self.optimizer_metrics(optimizer)["grad_norm"]
-        self.gradient_norm = float(norm)
-        if self.nonfinite.must_skip(self, self.gradient_norm):
-            optimizer.zero_grad(set_to_none=True)  # The optimizer then leaves weights and moments unchanged.
-        if self.is_log_step:
-            self.send_metrics()
+        for module in self.frozen_modules():
+            module.zero_grad()  # Without a gradient, the optimizer leaves weights and moments unchanged.
+        metrics = self.optimizer_metrics(optimizer)
+        self.gradient_norm = float(metrics["grad_norm"])
+        skipped = self.nonfinite.must_skip(self, self.gradient_norm)
+        if skipped:
+            optimizer.zero_grad(set_to_none=True)
+        self.finish_step(metrics, skipped=skipped)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

@@ -57,6 +57,7 @@ class NonfiniteGuard:
     Attributes:
         count: Number of optimizer steps that have been skipped.
         step: The batches of the current optimizer step.
+        skips_rollout: Whether all updates on the current rollout are skipped: its steps have no gradients.
         run: ``stage``, ``command`` and ``config`` of this run, for messages and for the dump.
         writes_dumps: Whether there is a state of training to dump, which is not so during pre-flight checks.
     """
@@ -70,6 +71,7 @@ class NonfiniteGuard:
             )
         self.max_steps = max_steps
         self.count = 0
+        self.skips_rollout = False
         self.run: dict[str, Any] = {"stage": "<stage>", "command": "python train.py stage=<stage>", "config": {}}
         self.writes_dumps = False
         self._consecutive = 0
@@ -107,6 +109,9 @@ class NonfiniteGuard:
             TrainingError: The step is not finite, and training stops.
         """
         step = self.forget_step()
+        if self.skips_rollout:  # The step has no gradient.
+            self.count += 1
+            return False
         if self._is_finite(module, norm, step):
             self._consecutive = 0
             return False
@@ -147,6 +152,7 @@ class NonfiniteGuard:
         """
         faults = {name: (~values.isfinite()).nonzero().flatten().tolist() for name, values in columns.items()}
         faults = {name: rows for name, rows in faults.items() if rows}
+        self.skips_rollout = bool(faults)
         if not faults:
             return False
         count = len(next(iter(columns.values())))
@@ -164,10 +170,6 @@ class NonfiniteGuard:
         self._handle(module, text, faulty, [dict(dump)], "The updates on this rollout are")
         self._consecutive += 1
         return True
-
-    def skip_step_of_rollout(self) -> None:
-        """Count an optimizer step of a rollout without updates."""
-        self.count += 1
 
     # What happens then
 

@@ -52,12 +52,19 @@ class ReportingModule(lightning.LightningModule):
         if not self.trainer.sanity_checking:
             self.validated_step = self.global_step
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def finish_step(self, metrics: Mapping[str, Tensor | float], *, skipped: bool) -> None:
+        """Log the metrics of an optimizer step, if ``trainer.log_every_n_steps`` asks, before the weights change.
+
+        Args:
+            metrics: Metrics of the optimizer.
+            skipped: The step is skipped because it is not finite.
+        """
         if not self.is_log_step:
             return
-        self.log_train({**self.optimizer_metrics(optimizer), **self.throughput()})
+        self.log_train({**metrics, **self.throughput()})
         reduced = self._step_metrics.reduce()
         self.metrics, self.metrics_step = {**reduced, **self.derived_metrics(reduced)}, self.global_step
+        self.send_metrics()
 
     def send_metrics(self) -> None:
         """Send ``metrics`` to all loggers, and show them in ``trainer.callback_metrics`` and ``logged_metrics``.
