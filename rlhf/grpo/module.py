@@ -4,9 +4,9 @@ from typing import Any
 
 from rlhf.errors import ConfigError
 from rlhf.rl import AdvantageEstimator, KLController, OnPolicyModule, ScoreShaping
+from rlhf.rl.advantage_calls import estimator_name, needs_critic
 from rlhf.rl.advantages import grpo
-from rlhf.rl.estimators import estimator_name, needs_critic
-from rlhf.rl.settings import LossReduction
+from rlhf.rl.objective import LossReduction
 from rlhf.schema import NonNegativeFloat, PositiveInt
 
 

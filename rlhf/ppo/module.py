@@ -13,8 +13,8 @@ from rlhf.models import ScalarHead
 from rlhf.ppo.critic import critic_width, open_separate_critic
 from rlhf.ppo.preflight import critic_checks
 from rlhf.rl import AdvantageEstimator, Experience, Minibatch, OnPolicyModule
+from rlhf.rl.advantage_calls import estimator_name, needs_critic
 from rlhf.rl.advantages import gae
-from rlhf.rl.estimators import estimator_name, needs_critic
 from rlhf.rl.models import Critic
 from rlhf.rl.objective import clipped_value_loss
 from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, has_default

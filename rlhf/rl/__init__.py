@@ -4,9 +4,9 @@ from rlhf.rl.advantages import AdvantageEstimator
 from rlhf.rl.datamodule import RolloutDataModule
 from rlhf.rl.experience import Experience, Minibatch, ModelInputs
 from rlhf.rl.kl import KLController
+from rlhf.rl.limits import UpdateLimits
 from rlhf.rl.module import OnPolicyModule
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rl.update_limits import UpdateLimits
 
 __all__ = [
     "AdvantageEstimator",

@@ -1,5 +1,6 @@
 """Collection of experience: sampling, evaluation under the current weights, and scoring."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,11 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import PromptBatch
+from rlhf.errors import ConfigError
 from rlhf.models import common_count, gathered
 from rlhf.reward_functions import RewardFunction, ScoringBatch, check_rewards
 from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
 from rlhf.rl.models import OnPolicyModels
 from rlhf.sampling import Rollout, Sampler, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 class Collector:
@@ -139,6 +143,23 @@ class Collector:
             (prompt.raw_text, texts[row], float(columns["scores"][row]), float(columns["kl"][row]))
             for prompt, row in zip(shown, rows, strict=True)
         ]
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Refuse greedy sampling, and warn about filters."""
+    if sampling.temperature == 0:
+        raise ConfigError(
+            "stage.sampling.temperature must be above 0 in on-policy training, got 0: greedy responses explore "
+            "nothing.",
+            "Set stage.sampling.temperature=0.7.",
+        )
+    if sampling.top_k or sampling.top_p < 1:
+        log.warning(
+            "stage.sampling.top_k=%s and top_p=%s restrict sampling, but log-probs, ratios and KL are computed over "
+            "the full vocabulary: the responses come from a narrower distribution than the one that is updated.",
+            sampling.top_k,
+            sampling.top_p,
+        )
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:

@@ -10,21 +10,16 @@ from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
 from rlhf.models import Frozen, ModelSource, Policy, as_sequence, disable_dropout, open_reference
 from rlhf.reward_functions import RewardFunction, check_targets, read_columns
+from rlhf.rl.advantage_calls import call_estimator, check_estimator
 from rlhf.rl.advantages import AdvantageEstimator
-from rlhf.rl.collector import Collector
-from rlhf.rl.estimators import call_estimator, check_estimator
+from rlhf.rl.collector import Collector, check_sampling
 from rlhf.rl.experience import Experience, Minibatch, minibatches, shuffled_split
 from rlhf.rl.kl import KLController
 from rlhf.rl.metrics import checked_columns, critic_metrics, response_columns, rollout_metrics
 from rlhf.rl.models import Critic, OnPolicyModels
-from rlhf.rl.objective import token_rewards
+from rlhf.rl.objective import LossReduction, loss_reduction_function, token_rewards
 from rlhf.rl.preflight import on_policy_checks
 from rlhf.rl.scores import ScoreShaping
-from rlhf.rl.settings import (
-    LossReduction,
-    check_sampling,
-    loss_reduction_function,
-)
 from rlhf.rl.updates import UpdateModule
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -5,12 +5,15 @@ tokens, including EOS. Log-probs, KL and entropy are in nats; rewards, values an
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rlhf.tensors import last_true, masked_mean, masked_variance, mean_over_ranks
+from rlhf.tensors import last_true, masked_mean, masked_variance, mean_over_ranks, sequence_mean, sequence_sum
 
+LossReduction: TypeAlias = Literal["token_mean", "sequence_mean", "sequence_sum"]
 ROUNDING = 1e-5  # largest relative rounding error of returns, which are sums over tokens in float32
 
 
@@ -173,6 +176,13 @@ def clipped_value_loss(
         clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
         errors = torch.maximum(errors, (clipped_values - returns).square())
     return 0.5 * loss_reduction(errors, response_mask)
+
+
+def loss_reduction_function(name: str, max_new_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that reduces [batch, time] terms and their mask to a scalar loss."""
+    if name == "sequence_sum":
+        return partial(sequence_sum, length=max_new_tokens)
+    return sequence_mean if name == "sequence_mean" else masked_mean
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from rlhf.errors import ConfigError
 from rlhf.models import PolicyOutput
 from rlhf.rl.experience import Minibatch
 from rlhf.rl.kl import KLController
+from rlhf.rl.limits import UpdateGuard, UpdateLimits, zero_loss
 from rlhf.rl.metrics import IterationMetrics, update_metrics
 from rlhf.rl.models import OnPolicyModels
 from rlhf.rl.objective import clipped_policy_loss
-from rlhf.rl.skipping import UpdateGuard, zero_loss
-from rlhf.rl.update_limits import UpdateLimits
 from rlhf.stage import StageModule
 
 

@@ -10,8 +10,8 @@ from harness import EXACT, TinyRun, assert_same_weights, weights_differ
 from rlhf.errors import TrainingError
 from rlhf.ppo import PPOModule
 from rlhf.rl import Minibatch, UpdateLimits
+from rlhf.rl.limits import UpdateGuard
 from rlhf.rl.metrics import IterationMetrics
-from rlhf.rl.skipping import UpdateGuard
 
 NAN = float("nan")
 TWO_MICRO_BATCHES = {"minibatch_size": 4, "ppo_epochs": 1, "trainer": {"accumulate_grad_batches": 2}}
