@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models import EntropyMode, Frozen, Policy, PolicyOutput, ScalarHead, ScalarModel, kl_divergence
-from rlhf.models.concurrent import can_compute_concurrently, concurrent_states
+from rlhf.models.optimizations.concurrent import can_compute_concurrently, concurrent_states
 from rlhf.rl.experience import ModelInputs
 from rlhf.rl.kl import ESTIMATORS, FULL
 from rlhf.tensors import scatter
