@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -227,23 +227,20 @@ class _Running:
         self.response, self.model, self.params = response, model, turn.sampling
         self.text = TokenText(model.tokenizer)
         self.stop_ids = self.params.stop_ids(model.tokenizer)
-        self.tokens = self._stream(torch.Generator(model.runtime.device).manual_seed(turn.seed))
-
-    def _stream(self, generator: torch.Generator) -> Iterator[Sequence[int | None]]:
-        return self.model.sampler.stream([self.response.prompt_ids], self.params, generator=generator)
+        generator = torch.Generator(model.runtime.device).manual_seed(turn.seed)
+        self.tokens = model.sampler.stream(response.prompt_ids, self.params, generator)
 
     def step(self) -> None:
         """Sample the next token."""
         response, started = self.response, time.perf_counter()
         try:
             with torch.inference_mode(), self.model.runtime.forward_context():
-                token = next(self.tokens)[0]
+                token = next(self.tokens)
         except UserError as error:
             response.state, response.error = "failed", str(error)
             return
         finally:
             response.seconds += time.perf_counter() - started
-        assert token is not None, "the only response of the stream is not finished"
         response.response_ids.append(token)
         self.text.append(token)
         response.text = self.text.text

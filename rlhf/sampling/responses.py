@@ -81,7 +81,7 @@ class Decoding:
         if self.steps == 0:
             self._start(range(len(self.prompt)))
         else:
-            self._draw(slice(self.batch.count), self.batch.decode(self.token[: self.batch.count]))
+            self._draw(slice(self.batch.count), self.batch.decode(self.token[: self.batch.count].clamp(min=0)))
             self.steps_left -= 1
         self.steps += 1
         # Only here, the host waits for the device.
@@ -113,7 +113,7 @@ class Decoding:
         ends = (tokens[:, None] == self.ends).any(dim=1) | (count + 1 >= self.params.max_new_tokens)
         self.finished[rows] = finished | ends
         self.drawn_count[rows] = count + 1
-        self.token[rows] = tokens.clamp(min=0)
+        self.token[rows] = tokens
 
     def _release(self) -> None:
         """Replace finished rows by the next prompts, or remove them."""
@@ -136,13 +136,6 @@ class Decoding:
             self.is_ordered = False
             for values in (self.prompt, self.drawn_count, self.token, self.finished):
                 values[: len(order)] = values[order]
-
-    def last_tokens(self) -> Tensor:
-        """[prompts] the tokens that the last step has drawn; undefined for responses that were finished before.
-
-        Only if all responses have been started in the first step.
-        """
-        return self.drawn[:, self.steps - 1]
 
     def responses(self) -> list[list[int]]:
         """Return the token ids of each response, including its stop token.

@@ -77,41 +77,34 @@ class LocalSampler(Sampler):
         return Rollout.from_responses(prompts, responses, decoding.stop_ids, lm.device)
 
     @torch.no_grad()
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[list[int | None]]:
-        """Sample like ``sample``, and yield the tokens of each decoding step as soon as they are drawn.
+    def stream(self, prompt: Sequence[int], params: SamplingParams, generator: torch.Generator) -> Iterator[int]:
+        """Sample one response, and yield each token as soon as it is drawn.
 
-        With a generator, several streams can take turns without changing the responses of each other. A response is
-        the same as that of ``sample`` if the global random state had the same seed.
+        Several streams can take turns without changing the responses of each other. A response is the same as that of
+        ``sample`` if the global random state had the same seed.
 
         Args:
-            prompts: Token ids of each prompt, at least one per prompt.
+            prompt: Token ids of the prompt, at least one.
             params: Sampling settings.
-            generator: Random state of the draws, on the device of the policy. None: the global random state of torch.
+            generator: Random state of the draws, on the device of the policy.
 
         Yields:
-            The next token id of each response, in the order of the prompts. The last one of a response may be a stop
-            token; None follows for a response that is finished while others are not.
+            The token ids of the response, including its stop token.
 
         Raises:
             UserError: The logits of a token are NaN or infinite.
         """
         with self._ready() as lm:
-            decoding = self._decoding(lm, prompts, params, generator)
-        finished = [False] * len(prompts)
-        while not (decoding.is_done or all(finished)):
-            with self._ready():  # Whoever receives a token runs outside of this context.
+            decoding = self._decoding(lm, [prompt], params, generator=generator)
+        while not decoding.is_done:
+            with self._ready():  # The consumer runs outside this context.
                 decoding.step()
-            tokens = decoding.last_tokens().tolist()
-            if any(token == INVALID_TOKEN and not done for token, done in zip(tokens, finished, strict=True)):
+            token = int(decoding.token[0])
+            if token == INVALID_TOKEN:
                 raise invalid_logits(decoding.steps)
-            yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
-            finished = [done or token in decoding.stop_ids for token, done in zip(tokens, finished, strict=True)]
+            yield token
+            if token in decoding.stop_ids:
+                return
 
     @contextmanager
     def _ready(self) -> Iterator[PreTrainedModel]:
@@ -131,8 +124,9 @@ class LocalSampler(Sampler):
         lm: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        generator: torch.Generator | None = None,
+        *,
         max_rows: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Decoding:
         assert self.tokenizer is not None, "sync sets the policy and the tokenizer"
         return Decoding(

@@ -411,31 +411,23 @@ def test_positions_that_may_change_give_one_warning(caplog: pytest.LogCaptureFix
     ]
 
 
-def streamed(
-    sampler: LocalSampler, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
-) -> Iterator[list[int | None]]:
-    """Stream responses with a generator of the given seed."""
-    return sampler.stream(prompts, params, generator=torch.Generator().manual_seed(seed))
+def streamed(sampler: LocalSampler, prompt: list[int], params: SamplingParams, seed: int) -> Iterator[int]:
+    """Stream a response with a generator of the given seed."""
+    return sampler.stream(prompt, params, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["batch", "single"])
-def test_streamed_tokens_equal_those_of_sample(model: PreTrainedModel, prompts: list[list[int]], interval: int) -> None:
-    """With one seed, at temperature 2, while responses end at different steps."""
+def test_streamed_tokens_equal_those_of_sample(model: PreTrainedModel, interval: int) -> None:
+    """With one seed, at temperature 2: a response that ends at its sixth token, and one of 12 tokens."""
     params = SamplingParams(max_new_tokens=12, temperature=2.0, top_k=50)
     sampler = LocalSampler(stop_interval=interval)
     sampler.sync(model, IdTokenizer())
     torch.manual_seed(3)
-    unstopped = sampler.sample(prompts, params).response_ids()
-    params = replace(params, stop_tokens=[str(unstopped[0][5])])
-    torch.manual_seed(3)
-    expected = sampler.sample(prompts, params).response_ids()
-    assert min(map(len, expected)) < 12, "a response must end early"
-    steps = list(streamed(sampler, prompts, params, seed=3))
-    assert [[token for token in column if token is not None] for column in zip(*steps, strict=True)] == expected
-    assert len(steps) == max(map(len, expected))
-    for column, response in zip(zip(*steps, strict=True), expected, strict=True):
-        assert column[len(response) :] == (None,) * (len(steps) - len(response)), "nothing follows a stop token"
+    (unlimited,) = sampler.sample(PROMPTS[:1], params).response_ids()
+    assert unlimited[5] not in unlimited[:5]
+    stopping = replace(params, stop_tokens=[str(unlimited[5])])
+    assert list(streamed(sampler, PROMPTS[0], params, seed=3)) == unlimited
+    assert list(streamed(sampler, PROMPTS[0], stopping, seed=3)) == unlimited[:6]
 
 
 def test_streams_take_turns_without_changing_each_other(model: PreTrainedModel) -> None:
@@ -443,14 +435,14 @@ def test_streams_take_turns_without_changing_each_other(model: PreTrainedModel) 
     params = SamplingParams(max_new_tokens=8, temperature=2.0)
     sampler = LocalSampler()
     sampler.sync(model.train(), IdTokenizer())
-    alone = [list(streamed(sampler, [prompt], params, seed)) for prompt, seed in zip(PROMPTS, (1, 2), strict=False)]
+    alone = [list(streamed(sampler, prompt, params, seed)) for prompt, seed in zip(PROMPTS, (1, 2), strict=False)]
     state = torch.get_rng_state()
-    first, second = (streamed(sampler, [prompt], params, seed) for prompt, seed in zip(PROMPTS, (1, 2), strict=False))
-    turns: list[list[list[int | None]]] = [[], []]
-    for tokens, others in zip(first, second, strict=True):
+    first, second = (streamed(sampler, prompt, params, seed) for prompt, seed in zip(PROMPTS, (1, 2), strict=False))
+    turns: list[list[int]] = [[], []]
+    for token, other in zip(first, second, strict=True):
         assert model.training, "between two steps, the model is in the mode in which it was"
-        turns[0].append(tokens)
-        turns[1].append(others)
+        turns[0].append(token)
+        turns[1].append(other)
     assert turns == alone
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -461,7 +453,7 @@ def test_logits_that_are_not_finite_end_a_stream() -> None:
         lm.transformer.wpe.weight[4] = torch.nan  # The token at position 5 is the fourth one of a response.
     sampler = LocalSampler()
     sampler.sync(lm, IdTokenizer())
-    stream = sampler.stream([[1, 5]], GREEDY)
-    assert [len(next(stream)) for _ in range(3)] == [1, 1, 1]
+    stream = streamed(sampler, [1, 5], GREEDY, seed=0)
+    assert len([next(stream) for _ in range(3)]) == 3
     with pytest.raises(UserError, match="NaN or infinite at token 4 of a response"):
         next(stream)
