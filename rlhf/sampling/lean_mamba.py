@@ -14,7 +14,7 @@ from rlhf.models import cache_name
 from rlhf.models.optimizations.gated_mlp import is_silu
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
-from rlhf.sampling.unpadded import groups_of_equal_length, in_order, padding_reaches_state
+from rlhf.sampling.unpadded import groups_of_equal_length, padding_reaches_state
 from rlhf.tensors import pad_rows_left
 
 
@@ -44,7 +44,8 @@ class MambaBatch(LeanBatch):
             return super().prefill(rows, prompts)
         groups = groups_of_equal_length(prompts)
         fill = super().prefill
-        return in_order([fill([rows[i] for i in group], [prompts[i] for i in group]) for group in groups], groups)
+        logits = torch.cat([fill([rows[i] for i in group], [prompts[i] for i in group]) for group in groups])
+        return logits[torch.tensor([i for group in groups for i in group], device=self.device).argsort()]
 
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         # Padding is on the left, where the mask keeps it out of the state.

@@ -14,7 +14,6 @@ from rlhf.sampling.decoding import INVALID_TOKEN, DecodingBatch, draw_tokens
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
-from rlhf.sampling.unpadded import UnpaddedBatch, padding_reaches_state
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,7 @@ class Decoding:
         _check_positions(lm, min(map(len, prompts)), capacity)
         self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
         self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
-        batch: type[LeanBatch | DecodingBatch | UnpaddedBatch] = lean_decoder(lm) or (
-            UnpaddedBatch if padding_reaches_state(lm) else DecodingBatch
-        )
+        batch: type[LeanBatch | DecodingBatch] = lean_decoder(lm) or DecodingBatch
         max_rows = min(max_rows or len(prompts), len(prompts)) if batch.can_refill else len(prompts)
         self.batch = batch(lm, max_rows, capacity + interval)  # A finished row goes on until the end of an interval.
         self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)

@@ -13,6 +13,7 @@ from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
+from rlhf.sampling.unpadded import groups_of_equal_length, padding_reaches_state
 from rlhf.schema import PositiveInt, check_arguments
 
 
@@ -67,14 +68,14 @@ class LocalSampler(Sampler):
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
         with self._ready() as lm:
-            size = len(prompts) if self.batch_size is None or lean_decoder(lm) else self.batch_size
-            responses = []
-            for start in range(0, len(prompts), size):
-                decoding = self._decoding(lm, prompts[start : start + size], params, max_rows=self.batch_size)
+            responses: dict[int, list[int]] = {}
+            for batch in self._batches(lm, prompts):
+                decoding = self._decoding(lm, [prompts[i] for i in batch], params, max_rows=self.batch_size)
                 while not decoding.is_done:
                     decoding.step()
-                responses += decoding.responses()
-        return Rollout.from_responses(prompts, responses, decoding.stop_ids, lm.device)
+                responses.update(zip(batch, decoding.responses(), strict=True))
+        ordered = [responses[i] for i in range(len(prompts))]
+        return Rollout.from_responses(prompts, ordered, decoding.stop_ids, lm.device)
 
     @torch.no_grad()
     def stream(self, prompt: Sequence[int], params: SamplingParams, generator: torch.Generator) -> Iterator[int]:
@@ -118,6 +119,15 @@ class LocalSampler(Sampler):
                 yield self.policy
         finally:
             self.policy.train(training)
+
+    def _batches(self, lm: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Return the indices of the prompts of each batch."""
+        together: Sequence[int] = range(len(prompts))
+        if lean_decoder(lm) is not None:
+            return [together]
+        groups = groups_of_equal_length(prompts) if padding_reaches_state(lm) else [together]
+        size = self.batch_size or len(prompts)
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
     def _decoding(
         self,

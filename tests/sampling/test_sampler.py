@@ -318,6 +318,24 @@ def test_finished_rows_leave_the_batch_at_the_stop_interval(monkeypatch: pytest.
         assert recorder.rows == [rows for rows in expected if rows]
 
 
+def test_prompts_of_equal_length_are_sampled_together_if_padding_would_reach_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts of 9, 2, 1, 5, 2 and 2 tokens, two at a time: the longest one is first, and no batch is padded."""
+    config = tiny_config("mamba1")
+    config.use_bias = True
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    for layer in lm.backbone.layers:
+        torch.nn.init.normal_(layer.mixer.in_proj.bias)
+    prompts = [*PROMPTS, [7, 8], [3, 4]]
+    expected = [greedy_response(lm, prompt, 12, set()) for prompt in prompts]
+    recorder = RowRecorder(lm, monkeypatch)
+    sampler = LocalSampler(batch_size=2)
+    sampler.sync(lm, IdTokenizer())
+    assert sampler.sample(prompts, GREEDY).response_ids() == expected
+    assert recorder.rows == [rows for rows in (1, 1, 2, 1, 1) for _ in range(12)]
+
+
 class HostReads(TorchDispatchMode):
     """Counts operators that make the host wait for a device."""
 
