@@ -25,7 +25,7 @@ import rlhf.sampling.sampler as sampler_module
 from rlhf.models import limit_scan_chunks
 from rlhf.process.heap import keep_heap
 from rlhf.sampling import LocalSampler, SamplingParams
-from rlhf.sampling.responses import Decoding
+from rlhf.sampling.decoding import Decoding
 from rlhf.speed import speed
 
 

@@ -1,7 +1,7 @@
 """Response sampling, shared by SFT, PPO, GRPO, evaluation and the pre-flight checks. It works without a trainer."""
 
+from rlhf.sampling.decoding import position_limit
 from rlhf.sampling.params import SamplingParams
-from rlhf.sampling.responses import position_limit
 from rlhf.sampling.rollout import Rollout
 from rlhf.sampling.sampler import LocalSampler, Sampler
 

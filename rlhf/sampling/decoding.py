@@ -1,174 +1,217 @@
-"""Token-by-token decoding: the cached forward pass and the choice of the next token."""
+"""Step-by-step decoding, shared by ``sample`` and ``stream``."""
 
-from collections.abc import Sequence
-from inspect import signature
-from typing import Any
+import logging
+from collections.abc import Collection, Sequence
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.models import cache_name
+from rlhf.errors import ConfigError, UserError
+from rlhf.models import is_sharded
+from rlhf.models.probes import length_boundary
+from rlhf.sampling.batch import DecodingBatch
+from rlhf.sampling.cached_batch import CachedBatch
+from rlhf.sampling.drawing import INVALID_TOKEN, draw_tokens
+from rlhf.sampling.lean import AttentionBatch, LeanBatch
+from rlhf.sampling.lean_layers import has_attention_decoder
+from rlhf.sampling.lean_mamba import MambaBatch, has_mamba_decoder
 from rlhf.sampling.params import SamplingParams
-from rlhf.tensors import pad_rows_left
+from rlhf.speed import speed_settings
 
-INVALID_TOKEN = -1  # stands for a token whose logits were NaN or infinite
-BLOCK = 128  # tokens whose probabilities are summed first in a draw
+log = logging.getLogger(__name__)
+
+REFILL = 8  # The next prompts are computed when one in this many rows is free.
 
 
-class DecodingBatch:
-    """The rows of a batch that are being decoded, and the cache of transformers for them.
-
-    Prompts are padded on the left, so that the next token of every row has the same index. Positions count from the
-    first real token.
+class Decoding:
+    """The responses to a batch of prompts, which each step continues by one token.
 
     Args:
-        lm: Causal language model.
-        max_rows: Number of rows.
-        capacity: Unused. Decoders that allocate their cache in advance need the largest number of tokens of a row.
+        lm: Causal language model in eval mode.
+        prompts: Token ids of each prompt, at least one per prompt.
+        params: Sampling settings.
+        stop_ids: Ids of the tokens that end a response.
+        vocab_size: Number of token ids that may be drawn.
+        interval: Number of steps after which finished responses leave the batch.
+        max_rows: Largest number of responses that are decoded at once. The next prompts take the rows of finished
+            responses. It has no effect for models without a lean decoder.
+        generator: Random state of the draws, on the device of the model. None: the global random state of torch.
+
+    Raises:
+        ConfigError: The model has too few positions for the prompts and ``max_new_tokens``.
     """
 
-    can_refill = False  # Whether a prompt can replace a finished row.
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        stop_ids: Collection[int],
+        vocab_size: int,
+        interval: int,
+        max_rows: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        capacity = max(map(len, prompts)) + params.max_new_tokens
+        _check_positions(lm, min(map(len, prompts)), capacity)
+        self.prompts, self.params, self.stop_ids = prompts, params, set(stop_ids)
+        self.vocab_size, self.interval, self.generator = vocab_size, interval, generator
+        lean = lean_decoder(lm)
+        max_rows = min(max_rows or len(prompts), len(prompts)) if lean else len(prompts)
+        # A finished row goes on until the end of an interval.
+        self.batch: DecodingBatch = lean(lm, max_rows, capacity + interval) if lean else CachedBatch(lm)
+        self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)
+        # Of each row: the index of its prompt, the number of drawn tokens, the last one, and whether it is finished.
+        self.prompt = torch.zeros(max_rows, dtype=torch.long, device=lm.device)
+        self.drawn_count, self.token = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
+        self.finished = torch.zeros(max_rows, dtype=torch.bool, device=lm.device)
+        # Of each prompt: the drawn tokens. The last column is for what rows draw after their last token.
+        self.drawn = torch.zeros(len(prompts), params.max_new_tokens + 1, dtype=torch.long, device=lm.device)
+        self.started = 0  # number of prompts that have been computed
+        self.is_ordered = True  # whether the rows are in the order of their prompts
+        self.steps = 0
+        self.steps_left = 0  # number of steps after which all rows are finished
+        self.is_done = False
 
-    def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
-        self.lm = lm
-        self.arguments = signature(lm.forward).parameters
-        self.cache_name = cache_name(lm)
-        self.count = max_rows
-        self.cache: Any = None
+    def step(self) -> None:
+        """Draw the next token of each response.
 
-    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Compute the prompts of all rows and return the logits of the first token of each response.
-
-        Args:
-            rows: All rows.
-            prompts: Token ids of each prompt, at least one per prompt.
+        ``is_done`` is True after the last step.
         """
-        padded = pad_rows_left([list(prompt) for prompt in prompts])
-        self.input_ids, self.attention_mask = (tensor.to(self.lm.device) for tensor in padded)
-        self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        self.padded = len({len(prompt) for prompt in prompts}) > 1
-        return self._next_logits()
+        if self.steps == 0:
+            self._start(range(len(self.prompt)))
+        else:
+            self._draw(slice(self.batch.count), self.batch.decode(self.token[: self.batch.count].clamp(min=0)))
+            self.steps_left -= 1
+        self.steps += 1
+        # Only here, the host waits for the device.
+        if self.started < len(self.prompts) or self.steps_left:
+            if self.steps % self.interval == 0:
+                self._release()
+        else:
+            self.is_done = True
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row and return the logits of the next one: [rows] to [rows, vocabulary]."""
-        self.input_ids = tokens[:, None]
-        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
-        self.position_ids = self.position_ids[:, -1:] + 1
-        return self._next_logits()
+    def _start(self, rows: Sequence[int]) -> None:
+        """Compute the next prompts in the given rows, and draw the first token of each response."""
+        numbers = range(self.started, self.started + len(rows))
+        self.started = numbers.stop
+        index = torch.tensor(rows, device=self.prompt.device)
+        self.prompt[index] = torch.tensor(numbers, device=self.prompt.device)
+        self.drawn_count[index] = 0
+        self.finished[index] = False
+        self._draw(index, self.batch.prefill(rows, [self.prompts[number] for number in numbers]))
+        self.steps_left = self.params.max_new_tokens - 1
 
-    def _next_logits(self) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": True, self.cache_name: self.cache}
-        # Attention needs the mask of all cached tokens at every step. A recurrent state contains no padding after the
-        # prompt, and Mamba-1 and Falcon-Mamba would broadcast the longer mask against the single new token.
-        if self.padded and (self.cache is None or self._attention_layers()):
-            inputs["attention_mask"] = self.attention_mask.long()
-        if "position_ids" in self.arguments:
-            inputs["position_ids"] = self.position_ids
-        if "logits_to_keep" in self.arguments:
-            inputs["logits_to_keep"] = 1
-        output = self.lm(**inputs)
-        is_prompt = self.cache is None
-        self.cache = getattr(output, self.cache_name)
-        if is_prompt:
-            self._always_use_the_mask()
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    def _draw(self, rows: Tensor | slice, logits: Tensor) -> None:
+        """Draw a token for each of the given rows."""
+        prompt, count, finished = self.prompt[rows], self.drawn_count[rows], self.finished[rows]
+        # Random numbers go to responses in the order of their prompts, wherever their rows are.
+        ranks = None if self.is_ordered else prompt.argsort().argsort()
+        tokens = draw_tokens(logits[:, : self.vocab_size], self.params, self.generator, ranks)
+        drawn = tokens.where(~finished, 0)
+        self.drawn[prompt, count.clamp(max=self.params.max_new_tokens)] = drawn
+        ends = (tokens[:, None] == self.ends).any(dim=1) | (count + 1 >= self.params.max_new_tokens)
+        self.finished[rows] = finished | ends
+        self.drawn_count[rows] = count + 1
+        self.token[rows] = tokens
 
-    def _always_use_the_mask(self) -> None:
-        """Stop transformers from reading the mask on the host in every step to find out whether it contains padding.
+    def _release(self) -> None:
+        """Replace finished rows by the next prompts, or remove them."""
+        count = self.batch.count
+        rows: list[int] = self.finished[:count].cpu().nonzero()[:, 0].tolist()
+        if not rows:
+            return
+        waiting = len(self.prompts) - self.started
+        if waiting:
+            if len(rows) < min(waiting, -(-count // REFILL)):  # Several prompts at once are computed faster.
+                self.batch.rewind(rows)
+                return
+            self.is_ordered = False
+            self._start(rows[:waiting])
+            rows = rows[waiting:]
+        if len(rows) == count:
+            self.is_done = True
+        elif rows:
+            order = torch.tensor(self.batch.remove(rows), device=self.prompt.device)
+            self.is_ordered = False
+            for values in (self.prompt, self.drawn_count, self.token, self.finished):
+                values[: len(order)] = values[order]
 
-        It does not do so for caches that can be compiled.
+    def responses(self) -> list[list[int]]:
+        """Return the token ids of each response, including its stop token.
+
+        Raises:
+            UserError: The logits of a token were NaN or infinite.
         """
-        if self.padded:
-            for layer in self._attention_layers():
-                layer.is_compileable = True
-
-    def _attention_layers(self) -> list[Any]:
-        """Return the layers of the cache that contain keys and values; hybrid models have recurrent layers as well."""
-        # Decoders with cross-attention have a second cache, which is empty without an encoder.
-        cache = getattr(self.cache, "self_attention_cache", self.cache)
-        return [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
-
-    def remove(self, rows: Sequence[int]) -> list[int]:
-        """Remove rows from the batch and from the cache, and return the former indices of those that are left."""
-        order = sorted(set(range(self.count)) - set(rows))
-        index = torch.tensor(order, device=self.lm.device)
-        self.cache.reorder_cache(index)
-        self.attention_mask, self.position_ids = self.attention_mask[index], self.position_ids[index]
-        self.count = len(order)
-        return order
+        return [_response(tokens, self.stop_ids) for tokens in self.drawn[:, :-1].tolist()]
 
 
-def draw_tokens(
-    logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None, ranks: Tensor | None = None
-) -> Tensor:
-    """Draw one token per row, without reading anything on the host.
+def _response(tokens: list[int], stop_ids: set[int]) -> list[int]:
+    """Return the drawn tokens up to and including the first stop token."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    if INVALID_TOKEN in tokens[:length]:
+        raise invalid_logits(tokens.index(INVALID_TOKEN) + 1)
+    return tokens[:length]
 
-    The draw inverts the cumulative distribution, first that of blocks of tokens and then that of the tokens in the
-    block. Probabilities are counted in integers, because a GPU has no deterministic cumulative sum of floats.
+
+def lean_decoder(lm: PreTrainedModel) -> type[LeanBatch] | None:
+    """Return the class that decodes a model without the modules of transformers.
+
+    None: there is none, or ``speed.lean_decoding`` is off.
+    """
+    if not speed_settings().lean_decoding or is_sharded(lm):
+        return None
+    if has_attention_decoder(lm):
+        return AttentionBatch
+    return MambaBatch if has_mamba_decoder(lm) else None
+
+
+def invalid_logits(position: int) -> UserError:
+    """Return the error for logits that are NaN or infinite.
 
     Args:
-        logits: [rows, vocabulary] next-token logits.
-        params: Temperature and filters.
-        generator: Random state, on the device of the logits. None: the global random state of torch.
-        ranks: [rows] which of the random numbers each row gets. None: in order.
-
-    Returns:
-        [rows] token ids; ``INVALID_TOKEN`` in rows whose largest logit is NaN or infinite.
+        position: Position in the response, from 1.
     """
-    valid = logits.amax(dim=-1).isfinite()
-    if params.temperature == 0:
-        return torch.where(valid, logits.argmax(dim=-1), INVALID_TOKEN)
-    logits = filter_logits(logits.float() / params.temperature, top_k=params.top_k, top_p=params.top_p)
-    probabilities = logits.softmax(dim=-1)
-    blocks = F.pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).view(len(logits), -1, BLOCK)
-    random = torch.randint(2**30, (2, len(logits)), device=logits.device, generator=generator)
-    random = random if ranks is None else random[:, ranks]
-    block = _choose(blocks.sum(dim=-1), random[0])
-    within = _choose(blocks[torch.arange(len(logits), device=logits.device), block], random[1])
-    tokens = (block * BLOCK + within).clamp(max=logits.shape[1] - 1)
-    return torch.where(valid, tokens, INVALID_TOKEN)
+    return UserError(
+        f"The model's logits are NaN or infinite at token {position} of a response, so no token can be drawn. Its "
+        "weights or its activations have overflowed.",
+        "Look at grad_norm and train/loss before this step. Reduce stage.learning_rate, or set "
+        "trainer.precision=32-true.",
+    )
 
 
-def _choose(weights: Tensor, random: Tensor) -> Tensor:
-    """Choose an index per row with probabilities in proportion to its weights.
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return the maximum length of prompt and response together when a model samples; None if it has no limit.
 
     Args:
-        weights: [rows, choices] weights of at least 0. The result is undefined in rows with NaN.
-        random: [rows] random integers below 2^30.
-
-    Returns:
-        [rows] indices. A weight of 0 is never chosen.
+        config: The configuration of the model.
     """
-    relative = (weights / weights.amax(dim=-1, keepdim=True)).nan_to_num()
-    cumulative = (relative * 2**40).long().cumsum(dim=-1)
-    total = cumulative[:, -1]
-    # random / 2^30 * total, rounded down. Its parts do not overflow, and rounding errors of weights change it little.
-    target = (total >> 30) * random + ((total & (2**30 - 1)) * random >> 30)
-    return (cumulative <= target[:, None]).sum(dim=-1).clamp(max=weights.shape[1] - 1)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set the logits of tokens outside top-k and top-p to minus infinity.
+def _check_positions(lm: PreTrainedModel, shortest: int, needed: int) -> None:
+    """Refuse prompts that leave too few positions for ``max_new_tokens``, and warn of positions that may change."""
+    available = position_limit(lm.config)
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"The longest prompt and max_new_tokens need {needed} positions together, but the model has {available}.",
+            f"Set data.max_length={available} or reduce max_new_tokens.",
+        )
+    boundary = length_boundary(lm.base_model)
+    if boundary is not None and shortest <= boundary < needed:
+        _warn_of_boundary(boundary)
 
-    Args:
-        logits: [rows, vocabulary] logits, already divided by the temperature.
-        top_k: Number of tokens to keep; 0 keeps all.
-        top_p: Total probability of the tokens to keep, computed after the top-k filter; 1 keeps all.
 
-    Returns:
-        [rows, vocabulary] logits. The most likely token is always kept.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        # Probabilities are counted in integers, because a GPU has no deterministic cumulative sum of floats.
-        probabilities = (ordered.softmax(dim=-1) * 2**40).long()
-        remove = probabilities.cumsum(dim=-1) - probabilities >= max(int(top_p * 2**40), 1)
-        logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
-    return logits
+@cache
+def _warn_of_boundary(boundary: int) -> None:
+    """Warn once per run."""
+    log.warning(
+        "The model encodes positions of sequences of more than %d tokens differently (rope_type=longrope). Log-probs "
+        "of responses that cross this length differ between sampling and scoring. Set data.max_length=%d or reduce "
+        "max_new_tokens.",
+        boundary,
+        boundary,
+    )

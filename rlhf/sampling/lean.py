@@ -4,9 +4,8 @@ A row of the cache holds a response. Rows have their own lengths, so a free row 
 the other rows go on, and moving the last row into a free one closes a gap.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models import cache_name
+from rlhf.sampling.batch import DecodingBatch
 from rlhf.sampling.lean_layers import Function, attention_decoder, linear
 from rlhf.tensors import pad_right
 
 
-class LeanBatch(ABC):
-    """The rows of a batch that are being decoded, and their cache.
+class LeanBatch(DecodingBatch):
+    """Base class of the lean decoders. Equal prompts are computed once.
 
     Args:
         lm: The model.
         max_rows: Largest number of rows.
         capacity: Largest number of tokens of a row, prompt and response.
     """
-
-    can_refill = True
 
     def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
         self.lm: Any = lm
@@ -37,15 +35,6 @@ class LeanBatch(ABC):
         self.count = 0  # rows in use: the first ones
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Compute prompts and place each of them in a row. Equal prompts are computed once.
-
-        Args:
-            rows: The rows, which are unused or finished.
-            prompts: Token ids of the prompt of each row.
-
-        Returns:
-            [rows, vocabulary] logits of the first token of each response.
-        """
         unique = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         source = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=self.device)
         hidden = self._fill(torch.tensor(rows, device=self.device), source, [list(prompt) for prompt in unique])
@@ -71,28 +60,14 @@ class LeanBatch(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row and return the logits of the next one: [rows] to [rows, vocabulary]."""
-
-    @abstractmethod
     def _move(self, source: int, target: int) -> None:
         """Copy the cache of one row to another."""
 
-    def rewind(self, rows: Sequence[int]) -> None:  # noqa: B027
-        """Reset finished rows of the batch, so that they neither overflow the cache nor slow down decoding."""
-
     def remove(self, rows: Sequence[int]) -> list[int]:
-        """Remove rows from the batch. The last rows replace them.
-
-        Args:
-            rows: The rows, in ascending order.
-
-        Returns:
-            The former index of each row that is left.
-        """
         order = list(range(self.count))
         removed = set(rows)
         self.count -= len(rows)
+        # The last rows replace them.
         free = [row for row in rows if row < self.count]
         moved = [row for row in order[self.count :] if row not in removed]
         for target, source in zip(free, moved, strict=True):
@@ -140,9 +115,8 @@ class AttentionBatch(LeanBatch):
             _, heads, _, width = layer.values.shape
             # Zeros, because masked values that are NaN would reach the result. Keys have the dtype of values, to which
             # attention converts them under autocast.
-            new = partial(layer.values.new_zeros, (self.max_rows, heads, self.capacity, width))
-            self.keys.append(new())
-            self.values.append(new())
+            for cache in (self.keys, self.values):
+                cache.append(layer.values.new_zeros(self.max_rows, heads, self.capacity, width))
 
     def decode(self, tokens: Tensor) -> Tensor:
         lengths, host = self.lengths[: self.count], self.host_lengths[: self.count]

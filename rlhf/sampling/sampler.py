@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import gathered
-from rlhf.sampling.decoding import INVALID_TOKEN
-from rlhf.sampling.lean_decoders import lean_decoder
+from rlhf.sampling.decoding import Decoding, invalid_logits, lean_decoder
+from rlhf.sampling.drawing import INVALID_TOKEN
 from rlhf.sampling.params import SamplingParams
-from rlhf.sampling.responses import Decoding, invalid_logits
 from rlhf.sampling.rollout import Rollout
 from rlhf.sampling.unpadded import groups_of_equal_length, padding_reaches_state
 from rlhf.schema import PositiveInt, check_arguments

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from rlhf.sampling import LocalSampler, SamplingParams
+from rlhf.sampling.decoding import lean_decoder
 from rlhf.sampling.lean import LeanBatch
-from rlhf.sampling.lean_decoders import lean_decoder
 from rlhf.speed import speed
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.sampling import SamplingParams
-from rlhf.sampling.decoding import INVALID_TOKEN, draw_tokens, filter_logits
+from rlhf.sampling.drawing import INVALID_TOKEN, draw_tokens, filter_logits
 
 PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
 
