@@ -1,7 +1,6 @@
 """Decoder layers of transformers as functions of one token per row, without their modules."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -88,7 +87,7 @@ class _Rotary(Decoder):
 
     def __init__(self, lm: Any, capacity: int) -> None:
         trunk = lm.model
-        self.layers = [_RotaryLayer.of(layer) for layer in trunk.layers]
+        self.layers = [_RotaryLayer(layer) for layer in trunk.layers]
         self.norm = rms_norm(trunk.norm)
         self.embedding = trunk.embed_tokens
         positions = torch.arange(capacity, device=lm.device)[None]
@@ -100,42 +99,18 @@ class _Rotary(Decoder):
         return self.embedding(tokens), (self.cos[position], self.sin[position])
 
 
-@dataclass
 class _RotaryLayer(DecoderLayer):
-    attention_norm: Function
-    query: Function
-    key: Function
-    value: Function
-    query_norm: Function | None
-    key_norm: Function | None
-    attention_output: Function
-    mlp_norm: Function
-    gate: Function
-    up: Function
-    down: Function
-    activation: Function
-    head_width: int
-    scale: float
-
-    @classmethod
-    def of(cls, layer: Any) -> "_RotaryLayer":
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        return cls(
-            attention_norm=rms_norm(layer.input_layernorm),
-            query=linear(attention.q_proj),
-            key=linear(attention.k_proj),
-            value=linear(attention.v_proj),
-            query_norm=rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            key_norm=rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            attention_output=linear(attention.o_proj),
-            mlp_norm=rms_norm(layer.post_attention_layernorm),
-            gate=linear(mlp.gate_proj),
-            up=linear(mlp.up_proj),
-            down=linear(mlp.down_proj),
-            activation=F.silu if is_silu(mlp.act_fn) else mlp.act_fn,
-            head_width=attention.head_dim,
-            scale=attention.scaling,
-        )
+        self.attention_norm = rms_norm(layer.input_layernorm)
+        self.query, self.key, self.value = map(linear, (attention.q_proj, attention.k_proj, attention.v_proj))
+        self.query_norm = rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.key_norm = rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.attention_output = linear(attention.o_proj)
+        self.mlp_norm = rms_norm(layer.post_attention_layernorm)
+        self.gate, self.up, self.down = map(linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.activation: Function = F.silu if is_silu(mlp.act_fn) else mlp.act_fn
+        self.head_width, self.scale = attention.head_dim, attention.scaling
 
     def projections(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = positions
@@ -161,7 +136,7 @@ class _GPT2(Decoder):
 
     def __init__(self, lm: Any, capacity: int) -> None:
         trunk = lm.transformer
-        self.layers = [_GPT2Layer.of(layer) for layer in trunk.h]
+        self.layers = [_GPT2Layer(layer) for layer in trunk.h]
         self.norm, self.tokens = trunk.ln_f, trunk.wte
         self.positions: Tensor = trunk.wpe(torch.arange(min(capacity, lm.config.n_positions), device=lm.device))
 
@@ -172,32 +147,13 @@ class _GPT2(Decoder):
         return self.tokens(tokens) + self.positions[position], None
 
 
-@dataclass
 class _GPT2Layer(DecoderLayer):
-    attention_norm: Function
-    projection: Function
-    attention_output: Function
-    mlp_norm: Function
-    up: Function
-    down: Function
-    activation: Function
-    head_width: int
-    scale: float
-
-    @classmethod
-    def of(cls, layer: Any) -> "_GPT2Layer":
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.attn, layer.mlp
-        return cls(
-            attention_norm=layer.ln_1,
-            projection=linear(attention.c_attn),
-            attention_output=linear(attention.c_proj),
-            mlp_norm=layer.ln_2,
-            up=linear(mlp.c_fc),
-            down=linear(mlp.c_proj),
-            activation=mlp.act,
-            head_width=attention.head_dim,
-            scale=attention.scaling,
-        )
+        self.attention_norm, self.mlp_norm = layer.ln_1, layer.ln_2
+        self.projection, self.attention_output = linear(attention.c_attn), linear(attention.c_proj)
+        self.up, self.down, self.activation = linear(mlp.c_fc), linear(mlp.c_proj), mlp.act
+        self.head_width, self.scale = attention.head_dim, attention.scaling
 
     def projections(self, hidden: Tensor, positions: None) -> tuple[Tensor, Tensor, Tensor]:
         projected = self.projection(self.attention_norm(hidden))
@@ -211,12 +167,10 @@ class _GPT2Layer(DecoderLayer):
 
 def linear(module: Any) -> Function:
     """Return a plain linear layer as a function. Other layers, such as those with an adapter, are returned."""
-    if has_hooks(module):
+    if has_hooks(module) or type(module) not in (nn.Linear, Conv1D):
         return module  # type: ignore[no-any-return]
     if type(module) is Conv1D:
         return lambda hidden: torch.addmm(module.bias, hidden, module.weight)
-    if type(module) is not nn.Linear:
-        return module  # type: ignore[no-any-return]
     if module.weight.device.type != "cpu":
         return partial(F.linear, weight=module.weight, bias=module.bias)
     return partial(_narrow_linear, weight=module.weight, bias=module.bias)

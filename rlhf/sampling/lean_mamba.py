@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class MambaBatch(LeanBatch):
     def __init__(self, lm: PreTrainedModel, max_rows: int, capacity: int) -> None:
         super().__init__(lm, max_rows, capacity)
         trunk = self.lm.backbone
-        self.layers = [_Layer.of(block) for block in trunk.layers]
+        self.layers = [_Layer(block) for block in trunk.layers]
         self.norm, self.embedding = rms_norm(trunk.norm_f), trunk.embeddings
         self.needs_equal_lengths = padding_reaches_state(lm)
         self.inputs: list[Tensor] = []  # [max_rows, kernel, channels] the last inputs of each layer's convolution
@@ -78,40 +77,18 @@ class MambaBatch(LeanBatch):
             cache[target] = cache[source]
 
 
-@dataclass
 class _Layer:
-    norm: Function
-    projection: Function
-    kernel: Tensor  # [kernel, channels]
-    bias: Tensor | None
-    activation: Function
-    decay: Tensor  # [heads]
-    step_bias: Tensor
-    skip: Tensor  # [heads, 1]
-    gated_norm: Any
-    projection_back: Function
-    sizes: Sequence[int]
-    groups: int
-    state_size: int
-
-    @classmethod
-    def of(cls, block: Any) -> "_Layer":
+    def __init__(self, block: Any) -> None:
         mixer = block.mixer
-        return cls(
-            norm=rms_norm(block.norm),
-            projection=linear(mixer.in_proj),
-            kernel=mixer.conv1d.weight[:, 0].T.contiguous(),
-            bias=mixer.conv1d.bias,
-            activation=F.silu if is_silu(mixer.act) else mixer.act,
-            decay=-mixer.A_log.float().exp(),
-            step_bias=mixer.dt_bias,
-            skip=mixer.D[:, None],
-            gated_norm=mixer.norm,
-            projection_back=linear(mixer.out_proj),
-            sizes=(mixer.intermediate_size, mixer.conv_dim, mixer.num_heads),
-            groups=mixer.n_groups,
-            state_size=mixer.ssm_state_size,
-        )
+        self.norm, self.gated_norm = rms_norm(block.norm), mixer.norm
+        self.projection, self.projection_back = linear(mixer.in_proj), linear(mixer.out_proj)
+        self.kernel = mixer.conv1d.weight[:, 0].T.contiguous()  # [kernel, channels]
+        self.bias = mixer.conv1d.bias  # [channels] or None
+        self.activation: Function = F.silu if is_silu(mixer.act) else mixer.act
+        self.decay = -mixer.A_log.float().exp()  # [heads]
+        self.step_bias, self.skip = mixer.dt_bias, mixer.D[:, None]  # [heads], [heads, 1]
+        self.sizes = (mixer.intermediate_size, mixer.conv_dim, mixer.num_heads)
+        self.groups, self.state_size = mixer.n_groups, mixer.ssm_state_size
 
     def output(self, hidden: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
         """Return the output of the layer for one token per row, and update the last inputs and the state.
