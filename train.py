@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from rlhf.errors import plain_errors
-from rlhf.run_names import check_arguments
+from rlhf.run_names import check_run_override
 from rlhf.sweep import exit_code
 
 
@@ -21,6 +21,6 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     with plain_errors():
-        check_arguments(sys.argv[1:])
+        check_run_override(sys.argv[1:])
         main()
         sys.exit(exit_code())  # of a sweep in which a job has failed

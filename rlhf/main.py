@@ -10,9 +10,8 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rlhf.config import check_choices, check_values
+from rlhf.config import check_choices, check_values, resolve_precision
 from rlhf.files import remove_if_empty
-from rlhf.precision import resolve_precision
 from rlhf.process.garbage import imports
 from rlhf.run_names import check_run_name
 from rlhf.speed import set_speed

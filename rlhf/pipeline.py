@@ -15,14 +15,13 @@ from rich.text import Text
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
 from rlhf.checkpoint.resume import check_start, earlier_files
-from rlhf.config import check_values
+from rlhf.config import check_values, resolve_precision
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import open_model_source
 from rlhf.files import FINAL_MODEL
 from rlhf.output_directory import OutputDirectory
 from rlhf.overrides import quote
-from rlhf.precision import resolve_precision
 from rlhf.printable import printable
 from rlhf.report import NAME as REPORT
 from rlhf.report import write_run_report

@@ -35,7 +35,7 @@ def check_run_name(name: object) -> None:
         )
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_run_override(arguments: Sequence[str]) -> None:
     """Reject ``run=../x`` in a command line before Hydra creates the directory.
 
     The value may be a list for a sweep, so only separators are looked for. ``check_run_name`` checks each name later.

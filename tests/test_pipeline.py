@@ -90,7 +90,7 @@ def test_the_overrides_of_a_step_win_over_the_command_line() -> None:
 
 
 def test_the_precision_of_a_step_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.precision.has_bfloat16", lambda accelerator: accelerator == "cpu")
+    monkeypatch.setattr("rlhf.config.has_bfloat16", lambda accelerator: accelerator == "cpu")
     with hydra_command("trainer=cpu", "trainer.precision=auto") as cfg:
         assert step_config(step_overrides(cfg, "dpo", Path("/r/rlhf"))).trainer.precision == "bf16-mixed"
 

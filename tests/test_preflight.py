@@ -23,13 +23,12 @@ from transformers import (
 
 from harness import EXACT, PROMPTS, STAGES, TINY_DATA, Run, TinyRun, run_train, tiny_reward_model
 from rlhf.callbacks import PreflightChecks, PreflightOnly
-from rlhf.check import Check
 from rlhf.data import EncodedResponse, Encoder, SequenceBatch
 from rlhf.errors import UserError
 from rlhf.export import Export, save_result
 from rlhf.models import Pretrained
 from rlhf.models import trunk as trunk_module
-from rlhf.preflight import PreflightFailed
+from rlhf.preflight import Check, PreflightFailed
 from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
 from rlhf.preflight.runner import check_table
 from rlhf.sft import SFTModule

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.check import Check
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.data.labeled_batches import LabeledBatch
 from rlhf.declared import declared_arguments, unwrapped
@@ -30,6 +29,7 @@ from rlhf.schema import (
     check_arguments,
 )
 from rlhf.stage import Mean, Metrics, Result
+from rlhf.stage.check import Check
 from rlhf.stage.optimizer import Schedule
 from rlhf.stage.random_state import separate_random_state
 from rlhf.tensors import masked_mean

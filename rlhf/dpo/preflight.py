@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
 from rlhf.declared import unwrapped
 from rlhf.dpo.objective import kto_loss, sigmoid_loss
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs
 from rlhf.preflight import (
+    Check,
     check_accumulation_equivalence,
     check_eos_in_loss,
     check_frozen_models,

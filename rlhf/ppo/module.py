@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rlhf.check import Check
 from rlhf.data import RecordDataModule
 from rlhf.declared import declared_arguments
 from rlhf.errors import ConfigError
@@ -18,6 +17,7 @@ from rlhf.rl.advantages import gae
 from rlhf.rl.models import Critic
 from rlhf.rl.objective import clipped_value_loss
 from rlhf.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, has_default
+from rlhf.stage.check import Check
 from rlhf.tensors import masked_scale, masked_whiten
 
 # Settings without effect if the advantage estimator does not declare the argument.

@@ -5,7 +5,6 @@ and ``special_tokens.py``; each stage's ``preflight.py`` selects those that appl
 rows of different lengths, and do not affect training: the run is bit-for-bit identical with and without them.
 """
 
-from rlhf.check import Check
 from rlhf.preflight.checks import (
     check_accumulation_equivalence,
     check_frozen_models,
@@ -28,6 +27,7 @@ from rlhf.preflight.measurements import (
 )
 from rlhf.preflight.runner import PreflightFailed, run_preflight
 from rlhf.preflight.special_tokens import check_ends_with_eos, check_eos_in_loss, check_single_bos
+from rlhf.stage.check import Check
 
 __all__ = [
     "Check",

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.check import Check
 from rlhf.data import Batch, SequenceBatch
 from rlhf.data.loader import with_loss_weights
 from rlhf.models import Frozen, Policy, ScalarModel, gathered, local_tensor
@@ -27,6 +26,7 @@ from rlhf.preflight.measurements import (
     tolerance,
 )
 from rlhf.stage import Result, StageModule
+from rlhf.stage.check import Check
 
 EXTRA_COLUMNS = 7  # Columns of padding that the padding checks add.
 

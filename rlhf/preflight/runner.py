@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from rlhf.check import Check
 from rlhf.data import RecordDataModule
 from rlhf.errors import UserError
 from rlhf.logs import metrics_log
@@ -21,6 +20,7 @@ from rlhf.preflight.checks import check_reload
 from rlhf.preflight.measurements import as_sequences, sample_rows
 from rlhf.printable import printable
 from rlhf.stage import Result, StageModule
+from rlhf.stage.check import Check
 from rlhf.stage.random_state import get_random_state, set_random_state
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.check import Check
 from rlhf.data import Batch, SequenceBatch
 from rlhf.models import Policy
 from rlhf.preflight.measurements import full_precision
 from rlhf.stage import StageModule
+from rlhf.stage.check import Check
 from rlhf.tensors import last_true
 
 

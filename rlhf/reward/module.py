@@ -10,7 +10,6 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from rlhf.check import Check
 from rlhf.data import PairBatch, RatingBatch, RecordDataModule, SequenceBatch
 from rlhf.distributed import gather_objects, sum_over_ranks
 from rlhf.errors import ConfigError
@@ -22,6 +21,7 @@ from rlhf.reward.report import pair_report, rating_report
 from rlhf.reward.report_output import plot, scalars, summary
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt, has_default
 from rlhf.stage import Metrics, Result, StageModule
+from rlhf.stage.check import Check
 from rlhf.stage.loggers import log_figure
 from rlhf.stage.optimizer import Schedule
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.check import Check
 from rlhf.data import PromptBatch, RecordDataModule
 from rlhf.models import Frozen, ModelSource, Policy, as_sequence, disable_dropout, open_reference
 from rlhf.reward_functions import RewardFunction, check_targets, read_columns
@@ -24,6 +23,7 @@ from rlhf.rl.updates import UpdateModule
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
 from rlhf.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf.stage import Result
+from rlhf.stage.check import Check
 from rlhf.stage.optimizer import Schedule
 from rlhf.stage.precision import scoring_context
 from rlhf.stage.random_state import separate_random_state

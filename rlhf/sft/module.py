@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.check import Check
 from rlhf.data import RecordDataModule, SequenceBatch
 from rlhf.models import ModelSource, Policy
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
@@ -14,6 +13,7 @@ from rlhf.schema import FractionBelowOne, NonNegativeInt, PositiveFloat, Positiv
 from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
 from rlhf.stage import Metrics, Result, StageModule
+from rlhf.stage.check import Check
 from rlhf.stage.random_state import separate_random_state
 from rlhf.stage.sample_table import sample_for_table
 from rlhf.tensors import masked_fraction, masked_mean

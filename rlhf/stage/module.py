@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.check import Check
 from rlhf.data import Batch, RecordDataModule
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
@@ -24,6 +23,7 @@ from rlhf.models import (
     shard,
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf.stage.check import Check
 from rlhf.stage.epoch import prepare_epoch, remaining_steps
 from rlhf.stage.hyperparameters import check_constructors, constructor_calls, plain_arguments
 from rlhf.stage.memory import BatchSplitter

@@ -25,7 +25,7 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 # packages do not import each other, except that ppo and grpo build on rl.
 LAYERS: list[set[str]] = [
     {
-        *("process", "errors", "distributed", "tensors", "declared", "check", "files", "stages", "printable"),
+        *("process", "errors", "distributed", "tensors", "declared", "files", "stages", "printable"),
         *("metrics", "overrides", "run_names", "schema", "speed", "suggestions", "tokenizer"),
     },
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "logs", "web", "label"},
@@ -46,7 +46,6 @@ LAYERS: list[set[str]] = [
         "main",
         "output_directory",
         "pipeline",
-        "precision",
         "replay",
         "report",
         "rounds",

@@ -21,7 +21,7 @@ from rlhf.data.files import read_rows
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.main import run
 from rlhf.run import run_stage
-from rlhf.run_names import check_arguments, check_run_name
+from rlhf.run_names import check_run_name, check_run_override
 
 
 @pytest.fixture
@@ -74,15 +74,15 @@ def test_plain_names_of_runs_are_accepted(name: object) -> None:
 @pytest.mark.parametrize("argument", ["run=../../x", "run='../x'", "++run=/tmp/x", "run=", "run=a/b", "run=a,../b"])
 def test_a_command_is_refused_before_hydra_creates_a_directory(argument: str) -> None:
     with pytest.raises(ConfigError, match=r"^run must be a plain name"):
-        check_arguments(["stage=sft", argument])
+        check_run_override(["stage=sft", argument])
 
 
 def test_other_arguments_are_not_names_of_runs() -> None:
-    check_arguments(["-m", "run=a,b", "paths.root=../elsewhere", "data.train=../x.jsonl", "stage.policy=../x.pt"])
+    check_run_override(["-m", "run=a,b", "paths.root=../elsewhere", "data.train=../x.jsonl", "stage.policy=../x.pt"])
 
 
 def test_a_run_named_in_a_configuration_file_is_checked() -> None:
-    """``check_arguments`` sees the command line only."""
+    """``check_run_override`` sees the command line only."""
     cfg = compose_config("stage=sft")
     check_choices(cfg)
     cfg.run = "../x"

@@ -1,4 +1,4 @@
-"""The result of one pre-flight check. A leaf module, so that both stages and ``rlhf.preflight`` can import it."""
+"""The result of one pre-flight check."""
 
 from dataclasses import dataclass
 
