@@ -112,6 +112,19 @@ def test_pretrained_model_passes(name: str, stage: str, tmp_path: Path, tokenize
     assert_passes(build(harness(tmp_path, source.tokenizer(), lm), stage, policy=source))
 
 
+def test_unpaired_losses_may_depend_on_the_batch(gpt2_run: TinyRun) -> None:
+    """The KL baseline is a statistic of the batch, also in a loss of a user. It is 0 until the policy changes."""
+
+    def loss(log_ratios: Tensor, kl: Tensor, beta: float) -> Tensor:
+        return torch.sigmoid(beta * (kl - log_ratios)).mean()
+
+    run = gpt2_run.train("kto", loss=loss, learning_rate=1e-2, trainer={"max_epochs": 3})
+    assert run.curve("kto/kl")[-1] > 1
+    run.trainer.save_checkpoint(path := gpt2_run.folder / "last.ckpt")
+    with pytest.raises(PreflightOnly):
+        build(gpt2_run, "kto", loss=loss).fit(path)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_mixed_precision_passes(gpt2_run: TinyRun, stage: str) -> None:
     """Rounding of bfloat16 depends on the shape of a batch, so values are compared in float32, as the weights are."""

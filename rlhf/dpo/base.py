@@ -90,15 +90,19 @@ class PreferenceModule(ReferenceModule):
             check_arguments(loss.func, "stage.loss", loss.keywords)
         self._check_loss()
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The loss without the settings that have been filled in."""
+        return unwrapped(self.loss)
+
     def _check_loss(self) -> None:
         """Reject settings that the loss is not defined for."""
-        if isinstance(self.loss, partial) and isinstance(self.loss.func, type):
+        if isinstance(self.loss, partial) and isinstance(self.loss_function, type):
             raise ConfigError(
                 f"stage.loss._partial_ must be false for the class {self._loss_name()}, got true.",
                 "Set stage.loss._partial_=false.",
             )
-        loss = unwrapped(self.loss)
-        for switch, needed in getattr(loss, "needs", {}).items():
+        for switch, needed in getattr(self.loss_function, "needs", {}).items():
             if getattr(self, switch) != needed:
                 needed_word, given_word = str(needed).lower(), str(not needed).lower()
                 raise ConfigError(
@@ -109,7 +113,7 @@ class PreferenceModule(ReferenceModule):
 
     def _loss_name(self) -> str:
         """Return the import path of the loss."""
-        loss = unwrapped(self.loss)
+        loss = self.loss_function
         named = loss if hasattr(loss, "__qualname__") else type(loss)
         return f"{named.__module__}.{named.__qualname__}"
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data import Batch, RecordDataModule
-from rlhf.declared import unwrapped
-from rlhf.dpo.objective import kto_loss, sigmoid_loss
+from rlhf.data import Batch, RecordDataModule, UnpairedBatch
+from rlhf.dpo.objective import sigmoid_loss
 from rlhf.dpo.ref_logprobs import ReferenceLogprobs
 from rlhf.preflight import (
     Check,
@@ -42,7 +41,6 @@ def checks(module: Any, datamodule: RecordDataModule) -> Iterator[Check]:
     batch: Any = datamodule.collate(rows).to(module.device)
     extremes = extreme_sequences(datamodule).to(module.device)
     sequences, policy, reference = batch.sequences, module.policy, module.reference
-    loss = unwrapped(module.loss)
     yield check_single_bos(module.tokenizer, [*unpadded_rows(sequences), *unpadded_rows(extremes)])
     yield check_eos_in_loss(module, policy, batch, datamodule.max_length)
     yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
@@ -52,15 +50,15 @@ def checks(module: Any, datamodule: RecordDataModule) -> Iterator[Check]:
     if reference is not None and module.trainer.ckpt_path is None:  # A resumed policy differs from its reference model.
         metrics = _training_metrics(module, batch)
         yield check_first_rewards(metrics)
-        if loss is sigmoid_loss and not module.sft_coef:
+        if module.loss_function is sigmoid_loss and not module.sft_coef:
             yield check_first_loss(metrics)
     yield from check_padding_invariance(module, "log-probs", logprob_measure(policy), extremes, policy.lm)
     if reference is not None:  # Every batch below must see the same reference log-probs, to the last bit.
         ReferenceLogprobs(module.compute_ref_logprobs, len(rows)).fill(rows, "check")
-    whole = datamodule.collate(rows).to(module.device)
+    whole: Batch = datamodule.collate(rows).to(module.device)
     gradient = full_precision_gradient(module, [whole])
     yield check_padding_is_ignored(module, whole, gradient)
-    if loss is not kto_loss:  # The KL baseline of KTO is a statistic of the batch.
+    if not isinstance(whole, UnpairedBatch):  # The KL baseline of unpaired losses is a statistic of the batch.
         yield check_accumulation_equivalence(module, whole, micro_batches(rows, datamodule), gradient)
 
 
