@@ -111,7 +111,7 @@ def exhaust(run: Run, stage: str, place: str, monkeypatch: pytest.MonkeyPatch) -
         (
             "dpo",
             {"samples": 1},
-            "rlhf.dpo.samples._rewards_and_kl",
+            "rlhf.dpo.base.rewards_and_kl",
             r"Set stage\.samples=0 or stage\.max_new_tokens=32\.",
         ),
         (

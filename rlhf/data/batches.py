@@ -158,6 +158,17 @@ class SequenceBatch(Batch):
         return cls(input_ids, attention_mask, response_mask)
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """The keywords with which ``rlhf.models.Policy`` computes the log-probs of the responses."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "response_mask": self.response_mask,
+            "response_tokens": self.terms,
+            **self.layout,
+        }
+
+    @property
     def layout(self) -> dict[str, list[int]]:
         """What models may know about the rows, as keywords of ``rlhf.models.hidden_states``."""
         return {"lengths": self.lengths, "shared_tokens": self.shared_tokens}

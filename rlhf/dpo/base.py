@@ -16,7 +16,7 @@ from rlhf.dpo.metrics import MetricGroup
 from rlhf.dpo.objective import response_lengths
 from rlhf.dpo.preflight import checks
 from rlhf.dpo.reference import ReferenceModule
-from rlhf.dpo.samples import sample_responses
+from rlhf.dpo.samples import rewards_and_kl
 from rlhf.errors import ConfigError
 from rlhf.models import ModelSource, Policy, allows_shared_prompts, disable_dropout
 from rlhf.sampling import LocalSampler, Sampler, SamplingParams
@@ -31,7 +31,7 @@ from rlhf.schema import (
 from rlhf.stage import Mean, Metrics, Result
 from rlhf.stage.check import Check
 from rlhf.stage.optimizer import Schedule
-from rlhf.stage.random_state import separate_random_state
+from rlhf.stage.sample_table import show_samples
 from rlhf.tensors import masked_mean
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,6 @@ class PreferenceModule(ReferenceModule):
         self.samples = samples
         self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.sampler = sampler or LocalSampler()
-        self._sampled_at = -1  # Optimizer step of the latest table of samples.
         if isinstance(loss, partial):
             check_arguments(loss.func, "stage.loss", loss.keywords)
         self._check_loss()
@@ -178,20 +177,11 @@ class PreferenceModule(ReferenceModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if not self.trainer.sanity_checking:
-            self._show_samples()
+        show_samples(self, rewards_and_kl)
 
     def on_train_end(self) -> None:
-        if self._sampled_at != self.global_step:
-            self._show_samples()
-
-    def _show_samples(self) -> None:
-        """Sample responses on all ranks, which a sharded model requires, and show them in the loggers of rank 0."""
-        data = getattr(self.trainer, "datamodule", None)
-        if self.samples and isinstance(data, RecordDataModule):
-            with separate_random_state(0):
-                self.log_samples(*sample_responses(self, data))
-            self._sampled_at = self.global_step
+        if self.validated_step != self.global_step:
+            show_samples(self, rewards_and_kl)
 
     def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Compute the summed log-probs of responses under the policy, and the mean entropy per token.
@@ -199,8 +189,7 @@ class PreferenceModule(ReferenceModule):
         Returns:
             [batch] log-probs and a scalar entropy, both in nats.
         """
-        tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-        output = self.policy(*tokens, entropy="value", response_tokens=sequences.terms, **sequences.layout)
+        output = self.policy(**sequences.inputs, entropy="value")
         return output.logprobs.sum(dim=1), masked_mean(output.entropy, sequences.response_mask)
 
     def response_scores(self, logprobs: Tensor, ref_logprobs: Tensor | None, sequences: SequenceBatch) -> Tensor:

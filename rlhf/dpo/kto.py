@@ -67,7 +67,7 @@ class KTOModule(PreferenceModule):
         Reference: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306).
         """
         sequences = batch.mismatched
-        logprobs, _ = self.response_logprobs(sequences)
+        logprobs = self.policy(**sequences.inputs).logprobs.sum(dim=1)
         scores = self.response_scores(logprobs, batch.mismatched_ref_logprobs, sequences)
         if batch.is_filler:
             scores = scores[:0]

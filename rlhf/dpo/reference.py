@@ -114,9 +114,7 @@ class ReferenceModule(StageModule):
             )
         sequences = sequences.to(self.device)
         with self.trainer.precision_plugin.forward_context():
-            tokens = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-            output = self.reference(*tokens, response_tokens=sequences.terms, **sequences.layout)
-            logprobs: Tensor = output.logprobs.sum(dim=1)
+            logprobs: Tensor = self.reference(**sequences.inputs).logprobs.sum(dim=1)
             return logprobs
 
     # Hooks

@@ -1,6 +1,7 @@
 """Pre-flight checks of BOS and EOS."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -75,11 +76,12 @@ def check_eos_in_loss(module: StageModule, policy: Policy, batch: Batch, max_len
     """
     calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def record(policy: nn.Module, inputs: Any, output: Any) -> None:
+    def record(policy: nn.Module, args: Any, keywords: Any, output: Any) -> None:
         if output.logprobs.requires_grad:
-            calls.append((*inputs[:3], output.logprobs))
+            inputs = signature(policy.forward).bind(*args, **keywords).arguments
+            calls.append((inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], output.logprobs))
 
-    hook = policy.register_forward_hook(record)
+    hook = policy.register_forward_hook(record, with_kwargs=True)
     try:
         with full_precision(module):
             loss = module.training_loss(batch)[0]

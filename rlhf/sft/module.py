@@ -14,8 +14,7 @@ from rlhf.sft.objective import cross_entropy_loss
 from rlhf.sft.preflight import checks
 from rlhf.stage import Metrics, Result, StageModule
 from rlhf.stage.check import Check
-from rlhf.stage.random_state import separate_random_state
-from rlhf.stage.sample_table import sample_for_table
+from rlhf.stage.sample_table import show_samples
 from rlhf.tensors import masked_fraction, masked_mean
 
 
@@ -64,15 +63,7 @@ class SFTModule(StageModule):
         self.policy = Policy(self.source.language_model(self.tokenizer)).train()
 
     def training_loss(self, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
-        output = self.policy(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.response_mask,
-            entropy="value",
-            is_argmax=True,
-            response_tokens=batch.terms,
-            **batch.layout,
-        )
+        output = self.policy(**batch.inputs, entropy="value", is_argmax=True)
         loss = cross_entropy_loss(output.logprobs, batch.response_mask)
         return loss * batch.loss_weight, {
             "train/loss": loss,
@@ -81,8 +72,7 @@ class SFTModule(StageModule):
         }
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        tokens = (batch.input_ids, batch.attention_mask, batch.response_mask)
-        output = self.policy(*tokens, is_argmax=True, response_tokens=batch.terms, **batch.layout)
+        output = self.policy(**batch.inputs, is_argmax=True)
         self.log_val(
             {
                 "loss": cross_entropy_loss(output.logprobs, batch.response_mask),
@@ -93,15 +83,7 @@ class SFTModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self.samples and not self.trainer.sanity_checking:
-            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-            with separate_random_state(0):  # Ranks sample together, which a sharded model requires.
-                self.log_samples(("prompt", "response"), self.sample_responses(datamodule))
-
-    def sample_responses(self, datamodule: RecordDataModule) -> list[tuple[str, str]]:
-        """Return the first validation prompts, each with a greedy response."""
-        prompts, rollout = sample_for_table(self, datamodule)
-        return [(prompt.raw_text, text) for prompt, text in zip(prompts, rollout.decode(self.tokenizer), strict=True)]
+        show_samples(self)
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         return checks(self, datamodule)

@@ -190,8 +190,7 @@ FIXES: dict[str, Callable[[Advice], str]] = {
 }
 # The same, by functions on the traceback. The first of these that is found counts.
 PHASES = {
-    ("rlhf.stage.sample_table", "sample_for_table"): TABLE,
-    ("rlhf.dpo.samples", "sample_responses"): TABLE,
+    ("rlhf.stage.sample_table", "show_samples"): TABLE,
     ("rlhf.sampling.sampler", "sample"): SAMPLING,
     ("rlhf.rl.collector", "sample"): SAMPLING,
     ("rlhf.rl.collector", "evaluate_rollout"): ROLLOUT,

@@ -2,28 +2,48 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlhf.data import Prompt, RecordDataModule
 from rlhf.sampling import Rollout, position_limit
+from rlhf.stage.random_state import separate_random_state
 
 log = logging.getLogger(__name__)
 
 
-def sample_for_table(module: Any, datamodule: RecordDataModule) -> tuple[list[Prompt], Rollout]:
-    """Sample a response to each of the first validation prompts.
+@torch.no_grad()
+def show_samples(module: Any, columns: Callable[[Any, Rollout], Mapping[str, Tensor]] | None = None) -> None:
+    """Sample a response to each of the first validation prompts, and show them as a table in the loggers of rank 0.
 
-    A table of samples does not end a run: prompts and responses are shortened to the positions that the policy has.
+    All ranks sample, which a sharded model requires. The random state of training does not change. There is no table
+    during the sanity check, and none without a ``RecordDataModule``.
 
     Args:
         module: A stage with a ``policy``, a ``sampler``, ``samples`` and ``sampling``.
-        datamodule: Its data.
+        columns: Function from the stage and the responses to further columns by name, [responses] each.
+    """
+    datamodule = getattr(module.trainer, "datamodule", None)
+    if not module.samples or module.trainer.sanity_checking or not isinstance(datamodule, RecordDataModule):
+        return
+    with separate_random_state(0):
+        prompts, rollout = _sample(module, datamodule)
+        with module.trainer.precision_plugin.forward_context():
+            further = {} if columns is None else columns(module, rollout)
+    texts = [prompt.raw_text for prompt in prompts], rollout.decode(module.tokenizer)
+    rows = zip(*texts, *(values.tolist() for values in further.values()), strict=True)
+    module.log_samples(("prompt", "response", *further), list(rows))
 
-    Returns:
-        The prompts, and their responses in the same order.
+
+def _sample(module: Any, datamodule: RecordDataModule) -> tuple[list[Prompt], Rollout]:
+    """Sample a response to each of the first validation prompts, and return both in the same order.
+
+    A table of samples does not end a run: prompts and responses are shortened to the positions that the policy has.
     """
     sampling, limit = module.sampling, position_limit(module.policy.lm.config)
     rows = datamodule.sample_prompts(module.samples, sampling.max_new_tokens, limit)

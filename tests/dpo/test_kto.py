@@ -15,7 +15,7 @@ from rlhf.data.unpaired import EncodedUnpaired, rows_of_other_prompts
 from rlhf.dpo import KTOModule
 from rlhf.dpo.objective import kto_loss
 from rlhf.errors import DataError
-from rlhf.models import Frozen
+from rlhf.models import Frozen, PolicyOutput
 
 one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 Train = Callable[..., Run]
@@ -148,14 +148,11 @@ def test_the_baseline_is_the_mean_over_the_rows_of_all_ranks(monkeypatch: pytest
     A filler batch adds nothing to the 10 of the other rank.
     """
 
-    class FixedKTO(KTOModule):
-        def response_logprobs(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
-            return torch.tensor([1.0, 2.0, 3.0]), torch.tensor(0.0)
-
     monkeypatch.setattr("rlhf.dpo.kto.sum_over_ranks", lambda own: own + torch.tensor([10.0, 1.0]))
     sequences = SequenceBatch.collate([row.text for row in unpaired_rows("a", "b", "c")])
     batch = UnpairedBatch(sequences, torch.ones(3, dtype=torch.bool), sequences, torch.zeros(3), torch.zeros(3))
-    module = FixedKTO(policy=None)
+    module: Any = KTOModule(policy=None)
+    module.policy = lambda **inputs: PolicyOutput(torch.tensor([[1.0], [2.0], [3.0]]), torch.empty(0))
     assert float(module.kl_baseline(batch)) == 4.0
     assert float(module.kl_baseline(batch.as_filler())) == 10.0
 

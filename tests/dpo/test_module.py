@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from harness import EXACT, PAIRS, FakeSource, TinyRun, assert_same_weights, isolated_logprobs
+from harness import EXACT, PAIRS, FakeSource, TinyRun, assert_same_weights, isolated_logprobs, quick_trainer
 from rlhf.dpo import DPOModule, KTOModule
 from rlhf.dpo.objective import (
     conservative_loss,
@@ -298,6 +299,17 @@ def test_samples_are_shown_once_after_training_without_validation(
     tiny_run.train(stage, samples=3, max_new_tokens=2)
     (rows,) = tables
     assert [row[0] for row in rows] == [pair["prompt"] for pair in PAIRS[:3]]
+
+
+@one_architecture
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_plain_dataloaders_have_no_table_of_samples(tiny_run: TinyRun, stage: str) -> None:
+    """The prompts of the table come from a ``RecordDataModule``, which Lightning does not have here."""
+    batches = DataLoader(list(tiny_run.datamodule(stage).loader("train")), batch_size=None)
+    trainer = quick_trainer(default_root_dir=tiny_run.folder)
+    trainer.fit(tiny_run.module(stage, samples=4), batches, batches)
+    assert trainer.global_step == len(batches)
+    assert "val/loss" in trainer.callback_metrics
 
 
 class DrawingSampler(LocalSampler):

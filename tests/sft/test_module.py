@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harness import NO_UPDATE, PROMPTS, RESPONSES, TinyRun
 from rlhf.errors import ConfigError
 from rlhf.sampling import Rollout, SamplingParams
-from rlhf.sft import SFTDataModule
+from rlhf.sft import SFTDataModule, SFTModule
 
 PAIRS = list(zip(PROMPTS, RESPONSES, strict=False))
 
@@ -96,20 +96,18 @@ class FakeSampler:
         return Rollout.from_responses(prompts, [prompt[1:3] for prompt in prompts], stop_ids=[])
 
 
-def test_samples_come_from_the_configured_sampler(tiny_run: TinyRun) -> None:
+def test_samples_come_from_the_configured_sampler(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the epoch, the sampler is synchronized with the trained policy and asked for greedy responses."""
-    sampler = FakeSampler()
+    sampler, tables = FakeSampler(), []
+    monkeypatch.setattr(SFTModule, "log_samples", lambda self, header, rows: tables.append((header, rows)))
     rows = tiny_run.write("val", [{"prompt": prompt, "completion": "x"} for prompt in PROMPTS])
     run = tiny_run.train("sft", data={"val": rows}, sampler=sampler, samples=2, max_new_tokens=5)
     assert sampler.calls == [
         (run.module.policy.lm, tiny_run.tokenizer),
         SamplingParams(max_new_tokens=5, temperature=0.0),
     ]
-    samples = run.module.sample_responses(run.datamodule)
-    first_tokens = [ids[1:3] for ids, _ in run.datamodule.sample_prompts(2)]
-    assert samples == [
-        (prompt, tiny_run.tokenizer.decode(ids).strip()) for prompt, ids in zip(PROMPTS[:2], first_tokens, strict=True)
-    ]
+    responses = [tiny_run.tokenizer.decode(ids[1:3]).strip() for ids, _ in run.datamodule.sample_prompts(2)]
+    assert tables == [(("prompt", "response"), list(zip(PROMPTS[:2], responses, strict=True)))]
 
 
 @pytest.mark.slow
