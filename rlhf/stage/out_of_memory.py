@@ -1,10 +1,10 @@
 """Out of memory: a message that says what was running and which keys to change."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import walk_tb
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.errors import ConfigError, TrainingError, first_line
 from rlhf.stage.memory import is_out_of_memory
@@ -30,11 +30,13 @@ def report_out_of_memory(stage: str, module: Any, datamodule: Any) -> Iterator[N
         # Module and name of each function that was running.
         frames = [frame for frame, _ in walk_tb(error.__traceback__)]
         running = {(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames}
-        phase = _phase(running)
         in_validation = any(function == "validation_step" for _, function in running)
+        is_evaluation = in_validation or ("lightning.pytorch.trainer.trainer", "test") in running
+        found = (phase for function, phase in PHASES.items() if function in running)
+        phase = next(found, EVALUATION if is_evaluation else TRAINING)
         raise TrainingError(
-            f"stage={stage} has run out of memory while {phase} ({first_line(error)}).",
-            FIXES[phase](Advice(module, datamodule, in_validation)),
+            f"stage={stage} has run out of memory while {phase.text} ({first_line(error)}).",
+            phase.advice(Advice(module, datamodule, in_validation)),
         ) from error
 
 
@@ -84,7 +86,7 @@ class Advice:
 
     def rollout(self) -> str:
         """Return what to change for the log-probs and values of a rollout."""
-        smaller = self._smaller_batches(self._responses)
+        smaller = self._smaller_batches()
         return f"Set {self._shorter}." if smaller is None else f"Set {smaller}.\n  Otherwise set {self._shorter}."
 
     def evaluation(self) -> str:
@@ -97,24 +99,17 @@ class Advice:
         if not self.module.gradient_checkpointing:
             otherwise = f"stage.gradient_checkpointing=true or {otherwise}"
         # If batches have been split, a single row does not fit.
-        smaller = self._smaller_batches(self._responses) if self.module.splitter is None else None
+        smaller = self._smaller_batches() if self.module.splitter is None else None
         if smaller is None:
             return f"Set {otherwise}."
         if self._can_split:
             smaller += ", or stage.on_out_of_memory=halve, which splits batches when it is necessary"
         return f"Set {smaller}.\n  Otherwise set {otherwise}."
 
-    def _smaller_batches(self, responses: int) -> str | None:
-        """Return the overrides that halve training batches, and those that keep the size of updates.
-
-        Args:
-            responses: Number of responses in the rollout; not used in stages without one.
-
-        Returns:
-            The overrides; None if a batch has a single row.
-        """
+    def _smaller_batches(self) -> str | None:
+        """Return the overrides that halve training batches and keep the size of updates; None for single rows."""
         if self._on_policy:
-            key, size = "stage.minibatch_size", min(self.module.minibatch_size, responses)
+            key, size = "stage.minibatch_size", min(self.module.minibatch_size, self._responses)
             rows = self.datamodule.batch_size * self.module.num_generations  # of a rollout in training
             before, after = min(self.module.minibatch_size, rows), min(size // 2, rows)
         else:
@@ -170,25 +165,26 @@ def _half(number: int) -> int:
     return max(number // 2, 1)
 
 
-# What is running, as a message says it.
-TABLE = "computing a table of samples"
-SAMPLING = "sampling responses"
-ROLLOUT = "evaluating a rollout"
-SCORING = "scoring responses"
-REFERENCE = "computing reference log-probs"
-EVALUATION = "computing validation or test metrics"
-TRAINING = "computing a training step"
+class Phase(NamedTuple):
+    """What may be running when memory runs out.
 
-FIXES: dict[str, Callable[[Advice], str]] = {
-    TABLE: Advice.table,
-    SAMPLING: Advice.sampling,
-    ROLLOUT: Advice.rollout,
-    SCORING: Advice.scoring,
-    REFERENCE: Advice.evaluation,
-    EVALUATION: Advice.evaluation,
-    TRAINING: Advice.step,
-}
-# The same, by functions on the traceback. The first of these that is found counts.
+    Attributes:
+        text: Its name in the message.
+        advice: What to change.
+    """
+
+    text: str
+    advice: Callable[[Advice], str]
+
+
+TABLE = Phase("computing a table of samples", Advice.table)
+SAMPLING = Phase("sampling responses", Advice.sampling)
+ROLLOUT = Phase("evaluating a rollout", Advice.rollout)
+SCORING = Phase("scoring responses", Advice.scoring)
+REFERENCE = Phase("computing reference log-probs", Advice.evaluation)
+EVALUATION = Phase("computing validation or test metrics", Advice.evaluation)
+TRAINING = Phase("computing a training step", Advice.step)
+# By a function on the traceback. The first of these that is found counts.
 PHASES = {
     ("rlhf.stage.sample_table", "show_samples"): TABLE,
     ("rlhf.sampling.sampler", "sample"): SAMPLING,
@@ -198,11 +194,3 @@ PHASES = {
     ("rlhf.collect.module", "score"): SCORING,
     ("rlhf.dpo.ref_logprobs", "fill"): REFERENCE,
 }
-
-
-def _phase(running: Set[tuple[str, str]]) -> str:
-    """Return what was running when an error was raised, by the functions on its traceback."""
-    if found := [phase for function, phase in PHASES.items() if function in running]:
-        return found[0]
-    is_test = ("lightning.pytorch.trainer.trainer", "test") in running
-    return EVALUATION if is_test or any(function == "validation_step" for _, function in running) else TRAINING
