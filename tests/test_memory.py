@@ -1,4 +1,4 @@
-"""Out of memory: a step that is computed in pieces has the same result."""
+"""Out of memory: a step that is computed in chunks has the same result."""
 
 from typing import Any
 
@@ -77,7 +77,7 @@ def test_a_halved_batch_gives_the_same_step(
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_accumulated_step_is_computed_again(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Memory runs out in the second of two micro-batches of 4 rows; the first one is computed in pieces as well."""
+    """Memory runs out in the second of two micro-batches of 4 rows; the first one is computed in chunks as well."""
     keys = {"eps": 1e-5, "data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 2}}
     whole = tiny_run.train("sft", **keys)
     sizes = limit_memory(monkeypatch, 2, where=where, first_call=2)
@@ -87,7 +87,7 @@ def test_an_accumulated_step_is_computed_again(tiny_run: TinyRun, monkeypatch: p
     assert halved.curve("train/loss") == pytest.approx(whole.curve("train/loss"))
 
 
-def test_a_piece_that_is_not_finite_is_found(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_is_not_finite_is_found(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, 4, where="forward")
     limited = STAGES["sft"].module.training_loss
     count = 0

@@ -1,9 +1,9 @@
-"""Out of memory: training batches that are computed in pieces."""
+"""Out of memory: training batches that are computed in chunks."""
 
 import gc
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +21,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class BatchSplitter:
-    """Computes training batches in pieces, of which there are twice as many whenever memory runs out.
+    """Computes training batches in chunks, of which there are twice as many whenever memory runs out.
 
-    The weighted losses of the pieces add up to the loss of the batch, so the optimizer step is the same up to rounding.
+    The weighted losses of the chunks add up to the loss of the batch, so the optimizer step is the same up to rounding.
     ``backward`` runs the forward passes as well, so that it can start an optimizer step again: a backward pass that has
     run out of memory leaves a part of its gradient behind.
 
     Attributes:
-        pieces: Number of pieces of a batch.
+        chunks: Number of chunks of a batch.
     """
 
     def __init__(self) -> None:
-        self.pieces = 1
+        self.chunks = 1
         self._is_waiting = False
-
-    @staticmethod
-    def of(action: Literal["stop", "halve"]) -> "BatchSplitter | None":
-        """Return a splitter for ``halve``, and None for ``stop``."""
-        return BatchSplitter() if action == "halve" else None
 
     def postpone(self, module: Any) -> Tensor:
         """Return a placeholder for the loss of the batch that has started last, which ``backward`` computes."""
@@ -57,16 +52,16 @@ class BatchSplitter:
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            self.pieces *= 2
+            self.chunks *= 2
             module.zero_grad()
             todo = step
             log.warning(
-                "Out of memory in a training step. From now on, batches are computed in %d pieces, with the same "
+                "Out of memory in a training step. From now on, batches are computed in %d chunks, with the same "
                 "result.",
-                self.pieces,
+                self.chunks,
             )
-        for piece, values in metrics:
-            module.add_metrics(piece, values)
+        for chunk, values in metrics:
+            module.add_metrics(chunk, values)
         return True
 
     def _compute(self, module: Any, batches: Sequence[Any]) -> list[tuple[Any, Any]] | None:
@@ -77,22 +72,22 @@ class BatchSplitter:
         try:
             for batch in batches:
                 metrics = []
-                for piece in self._split(batch):
+                for chunk in self._split(batch):
                     with plugin.train_step_context():
-                        loss, values = module.training_loss(piece)
+                        loss, values = module.training_loss(chunk)
                     loss = module.nonfinite.watch(loss) / module.trainer.accumulate_grad_batches
                     (loss if scaler is None else scaler.scale(loss)).backward()
-                    metrics.append((piece, values))
+                    metrics.append((chunk, values))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self.pieces >= max(batch.row_count for batch in batches):
+            if not is_out_of_memory(error) or self.chunks >= max(batch.row_count for batch in batches):
                 raise
             return None
         return metrics
 
     def _split(self, batch: Any) -> Iterator[Any]:
-        if self.pieces == 1 or batch.is_filler:
+        if self.chunks == 1 or batch.is_filler:
             yield batch
             return
-        size = -(-batch.row_count // self.pieces)
+        size = -(-batch.row_count // self.chunks)
         for start in range(0, batch.row_count, size):
             yield batch.select(range(start, min(start + size, batch.row_count)))

@@ -116,7 +116,7 @@ class StageModule(ReportingModule):
         self._models_opened = False
         self._random_states: list[dict[str, Any]] = []  # of each rank, from the checkpoint that training resumes from
         self.nonfinite = NonfiniteGuard(on_nonfinite, max_nonfinite_steps)
-        self.splitter = BatchSplitter.of(on_out_of_memory)
+        self.splitter = BatchSplitter() if on_out_of_memory == "halve" else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -208,11 +208,11 @@ class StageModule(ReportingModule):
             super().backward(loss, *args, **kwargs)
 
     def add_metrics(self, batch: Any, metrics: Metrics) -> None:
-        """Add the metrics of a training batch, or of a piece of it, to those that are logged."""
+        """Add the metrics of a training batch, or of a chunk of it, to those that are logged."""
         self.log_train(metrics, batch.loss_weight if isinstance(batch, Batch) else 1.0)
 
     def check_splitting(self) -> None:
-        """Raise a ``ConfigError`` if batches cannot be computed in pieces with the same result."""
+        """Raise a ``ConfigError`` if batches cannot be computed in chunks with the same result."""
         if self._trainer is not None and self._trainer.world_size > 1:
             raise ConfigError(
                 f"stage.on_out_of_memory=halve requires a single process, got {self._trainer.world_size}: other ranks "

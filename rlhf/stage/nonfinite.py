@@ -87,7 +87,7 @@ class NonfiniteGuard:
     def watch(self, loss: Tensor) -> Tensor:
         """Return the loss of the batch that was started last; if it is not finite, every gradient of it is NaN.
 
-        If a batch is computed in pieces, this is called for each of them.
+        If a batch is computed in chunks, this is called for each of them.
         """
         earlier = self.step[-1].loss
         self.step[-1].loss = loss.detach() if earlier is None else earlier + loss.detach()

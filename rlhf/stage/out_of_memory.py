@@ -153,7 +153,7 @@ class Advice:
 
     @property
     def _can_split(self) -> bool:
-        """Whether batches in pieces give the same result."""
+        """Whether batches in chunks give the same result."""
         try:
             self.module.check_splitting()
         except ConfigError:
