@@ -346,7 +346,7 @@ def test_load_from_checkpoint_restores_sft(tiny_run: TinyRun, tmp_path: Path) ->
     fresh = tiny_run.module("sft")
     loaded = SFTModule.load_from_checkpoint(tmp_path / "last.ckpt", policy=fresh.source, tokenizer=tiny_run.tokenizer)
     torch.testing.assert_close(dict(loaded.state_dict()), run.weights, **EXACT)
-    assert loaded.warmup_ratio == 0.25
+    assert loaded.hparams["warmup_ratio"] == 0.25
 
 
 def test_load_from_checkpoint_restores_ppo(tiny_run: TinyRun, tmp_path: Path) -> None:

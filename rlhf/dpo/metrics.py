@@ -54,7 +54,7 @@ def unpaired_metrics(
 ) -> list[MetricGroup]:
     """Metrics of a batch of unpaired preferences.
 
-    ``rewards/accuracies`` is the fraction of responses whose reward is above the KL baseline exactly if they are
+    ``rewards/accuracies`` is the fraction of responses whose reward is above the KL baseline if and only if they are
     desirable.
 
     Args:

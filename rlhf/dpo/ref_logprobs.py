@@ -97,15 +97,15 @@ class ReferenceLogprobs:
             state: Log-probs of this split from a checkpoint, see ``state_dict``. Those of other rows, or of another
                 model, are ignored.
         """
-        counts = len(rows), len(rows[0].responses)
-        self._rows[split], stored = rows if isinstance(rows, Rows) else RowList(list(rows)), None
+        self._rows[split] = rows if isinstance(rows, Rows) else RowList(list(rows))
         self._keys[split] = self._key(split)
+        values = torch.full((len(rows), len(rows[0].responses)), torch.nan)
         if (path := self._path(split)) is not None:
             # Only rank 0 reads the file, so that all ranks agree on what is known.
-            stored = gather_objects(_read(path, counts[0] * counts[1]) if is_rank_zero() else None)[0]
+            stored = gather_objects(_read(path, values.numel()) if is_rank_zero() else None)[0]
             if stored is not None:
+                values = stored.view_as(values).clone()
                 log.info("Reference log-probs of %s: read from %s", split, path)
-        values = torch.full(counts, torch.nan) if stored is None else stored.view(counts).clone()
         if isinstance(state, Mapping) and state["key"] == self._keys[split]:  # Earlier versions stored tensors.
             values = torch.where(state["logprobs"].isnan(), values, state["logprobs"])
         self._values[split] = values

@@ -109,7 +109,7 @@ class ReferenceModule(StageModule):
         if self.reference is None:
             raise ConfigError(
                 "stage.precompute_ref_logprobs must be false for these data: the reference model was freed when its "
-                "log-probs of the training data were known, and these data are others.",
+                "log-probs of the training data were known, and these are different data.",
                 "Set stage.precompute_ref_logprobs=false.",
             )
         sequences = sequences.to(self.device)

@@ -220,7 +220,8 @@ class RewardModule(StageModule):
         has_ratings = isinstance(batches[0], RatingBatch)
         columns: Callable[[Any], tuple[Tensor, ...]] = self._rating_columns if has_ratings else self._pair_columns
         # Every rank scores its share. A filler batch is scored as well, because the model may be sharded.
-        scored = [(batch, columns(batch)) for batch in self._track(batches)]
+        progress = track(batches, "report", transient=True, disable=len(batches) < MIN_PROGRESS_BATCHES)
+        scored = [(batch, columns(batch)) for batch in progress]
         ranks = gather_objects([values for batch, values in scored if not batch.is_filler])
         if not self.trainer.is_global_zero:
             return
@@ -245,9 +246,6 @@ class RewardModule(StageModule):
         """Return the arguments of ``rating_report`` for one batch."""
         scores = (self._scores(batch.sequences) + self.model.reward_mean).cpu()
         return scores, batch.rewards, batch.sequences.response_mask.sum(dim=1)
-
-    def _track(self, batches: list[Any]) -> Any:
-        return track(batches, "report", transient=True, disable=len(batches) < MIN_PROGRESS_BATCHES)
 
     def _scores(self, sequences: SequenceBatch) -> Tensor:
         """Score sequences with every head in the precision of training, [sequences, heads]."""

@@ -108,8 +108,6 @@ class StageModule(ReportingModule):
         self.weight_decay = weight_decay
         self.betas = (betas[0], betas[1])
         self.eps = eps
-        self.schedule = schedule
-        self.warmup_ratio = warmup_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self._tokenizer = tokenizer
         self._schedule = LearningRateSchedule(schedule, warmup_ratio)

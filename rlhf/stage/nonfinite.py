@@ -59,7 +59,7 @@ class NonfiniteGuard:
         step: The batches of the current optimizer step.
         skips_rollout: Whether all updates on the current rollout are skipped: its steps have no gradients.
         run: ``stage``, ``command`` and ``config`` of this run, for messages and for the dump.
-        writes_dumps: Whether there is a state of training to dump, which is not so during pre-flight checks.
+        writes_dumps: Whether a dump can be written; False during pre-flight checks.
     """
 
     def __init__(self, action: Literal["stop", "skip"], max_steps: int) -> None:
@@ -183,7 +183,7 @@ class NonfiniteGuard:
         details = [f"Rows: {rows}"] if rows else []
         # A run that skips steps writes only the first of them, and the one at which it stops.
         if self.writes_dumps and (stops or not self._has_dump):
-            directory = _directory(module.trainer, step)
+            directory = Path(module.trainer.default_root_dir) / "nonfinite" / f"step{step}"
             details += self._dump(module, directory, dump, {"step": step, "fault": message, **self.run})
         if not stops:
             log.warning("%s", "\n  ".join([f"{message} {what} skipped.", *details]))
@@ -207,7 +207,7 @@ class NonfiniteGuard:
             return [f"The batch and the state could not be written to {directory}: {error}"]
         return [
             f"The batch and the state before the step are in {directory}",
-            f"Find the cause: {self.run['command']} {_replay(directory)}",
+            f"Find the cause: {self.run['command']} {shlex.quote(to_override('replay', directory))}",
         ]
 
     # Checkpoints
@@ -257,13 +257,3 @@ def _describe_step(losses: Sequence[float | None], gradients: Sequence[list[str]
 
 def _weights_text(names: Sequence[str]) -> str:
     return f". Weights that were not finite before the step: {listed(names)}" if names else ""
-
-
-def _directory(trainer: Any, step: int) -> Path:
-    """Return the directory of the dump of a step."""
-    return Path(trainer.default_root_dir) / "nonfinite" / f"step{step}"
-
-
-def _replay(directory: Path) -> str:
-    """Return the override that replays a dump, quoted for Hydra and for the shell where that is necessary."""
-    return shlex.quote(to_override("replay", directory))

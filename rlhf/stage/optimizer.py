@@ -70,7 +70,7 @@ def clip_gradients(optimizer: Optimizer, limit: float | None, algorithm: str | N
 
 
 def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, Any]]) -> None:
-    """Give the optimizer of a resumed run the settings of this run where its checkpoint has other ones.
+    """Apply this run's settings to an optimizer restored from a checkpoint.
 
     Args:
         scheduler: The scheduler of the optimizer. The state of both is that of the checkpoint.

@@ -1,4 +1,4 @@
-"""What the stages share that sample responses to all prompts of their data, without training."""
+"""Base class of stages that sample a response to every prompt without training."""
 
 from collections.abc import Mapping, Sequence
 
