@@ -82,11 +82,12 @@ class Alerts(Callback):
             A message for each alert that fires, and an empty string for each one that does not. Alerts whose metrics
             are missing or undefined are left out.
         """
-        undefined = {name for name, rule in RULES.items() if rule.ignores_nan and _is_nan(metrics.get(rule.metrics[0]))}
+        if math.isnan(metrics.get("critic/explained_variance", 0.0)):  # It is undefined if all returns are equal.
+            metrics = {name: value for name, value in metrics.items() if name != "critic/explained_variance"}
         measured = {
             name: threshold
             for name, threshold in self.thresholds().items()
-            if metrics.keys() >= set(RULES[name].metrics) and name not in undefined
+            if metrics.keys() >= set(RULES[name].metrics)
         }
         for name in {metric for alert in measured for metric in RULES[alert].metrics}:
             value = float(metrics[name])
@@ -156,10 +157,6 @@ class Alerts(Callback):
         self.first_values = state_dict["first_values"]
         self.recent_values = state_dict["recent_values"]
         self.active = state_dict["active"]
-
-
-def _is_nan(value: Any) -> bool:
-    return value is not None and math.isnan(value)
 
 
 def recent_mean(values: Sequence[float], window: int) -> float | None:

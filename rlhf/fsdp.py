@@ -66,7 +66,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()
         if self.is_global_zero:
-            replace_directory(path, part)
+            replace_checkpoint(path, part)
         self.barrier()
 
     # Loading
@@ -160,7 +160,7 @@ def check_loadable(checkpoint: str | None, strategy: object) -> None:
         )
 
 
-def replace_directory(path: Path, part: Path) -> None:
+def replace_checkpoint(path: Path, part: Path) -> None:
     """Rename a complete checkpoint to ``path``, and ``last.ckpt`` that was there to ``previous.ckpt``."""
     if path.exists():
         old = path.with_name(PREVIOUS if path.name == LAST else path.name + OLD)

@@ -67,18 +67,18 @@ class OutputDirectory:
                 if not self.started and not has_bug:
                     self._remove_new_files()
 
-    def start(self, *, trains: bool = True) -> None:
+    def start(self, *, replaces_configuration: bool = True) -> None:
         """Write the configuration and the log. The first call has an effect, on rank 0 only.
 
         Args:
-            trains: Whether the command makes a new result. Otherwise, the configuration of the earlier one stays.
+            replaces_configuration: Whether ``.hydra/`` of an earlier command is replaced. False if its result stays.
         """
         if self.started:
             return
         self.started = True
         self._write_log()
         directory = self.path / ".hydra"
-        if is_rank_zero() and (trains or not directory.exists()):
+        if is_rank_zero() and (replaces_configuration or not directory.exists()):
             write_configuration(self.cfg, directory)
 
     def remove_earlier_logs(self) -> None:
@@ -112,22 +112,22 @@ class StartOutput(Callback):
 
     Args:
         directory: The directory. With ``trainer.fast_dev_run``, nothing is written to it.
-        on_start: Called as well, unless ``trainer.fast_dev_run`` is set.
+        on_start: Function to call after the directory has been started.
     """
 
     def __init__(self, directory: OutputDirectory, on_start: Callable[[], None] | None = None) -> None:
         self.directory = directory
         self.on_start = on_start
 
-    def start(self, *, trains: bool = True) -> None:
+    def start(self, *, replaces_configuration: bool = True) -> None:
         """Start the directory; see ``OutputDirectory.start``."""
-        self.directory.start(trains=trains)
+        self.directory.start(replaces_configuration=replaces_configuration)
         if self.on_start is not None:
             self.on_start()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.start(trains=self.directory.cfg.check != "only")
+            self.start(replaces_configuration=self.directory.cfg.check != "only")
 
     on_test_start = on_fit_start
 

@@ -81,7 +81,7 @@ def run_stage(
         if stages()[cfg.stage_name].exports:
             monitored = train(cfg, output, start, command_line(cfg, overrides), later)
         elif cfg.check == "only":
-            log.info("check=only has no effect in stage=%s, which trains nothing.", cfg.stage_name)
+            log.info("check=only: stage=%s trains nothing, so it was not run.", cfg.stage_name)
             monitored = float("nan")
         else:
             monitored = collect(cfg, output, start) if cfg.stage_name == "collect" else evaluate(cfg, start)
@@ -97,7 +97,7 @@ def train(cfg: DictConfig, output: Path, start: StartOutput, command: str, later
     build, inputs = builder_and_adapted_inputs(cfg)
     provenance = describe_provenance(cfg, inputs)
     if (finished := finished_result(cfg, output, provenance)) is not None:
-        complete_export(cfg, output, partial(start.start, trains=False))
+        complete_export(cfg, output, partial(start.start, replaces_configuration=False))
         recorded = finished.provenance
         return Monitored(recorded.get("monitored", "nan"), recorded.get("monitor", ""))
     checkpoint = resume_checkpoint(cfg, output, provenance)

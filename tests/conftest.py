@@ -42,6 +42,16 @@ SOURCES: dict[str, ModelSource] = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_external_callbacks() -> Iterator[None]:
+    """Each Trainer would search the metadata of all installed packages for callbacks, which takes 10 ms."""
+    from lightning.pytorch.trainer.connectors import callback_connector
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])
+        yield
+
+
 def pytest_collection_finish() -> None:
     """Exclude imported modules from garbage collection, which every stage runs at its end."""
     gc.collect()

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
@@ -91,6 +92,8 @@ PLAIN_ADAMW = {"schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
 
 # -- commands
 
+# For tests of code that no architecture changes.
+one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 # Overrides of a tiny model of each architecture.
 TINY_MODEL = {
     "transformer": ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=32"],

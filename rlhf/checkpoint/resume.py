@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,27 @@ def remove_earlier(cfg: DictConfig, output: Path, later: Sequence[DictConfig] = 
         later: The configurations of the later steps of a pipeline. If the pipeline is interrupted, ``resume=true``
             must not take what they have left for results of the same pipeline.
     """
-    inputs = {path for config in (cfg, *later) for path in _chosen_inputs(config)}
-    directories = {Path(config.paths.output): config for config in later}
-    for directory, config in {**directories, output: cfg}.items():
-        if directory != output and is_locked(directory / LOCK):
-            continue  # The step itself reports the process that uses it.
-        logs = [directory / name for name in (*LOGGED, f"{config.stage_name}.log")] if directory != output else []
-        checkpoints = (directory / "checkpoints").glob("*.ckpt")
-        results = (*earlier_files(config, directory), *checkpoints, directory / "metrics.json", directory / "hf")
-        for path in (*results, *logs):
-            if path.resolve() not in inputs:
-                remove(path)
+    kept, made = _chosen_inputs(cfg), [output.resolve()]
+    _remove_results(cfg, output, kept)
+    for config in later:
+        directory = Path(config.paths.output)
+        # The pipeline makes the inputs of this step that are in the directories of the steps before it.
+        kept |= {path for path in _chosen_inputs(config) if not any(map(path.is_relative_to, made))}
+        made.append(directory.resolve())
+    for config in later:
+        directory = Path(config.paths.output)
+        if directory != output and not is_locked(directory / LOCK):  # The step itself reports who has locked it.
+            _remove_results(config, directory, kept)
+            for name in (*LOGGED, f"{config.stage_name}.log"):
+                remove(directory / name)
+
+
+def _remove_results(cfg: DictConfig, directory: Path, kept: Container[Path]) -> None:
+    """Delete the result, the checkpoints and the exported files of a stage, except those that are kept."""
+    checkpoints = (directory / "checkpoints").glob("*.ckpt")
+    for path in (*earlier_files(cfg, directory), *checkpoints, directory / "metrics.json", directory / "hf"):
+        if path.resolve() not in kept:
+            remove(path)
 
 
 def _chosen_inputs(cfg: DictConfig) -> set[Path]:

@@ -123,7 +123,7 @@ class Session:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The preference rows of the pairs of this session, as they are in ``preferences.jsonl``."""
-        return [json.loads(line) for line in self._lines()]
+        return [row for key in self.choices if key in self.pairs and (row := self._row(key)) is not None]
 
     def is_shared(self, pair: Pair) -> bool:
         """Return whether every annotator labels a pair."""
@@ -150,13 +150,8 @@ class Session:
         self._shown.pop(event.pair, None)
 
     def _write_preferences(self) -> None:
-        content = b"".join([*self._rows_of_others, *self._lines()])
+        content = b"".join([*self._rows_of_others, *map(_line, self.rows)])
         atomic_write(self.preferences, lambda file: file.write(content))
-
-    def _lines(self) -> list[bytes]:
-        """Return the preference rows of the pairs of this session as lines of the file."""
-        rows = (self._row(key) for key in self.choices if key in self.pairs)
-        return [_line(row) for row in rows if row is not None]
 
     def _read_rows_of_others(self) -> list[bytes]:
         """Return the lines of ``preferences.jsonl`` that are choices of an earlier session between other responses."""

@@ -12,7 +12,6 @@ class Rule(NamedTuple):
         meaning: What the active alert means.
         change: What to change then.
         is_minimum: Whether it fires below the threshold, not above it.
-        ignores_nan: Whether NaN means that the metric is undefined, so that the step does not count.
     """
 
     metrics: tuple[str, ...]
@@ -20,7 +19,6 @@ class Rule(NamedTuple):
     meaning: str
     change: str
     is_minimum: bool = False
-    ignores_nan: bool = False
 
 
 RULES = {
@@ -70,7 +68,6 @@ RULES = {
         "Raise stage.critic_learning_rate or stage.value_coef, or set stage.value_clip_range=null. Check val/accuracy "
         "of the reward model.",
         is_minimum=True,
-        ignores_nan=True,
     ),
     "gradient_norm": Rule(
         ("grad_norm",),

@@ -41,11 +41,11 @@ class SweepTable(Callback):
             return
         write_json(directory / FILE, content(directory, jobs))
         console = Console()
-        console.print(sweep_table(directory, jobs))
-        best, job = next(iter(jobs.items()))
+        console.print(sweep_table(jobs))
+        job = next(iter(jobs.values()))
         if job.value is not None:
             console.print(Text("To open the best result, and the curves of all jobs:"))
-            for command in commands(directory, best):
+            for command in commands(jobs):
                 console.print(Text(f"  {command}"), soft_wrap=True)
         _failed.extend(job.exit_code for job in jobs.values() if job.error)
         for line in failures(jobs):

@@ -43,17 +43,12 @@ def swept_keys(jobs: Mapping[Path, Job]) -> dict[str, list[str]]:
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
-def sweep_table(directory: Path, jobs: Mapping[Path, Job]) -> Table:
-    """Build the table for the terminal.
-
-    Args:
-        directory: Directory of the sweep.
-        jobs: The jobs in their order.
-    """
+def sweep_table(jobs: Mapping[Path, Job]) -> Table:
+    """Build the table for the terminal, with the jobs in their order."""
     keys = swept_keys(jobs)
     names = {job.metric for job in jobs.values() if job.metric}
     metric = names.pop() if len(names) == 1 else "metric"
-    title = Text(f"Jobs of the sweep in {printable(str(directory))}, the best one first")
+    title = Text(f"Jobs of the sweep in {printable(str(common_directory(jobs)))}, the best one first")
     caption = "The directories of the jobs are in sweep.json."
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (*keys, metric, "seconds"):
@@ -75,14 +70,20 @@ def failures(jobs: Mapping[Path, Job]) -> list[str]:
     ]
 
 
-def commands(directory: Path, best: Path) -> list[str]:
-    """Return commands that open the result of the best job, and the curves of all jobs."""
+def common_directory(jobs: Mapping[Path, Job]) -> Path:
+    """Return the innermost directory that contains the directories of all jobs."""
+    directory = Path(os.path.commonpath([path.absolute().parent for path in jobs]))
+    return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
+
+
+def commands(jobs: Mapping[Path, Job]) -> list[str]:
+    """Return commands that open the result of the first job, which is the best one, and the curves of all jobs."""
     found = []
     names = [info.final for info in stages().values() if info.exports == "policy"]
-    if models := [path for name in names for path in sorted(best.rglob(str(name)))]:
+    if models := [path for name in names for path in sorted(next(iter(jobs)).rglob(str(name)))]:
         code = f"from rlhf import load_model; model, tokenizer, device = load_model({json.dumps(str(models[-1]))})"
         found.append(f"python -c {shlex.quote(code)}")
-    return [*found, f"tensorboard --logdir {shlex.quote(str(directory))}"]
+    return [*found, f"tensorboard --logdir {shlex.quote(str(common_directory(jobs)))}"]
 
 
 def content(directory: Path, jobs: Mapping[Path, Job]) -> dict[str, Any]:

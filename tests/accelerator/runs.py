@@ -30,6 +30,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo_shared": ("ppo", {"critic": "shared"}),
     "grpo": ("grpo", {"num_generations": 2, "minibatch_size": 8}),
 }
+# A transformer with every kind of training. The other models differ in their layers, which few kinds cover.
+PAIRINGS = [
+    *(("transformer", kind) for kind in KINDS),
+    *(("mamba", kind) for kind in ("sft", "reward", "ppo")),
+    *(("pretrained", kind) for kind in ("sft", "dpo", "ppo")),
+]
 
 
 @contextmanager

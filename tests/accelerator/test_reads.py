@@ -9,7 +9,7 @@ from models.pairs import LLAMA, model, pair_batch
 
 from accelerator.device import DEVICE
 from accelerator.reads import Read, recorded_reads, summarize
-from accelerator.runs import KINDS, DeviceRuns
+from accelerator.runs import PAIRINGS, DeviceRuns
 from harness import PROMPTS
 from rlhf.models import Policy, allows_shared_prompts, disable_dropout
 from rlhf.sampling import LocalSampler, SamplingParams
@@ -30,8 +30,7 @@ class StepReads(lightning.Callback):
         self.steps[-1] = [read for read in self.steps[-1] if not read.is_logging]
 
 
-@pytest.mark.parametrize("runs", ["transformer", "mamba", "pretrained"], indirect=True)
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("runs", "kind"), PAIRINGS, indirect=["runs"])
 def test_a_training_step_hardly_reads(runs: DeviceRuns, kind: str) -> None:
     """Forward and backward pass, clipping, the optimizer's step and what Lightning does around them.
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from accelerator.device import DEVICE
-from accelerator.runs import KINDS, DeviceRuns, logged
+from accelerator.runs import PAIRINGS, DeviceRuns, logged
 from harness import EXACT, Run
 from rlhf.models import Pretrained
 
 on_every_model = pytest.mark.parametrize("runs", ["transformer", "mamba", "pretrained"], indirect=True)
+in_every_stage = pytest.mark.parametrize(("runs", "kind"), PAIRINGS, indirect=["runs"])
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -39,8 +40,7 @@ class OutputDtypes(lightning.Callback):
                 layer.register_forward_hook(lambda layer, inputs, output: self.dtypes.add(output.dtype))
 
 
-@on_every_model
-@pytest.mark.parametrize("kind", KINDS)
+@in_every_stage
 def test_training_equals_training_on_the_cpu(runs: DeviceRuns, kind: str) -> None:
     """In 32-true, to the last bit, given the same random numbers."""
     on_device, on_cpu = runs.both(kind)
@@ -51,8 +51,7 @@ def test_training_equals_training_on_the_cpu(runs: DeviceRuns, kind: str) -> Non
     assert is_trained(on_device)
 
 
-@pytest.mark.parametrize("runs", ["transformer", "mamba"], indirect=True)
-@pytest.mark.parametrize("kind", KINDS)
+@in_every_stage
 def test_training_in_mixed_precision(runs: DeviceRuns, kind: str) -> None:
     """Linear layers compute in bfloat16; the weights stay in float32 and finite, and they change."""
     outputs = OutputDtypes()

@@ -14,7 +14,7 @@ from torch import Tensor
 from contract.configs import compose_config, hydra_command
 from harness import EXACT, TINY_DATA, TINY_MODEL
 from rlhf import run
-from rlhf.checkpoint.resume import damage
+from rlhf.checkpoint.resume import damage, remove_earlier
 from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.files import locked
@@ -335,6 +335,24 @@ def test_a_pipeline_that_starts_over_continues_where_it_was_interrupted(tmp_path
     with hydra_command(*other, "resume=true") as cfg:
         run_pipeline(cfg)
     assert any(not torch.equal(weight, earlier[name]) for name, weight in weights(final).items())
+
+
+def test_a_pipeline_that_starts_over_keeps_the_inputs_that_it_does_not_make(tmp_path: Path) -> None:
+    """The policy of DPO is made again; the reward model of PPO is not, although a later step trains another one."""
+    root, directory = f"paths.root={tmp_path}", tmp_path / "rlhf"
+    made, given = directory / "sft" / "sft_final.pt", directory / "reward" / "reward_model_final.pt"
+    first = compose_config("stage=sft", root)
+    later = [
+        compose_config("stage=dpo", root, f"stage.policy={made}"),
+        compose_config("stage=ppo", root, f"stage.reward_model={given}"),
+        compose_config("stage=reward", root),
+    ]
+    for path in (made, given):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    remove_earlier(first, made.parent, later)
+    assert not made.exists()
+    assert given.exists()
 
 
 def test_a_pipeline_that_would_replace_a_result_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,9 @@ def required_keywords(target: str) -> set[str]:
 def combinations() -> list[tuple[str, ...]]:
     """Return overrides that together choose every yaml: each stage with each model and data, and every other choice."""
     crossed = [
-        (f"stage={stage}", f"{group}={name}")
+        (f"stage={stage}", f"model={model}", f"data={data}")
         for stage in choices("stage")
-        for group in ("model", "data")
-        for name in choices(group)
+        for model, data in zip_longest(choices("model"), choices("data"), fillvalue="jsonl")
     ]
     every_stage = [
         ("stage=sft", f"{group}={name}") for group in ("logger", "callbacks", "adapter") for name in choices(group)

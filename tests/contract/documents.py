@@ -87,7 +87,8 @@ def budget(command: str) -> list[str]:
     if "stage=evaluate" in command:
         return [*model, "data.max_rows=8", "trainer.enable_progress_bar=false"]
     repeats_pipeline = any(word in command for word in ("pipeline.", "experiment=compare", "train.py resume=true"))
-    return [*model, *SMALL_BUDGET, *(["pipeline.report=false"] if repeats_pipeline else [])]
+    rounds = ["pipeline.rounds=1"] if "pipeline.rounds=" in command else []
+    return [*model, *SMALL_BUDGET, *rounds, *(["pipeline.report=false"] if repeats_pipeline else [])]
 
 
 def run_in_clone(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """Every call that opens a file of a model says that no code in it may run. Found by reading the source."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,15 @@ NOT_A_MODEL = {"GenerationConfig", "LoraConfig", "PeftModel"}
 TRAINER = {"fit", "validate", "test", "predict"}
 
 
-def calls(repo: Path) -> Iterator[tuple[str, str, ast.Call]]:
-    """Yield location, name and node of every call in the package and the examples."""
-    for path in [*sorted((repo / "rlhf").rglob("*.py")), *sorted((repo / "examples").rglob("*.py"))]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                yield f"{path.relative_to(repo)}:{node.lineno}", ast.unparse(node.func), node
+@cache
+def calls(repo: Path) -> list[tuple[str, str, ast.Call]]:
+    """Return location, name and node of every call in the package and the examples."""
+    return [
+        (f"{path.relative_to(repo)}:{node.lineno}", ast.unparse(node.func), node)
+        for path in [*sorted((repo / "rlhf").rglob("*.py")), *sorted((repo / "examples").rglob("*.py"))]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
 
 
 def argument(call: ast.Call, name: str) -> object:

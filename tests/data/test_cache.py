@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness import EXACT, PAIRS, TinyRun
+from harness import EXACT, PAIRS, TinyRun, one_architecture
 from ranks import in_ranks
 from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
 from rlhf.data.cache import source_of_class
@@ -25,7 +25,6 @@ from rlhf.errors import ConfigError
 from rlhf.sft import SFTDataModule
 
 Write = Callable[..., str]
-one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 ALL_STAGES = ("sft", "reward", "dpo", "kto", "ppo")
 
 

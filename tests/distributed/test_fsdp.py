@@ -15,7 +15,7 @@ from harness import TinyRun, make_eos_likely
 from ranks import in_ranks
 from rlhf.checkpoint import RunCheckpoint
 from rlhf.data import PromptBatch
-from rlhf.fsdp import FSDP2Strategy, replace_directory
+from rlhf.fsdp import FSDP2Strategy, replace_checkpoint
 from rlhf.models import full_state_dict, local_tensor
 from rlhf.reward_functions import ScoringBatch
 from rlhf.rl import KLController
@@ -330,11 +330,11 @@ def test_a_killed_run_keeps_a_complete_checkpoint(tmp_path: Path, monkeypatch: p
     renames = iter([os.replace])
     monkeypatch.setattr("rlhf.fsdp.os.replace", lambda old, new: next(renames)(old, new))
     with pytest.raises(StopIteration):
-        replace_directory(last, part)
+        replace_checkpoint(last, part)
     monkeypatch.undo()
     assert not last.exists()
     assert (previous / "name").read_text() == "last.ckpt"
-    replace_directory(last, part)
+    replace_checkpoint(last, part)
     assert (last / "name").read_text() == "last.ckpt.part"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
@@ -344,6 +344,6 @@ def test_a_numbered_checkpoint_directory_is_replaced(tmp_path: Path) -> None:
     for directory in (path, part):
         directory.mkdir()
         (directory / "name").write_text(directory.name)
-    replace_directory(path, part)
+    replace_checkpoint(path, part)
     assert (path / "name").read_text() == "step3.ckpt.part"
     assert [entry.name for entry in tmp_path.iterdir()] == ["step3.ckpt"]

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from harness import EXACT, PAIRS, TinyRun
+from harness import EXACT, PAIRS, TinyRun, one_architecture
 from rlhf.data import EncodedResponse, PairBatch, SequenceBatch
 from rlhf.dpo import DPOModule
 from rlhf.dpo.objective import needs, sigmoid_loss
 from rlhf.errors import ConfigError
 
-one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 BETA = 0.5
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import EXACT, PAIRS, Run, TinyRun, assert_same_weights, isolated_logprobs
+from harness import EXACT, PAIRS, Run, TinyRun, assert_same_weights, isolated_logprobs, one_architecture
 from rlhf.data import EncodedResponse, SequenceBatch, UnpairedBatch
 from rlhf.data.unpaired import EncodedUnpaired, rows_of_other_prompts
 from rlhf.dpo import KTOModule
@@ -17,7 +17,6 @@ from rlhf.dpo.objective import kto_loss
 from rlhf.errors import DataError
 from rlhf.models import Frozen, PolicyOutput
 
-one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 Train = Callable[..., Run]
 
 
@@ -83,6 +82,7 @@ def test_kl_baseline_agrees_with_the_plain_models(train: Train) -> None:
     assert kl_baseline() == pytest.approx(max(-mean, 0.0), rel=1e-3)
 
 
+@one_architecture
 def test_precomputing_ref_logprobs_does_not_change_training(train: Train) -> None:
     """Neither the losses nor the KL baselines change, and the reference model is not needed after the start."""
     keys = {"eps": 1.0, "learning_rate": 0.1, "trainer": {"max_epochs": 2}}
@@ -215,6 +215,7 @@ def test_validation_metrics_without_responses_are_not_logged(tiny_run: TinyRun, 
     assert all(math.isfinite(value) for value in shown.values())
 
 
+@one_architecture
 def test_training_separates_the_labels(tiny_run: TinyRun, train: Train) -> None:
     """Desirable responses become more likely than undesirable ones; the reference model stays bit-for-bit the same."""
     keys = {"learning_rate": 3e-3, "beta": 0.3, "precompute_ref_logprobs": False}

@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from harness import EXACT, PAIRS, FakeSource, TinyRun, assert_same_weights, isolated_logprobs, quick_trainer
+from harness import (
+    EXACT,
+    PAIRS,
+    FakeSource,
+    TinyRun,
+    assert_same_weights,
+    isolated_logprobs,
+    one_architecture,
+    quick_trainer,
+)
 from rlhf.dpo import DPOModule, KTOModule
 from rlhf.dpo.objective import (
     conservative_loss,
@@ -36,7 +45,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"loss": partial(simpo_loss, target_margin=0.5), "beta": 2.0, **NO_REFERENCE},
     "orpo": {"loss": odds_ratio_loss, "sft_coef": 1.0, **NO_REFERENCE},
 }
-one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 
 
 def token_logprobs(lm: PreTrainedModel, row: Any) -> Tensor:
@@ -116,6 +124,7 @@ def test_length_normalized_log_ratios_are_means_per_token(tiny_run: TinyRun) -> 
     assert float(metrics["rewards/chosen"]) == pytest.approx(0.1 * float(sum(ratios)) / 8, rel=1e-3)
 
 
+@one_architecture
 def test_precomputing_ref_logprobs_does_not_change_training(tiny_run: TinyRun) -> None:
     """The losses, rewards and final weights are the same: the reference model is the untrained policy in both runs.
 
@@ -132,6 +141,7 @@ def test_precomputing_ref_logprobs_does_not_change_training(tiny_run: TinyRun) -
     assert_same_weights(before.module.policy, during.module.policy, rtol=1e-4, atol=1e-5)
 
 
+@one_architecture
 def test_only_the_policy_is_trained(tiny_run: TinyRun) -> None:
     """The reference model stays bit-for-bit the same and is not in checkpoints; training prefers chosen responses."""
     keys = {"learning_rate": 3e-3, "precompute_ref_logprobs": False}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from harness import EXACT, PAIRS, FakeSource, TinyRun, run_train
+from harness import EXACT, PAIRS, FakeSource, TinyRun, one_architecture, run_train
 from ranks import in_ranks
 from rlhf.data import EncodedResponse, SequenceBatch
 from rlhf.dpo.base import PreferenceModule
@@ -25,7 +25,6 @@ from rlhf.models import Transformer
 from rlhf.stage import Result
 
 RESPONSES = [EncodedResponse([1, 5, 6, 2], 2), EncodedResponse([1, 7, 8, 9, 2], 3), EncodedResponse([1, 5, 2], 1)]
-one_architecture = pytest.mark.parametrize("architecture", ["transformer"], indirect=True)
 
 
 @dataclass

@@ -13,7 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contract.configs import compose_config
-from harness import EXACT, PAIRS, FakeSource, Run, TinyRun, isolated_logprobs, isolated_score, sequences
+from harness import (
+    EXACT,
+    PAIRS,
+    FakeSource,
+    Run,
+    TinyRun,
+    isolated_logprobs,
+    isolated_score,
+    one_architecture,
+    sequences,
+)
 from harness import STAGES as HARNESS_STAGES
 from pitfalls.settings import ONE_STEP, PLAIN_SCORES, STAGES
 from rlhf.dpo.objective import ipo_loss
@@ -109,6 +119,7 @@ def check_outcome(tiny_run: TinyRun, stage: str, corruption: CorruptPadding) -> 
     torch.testing.assert_close(corrupted.weights, clean.weights)
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", STAGES)
 def test_13_means_do_not_count_padding(tiny_run: TinyRun, stage: str) -> None:
     """Five more columns of padding change no loss, no metric, no moment of the advantages and no weight."""
@@ -125,6 +136,7 @@ def test_14_garbage_in_padding_changes_nothing(tiny_run: TinyRun, stage: str) ->
     assert corruption.corrupted_forwards == (8 if stage == "ppo" else 4)  # PPO has two trunks: policy and critic
 
 
+@one_architecture
 def test_15_the_score_is_at_the_last_response_token(tiny_run: TinyRun) -> None:
     """Without a KL penalty and with lambda 1, the return at a token is the score, discounted by 1/2 per later token.
 
@@ -141,6 +153,7 @@ def test_15_the_score_is_at_the_last_response_token(tiny_run: TinyRun) -> None:
         assert returns[response].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)  # A + V in float32
 
 
+@one_architecture
 def test_16_whitening_is_masked_and_removes_the_mean(tiny_run: TinyRun) -> None:
     """Over the response tokens, advantages have mean 0 and standard deviation 1. Returns are not whitened."""
     run = tiny_run.train("ppo", minibatch_size=4)
@@ -239,7 +252,7 @@ def test_18_every_key_is_tried(repo: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["transformer"], scope="session")  # Keys mean the same for all of them.
+@one_architecture
 def test_18_every_key_changes_the_outcome(tiny_run: TinyRun) -> None:
     """Changing one key changes the run. Repeating a run does not."""
     torch.manual_seed(9)
@@ -256,6 +269,7 @@ def test_18_every_key_changes_the_outcome(tiny_run: TinyRun) -> None:
     assert idle == []
 
 
+@one_architecture
 def test_19_the_reference_model_of_validation_is_the_untrained_model(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Validation rewards after training are beta x (log pi - log pi_ref), where pi_ref is the initial model.
 
@@ -284,6 +298,7 @@ def test_19_the_reference_model_of_validation_is_the_untrained_model(tiny_run: T
     assert float(opened.trainer.callback_metrics["val/rewards/chosen"]) == pytest.approx(mean, rel=1e-4)
 
 
+@one_architecture
 def test_20_ipo_sums_or_averages_log_probs_as_configured(tiny_run: TinyRun) -> None:
     """The first loss is (1 / (2 beta))^2 in both forms. After one step the losses differ.
 
@@ -316,6 +331,7 @@ def policy_after_one_step(tiny_run: TinyRun, length_normalized: bool) -> Any:
     return run.module.policy.lm.eval()
 
 
+@one_architecture
 def test_21_the_kl_target_is_per_sequence_and_named_accordingly(tiny_run: TinyRun) -> None:
     """With responses of about 5 tokens, the adaptive coefficient follows the KL summed over a response.
 

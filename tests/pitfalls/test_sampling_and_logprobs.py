@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import OmegaConf
 from torch import nn
 
-from harness import EXACT, NO_UPDATE, TinyRun, isolated_logprobs
+from harness import EXACT, NO_UPDATE, TinyRun, isolated_logprobs, one_architecture
 from pitfalls.settings import PLAIN_SCORES
 from rlhf.errors import UserError
 from rlhf.models import Frozen
@@ -122,6 +122,7 @@ def greedy_sampling(stage: str) -> dict[str, Any]:
     return {"sampling": sampling, "scores": ScoreShaping(**PLAIN_SCORES)} if stage == "ppo" else {}
 
 
+@one_architecture
 def test_11_the_missing_eos_penalty_uses_the_configured_stop_tokens(tiny_run: TinyRun) -> None:
     """If every token except EOS is a stop token, every response ends at its first token and no score is penalized.
 

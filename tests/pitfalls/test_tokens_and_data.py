@@ -8,7 +8,16 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from harness import DEMONSTRATIONS, NO_UPDATE, PAIRS, TinyRun, isolated_logprobs, isolated_score, sequences
+from harness import (
+    DEMONSTRATIONS,
+    NO_UPDATE,
+    PAIRS,
+    TinyRun,
+    isolated_logprobs,
+    isolated_score,
+    one_architecture,
+    sequences,
+)
 from harness import STAGES as HARNESS_STAGES
 from pitfalls.settings import STAGES
 from rlhf.errors import UserError
@@ -34,6 +43,7 @@ def rows(batch: Any) -> list[tuple[list[int], list[int]]]:
     return [(ids[real & ~response].tolist(), ids[response].tolist()) for ids, real, response in rows]
 
 
+@one_architecture
 def test_01_eos_carries_loss(tiny_run: TinyRun, tokenizer: PreTrainedTokenizerFast) -> None:
     """The pad token is EOS. After 20 steps EOS is more likely after a demonstration, by more than a nat on average.
 
@@ -51,6 +61,7 @@ def test_01_eos_carries_loss(tiny_run: TinyRun, tokenizer: PreTrainedTokenizerFa
     assert sum(gains) / len(gains) > 1.0
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", STAGES)
 def test_02_one_bos_if_both_template_and_tokenizer_add_one(
     tiny_run: TinyRun, tokenizer: PreTrainedTokenizerFast, stage: str
@@ -67,6 +78,7 @@ def test_02_one_bos_if_both_template_and_tokenizer_add_one(
     assert all(prompt[0] == BOS and prompt.count(BOS) == 1 for prompt in prompts)
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", TEXT_STAGES)
 def test_03_prompt_and_response_are_tokenized_together(tiny_run: TinyRun, stage: str) -> None:
     """The prompt ends in 'a', the response is 'b', and 'ab' is one token: that token belongs to the response."""
@@ -79,6 +91,7 @@ def test_03_prompt_and_response_are_tokenized_together(tiny_run: TinyRun, stage:
     assert others == ([] if stage == "sft" else [(["x", "a"], ["c", "<eos>"])])
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", TEXT_STAGES)
 def test_04_truncation_keeps_the_response_and_is_counted(
     tiny_run: TinyRun, stage: str, caplog: pytest.LogCaptureFixture
@@ -141,6 +154,7 @@ def test_06_padding_and_other_rows_do_not_affect_a_sequence(tiny_run: TinyRun, s
         assert other == pytest.approx(metrics[0], rel=1e-4, abs=1e-6)  # float32 sums in another order
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", STAGES)
 def test_07_an_invalid_record_is_reported_with_file_and_line(tiny_run: TinyRun, stage: str) -> None:
     """The error names the file, the line, the fields and an override. It is not a KeyError during training."""

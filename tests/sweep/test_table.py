@@ -41,7 +41,7 @@ def test_the_best_job_comes_first(tmp_path: Path, metric: str, order: str) -> No
     assert [path.name for path in jobs] == [f"loss={name}" for name in order]
     assert [entry["overrides"][0] for entry in content(tmp_path, jobs)["jobs"]] == [f"loss={name}" for name in order]
     assert swept_keys(jobs) == {"loss": list(order)}
-    table = sweep_table(tmp_path, jobs)
+    table = sweep_table(jobs)
     columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
     shown = {"a": "0.2000", "b": "0.9000", "c": "failed", "d": "none"}
     assert columns == {"loss": list(order), metric: [shown[name] for name in order], "seconds": ["61"] * 4}
@@ -54,7 +54,7 @@ def test_keys_in_the_table_are_text(tmp_path: Path) -> None:
     for value in "ab":
         write_json(tmp_path / value / "job.json", asdict(Job([f"[/b]={value}"], "x\x1b[a1]", 1.0)))
     console = Console(width=200, file=StringIO())
-    console.print(sweep_table(tmp_path, read_jobs(tmp_path)))
+    console.print(sweep_table(read_jobs(tmp_path)))
     assert "[/b]" in console.file.getvalue()
     assert "x\\x1b[a1]" in console.file.getvalue()
 
@@ -82,17 +82,26 @@ def test_jobs_of_other_runs_are_listed(tmp_path: Path) -> None:
 def test_the_commands_open_the_policy(tmp_path: Path) -> None:
     best = tmp_path / "loss=ipo"
     best.mkdir()
-    assert commands(tmp_path, best) == [f"tensorboard --logdir {tmp_path}"]
+    jobs = {best: Job(["loss=ipo"], "val/loss", 0.1)}
+    assert commands(jobs) == [f"tensorboard --logdir {tmp_path}"]
     (best / "dpo_final.pt").touch()
     code = f'from rlhf import load_model; model, tokenizer, device = load_model("{best / "dpo_final.pt"}")'
-    assert commands(tmp_path, best)[0] == f"python -c '{code}'"
+    assert commands(jobs)[0] == f"python -c '{code}'"
+
+
+def test_the_commands_show_the_curves_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a sweep over ``run`` have no directory in common but that of all runs."""
+    jobs = {Path("outputs") / run / "sweeps" / "sft" / f"run={run}": Job([f"run={run}"], "", None) for run in "ab"}
+    monkeypatch.chdir(tmp_path)
+    assert commands(jobs) == ["tensorboard --logdir outputs"]
+    assert str(sweep_table(jobs).title).startswith("Jobs of the sweep in outputs,")
 
 
 def test_drawn_numbers_are_rounded(tmp_path: Path) -> None:
     """Optuna draws numbers of 16 digits. What was typed stays as it is."""
     for number, beta in enumerate(("0.43557259109182184", "4.252744858000656e-05", "0.1", "ipo")):
         write_json(tmp_path / str(number) / "job.json", asdict(Job([f"stage.beta={beta}"], "val/loss", number)))
-    (column, *_) = sweep_table(tmp_path, read_jobs(tmp_path)).columns
+    (column, *_) = sweep_table(read_jobs(tmp_path)).columns
     assert [str(cell) for cell in column.cells] == ["0.4356", "4.253e-05", "0.1", "ipo"]
 
 
