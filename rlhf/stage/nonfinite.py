@@ -93,11 +93,6 @@ class NonfiniteGuard:
         self.step[-1].loss = loss.detach() if earlier is None else earlier + loss.detach()
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def forget_step(self) -> list[MicroBatch]:
-        """Forget the batches of the optimizer step, and return them."""
-        step, self.step = self.step, []
-        return step
-
     def must_skip(self, module: Any, norm: float) -> bool:
         """Return whether the optimizer step must be skipped because its loss or its gradient is not finite.
 
@@ -108,7 +103,7 @@ class NonfiniteGuard:
         Raises:
             TrainingError: The step is not finite, and training stops.
         """
-        step = self.forget_step()
+        step, self.step = self.step, []
         if self.skips_rollout:  # The step has no gradient.
             self.count += 1
             return False
