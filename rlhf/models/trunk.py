@@ -86,6 +86,7 @@ def hidden_states(
         input_ids, positions = _right_padded(input_ids, attention_mask, positions)
         if boundary is None:
             return _padded(trunk, input_ids, positions, partial)
+        # Rows that are padded to more tokens than the longest one has could be above the boundary.
         lengths = attention_mask.sum(dim=1).tolist()
     if boundary is not None and not is_sharded and min(lengths) <= boundary < max(lengths):
         groups = split_by_length(lengths, max(max_groups, 2), boundary)
