@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.data.json_files import check_utf8
 from rlhf.data.lazy import LazySequence
-from rlhf.data.records import RecordError, Row
+from rlhf.data.records import Row
 from rlhf.errors import DataError
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}  # what separates the fields
@@ -27,12 +27,10 @@ class SeparatedRows(LazySequence[Row]):
         rows: The rows, in which every cell is text.
         numbers: The columns of numbers. A cell that is not a number remains text, which makes its row invalid.
         labels: The columns of labels, which are true, false or numbers.
-        sep: What separates the cells. With a tab, a cell may not contain both a tab and a line break: most TSV files
-            are not quoted, and the lines after a cell that begins with a quotation mark would be read as its text.
     """
 
-    def __init__(self, rows: Any, numbers: Collection[str], labels: Collection[str], sep: str) -> None:
-        self._rows, self._sep = rows, sep
+    def __init__(self, rows: Any, numbers: Collection[str], labels: Collection[str]) -> None:
+        self._rows = rows
         self.column_names: list[str] = rows.column_names
         self._converters = {name: _number for name in self.column_names if name in numbers}
         self._converters |= {name: _label for name in self.column_names if name in labels}
@@ -41,25 +39,10 @@ class SeparatedRows(LazySequence[Row]):
         return len(self._rows)
 
     def item(self, index: int) -> Row:
-        """Return a row.
-
-        Raises:
-            RecordError: A cell contains several lines of a TSV file.
-        """
         row = {name: cell or None for name, cell in self._rows[index].items()}
-        if self._sep == "\t" and (name := next((name for name, cell in row.items() if _has_lines(cell)), None)):
-            raise RecordError(
-                f"the field '{name}' contains a tab and a line break, as if it began with a quotation mark that is "
-                "not closed on its line",
-                fix="Quote each cell that contains a quotation mark, and write the quotation mark twice.",
-            )
         for name, convert in self._converters.items():
             row[name] = convert(row[name] or "")
         return row
-
-
-def _has_lines(cell: str | None) -> bool:
-    return cell is not None and "\n" in cell and "\t" in cell
 
 
 def _number(cell: str) -> float | str | None:
@@ -101,7 +84,7 @@ def csv_options(path: str, sep: str) -> dict[str, Any]:
     if not isinstance(start.index, pandas.RangeIndex):
         # The first row has more fields than the header. pandas would read the first ones as names of the rows, and
         # the others one column too far to the left.
-        check_field_counts(path, sep)
+        check_fields(path, sep)
         raise DataError(f"{path}: the first row has more fields than the header.", _quoting(sep))
     features = Features({name: Value("string") for name in start.columns})
     return {"sep": sep, "features": features, "keep_default_na": False, "na_filter": False}
@@ -130,16 +113,19 @@ def separator_of(path: str) -> str:
     return ";" if extension == ".csv" and ";" in header and "," not in header else SEPARATED[extension]
 
 
-def check_field_counts(path: str, sep: str) -> None:
-    """Raise an error that names the first row of a CSV or TSV file with more fields than the header, if there is one.
+def check_fields(path: str, sep: str) -> None:
+    """Raise an error that names the first row of a CSV or TSV file with invalid fields, if there is one.
+
+    No row may have more fields than the header. In a TSV file, a field that begins with a quotation mark must be quoted
+    correctly: most TSV files are not quoted, and the lines after such a field would be read as its text.
 
     This takes several times as long as reading the file with pandas.
     """
     limit = csv.field_size_limit(LONGEST_CELL)
+    header, line = 0, 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=sep)
-            header, line = 0, 1
+            rows = csv.reader(file, delimiter=sep, strict=sep == "\t")
             for row in rows:
                 header = header or len(row)
                 if len(row) > header:
@@ -147,8 +133,12 @@ def check_field_counts(path: str, sep: str) -> None:
                         f"{path}:{line}: the row has {len(row)} fields, but the header has {header}.", _quoting(sep)
                     )
                 line = rows.line_num + 1
-    except csv.Error:  # Content that only pandas can read.
-        return
+    except csv.Error as error:
+        if sep == "\t":  # In other files, only pandas can read the content.
+            raise DataError(
+                f"{path}:{line}: a field begins with a quotation mark, but is not quoted correctly.",
+                "Quote each field that contains a quotation mark, and write the quotation mark twice.",
+            ) from error
     finally:
         csv.field_size_limit(limit)
 

@@ -6,14 +6,7 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from rlhf.data.csv_files import (
-    SEPARATED,
-    SeparatedRows,
-    check_field_counts,
-    columns_of_numbers,
-    csv_options,
-    separator_of,
-)
+from rlhf.data.csv_files import SEPARATED, SeparatedRows, check_fields, columns_of_numbers, csv_options, separator_of
 from rlhf.data.json_files import JsonLines, read_json
 from rlhf.data.records import Row
 from rlhf.errors import DataError, first_line
@@ -93,6 +86,8 @@ def _read_table(path: str, columns: Mapping[str, str | None]) -> Sequence[Row]:
 
     extension = Path(path).suffix.lower()
     sep = separator_of(path) if extension in SEPARATED else None
+    if sep == "\t":
+        check_fields(path, sep)
     (disable_progress_bars if Path(path).stat().st_size < PROGRESS_BAR_BYTES else enable_progress_bars)()
     try:
         if sep is None:
@@ -105,9 +100,9 @@ def _read_table(path: str, columns: Mapping[str, str | None]) -> Sequence[Row]:
         raise
     except Exception as error:  # pyarrow, pandas and datasets raise many types for invalid content
         if sep is not None:
-            check_field_counts(path, sep)
+            check_fields(path, sep)
         raise DataError(f"{path}: the file cannot be read ({first_line(error.__cause__ or error)}).") from error
-    return rows if sep is None else SeparatedRows(rows, *columns_of_numbers(columns), sep)
+    return rows if sep is None else SeparatedRows(rows, *columns_of_numbers(columns))
 
 
 def _check_parquet_rows(path: str) -> None:

@@ -249,23 +249,36 @@ def test_a_row_with_more_fields_than_the_header_is_rejected(
     assert csv.field_size_limit() == limit
 
 
-def test_a_cell_of_several_lines_of_a_tsv_file_is_refused(tmp_path: Path) -> None:
-    """Lines 6 and 7 would be part of the cell that begins in line 5. Line breaks alone are text."""
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        (["a\tb", 'say\t"Hello is a word', "c\td"], 3),
+        (["a\tb", 'say\t"Hello is a word', 'c\t"d"'], 3),
+        (['a\t"C\tD'], 2),
+        (['"a\nb"\t"c\td"', 'e\t"f" g'], 4),
+    ],
+)
+def test_a_field_of_a_tsv_file_that_is_not_quoted_correctly_is_refused(
+    tmp_path: Path, lines: list[str], line: int
+) -> None:
+    """The lines after the first one would be part of its field, and the last one would lose its quotation marks."""
     path = tmp_path / "rows.tsv"
-    path.write_text('prompt\tchosen\na\t"b" c\nd\t"e\nf"\ng\t"open\nh\tlost\ni\tlost"\nj\tk\n')
-    rows = read_rows(str(path))
-    assert [rows[index] for index in (0, 1, 3)] == [
-        {"prompt": "a", "chosen": "b c"},
-        {"prompt": "d", "chosen": "e\nf"},
-        {"prompt": "j", "chosen": "k"},
-    ]
+    path.write_text("\n".join(["prompt\tcompletion", *lines]) + "\n")
     with pytest.raises(DataError) as error:
-        RecordReader(RecordParser()).read(str(path), "train", [Prompt])
-    assert str(error.value).splitlines()[:2] == [
-        f"{path}, row 3: the field 'chosen' contains a tab and a line break, as if it began with a quotation mark that "
-        "is not closed on its line.",
-        "  Quote each cell that contains a quotation mark, and write the quotation mark twice.",
+        read_rows(str(path))
+    assert str(error.value).splitlines() == [
+        f"{path}:{line}: a field begins with a quotation mark, but is not quoted correctly.",
+        "  Quote each field that contains a quotation mark, and write the quotation mark twice.",
     ]
+
+
+def test_quoted_fields_of_a_tsv_file_may_contain_tabs_and_line_breaks(tmp_path: Path) -> None:
+    """pandas writes indented code in this way. A quotation mark within a field that is not quoted is text."""
+    rows = [{"prompt": 'Write "f"', "completion": 'def f(x):\n\treturn "x"'}]
+    path = write(tmp_path / "rows.tsv", rows)
+    with open(path, "a") as file:
+        file.write('say "a"\tb"\n')
+    assert list(read_rows(path)) == [*rows, {"prompt": 'say "a"', "completion": 'b"'}]
 
 
 def test_fields_after_the_last_one_of_a_row_are_missing(tmp_path: Path) -> None:
