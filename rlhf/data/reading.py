@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,6 @@ from rlhf.data.cache import CACHED_ROWS, DataCache, content_key
 from rlhf.data.files import location, read_rows, refuse_directory
 from rlhf.data.forms import form_of
 from rlhf.data.hints import hints, parses
-from rlhf.data.label_names import check_label_names
 from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, UnpairedPreference, prompt_of
@@ -25,6 +25,15 @@ from rlhf.errors import DataError
 log = logging.getLogger(__name__)
 MAX_SHOWN_ERRORS = 5
 PROGRESS_BAR_ROWS = 100_000  # fewer rows are parsed within seconds
+UNDESIRABLE = (
+    "false no 0 bad negative neg undesirable undesired rejected dispreferred dislike disliked incorrect wrong fail "
+    "unhelpful not_helpful unsafe harmful toxic thumbs_down downvote"
+).split()
+DESIRABLE = (
+    "true yes 1 good positive pos desirable desired chosen accepted preferred like liked correct right pass helpful "
+    "safe harmless non_toxic thumbs_up upvote"
+).split()
+CLASSES = {**dict.fromkeys(UNDESIRABLE, False), **dict.fromkeys(DESIRABLE, True)}  # what names of labels mean
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class RecordReader:
                 location(path, summary["first_empty"]),
             )
         if names[summary["type"]] is UnpairedPreference:
-            check_label_names(path, rows, self.parser.column("label"))
+            _check_classes(path, rows, self.parser.column("label"))
         invalid = set(summary["invalid"])
         valid = range(count) if not invalid else [index for index in range(count) if index not in invalid]
         log.info("%s: read %d records, skipped %d invalid rows", path, len(valid), len(invalid))
@@ -222,6 +231,26 @@ class Records(LazySequence[Any]):
         """Return the records of some indices."""
         chosen = [self._indices[index] for index in indices]
         return Records(self.path, self._rows, self._parser, self.record_type, chosen, self.has_margins)
+
+
+def _check_classes(path: str, rows: Any, column: str) -> None:
+    """Raise an error if the labels of a Hub dataset have classes whose names mean the opposite, and warn about others
+    whose names do not clearly mean false and true.
+    """
+    names = getattr((getattr(rows, "features", None) or {}).get(column), "names", None)  # of a ``ClassLabel``
+    if names is None:
+        return
+    meanings = [CLASSES.get(re.sub("[ -]", "_", name.strip().lower())) for name in names]
+    classes = " and ".join(f"{value} = {name!r}" for value, name in enumerate(names))
+    if meanings == [True, False]:
+        raise DataError(
+            f"{path}: the field '{column}' has the classes {classes}, but 0 must mean undesirable and 1 desirable.",
+            f"Store a copy of the data in which '{column}' is true or false.",
+        )
+    if meanings != [False, True]:
+        log.warning(
+            "%s: the field '%s' has the classes %s. 0 is read as undesirable, 1 as desirable.", path, column, classes
+        )
 
 
 def _row(path: str, rows: Sequence[Row], index: int) -> Row:

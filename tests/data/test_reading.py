@@ -60,28 +60,42 @@ def test_a_null_field_is_not_looked_for_under_another_name(write: Write) -> None
     [
         (["bad", "good"], True),
         (["Thumbs down", "Thumbs up"], True),
-        (["good", "bad"], False),
-        (["toxic", "harmless"], False),
+        (["toxic", "non-toxic"], True),
+        (["formal", "informal"], False),
         (["bad", "good", "unknown"], False),
     ],
 )
-def test_the_names_of_labels_must_mean_false_and_true(tmp_path: Path, names: list[str], is_clear: bool) -> None:
-    """The first name has the number 0, which is an undesirable response."""
-    path = str(tmp_path / "rows.parquet")
-    features = Features({"prompt": Value("string"), "completion": Value("string"), "liked": ClassLabel(names=names)})
-    Dataset.from_dict({"prompt": ["Q"], "completion": ["A"], "liked": [1]}, features=features).to_parquet(path)
+def test_classes_of_labels_that_are_not_known_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], is_clear: bool
+) -> None:
+    """The first class has the number 0, which is an undesirable response."""
+    path = write_labels(tmp_path, names)
     reader = RecordReader(RecordParser({"label": "liked"}))
     assert list(reader.read(path, "train", (Demonstration,))) == [Demonstration(QUESTION, "A")]
-    if is_clear:
-        assert list(reader.read(path, "train", (UnpairedPreference,))) == [UnpairedPreference(QUESTION, "A", True)]
-    else:
-        with pytest.raises(DataError) as error:
-            reader.read(path, "train", (UnpairedPreference,))
-        assert str(error.value).splitlines() == [
-            f"{path}: the values of the field 'liked' have the names {', '.join(map(repr, names))}, of which the first "
-            "one would mean undesirable and the second one desirable.",
-            "  Store a copy of the data in which 'liked' is true or false.",
-        ]
+    assert list(reader.read(path, "train", (UnpairedPreference,))) == [UnpairedPreference(QUESTION, "A", True)]
+    classes = " and ".join(f"{number} = '{name}'" for number, name in enumerate(names))
+    message = f"{path}: the field 'liked' has the classes {classes}. 0 is read as undesirable, 1 as desirable."
+    assert [record.message for record in caplog.records] == ([] if is_clear else [message])
+
+
+@pytest.mark.parametrize("names", [["good", "bad"], ["Safe", "toxic"]])
+def test_classes_of_labels_in_reverse_order_are_refused(tmp_path: Path, names: list[str]) -> None:
+    path = write_labels(tmp_path, names)
+    with pytest.raises(DataError) as error:
+        RecordReader(RecordParser({"label": "liked"})).read(path, "train", (UnpairedPreference,))
+    assert str(error.value).splitlines() == [
+        f"{path}: the field 'liked' has the classes 0 = '{names[0]}' and 1 = '{names[1]}', but 0 must mean undesirable "
+        "and 1 desirable.",
+        "  Store a copy of the data in which 'liked' is true or false.",
+    ]
+
+
+def write_labels(folder: Path, names: list[str]) -> str:
+    """Write a row with the label 1 of a ``ClassLabel``."""
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "liked": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"prompt": ["Q"], "completion": ["A"], "liked": [1]}, features=features)
+    rows.to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
 
 
 def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
