@@ -37,15 +37,14 @@ class DataCache:
 
     directory: Path
 
-    def summary(self, kind: str, key: Any, compute: Callable[[], Summary]) -> Summary:
-        """Return a stored summary, or compute and store it.
+    def summary(self, key: Any, compute: Callable[[], Summary]) -> Summary:
+        """Return a stored summary of records, or compute and store it.
 
         Args:
-            kind: What it describes; part of the file name.
             key: Everything that it depends on, as JSON.
             compute: Computes it.
         """
-        path = self._path(kind, key, "json")
+        path = self._path("records", key, "json")
         with self._lock(path):
             with usable(self.directory):
                 stored = _read_json(path)

@@ -1,8 +1,8 @@
-"""Check which columns ``data.columns`` maps the fields of records to."""
+"""The columns that contain the fields of records, as ``data.columns`` maps them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rlhf.data.records import FIELDS
+from rlhf.data.records import CONTEXT, FIELDS
 from rlhf.errors import ConfigError
 
 # Fields of one line may have the same column: no stage reads two of them as different parts of a record.
@@ -11,6 +11,8 @@ SAME_CONTENT = (
     ("target", "completion", "response", "chosen"),
     ("rejected",),
     ("margin", "reward", "label"),
+    ("system",),
+    ("history",),
 )
 
 
@@ -20,18 +22,19 @@ def check_columns(columns: Mapping[str, str | None]) -> None:
     Raises:
         ConfigError: See above.
     """
-    if unknown := [name for name in columns if name not in FIELDS]:
+    names = (*FIELDS, *CONTEXT)
+    if unknown := [name for name in columns if name not in names]:
         name, column = unknown[0], columns[unknown[0]]
-        swapped = isinstance(column, str) and column in FIELDS
+        swapped = column in names
         raise ConfigError(
             f"data.columns.{name}={column}: '{name}' is not a field of a record. The key must be one of "
-            f"{', '.join(FIELDS)}; the value is the name of the column in the data.",
+            f"{', '.join(names)}; the value is the name of the column in the data.",
             f"Set data.columns.{column}={name}" if swapped else f"Set data.columns.<field>={name}",
         )
     groups = {name: group for group in SAME_CONTENT for name in group}
     first: dict[str, str] = {} if columns.get("prompt") else {"prompt": "prompt"}
     for name, column in columns.items():
-        if column is None:
+        if not column:  # null, or empty for a field that is ignored
             continue
         other = first.setdefault(column, name)
         if groups[other] is not groups[name]:
@@ -39,3 +42,18 @@ def check_columns(columns: Mapping[str, str | None]) -> None:
                 f"data.columns.{name}={column}: the field '{other}' has the same column.",
                 f"Set data.columns.{name}=<column> or data.columns.{other}=<column>",
             )
+
+
+def context_columns(columns: Mapping[str, str | None]) -> dict[str, Sequence[str]]:
+    """Return the columns that may contain each field of ``CONTEXT``: the one that it is mapped to, or its usual ones.
+
+    A usual column that another field is mapped to is left out.
+
+    Args:
+        columns: Maps fields to columns, see ``RecordParser``.
+    """
+    used = columns.values()
+    return {
+        name: [column for column in usual if column not in used] if (mapped := columns.get(name)) is None else [mapped]
+        for name, usual in CONTEXT.items()
+    }

@@ -40,7 +40,7 @@ class RecordDataModule(lightning.LightningDataModule):
         splits: Split names of a Hub dataset, such as ``{"val": "test"}``; slices such as ``train[:1000]`` are allowed.
         subset: Configuration name of a Hub dataset that has several.
         columns: Column names that differ from the field names, such as ``{"rejected": "loser"}``. A field that maps to
-            null has a column of the same name.
+            null has a column of the same name. An optional field that maps to an empty text is ignored.
         template: Text around the prompt, with ``{prompt}`` in it; null for the tokenizer's chat template. It becomes
             the chat template of the tokenizer, so exported models have it as well.
         max_length: Maximum length of prompt and response together, in tokens. Longer sequences lose the beginning of
@@ -83,8 +83,7 @@ class RecordDataModule(lightning.LightningDataModule):
         check_arguments(RecordDataModule, "data", locals())
         self.paths = {"train": train, "val": val, "test": test}
         self.val_fraction = val_fraction
-        self.parser = RecordParser(dict(columns or {}))
-        self.reader = RecordReader(self.parser, dict(splits or {}), subset, max_rows, on_error)
+        self.reader = RecordReader(RecordParser(dict(columns or {})), dict(splits or {}), subset, max_rows, on_error)
         self.template = template
         self.max_length = max_length
         self.batch_size = batch_size

@@ -1,6 +1,5 @@
 """The forms of rows: which fields belong to each of them, and which stages read it."""
 
-from rlhf.data.alpaca import without_alpaca_fields
 from rlhf.data.messages import role_of
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import FIELDS, Demonstration, Preference, Prompt, Rating, Record, Row, UnpairedPreference
@@ -17,8 +16,7 @@ FORMS: dict[type[Record], tuple[str, str]] = {
 
 def form_of(parser: RecordParser, row: Row) -> type[Record]:
     """Return the form that the fields of a row belong to, whether or not their values are valid."""
-    if not any(parser.columns.values()):
-        row = without_alpaca_fields(row)
+    row = parser.without_alpaca_fields(row)
     present = {name for name in FIELDS if parser.has(row, name)}
     if present & {"chosen", "rejected"}:
         return Preference

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlhf.data.context import SYSTEM
 from rlhf.data.forms import FORMS, form_of
 from rlhf.data.parser import RecordParser
-from rlhf.data.records import FIELDS, Demonstration, Prompt, Record, RecordError, Row
+from rlhf.data.records import CONTEXT, FIELDS, Demonstration, Prompt, Record, RecordError, Row
 from rlhf.overrides import to_override
 
 COMMON_FIELDS = ("prompt", "document", "target", "chosen", "rejected")
@@ -114,7 +113,7 @@ def _missing(parser: RecordParser, row: Row, record_type: type[Record]) -> str |
 
 
 def _free_columns(parser: RecordParser, row: Row) -> list[str]:
-    used = {*parser.columns.values(), *COMMON_FIELDS, *SYSTEM}
+    used = {*parser.columns.values(), *COMMON_FIELDS, *CONTEXT["system"]}
     return [column for column, value in row.items() if value is not None and column not in used]
 
 

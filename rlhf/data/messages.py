@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.data.content_parts import joined_text
 from rlhf.data.records import Message, Prompt, RecordError
 from rlhf.data.unsupported import check_message
 
@@ -25,12 +24,13 @@ def role_of(message: Mapping[str, Any]) -> Any:
     return ROLES.get(role.lower(), role) if isinstance(role, str) else role
 
 
-def parse_messages(value: Any, column: str) -> list[Message]:
+def parse_messages(value: Any, column: str, *, all_learned: bool = False) -> list[Message]:
     """Parse a list of messages.
 
     Args:
         value: The list.
         column: Its column, for the error message.
+        all_learned: Whether all messages by the assistant carry loss, not only the last one.
 
     Raises:
         RecordError: It is not a list of messages, or a message has content that is not supported.
@@ -41,14 +41,59 @@ def parse_messages(value: Any, column: str) -> list[Message]:
     for number, message in enumerate(value, 1):
         fields = message if isinstance(message, Mapping) else {}
         role, content = role_of(fields), fields.get("content", fields.get("value"))
-        check_message(fields, role, column)
+        check_message(fields, column, is_learned=role == "assistant" and (all_learned or number == len(value)))
         if isinstance(content, list) and content:
-            content = joined_text(content, column, number)
+            content = _joined_text(content, column, number)
         if not isinstance(role, str) or not isinstance(content, str):
             raise RecordError(f"every message in the field '{column}' must have a 'role' and a 'content' string")
         check_characters(column, content)
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _joined_text(parts: list[Any], column: str, number: int) -> str:
+    """Return the text of parts such as ``{"type": "text", "text": "..."}``, as chat templates of multimodal models and
+    TRL have them, without separators.
+    """
+    texts = []
+    for part in parts:
+        fields = part if isinstance(part, Mapping) else {}
+        text = fields.get("text")
+        if fields.get("type") != "text" or not isinstance(text, str):
+            found = f"of type {fields['type']!r:.40}" if fields.get("type") not in ("text", None) else f"{part!r:.40}"
+            raise RecordError(
+                f"the 'content' of a message in the field '{column}' must be text, got a list with a part {found} "
+                f"(message {number})"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def parse_history(value: Any, column: str) -> list[Message]:
+    """Parse the turns before a prompt: messages, or pairs of a user message and a response, as in LLaMA-Factory.
+
+    Text is content of another kind, and is ignored.
+
+    Args:
+        value: The content of the field.
+        column: Its column, for the error message.
+
+    Raises:
+        RecordError: It is a list of something else.
+    """
+    if not value or not isinstance(value, list):
+        return []
+    if not all(isinstance(turn, Mapping) and role_of(turn) for turn in value):
+        for pair in value:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise RecordError(
+                    f"the field '{column}' must be a list of messages, or of pairs of a user message and a response, "
+                    f"got {pair!r:.40}",
+                    fix="To ignore the field: data.columns.history=",
+                )
+        roles = "user", "assistant"
+        value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
+    return parse_messages(value, column)
 
 
 def parse_transcript(text: str, column: str) -> list[Message]:

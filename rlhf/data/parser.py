@@ -3,13 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from rlhf.data.alpaca import without_alpaca_fields
-from rlhf.data.columns import check_columns
-from rlhf.data.context import earlier_turns, system_message
-from rlhf.data.messages import check_characters, conversation, is_opened_transcript, parse_messages, parse_transcript
+from rlhf.data.columns import check_columns, context_columns
+from rlhf.data.messages import (
+    check_characters,
+    conversation,
+    is_opened_transcript,
+    parse_history,
+    parse_messages,
+    parse_transcript,
+)
 from rlhf.data.records import (
+    FIELDS,
     Demonstration,
     Message,
     Preference,
@@ -29,14 +36,16 @@ class RecordParser:
 
     Args:
         columns: Maps a field to the name of its column, such as ``{"rejected": "loser"}``. A field that is missing or
-            mapped to ``None`` has a column of the same name.
+            mapped to ``None`` has a column of the same name, and ``system`` and ``history`` those of ``CONTEXT``.
+        all_learned: Whether all messages by the assistant carry loss, not only the last one of a row.
 
     Raises:
-        ConfigError: ``columns`` has a key that is not one of ``FIELDS``, or maps fields of different content, such as
-            ``prompt`` and ``target``, to the same column.
+        ConfigError: ``columns`` has a key that is not a field, or maps fields of different content, such as ``prompt``
+            and ``target``, to the same column.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    all_learned: bool = False
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -55,14 +64,37 @@ class RecordParser:
         conditions = (lambda name: self.has(row, name), lambda name: self.column(name) in row, self.columns.get)
         return next((name for condition in conditions for name in names if condition(name)), names[0])
 
+    @cached_property
+    def _context_columns(self) -> dict[str, Sequence[str]]:
+        return context_columns(self.columns)
+
+    def system_column(self, row: Row) -> str | None:
+        """Return the column of the system prompt of a row; None if it has none."""
+        for column in self._context_columns["system"]:
+            text = row.get(column)
+            if isinstance(text, str) and text.strip():
+                return column
+        return None
+
+    def without_alpaca_fields(self, row: Row) -> Row:
+        """Return a row of the form of Alpaca as a prompt with a completion; other rows as they are.
+
+        Its fields are ``instruction``, ``output`` and possibly ``input`` (https://github.com/tatsu-lab/stanford_alpaca).
+        """
+        texts = [row.get(name) for name in ("instruction", "output")]
+        is_alpaca = all(isinstance(text, str) for text in texts)
+        if not is_alpaca or any(self.columns.get(name) or row.get(name) is not None for name in FIELDS):
+            return row
+        prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text and isinstance(text, str))
+        return {**row, "prompt": prompt, "completion": row["output"]}
+
     def parse(self, row: Row, record_type: type[Record]) -> Any:
         """Parse a row as a record of the given type.
 
         Raises:
             RecordError: The row is not a valid record of this type.
         """
-        if not any(self.columns.values()):
-            row = without_alpaca_fields(row)
+        row = self.without_alpaca_fields(row)
         record = {
             Demonstration: self._demonstration,
             Preference: self._preference,
@@ -150,7 +182,10 @@ class RecordParser:
         check_characters(column, value)
         is_transcript = is_opened_transcript(value)
         turns = parse_transcript(value, column)[:-1] if is_transcript else [{"role": "user", "content": value}]
-        return self._conversation(row, [*earlier_turns(row, self.columns.values()), *turns])
+        history = [
+            turn for column in self._context_columns["history"] for turn in parse_history(row.get(column), column)
+        ]
+        return self._conversation(row, [*history, *turns])
 
     def _conversation(self, row: Row, messages: Sequence[Message]) -> Prompt:
         """Return the conversation up to the next response, with the system prompt of the row."""
@@ -158,8 +193,11 @@ class RecordParser:
 
     def _with_system(self, row: Row, messages: Sequence[Message]) -> list[Message]:
         """Return messages that begin with the system prompt of the row, unless they begin with another one."""
-        begins_with_system = bool(messages) and messages[0]["role"] == "system"
-        return [*([] if begins_with_system else system_message(row, self.columns.values())), *messages]
+        column = self.system_column(row)
+        if column is None or (messages and messages[0]["role"] == "system"):
+            return list(messages)
+        check_characters(column, row[column])
+        return [{"role": "system", "content": row[column]}, *messages]
 
     def _response(self, row: Row, name: str, kind: str) -> str:
         """Parse a response: text, a number, a list of one message, or a list that repeats the prompt before it."""
@@ -216,7 +254,7 @@ class RecordParser:
 
     def _messages(self, row: Row, name: str) -> list[Message]:
         column = self.column(name)
-        return parse_messages(row[column], column)
+        return parse_messages(row[column], column, all_learned=self.all_learned)
 
     def _final_response(self, messages: Sequence[Message], name: str) -> str:
         if (role := messages[-1]["role"]) != "assistant":

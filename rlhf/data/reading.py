@@ -20,6 +20,7 @@ from rlhf.data.hints import hints, parses
 from rlhf.data.lazy import LazySequence
 from rlhf.data.parser import RecordParser
 from rlhf.data.records import EXPECTED, Preference, Record, RecordError, Row, UnpairedPreference, prompt_of
+from rlhf.data.report import report_records
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -74,24 +75,14 @@ class RecordReader:
         if cache is None or count < CACHED_ROWS:
             summary = self._parse_all(path, rows, count, record_types)
         else:
-            key = path, content_key(path, rows), count, self.parser.columns, self.on_error, list(names)
-            summary = cache.summary("records", key, lambda: self._parse_all(path, rows, count, record_types))
-        if summary["error"]:
-            skipped = len(summary["invalid"])
-            log.warning("%s: skipped %d invalid rows; the first one: %s", path, skipped, summary["error"])
-        if summary["empty"]:
-            log.warning(
-                "%s: %d of %d records have an empty chosen or rejected response; the first one: %s",
-                path,
-                summary["empty"],
-                count - len(summary["invalid"]),
-                location(path, summary["first_empty"]),
-            )
+            parser = self.parser.columns, self.parser.all_learned
+            key = path, content_key(path, rows), count, parser, self.on_error, list(names)
+            summary = cache.summary(key, lambda: self._parse_all(path, rows, count, record_types))
         if names[summary["type"]] is UnpairedPreference:
             _check_classes(path, rows, self.parser.column("label"))
+        report_records(path, count, summary)
         invalid = set(summary["invalid"])
         valid = range(count) if not invalid else [index for index in range(count) if index not in invalid]
-        log.info("%s: read %d records, skipped %d invalid rows", path, len(valid), len(invalid))
         return Records(path, rows, self.parser, names[summary["type"]], valid, summary["has_margins"])
 
     def rows(self, path: str, split: str) -> Sequence[Row]:
@@ -112,6 +103,7 @@ class RecordReader:
         record_type: type[Record] | None = None
         empty: list[int] = []
         has_margins = False
+        system: tuple[str, str] | None = None
         quiet = count < PROGRESS_BAR_ROWS
         for index in track(range(count), f"reading {escape(str(path))}", transient=True, disable=quiet):
             try:
@@ -121,6 +113,9 @@ class RecordReader:
             except RecordError as error:
                 errors.append((index, error))
                 continue
+            column = self.parser.system_column(row) if system is None else None
+            if column is not None and row[column] == prompt_of(record).messages[0]["content"]:
+                system = column, row[column]
             if isinstance(record, Preference):
                 has_margins = has_margins or bool(record.margin)
                 empty += [] if record.chosen.strip() and record.rejected.strip() else [index]
@@ -135,6 +130,7 @@ class RecordReader:
             "empty": len(empty),
             "first_empty": empty[0] if empty else None,
             "has_margins": has_margins,
+            "system": system,
         }
 
     def _detect(self, row: Row, record_types: Sequence[type[Record]]) -> type[Record]:

@@ -108,5 +108,7 @@ EXPECTED: dict[type[Record], str] = {
     Prompt: '{"prompt": "..."} or {"document": "..."}',
 }
 
-# All fields that a record may have; ``data.columns`` in conf/data/ declares the same names.
+# All fields that a record may have. ``data.columns`` in conf/data/ declares these names, and those of ``CONTEXT``.
 FIELDS = tuple("prompt document target completion messages chosen rejected margin response reward label".split())
+# Fields of what precedes the prompt of a record, each with the columns that may contain it.
+CONTEXT = {"system": ("system", "system_prompt"), "history": ("history",)}

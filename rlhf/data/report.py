@@ -1,4 +1,4 @@
-"""What the log reports about the encoded rows of a split."""
+"""What the log reports about the records and the encoded rows of a split."""
 
 import logging
 import math
@@ -9,6 +9,34 @@ from rlhf.data.files import location
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
+
+
+def report_records(path: str, count: int, summary: Mapping[str, Any]) -> None:
+    """Log how many rows are valid, and what may be wrong with them.
+
+    Args:
+        path: The file or the ID of the Hub dataset.
+        count: Number of its rows.
+        summary: What ``RecordReader`` found when it parsed them.
+    """
+    skipped = len(summary["invalid"])
+    if skipped:
+        log.warning("%s: skipped %d invalid rows; the first one: %s", path, skipped, summary["error"])
+    if summary["empty"]:
+        log.warning(
+            "%s: %d of %d records have an empty chosen or rejected response; the first one: %s",
+            path,
+            summary["empty"],
+            count - skipped,
+            location(path, summary["first_empty"]),
+        )
+    if summary["system"] is not None:
+        column, text = summary["system"]
+        ignore = "To ignore it: data.columns.system="
+        log.info(
+            "%s: the field '%s' is the system prompt of its row, such as %s. %s", path, column, f"{text!r:.60}", ignore
+        )
+    log.info("%s: read %d records, skipped %d invalid rows", path, count - skipped, skipped)
 
 
 def report_held_out(path: str, count: int, held_out: int, fraction: float) -> None:

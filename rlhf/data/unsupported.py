@@ -10,25 +10,27 @@ TOOL_CALLS = ("tool_calls", "function_call")  # of OpenAI; the second one is the
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def check_message(message: Mapping[str, Any], role: Any, column: str) -> None:
-    """Raise an error if a message has tool calls, reasoning outside of its content, or a weight other than 1.
+def check_message(message: Mapping[str, Any], column: str, *, is_learned: bool) -> None:
+    """Raise an error if a message has tool calls, or if it is learned without its reasoning or its weight.
 
     Args:
         message: The message.
-        role: Its role. Only the messages of the assistant have loss, and therefore a weight.
-        column: The column of the message, for the error message.
+        column: Its column, for the error message.
+        is_learned: Whether it may carry loss. Other messages are only read, so they may have a weight of 0, and
+            reasoning that the chat template would remove.
     """
     if len(message) == 2 and ("content" in message or "value" in message):
         return
     if any(_is_filled(message.get(name)) for name in TOOL_CALLS):
         raise RecordError(f"a message in the field '{column}' has tool calls, which are not supported")
+    if not is_learned:
+        return
     if name := next((name for name in REASONING if _is_filled(message.get(name))), None):
         raise RecordError(
             f"a message in the field '{column}' has reasoning in '{name}', which is not supported",
             fix=f"Write the reasoning into the 'content' of the message, or remove '{name}' to train without it.",
         )
-    weight = message.get("weight")
-    if weight is not None and weight != 1 and role == "assistant":
+    if (weight := message.get("weight")) not in (None, 1):
         raise RecordError(
             f"a message in the field '{column}' has the weight {weight!r:.40}, but weights are not supported",
             fix="Remove the weights, and select the messages that carry loss with data.loss_on.",

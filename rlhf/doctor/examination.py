@@ -33,7 +33,7 @@ def examine_splits(splits: list[Split], datamodule: RecordDataModule, max_new_to
     reserve = min(max_new_tokens, datamodule.max_length // 2)
     examinations = []
     for split in splits:
-        findings = find_in_rows(split, datamodule.parser)
+        findings = find_in_rows(split, datamodule.reader.parser)
         if train is not None and split is not train:
             findings += overlap(train, split)
         examination = Examination(split, findings)

@@ -1,5 +1,6 @@
 """Data of supervised fine-tuning."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from rlhf.data import Demonstration, EncodedResponse, Encoder, RecordDataModule, SequenceBatch
@@ -20,6 +21,8 @@ class SFTDataModule(RecordDataModule):
         super().__init__(**keys)
         check_arguments(SFTDataModule, "data", locals())
         self.loss_on = loss_on
+        parser = replace(self.reader.parser, all_learned=loss_on != "response")
+        self.reader = replace(self.reader, parser=parser)
 
     def encode(self, encoder: Encoder, record: Demonstration) -> EncodedResponse:
         messages = record.prompt.messages

@@ -21,7 +21,7 @@ from ranks import in_ranks
 from rlhf.data import Encoder, PreferenceDataModule, RecordDataModule
 from rlhf.data.cache import source_of_class
 from rlhf.data.rows import RowList, RowTable
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.sft import SFTDataModule
 
 Write = Callable[..., str]
@@ -147,6 +147,20 @@ def test_other_settings_are_encoded_again(
     assert before == again
     assert after == list(sft(write, tokenizer, None, **change).encoded("train"))
     assert after != before
+
+
+@pytest.mark.usefixtures("always_cached")
+def test_weights_of_messages_are_refused_only_where_they_carry_loss(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """OpenAI's format for training on the last message. The results of parsing the same rows are not shared."""
+    user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    path = write({"messages": [user, {**assistant, "weight": 0}, user, {**assistant, "weight": 1}]})
+    keys = {"train": path, "val_fraction": 0.0}
+    assert len(sft(write, tokenizer, tmp_path / "cache", **keys).encoded("train")) == 1
+    for loss_on in ("assistant", "all"):
+        with pytest.raises(DataError, match="has the weight 0, but weights are not supported"):
+            sft(write, tokenizer, tmp_path / "cache", loss_on=loss_on, **keys).encoded("train")
 
 
 @pytest.mark.usefixtures("always_cached")

@@ -133,6 +133,12 @@ SYSTEM = {"role": "system", "content": "S"}
             Demonstration,
             [SYSTEM, *CONVERSATION],
         ),
+        ({}, {"history": [USER, {"from": "gpt", "value": "A"}], "prompt": "R"}, Prompt, CONVERSATION),
+        ({"system": "persona"}, {"persona": "S", "system": "T", "prompt": "Q"}, Prompt, [SYSTEM, USER]),
+        ({"system": "persona"}, {"persona": "S", "instruction": "Q", "output": "A"}, Demonstration, [SYSTEM, USER]),
+        ({"history": "turns"}, {"turns": [["Q", "A"]], "history": ["T"], "prompt": "R"}, Prompt, CONVERSATION),
+        ({"system": "", "history": ""}, {"system": "S", "history": ["T"], "prompt": "Q"}, Prompt, [USER]),
+        ({"prompt": "history"}, {"history": "Q"}, Prompt, [USER]),
         ({}, {"history": [], "prompt": "Q"}, Prompt, [USER]),
         ({}, {"history": "of Rome", "prompt": "Q"}, Prompt, [USER]),
     ],
@@ -143,11 +149,14 @@ def test_the_system_prompt_and_the_history_of_a_row_precede_its_prompt(
     assert prompt_of(RecordParser(columns).parse(row, record_type)).messages == expected
 
 
-@pytest.mark.parametrize("history", [["Q", "A"], [["Q"]], [["Q", None]], [USER, ASSISTANT]])
+@pytest.mark.parametrize("history", [["Q", "A"], [["Q"]], [["Q", None]], [{"user": "Q", "bot": "A"}]])
 def test_a_history_of_another_form_is_refused(history: list[Any]) -> None:
-    reason = "^the field 'history' must be a list of pairs of a user message and a response, got "
-    with pytest.raises(RecordError, match=reason):
-        RecordParser().parse({"history": history, "prompt": "R"}, Prompt)
+    """Who speaks is not known. The suggested column is not one of the data, so the field is ignored."""
+    reason = "^the field 'history' must be a list of messages, or of pairs of a user message and a response, got "
+    with pytest.raises(RecordError, match=reason) as error:
+        RecordParser().parse({"history": history, "prompt": "Q"}, Prompt)
+    assert error.value.fix == "To ignore the field: data.columns.history="
+    assert RecordParser({"history": ""}).parse({"history": history, "prompt": "Q"}, Prompt) == PROMPT
 
 
 def test_a_transcript_keeps_the_lines_within_a_turn() -> None:
@@ -507,16 +516,21 @@ def test_tools_and_calls_are_not_dropped(message: dict[str, Any], row: dict[str,
         ({"weight": None, "name": "a"}, None),
     ],
 )
-def test_reasoning_and_weights_are_not_dropped(fields: dict[str, Any], reason: str | None) -> None:
-    """Without them, the model would learn to respond at once, or responses that should not be learned."""
-    for position in (1, 3):
+def test_reasoning_and_weights_of_learned_messages_are_not_dropped(fields: dict[str, Any], reason: str | None) -> None:
+    """Without them, the model would learn to respond at once, or responses that should not be learned.
+
+    Only the last message by the assistant is learned, unless ``all_learned``. Earlier ones are read, as in data for
+    OpenAI, in which they have the weight 0.
+    """
+    for position, all_learned in ((1, False), (1, True), (3, False), (3, True)):
         messages = [{**USER, "weight": 0}, ASSISTANT, USER, ASSISTANT]
         messages[position] = {**ASSISTANT, **fields}
-        if reason is None:
-            assert RecordParser().parse({"messages": messages}, Demonstration).response == "A"
+        parser = RecordParser(all_learned=all_learned)
+        if reason is None or (position == 1 and not all_learned):
+            assert parser.parse({"messages": messages}, Demonstration).response == "A"
         else:
             with pytest.raises(RecordError, match=f"^a message in the field 'messages' {reason}") as error:
-                RecordParser().parse({"messages": messages}, Demonstration)
+                parser.parse({"messages": messages}, Demonstration)
             assert error.value.fix is not None
 
 
@@ -543,7 +557,9 @@ def test_a_field_mapped_to_none_keeps_its_name() -> None:
 def test_an_unknown_field_name_is_rejected(columns: dict[str, str | None], fix: str) -> None:
     """The message names the key, its value, the known fields, and the fix."""
     ((name, column),) = columns.items()
-    message = rf"^data\.columns\.{name}={column}: '{name}' is not a field .* prompt, document, .*, label; .*\n  {fix}$"
+    message = (
+        rf"^data\.columns\.{name}={column}: '{name}' is not a field .* prompt, document, .*, history; .*\n  {fix}$"
+    )
     with pytest.raises(ConfigError, match=message):
         RecordParser({"prompt": "Q", **columns})
 
@@ -555,6 +571,7 @@ def test_an_unknown_field_name_is_rejected(columns: dict[str, str | None], fix: 
         ({"chosen": "text", "rejected": "text", "prompt": None}, "rejected", "chosen"),
         ({"target": "prompt"}, "target", "prompt"),
         ({"target": "prompt", "prompt": "prompt"}, "prompt", "target"),
+        ({"prompt": "text", "system": "text"}, "system", "prompt"),
     ],
 )
 def test_fields_of_different_content_need_different_columns(

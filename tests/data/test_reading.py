@@ -16,7 +16,7 @@ from contract.configs import compose_config
 from rlhf.data import Demonstration, Preference, Prompt, Rating, UnpairedPreference
 from rlhf.data.parser import RecordParser
 from rlhf.data.reading import RecordReader, hold_out
-from rlhf.data.records import FIELDS, Record
+from rlhf.data.records import CONTEXT, FIELDS, Record
 from rlhf.errors import DataError
 
 Write = Callable[..., str]
@@ -96,6 +96,38 @@ def write_labels(folder: Path, names: list[str]) -> str:
     rows = Dataset.from_dict({"prompt": ["Q"], "completion": ["A"], "liked": [1]}, features=features)
     rows.to_parquet(folder / "rows.parquet")
     return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "reported"),
+    [
+        ({}, [{"prompt": "Q"}, {"prompt": "Q", "system": "Be brief."}], "the field 'system' is the system"),
+        ({"system": "persona"}, [{"prompt": "Q", "persona": "Be brief."}], "the field 'persona' is the system"),
+        ({"system": ""}, [{"prompt": "Q", "system": "gpt-4"}], None),
+        ({}, [{"messages": [{"role": "system", "content": "S"}, *QUESTION.messages], "system": "gpt-4"}], None),
+    ],
+)
+def test_the_column_of_the_system_prompt_is_reported(
+    write: Write,
+    caplog: pytest.LogCaptureFixture,
+    columns: dict[str, str | None],
+    rows: list[dict[str, Any]],
+    reported: str | None,
+) -> None:
+    """In other data, a column of this name contains which system wrote the response."""
+    with caplog.at_level(logging.INFO, logger="rlhf"):
+        RecordReader(RecordParser(columns)).read(path := write(*rows), "train", (Prompt,))
+    ending = "prompt of its row, such as 'Be brief.'. To ignore it: data.columns.system="
+    expected = [] if reported is None else [f"{path}: {reported} {ending}"]
+    assert [record.message for record in caplog.records][:-1] == expected
+
+
+def test_a_field_can_be_ignored_on_the_command_line(write: Write) -> None:
+    """The overrides that the log and an error suggest."""
+    overrides = ["stage=sft", "data=jsonl", "data.val_fraction=0", "data.columns.system=", "data.columns.history="]
+    path = write({"prompt": "Q", "completion": "A", "system": "gpt-4", "history": ["T"]})
+    data = instantiate(compose_config(*overrides).data, train=path)
+    assert list(data.records("train")) == [Demonstration(QUESTION, "A")]
 
 
 def test_the_kind_of_invalid_rows_is_that_of_their_fields(write: Write) -> None:
@@ -292,7 +324,7 @@ def test_one_row_of_another_form_needs_another_file(write: Write) -> None:
 def test_the_configuration_declares_every_field(data: str) -> None:
     """``data.columns.<field>`` can be set for each field of a record, and is null by default."""
     cfg = compose_config("stage=dpo", f"data={data}")
-    assert dict(cfg.data.columns) == dict.fromkeys(FIELDS)
+    assert dict(cfg.data.columns) == dict.fromkeys([*FIELDS, *CONTEXT])
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
