@@ -50,10 +50,19 @@ class JsonLines(LazySequence[Row]):
         """
         line = self._read(index).partition(b"\n")[0].removeprefix(codecs.BOM_UTF8)
         try:
-            return parse_line(line.decode())
+            row = json.loads(line.decode(), object_pairs_hook=_unique_fields)
+        except RecordError:
+            raise
         except UnicodeDecodeError as error:
             reason = f"the line is not UTF-8 ({error.reason} at byte {error.start})"
             raise RecordError(reason, fix=conversion_to_utf8(self.path)) from error
+        except json.JSONDecodeError as error:
+            raise RecordError(f"the line is not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"the line is not JSON that can be read ({type(error).__name__})") from error
+        if not isinstance(row, dict):
+            raise RecordError(f"the line must be a JSON object, got {type(row).__name__}")
+        return row
 
     def _read(self, index: int) -> bytes:
         """Return the content of the file from a row to the next one."""
@@ -95,25 +104,6 @@ def read_json(path: str) -> Sequence[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: the row must be a JSON object, got {type(row).__name__}.")
     return found
-
-
-def parse_line(line: str) -> Row:
-    """Parse a line of a JSON Lines file.
-
-    Raises:
-        RecordError: The line is not a JSON object.
-    """
-    try:
-        row = json.loads(line, object_pairs_hook=_unique_fields)
-    except RecordError:
-        raise
-    except json.JSONDecodeError as error:
-        raise RecordError(f"the line is not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"the line is not JSON that can be read ({type(error).__name__})") from error
-    if not isinstance(row, dict):
-        raise RecordError(f"the line must be a JSON object, got {type(row).__name__}")
-    return row
 
 
 def check_utf8(path: str, content: bytes, start: int = 0) -> None:

@@ -31,25 +31,20 @@ def leaves(row_type: Any) -> tuple[tuple[str, pa.DataType], ...]:
         raise TypeError(f"{row_type} is not a dataclass")
     hints = get_type_hints(row_type)
     found: list[tuple[str, pa.DataType]] = []
-    kind: Any = row_type
-    for name in _stored(kind):
-        if is_dataclass(hints[name]):
-            found += [(f"{name}.{inner}", kind) for inner, kind in leaves(hints[name])]
-        else:
+    for name, inner in _nested(row_type):
+        if inner is None:
             found.append((name, _arrow_type(hints[name])))
+        else:
+            found += [(f"{name}.{column}", kind) for column, kind in leaves(inner)]
     return tuple(found)
-
-
-@cache
-def _stored(row_type: Any) -> tuple[str, ...]:
-    return tuple(item.name for item in fields(row_type) if item.metadata.get("stored", True))
 
 
 @cache
 def _nested(row_type: Any) -> tuple[tuple[str, type | None], ...]:
     """Return the stored fields of a dataclass, each with its type if that is a dataclass."""
     hints = get_type_hints(row_type)
-    return tuple((name, hints[name] if is_dataclass(hints[name]) else None) for name in _stored(row_type))
+    names = [item.name for item in fields(row_type) if item.metadata.get("stored", True)]
+    return tuple((name, hints[name] if is_dataclass(hints[name]) else None) for name in names)
 
 
 def _arrow_type(hint: Any) -> pa.DataType:

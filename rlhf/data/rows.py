@@ -92,7 +92,6 @@ class RowTable(Rows):
 
     def __init__(self, row_type: type, batches: Sequence[pa.RecordBatch]) -> None:
         self._type, self._batches = row_type, batches
-        self._count: int = sum(batch.num_rows for batch in batches)
         self._names = [name for name, _ in leaves(row_type)]
         self._readers = [{name: ColumnReader(batch.column(name)) for name in self._names} for batch in batches]
         self._extensions: dict[str, Callable[[int], Any]] = {}
@@ -104,7 +103,7 @@ class RowTable(Rows):
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.lengths)
 
     def item(self, index: int) -> Any:
         row = self._stored(index)

@@ -111,12 +111,15 @@ class UnpairedDataModule(RecordDataModule):
                 f"Set data.{split}=<file>",
             )
         bos = self.tokenizer.bos_token_id if self.tokenizer is not None else None
-        texts = _Texts(sources)
         chosen = array("Q", [other for other in others[: len(rows)] if other is not None])
         others_content = (buffer for source in sources[1:] for buffer in source.content())
+
+        def text(index: int) -> Any:
+            return rows.value(index, "text") if index < len(rows) else sources[1].value(index - len(rows), "text")
+
         rows.extend(
             "mismatched",
-            lambda index: replace_response(texts[index], texts[chosen[index]], self.max_length, bos),
+            lambda index: replace_response(text(index), text(chosen[index]), self.max_length, bos),
             [chosen, f"{self.max_length} {bos}".encode(), *others_content],
         )
 
@@ -159,21 +162,6 @@ def rows_of_other_prompts(lengths: Sequence[int], prompts: Sequence[Hashable]) -
 def _lengths_and_prompts(sources: Sequence[Rows]) -> tuple[list[int], list[int]]:
     lengths = [length for rows in sources for length in rows.lengths.tolist()]
     return lengths, [hash(prompt) for rows in sources for prompt in rows.column("prompt")]
-
-
-class _Texts:
-    """The texts of the rows of several splits, one after the other."""
-
-    def __init__(self, sources: Sequence[Rows]) -> None:
-        self._sources = sources
-
-    def __getitem__(self, index: int) -> EncodedResponse:
-        source = 0
-        while index >= len(self._sources[source]):
-            index -= len(self._sources[source])
-            source += 1
-        text: EncodedResponse = self._sources[source].value(index, "text")
-        return text
 
 
 class UnpairedRecords(LazySequence[UnpairedPreference]):
