@@ -31,11 +31,12 @@ def leaves(row_type: Any) -> tuple[tuple[str, pa.DataType], ...]:
         raise TypeError(f"{row_type} is not a dataclass")
     hints = get_type_hints(row_type)
     found: list[tuple[str, pa.DataType]] = []
-    for name, inner in _nested(row_type):
+    kind: Any = row_type
+    for name, inner in _nested(kind):
         if inner is None:
             found.append((name, _arrow_type(hints[name])))
         else:
-            found += [(f"{name}.{column}", kind) for column, kind in leaves(inner)]
+            found += [(f"{name}.{column}", arrow_type) for column, arrow_type in leaves(inner)]
     return tuple(found)
 
 
