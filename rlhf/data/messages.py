@@ -120,7 +120,7 @@ def parse_transcript(text: str, column: str) -> list[Message]:
     ]
 
 
-def is_opened_transcript(text: str) -> bool:
+def is_transcript_prompt(text: str) -> bool:
     """Return whether a text is a transcript in the format of HH that ends where the assistant responds."""
     return text.rstrip().endswith("\n\nAssistant:") and text.lstrip().startswith("Human:")
 

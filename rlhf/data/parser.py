@@ -10,7 +10,7 @@ from rlhf.data.columns import check_columns, context_columns
 from rlhf.data.messages import (
     check_characters,
     conversation,
-    is_opened_transcript,
+    is_transcript_prompt,
     parse_history,
     parse_messages,
     parse_transcript,
@@ -180,7 +180,7 @@ class RecordParser:
         if not value.strip():
             raise RecordError(f"the field '{column}' is empty")
         check_characters(column, value)
-        is_transcript = is_opened_transcript(value)
+        is_transcript = is_transcript_prompt(value)
         turns = parse_transcript(value, column)[:-1] if is_transcript else [{"role": "user", "content": value}]
         history = [
             turn for column in self._context_columns["history"] for turn in parse_history(row.get(column), column)
@@ -214,7 +214,7 @@ class RecordParser:
     def _continues_transcript(self, row: Row) -> bool:
         """Return whether the prompt of a row is a transcript in the format of HH."""
         prompt = row.get(self.column(self._first_name(row, "prompt", "document")))
-        return isinstance(prompt, str) and is_opened_transcript(prompt)
+        return isinstance(prompt, str) and is_transcript_prompt(prompt)
 
     def _check_prompt(self, row: Row, name: str, kind: str, before: Sequence[Message]) -> None:
         """Raise an error if the messages before a response are not those of the prompt."""

@@ -207,7 +207,7 @@ def _check_positions(lm: PreTrainedModel, shortest: int, needed: int) -> None:
 
 @cache
 def _warn_of_boundary(boundary: int) -> None:
-    """Warn once per run."""
+    """Warn once per process."""
     log.warning(
         "The model encodes positions of sequences of more than %d tokens differently (rope_type=longrope). Log-probs "
         "of responses that cross this length differ between sampling and scoring. Set data.max_length=%d or reduce "

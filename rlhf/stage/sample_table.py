@@ -59,7 +59,7 @@ def _sample(module: Any, datamodule: RecordDataModule) -> tuple[list[Prompt], Ro
 
 @cache
 def _warn_of_positions(wanted: int, available: int, limit: int) -> None:
-    """Warn once per run."""
+    """Warn once per process."""
     log.warning(
         "Responses in the table of samples have at most %d tokens instead of stage.max_new_tokens=%d: the model has %d "
         "positions for prompt and response together.",

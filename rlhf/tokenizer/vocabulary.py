@@ -78,7 +78,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 @cache
 def _warn_of_template(origin: str, own_text: str, text: str) -> None:
-    """Warn once per run."""
+    """Warn once per process."""
     log.warning(
         "The chat template of the reward model %s differs from that of the policy. It was trained on %r, but the "
         "policy writes %r. Train the reward model with the data.template of the policy, or choose another one: "
