@@ -52,8 +52,9 @@ def fail(weight: Tensor) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("stage", SPLITTABLE)
+@pytest.mark.parametrize(
+    ("stage", "where"), [*((stage, "forward") for stage in SPLITTABLE), ("sft", "backward"), ("ppo", "backward")]
+)
 def test_a_halved_batch_gives_the_same_step(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str, where: str
 ) -> None:

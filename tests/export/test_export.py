@@ -22,7 +22,7 @@ from transformers import (
 
 from contract.configs import compose_config
 from forked import run_python
-from harness import TINY_DATA, TinyRun
+from harness import TINY_DATA, TinyRun, one_architecture
 from rlhf import load_model
 from rlhf.artifacts import open_sources, policies_to_evaluate
 from rlhf.errors import ConfigError, DataError, UserError
@@ -161,6 +161,7 @@ def remove_weights(path: Path, start: str) -> None:
     rewrite(path, change)
 
 
+@one_architecture
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
@@ -181,6 +182,7 @@ def test_missing_weights_are_rejected(
         load_model(str(path))
 
 
+@one_architecture
 def test_a_policy_with_a_missing_weight_is_rejected(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_policy_with_a_missing_weight_is_rejected(
         load_model("sft", outputs=str(tmp_path))
 
 
+@one_architecture
 def test_weights_of_a_wrong_shape_are_rejected(
     reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -205,6 +208,7 @@ def test_weights_of_a_wrong_shape_are_rejected(
         load_model(str(path))
 
 
+@one_architecture
 def test_a_policy_cannot_be_opened_as_a_reward_model(
     lm: PreTrainedModel, reward_model: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -364,6 +368,7 @@ def test_a_reward_model_opens_as_a_sequence_classifier(
     torch.testing.assert_close(reopened + 0.25, expected)
 
 
+@one_architecture
 @pytest.mark.parametrize("head", [{"num_layers": 2}, {"num_heads": 3}])
 def test_a_head_that_transformers_does_not_have_is_no_folder(
     head: dict[str, int], lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
@@ -411,6 +416,7 @@ def test_the_padding_token_of_a_classifier_differs_from_eos(
         check_huggingface(Result(ScalarModel(lm.base_model, ScalarHead(32)), other))
 
 
+@one_architecture
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])
 def test_a_broken_file_is_named(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
@@ -439,6 +445,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@one_architecture
 @pytest.mark.parametrize(
     "name",
     [
@@ -482,6 +489,7 @@ def test_a_tokenizer_file_with_an_unsafe_name_is_rejected(
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
+@one_architecture
 def test_every_file_of_a_tokenizer_is_restored(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -537,6 +545,7 @@ def test_the_names_that_transformers_writes_are_allowed(
         assert seen == {name: data}
 
 
+@one_architecture
 def test_a_failed_write_keeps_the_existing_file(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from contract.configs import compose_config
-from harness import EXACT, TINY_DATA, Run, TinyRun, assert_same_weights, tiny_reward_model
+from harness import EXACT, TINY_DATA, Run, TinyRun, assert_same_weights, one_architecture, tiny_reward_model
 from rlhf import load_model
 from rlhf.artifacts import with_adapter
 from rlhf.callbacks import ExportHeader
@@ -244,6 +244,7 @@ def test_random_weights_cannot_be_a_base_model(tokenizer: PreTrainedTokenizerFas
         WithAdapter(Transformer(hidden_size=16), SMALL).language_model(tokenizer)
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_only_sft_trains_with_dropout(stage: str, tiny_run: TinyRun, base: Export, reward_base: Export) -> None:
     """``adapter.dropout`` changes what SFT learns. The other stages turn it off, as all dropout."""
@@ -489,6 +490,7 @@ def test_every_stage_trains_the_adapter_and_nothing_of_the_base(
         assert run.curve("objective/kl")[0] == 0.0
 
 
+@one_architecture
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_samples_are_drawn_in_the_precision_of_training(
     stage: str, tiny_run: TinyRun, base: Export, reward_base: Export
@@ -532,6 +534,7 @@ def test_resuming_is_exact_and_checkpoints_contain_no_base(
         assert source.scalar_model(tiny_run.tokenizer, merge=False).head is not None
 
 
+@one_architecture
 def test_averaged_weights_resume_without_the_base(
     tiny_run: TinyRun, base: Export, reward_base: Export, tmp_path: Path
 ) -> None:
@@ -551,6 +554,7 @@ def test_averaged_weights_resume_without_the_base(
     assert_same_weights(resumed.module, uninterrupted.module, **EXACT)
 
 
+@one_architecture
 def test_a_checkpoint_without_a_part_of_the_adapter_is_rejected(
     tiny_run: TinyRun, base: Export, reward_base: Export, tmp_path: Path
 ) -> None:
@@ -567,6 +571,7 @@ def test_a_checkpoint_without_a_part_of_the_adapter_is_rejected(
         tiny_run.train("sft", resume=tmp_path / "last.ckpt", **sources("sft", base, reward_base))
 
 
+@one_architecture
 def test_the_pre_flight_check_accepts_a_shared_base(tiny_run: TinyRun, base: Export, reward_base: Export) -> None:
     """Frozen models may share frozen weights with trained models. Sharing trained weights remains a fault."""
     module = tiny_run.build("ppo", **sources("ppo", base, reward_base)).module

@@ -160,7 +160,7 @@ def prompts_alone(name: str) -> tuple[list[list[int]], int, list[list[int]]]:
         return prompts, stop, [greedy(lm, [prompt], stop)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize(("batch_size", "interval"), [(1, 3), (2, 1), (5, 1), (5, 3), (5, 50), (8, 3), (40, 1)])
+@pytest.mark.parametrize(("batch_size", "interval"), [(1, 3), (2, 1), (5, 3), (8, 50), (40, 1)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
 def test_places_are_filled_with_the_next_prompts(name: str, batch_size: int, interval: int) -> None:
     """Responses of 1 to 9 tokens: each is the same as that of its prompt alone, decoded by transformers."""
