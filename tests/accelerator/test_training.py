@@ -134,7 +134,7 @@ def test_validation_and_early_stopping(runs: DeviceRuns, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("sft", "32-true"), ("ppo", "32-true"), ("sft", "bf16-mixed")],
+    [*((kind, "32-true") for kind in ("sft", "kto", "ppo", "grpo")), ("sft", "bf16-mixed")],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(runs: DeviceRuns, kind: str, precision: str) -> None:
     """In every bit, although the device has its own generator: one epoch and a second one, or both at once."""
