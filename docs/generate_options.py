@@ -11,7 +11,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -451,18 +451,27 @@ def page() -> str:
     return "\n\n".join(sections()) + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """Write or check the page.
+
+    Args:
+        arguments: The arguments of the command; None: those of this process.
+
+    Returns:
+        What is wrong; None if nothing is.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if docs/options.md is out of date")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     new = page()
     if MISSING:
-        sys.exit("\n".join(dict.fromkeys(MISSING)))
+        return "\n".join(dict.fromkeys(MISSING))
     if not check:
         PAGE.write_text(new, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != new:
-        sys.exit("docs/options.md is out of date. Run: python docs/generate_options.py")
+        return "docs/options.md is out of date. Run: python docs/generate_options.py"
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

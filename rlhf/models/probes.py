@@ -61,12 +61,10 @@ def once_per_architecture(check: Callable[[Any], Result]) -> Callable[[Any], Res
     def remembered(model: Any) -> Result:
         if model not in of_models:
             architecture = _architecture(model)
-            if architecture is None:
-                of_models[model] = check(model)
-            else:
-                if architecture not in of_architectures:
-                    of_architectures[architecture] = check(model)
-                of_models[model] = of_architectures[architecture]
+            results = {} if architecture is None else of_architectures
+            if architecture not in results:
+                results[architecture] = check(model)
+            of_models[model] = results[architecture]
         return of_models[model]
 
     return remembered

@@ -130,13 +130,15 @@ def required_keywords(target: str) -> set[str]:
     return {name for name, p in own.items() if p.default is p.empty and p.kind not in VARIADIC}
 
 
+def paired_choices(*groups: str) -> list[tuple[str, ...]]:
+    """Return overrides that make one choice of every group at a time, until each choice has been made."""
+    rows = zip_longest(*([f"{group}={name}" for name in choices(group)] for group in groups))
+    return [tuple(filter(None, row)) for row in rows]
+
+
 def combinations() -> list[tuple[str, ...]]:
     """Return overrides that together choose every yaml: each stage with each model and data, and every other choice."""
-    crossed = [
-        (f"stage={stage}", f"model={model}", f"data={data}")
-        for stage in choices("stage")
-        for model, data in zip_longest(choices("model"), choices("data"), fillvalue="jsonl")
-    ]
+    crossed = [(f"stage={stage}", *pair) for stage in choices("stage") for pair in paired_choices("model", "data")]
     every_stage = [
         ("stage=sft", f"{group}={name}") for group in ("logger", "callbacks", "adapter") for name in choices(group)
     ]

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast
 
-from contract.configs import STAGES, choices, compose_config, composed_dict, leaf_keys
+from contract.configs import STAGES, compose_config, composed_dict, leaf_keys, paired_choices
 from contract.option_effects import EFFECTS, ELSEWHERE, Effect
 from harness import PROMPTS, FakeSource, quick_trainer
 from rlhf.errors import explain
@@ -169,9 +168,8 @@ def test_every_option_is_in_the_table(stage: str) -> None:
     """Also those of every choice of model, loss, advantage estimator and reward function."""
     keys = own_keys(f"stage={stage}", "data=jsonl")
     groups = [group for group in ("model", "adapter", *stages()[stage].groups) if group != "rl"]
-    # One choice of every group at a time, until each choice has been made.
-    for chosen in zip_longest(*([f"{group}={name}" for name in choices(group)] for group in groups)):
-        keys |= own_keys(f"stage={stage}", "data=jsonl", *filter(None, chosen))
+    for chosen in paired_choices(*groups):
+        keys |= own_keys(f"stage={stage}", "data=jsonl", *chosen)
     listed = {effect.key for effect in EFFECTS}
     missing = {key for key in keys - listed if not any(fnmatch(key, pattern) for pattern in ELSEWHERE)}
     assert missing == set(), "add an override to tests/contract/option_effects.py"
