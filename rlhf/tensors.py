@@ -11,6 +11,16 @@ from torch import Tensor
 from rlhf.distributed import sum_over_ranks
 
 
+def upload(values: object, device: torch.device | str) -> Tensor:
+    """Copy a tensor or numbers from the host to a device, without waiting for the operations queued there.
+
+    Args:
+        values: A tensor on the host, or a sequence of numbers.
+        device: The device.
+    """
+    return torch.as_tensor(values).to(device, non_blocking=True)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the unmasked entries, or 0 if there are none.
 

@@ -23,6 +23,7 @@ from rlhf.models import trunk as trunk_module
 from rlhf.preflight import Check, PreflightFailed
 from rlhf.preflight.measurements import corrupt_padding, extreme_sequences, pad_left, relative_difference, sample_rows
 from rlhf.preflight.runner import check_table
+from rlhf.rl import KLController
 from rlhf.sft import SFTModule
 from rlhf.stage import Metrics, Result
 
@@ -107,6 +108,10 @@ def test_unpaired_losses_may_depend_on_the_batch(gpt2_run: TinyRun) -> None:
     run.trainer.save_checkpoint(path := gpt2_run.folder / "last.ckpt")
     with pytest.raises(PreflightOnly):
         build(gpt2_run, "kto", loss=loss).fit(path)
+
+
+def test_stage_without_reference_model_passes(gpt2_run: TinyRun) -> None:
+    assert_passes(build(gpt2_run, "grpo", kl=KLController(monitor=False), kl_coef=0.0))
 
 
 @pytest.mark.parametrize("stage", STAGES)

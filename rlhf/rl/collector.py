@@ -17,6 +17,7 @@ from rlhf.reward_functions import RewardFunction, ScoringBatch, check_rewards
 from rlhf.rl.experience import Experience, Lengths, ModelInputs, select_rows
 from rlhf.rl.models import OnPolicyModels
 from rlhf.sampling import Rollout, Sampler, SamplingParams
+from rlhf.tensors import upload
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Collector:
         lengths = Lengths.of(rollout)
         with self.precision_context():
             for rows in split:
-                index = torch.tensor(rows, device=rollout.input_ids.device)
+                index = upload(rows, rollout.input_ids.device)
                 inputs, _ = select_rows(rollout, lengths, rows)
                 for name, values in self._evaluate(inputs).items():
                     if name not in tensors:
@@ -103,12 +104,13 @@ class Collector:
     def _evaluate(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """Compute the tensors of ``Experience`` for some rows: [rows, time] each."""
         output, reference, values = self.models.rollout_outputs(inputs)
-        tensors = {
-            "logprobs": output.logprobs,
-            "ref_logprobs": reference.logprobs,
-            "kl": self.models.kl(inputs, output, reference.logprobs, reference),
-        }
-        return tensors if values is None else {**tensors, "values": values}
+        tensors = {"logprobs": output.logprobs, "kl": torch.zeros_like(output.logprobs)}
+        if reference is not None:
+            tensors["kl"] = self.models.kl(inputs, output, reference.logprobs, reference)
+            tensors["ref_logprobs"] = reference.logprobs
+        if values is not None:
+            tensors["values"] = values
+        return tensors
 
     @torch.no_grad()
     def score(self, rollout: Rollout, prompts: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,19 +130,20 @@ class Collector:
     def sample_rows(
         self, rollout: Rollout, prompts: PromptBatch, columns: Mapping[str, Tensor], count: int
     ) -> list[tuple[str | float, ...]]:
-        """Return prompt, response, score and KL of the first response to each of the first prompts.
+        """Return prompt, response, score and any KL of the first response to each of the first prompts.
 
         Args:
             rollout: Prompts with sampled responses.
             prompts: The prompts.
-            columns: ``scores`` and ``kl`` of each response, on the CPU.
+            columns: ``scores`` and, with a reference model, ``kl`` of each response, on the CPU.
             count: Number of prompts.
         """
         shown = prompts.prompts[:count]
         texts = rollout.decode(self.tokenizer) if shown else []
         rows = range(0, len(shown) * self.num_generations, self.num_generations)
+        numbers = [columns[name] for name in ("scores", "kl") if name in columns]
         return [
-            (prompt.raw_text, texts[row], float(columns["scores"][row]), float(columns["kl"][row]))
+            (prompt.raw_text, texts[row], *(float(column[row]) for column in numbers))
             for prompt, row in zip(shown, rows, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.data import Batch
 from rlhf.sampling import Rollout
-from rlhf.tensors import masked_sum
+from rlhf.tensors import masked_sum, upload
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Experience:
         rollout: Prompts with sampled responses.
         lengths: Lengths of its rows.
         logprobs: Log-probs under the policy, in nats.
-        ref_logprobs: Log-probs under the reference model, in nats.
-        kl: KL to the reference model at each token, in nats.
+        kl: KL to the reference model at each token, in nats; 0 without a reference model.
+        ref_logprobs: Log-probs under the reference model, in nats; None without a reference model.
         values: Values of the critic before each token, in reward units; None without a critic.
     """
 
     rollout: Rollout
     lengths: Lengths
     logprobs: Tensor
-    ref_logprobs: Tensor
     kl: Tensor
+    ref_logprobs: Tensor | None = None
     values: Tensor | None = None
 
     def finite(self) -> "Experience":
@@ -79,8 +79,13 @@ class Experience:
         return replace(self, **changed)
 
     @property
-    def kl_per_sequence(self) -> Tensor:
-        """[batch] log-ratio of policy and reference model, summed over each response. Its mean estimates the KL."""
+    def kl_per_sequence(self) -> Tensor | None:
+        """[batch] log-ratio of policy and reference model, summed over each response. Its mean estimates the KL.
+
+        None without a reference model.
+        """
+        if self.ref_logprobs is None:
+            return None
         return masked_sum(self.logprobs - self.ref_logprobs, self.rollout.response_mask)
 
 
@@ -96,7 +101,7 @@ class Minibatch(Batch):
         response_mask: bool, True on response tokens including EOS.
         response_tokens: Number of tokens of the responses, counted before the minibatch was formed.
         old_logprobs: Log-probs under the policy that sampled the responses, in nats.
-        ref_logprobs: Log-probs under the reference model, in nats.
+        ref_logprobs: Log-probs under the reference model, in nats; None without a reference model.
         advantages: Advantages.
         old_values: Values of the critic at sampling time, in reward units; None without a critic.
         returns: Regression targets of the critic, in reward units; None without a critic.
@@ -114,7 +119,7 @@ class Minibatch(Batch):
     response_tokens: int
     _: KW_ONLY
     old_logprobs: Tensor
-    ref_logprobs: Tensor
+    ref_logprobs: Tensor | None
     advantages: Tensor
     old_values: Tensor | None = None
     returns: Tensor | None = None
@@ -164,7 +169,7 @@ def select_rows(
         The inputs of models, and a function that selects the same rows and columns of a [batch, time] tensor.
     """
     width = max(lengths.sequences[row] for row in rows)
-    index = torch.tensor(rows, device=rollout.input_ids.device)
+    index = upload(rows, rollout.input_ids.device)
 
     def cut(tensor: Tensor) -> Tensor:
         return tensor[index, :width]
@@ -185,7 +190,6 @@ def minibatches(
     *,
     first_split: Sequence[Sequence[int]],
     passes: int,
-    size: int,
     terms_are_sequences: bool,
     rollout_metrics: Mapping[str, Any],
     row_numbers: Sequence[int | None] = (),
@@ -196,9 +200,8 @@ def minibatches(
         experience: The evaluated rollout.
         advantages: [batch, time] advantages.
         returns: [batch, time] regression targets of the critic; None without a critic.
-        first_split: Row indices of the minibatches of the first pass.
+        first_split: Row indices of the minibatches of the first pass, whose size is that of the other passes.
         passes: Number of passes.
-        size: Rows of a minibatch.
         terms_are_sequences: See ``Minibatch``.
         rollout_metrics: See ``Minibatch``.
         row_numbers: Where the prompt of each response is in the data, from 0; empty if that is not known.
@@ -206,14 +209,14 @@ def minibatches(
     rollout, lengths = experience.rollout, experience.lengths
     count = len(lengths.sequences)
     for number in range(passes):
-        split = first_split if number == 0 else shuffled_split(count, size)
+        split = first_split if number == 0 else shuffled_split(count, len(first_split[0]))
         for position, rows in enumerate(split):
             first = number == position == 0
             inputs, cut = select_rows(rollout, lengths, rows)
             yield Minibatch(
                 *inputs,
                 old_logprobs=cut(experience.logprobs),
-                ref_logprobs=cut(experience.ref_logprobs),
+                ref_logprobs=None if experience.ref_logprobs is None else cut(experience.ref_logprobs),
                 advantages=cut(advantages),
                 old_values=None if experience.values is None else cut(experience.values),
                 returns=None if returns is None else cut(returns),

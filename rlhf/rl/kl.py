@@ -34,9 +34,12 @@ class KLController(nn.Module):
         target_per_sequence: Target of the KL, in nats per response. null keeps ``stage.kl_coef`` fixed.
         horizon: Number of responses over which the coefficient adapts: one iteration changes it by at most a fraction
             of 0.2 * responses / horizon. Used with ``target_per_sequence`` only. null: 10000.
+        monitor: Whether the KL is computed and logged with ``stage.kl_coef=0`` as well. false: the stage then opens no
+            reference model, which saves its memory and one forward pass per rollout.
 
     Raises:
-        ConfigError: A value is out of range, or k1 is used in the loss, where its gradient is zero in expectation.
+        ConfigError: A value is out of range, settings contradict each other, or k1 is used in the loss, where its
+            gradient is zero in expectation.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class KLController(nn.Module):
         estimator: Literal["k1", "k2", "k3", "full"] = "k1",
         target_per_sequence: PositiveFloat | None = None,
         horizon: PositiveInt | None = None,
+        monitor: bool = True,
     ) -> None:
         super().__init__()
         check_arguments(KLController, "stage.kl", locals())
@@ -64,6 +68,7 @@ class KLController(nn.Module):
         self.estimator = estimator
         self.target_per_sequence = target_per_sequence
         self.horizon = DEFAULT_HORIZON if horizon is None else horizon
+        self.monitor = monitor
         self.coef = 0.0
 
     def initialize(self, coef: float) -> None:
@@ -78,7 +83,17 @@ class KLController(nn.Module):
                 "updated by multiplication.",
                 "Set stage.kl_coef=0.05.",
             )
+        if coef != 0 and not self.monitor:
+            raise ConfigError(
+                f"stage.kl.monitor=false requires stage.kl_coef=0, got {coef}: the penalty needs the KL.",
+                "Set stage.kl_coef=0 or stage.kl.monitor=true.",
+            )
         self.coef = float(coef)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the KL is computed, for the penalty or in order to log it."""
+        return self.monitor or self.coef != 0
 
     @property
     def in_loss(self) -> bool:
@@ -90,19 +105,19 @@ class KLController(nn.Module):
         """The coefficient of the penalty in the rewards; 0 if the penalty is in the loss."""
         return 0.0 if self.in_loss else self.coef
 
-    def update(self, kl_per_sequence: float, responses: int) -> float:
+    def update(self, kl_per_sequence: float | None, responses: int) -> float:
         """Adapt the coefficient to the rollout of an iteration. Without a target, or if the KL is not finite, it stays.
 
         Args:
-            kl_per_sequence: Mean KL over all devices, in nats per response.
+            kl_per_sequence: Mean KL over all devices, in nats per response; None without a reference model.
             responses: Number of responses of the iteration, over all devices.
 
         Returns:
             The coefficient that the iteration uses: the previous one in the rewards, the adapted one in the loss.
         """
         used = self.coef
-        if self.target_per_sequence is not None and math.isfinite(kl_per_sequence):
-            error = min(max(float(kl_per_sequence) / self.target_per_sequence - 1, -0.2), 0.2)
+        if self.target_per_sequence and kl_per_sequence is not None and math.isfinite(kl_per_sequence):
+            error = min(max(kl_per_sequence / self.target_per_sequence - 1, -0.2), 0.2)
             # An iteration with more responses than the horizon must not make the coefficient negative.
             self.coef *= 1 + error * min(responses / self.horizon, 1.0)
         return self.coef if self.in_loss else used

@@ -13,7 +13,7 @@ from rlhf.rl.kl import KLController
 from rlhf.rl.objective import explained_variance, policy_ratio
 from rlhf.rl.scores import ScoreShaping
 from rlhf.stage.step_metrics import StepMetrics
-from rlhf.tensors import masked_mean, masked_sum
+from rlhf.tensors import masked_mean, masked_sum, upload
 
 
 @torch.no_grad()
@@ -32,15 +32,16 @@ def response_columns(experience: Experience, scores: Tensor, components: Mapping
     ngrams, distinct_ngrams = count_ngrams(rollout.response_ids())
     columns = {
         "scores": scores,
-        "kl": experience.kl_per_sequence,
-        "kl_estimate": masked_sum(experience.kl, rollout.response_mask),
         "logprobs": masked_sum(experience.logprobs, rollout.response_mask),
         "length": rollout.lengths,
         "finished": rollout.finished,
-        "ngrams": torch.tensor(ngrams, device=scores.device),
-        "distinct_ngrams": torch.tensor(distinct_ngrams, device=scores.device),
+        "ngrams": upload(ngrams, scores.device),
+        "distinct_ngrams": upload(distinct_ngrams, scores.device),
         **{f"reward/{name}": values for name, values in components.items()},
     }
+    if experience.kl_per_sequence is not None:
+        columns["kl"] = experience.kl_per_sequence
+        columns["kl_estimate"] = masked_sum(experience.kl, rollout.response_mask)
     if experience.values is not None:
         columns["values"] = masked_sum(experience.values, rollout.response_mask)
     table = torch.stack([column.to(scores.device).float() for column in columns.values()]).cpu()
@@ -62,11 +63,10 @@ def rollout_metrics(columns: Mapping[str, Tensor], kl: KLController, scores: Sco
         scores: Score shaping with its running moments.
     """
     means = {name: float(column.double().mean()) for name, column in columns.items()}
-    non_score_reward = -kl.reward_coef * means["kl_estimate"]
+    non_score_reward = -kl.reward_coef * means.get("kl_estimate", 0.0)
     shaped = scores(columns["scores"].double(), columns["finished"].bool())
     return {
-        "objective/kl": means["kl"],
-        "objective/kl_estimate": means["kl_estimate"],
+        **{f"objective/{name}": means[name] for name in ("kl", "kl_estimate") if name in means},
         "objective/entropy": -means["logprobs"],
         "objective/scores": means["scores"],
         "objective/scores_std": scores.std,

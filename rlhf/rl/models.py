@@ -21,7 +21,7 @@ class OnPolicyModels:
 
     Args:
         policy: The policy that is trained.
-        reference: The reference model of the KL penalty.
+        reference: The reference model of the KL penalty; None: no KL is computed.
         critic: The critic; None: there is none.
         temperature: Divisor of the logits of policy and reference model, as in sampling.
         kl_estimator: ``k1``, ``k2``, ``k3`` or ``full``.
@@ -29,19 +29,22 @@ class OnPolicyModels:
     """
 
     policy: Policy
-    reference: Frozen
+    reference: Frozen | None
     critic: Critic | None
     temperature: float
     kl_estimator: str
     entropy: EntropyMode
 
-    def rollout_outputs(self, inputs: ModelInputs) -> tuple[PolicyOutput, PolicyOutput, Tensor | None]:
+    def rollout_outputs(self, inputs: ModelInputs) -> tuple[PolicyOutput, PolicyOutput | None, Tensor | None]:
         """Evaluate the response tokens before the updates: under the policy, the reference model and the critic.
 
         Returns:
-            Output of the policy, output of the reference model, and the critic's value before each response token:
-            [batch, time], in reward units, 0 on masked tokens; None without a critic.
+            Output of the policy, output of the reference model (None without one), and the critic's value before each
+            response token: [batch, time], in reward units, 0 on masked tokens; None without a critic.
         """
+        if self.reference is None:
+            output, values = self._policy_and_critic(inputs)
+            return output, None, values
         states, ref_states = self._states(inputs, "reference")
         output = self._policy_output(self.policy, inputs, states=states)
         ref_output = self._policy_output(self.reference, inputs, states=ref_states)
@@ -53,9 +56,7 @@ class OnPolicyModels:
         Returns:
             Output of the policy, and values as in ``rollout_outputs``.
         """
-        states, critic_states = self._states(inputs, "critic")
-        output = self._policy_output(self.policy, inputs, entropy=self.entropy, states=states)
-        return output, self._values(inputs, output, critic_states)
+        return self._policy_and_critic(inputs, entropy=self.entropy)
 
     def kl(
         self, inputs: ModelInputs, output: PolicyOutput, ref_logprobs: Tensor, ref_output: PolicyOutput | None = None
@@ -73,13 +74,20 @@ class OnPolicyModels:
         """
         response_mask = inputs.response_mask
         if self.kl_estimator == FULL:
+            assert self.reference is not None
             ref_output = ref_output or self._policy_output(self.reference, inputs)
-            models = (self.policy, output.states, self._reference_policy, ref_output.states)
+            reference = cast(Policy, self.reference.model)
+            models = (self.policy, output.states, reference, ref_output.states)
             return kl_divergence(*models, response_mask, self.temperature)
         # Mask before the estimator: it must not see values on padding.
         return ESTIMATORS[self.kl_estimator](
             torch.where(response_mask, output.logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0)
         )
+
+    def _policy_and_critic(self, inputs: ModelInputs, **keys: Any) -> tuple[PolicyOutput, Tensor | None]:
+        states, critic_states = self._states(inputs, "critic")
+        output = self._policy_output(self.policy, inputs, states=states, **keys)
+        return output, self._values(inputs, output, critic_states)
 
     def _policy_output(self, model: nn.Module, inputs: ModelInputs, **keys: Any) -> PolicyOutput:
         *tensors, response_tokens = inputs
@@ -104,16 +112,14 @@ class OnPolicyModels:
         """Compute the states of the policy and of another model at the same time; None if that is not possible.
 
         Rounding may depend on the number of threads, and the first ratio is exactly 1 and the first KL exactly 0 only
-        with equal rounding. Therefore, either all three models are computed in this way or none.
+        with equal rounding. Therefore, either all models are computed in this way or none.
         """
         if not isinstance(self.critic, ScalarModel):
             return None, None
         policy = self.policy.lm.base_model
-        others = {"reference": self._reference_policy.lm.base_model, "critic": self.critic.trunk}
+        others = {"critic": self.critic.trunk}
+        if self.reference is not None:
+            others["reference"] = cast(Policy, self.reference.model).lm.base_model
         if not can_compute_concurrently(policy, *others.values()):
             return None, None
         return concurrent_states((policy, others[other]), *inputs)
-
-    @property
-    def _reference_policy(self) -> Policy:
-        return cast(Policy, self.reference.model)

@@ -144,7 +144,7 @@ class OnPolicyModule(UpdateModule):
 
     def open_models(self) -> None:
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
-        self.reference = Frozen(open_reference(self.source, self.tokenizer))
+        self.reference = Frozen(open_reference(self.source, self.tokenizer)) if self.kl.is_computed else None
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
         self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
         self.critic = self.open_critic()
@@ -219,7 +219,8 @@ class OnPolicyModule(UpdateModule):
 
         # 5. Compute the metrics and adapt the KL coefficient, unless the policy is not trained yet: its KL is 0.
         metrics = rollout_metrics(columns, self.kl, self.scores) | critic_metrics(experience, returns)
-        metrics["kl_coef"] = self.kl.update(metrics["objective/kl"], 0 if self.warming_up else len(columns["kl"]))
+        responses = 0 if self.warming_up else len(columns["scores"])
+        metrics["kl_coef"] = self.kl.update(metrics.get("objective/kl"), responses)
         self.sample_rows = self.collector.sample_rows(rollout, prompts, columns, self.samples_to_show)
 
         # 6. Yield minibatches for several passes over the rollout.
@@ -229,7 +230,6 @@ class OnPolicyModule(UpdateModule):
             returns,
             first_split=first_split,
             passes=self.ppo_epochs,
-            size=self.minibatch_size,
             terms_are_sequences=self.terms_are_sequences,
             rollout_metrics=metrics,
             row_numbers=prompts.repeat(self.num_generations).rows,
@@ -266,10 +266,11 @@ class OnPolicyModule(UpdateModule):
         experience = self.collector.evaluate_in_order(rollout, self.minibatch_size)
         metrics = {
             "score": self.collector.score(rollout, prompts)[0].mean(),
-            "kl": experience.kl_per_sequence.mean(),
             "length": rollout.lengths.float().mean(),
             "truncated": 1 - rollout.finished.float().mean(),
         }
+        if experience.kl_per_sequence is not None:
+            metrics["kl"] = experience.kl_per_sequence.mean()
         self.log_val(metrics, prompts.loss_terms)
 
     # Pre-flight checks and result

@@ -76,10 +76,12 @@ def on_policy_checks(
         yield check_single_bos(module.tokenizer, prompts.input_ids)
         yield check_frozen_models(module)
         yield check_no_dropout(module, "policy", policy, logprob_measure(policy), sequences)
-        yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
+        if reference is not None:
+            yield check_no_dropout(module, "reference", reference.model, logprob_measure(reference), sequences)
         for model in reward_models:
             yield check_no_dropout(module, "reward model", model.model, score_measure(model), sequences)
-        if module.trainer.ckpt_path is None:  # A resumed policy differs from the reference model.
+        is_resumed = module.trainer.ckpt_path is not None  # A resumed policy differs from the reference model.
+        if reference is not None and not is_resumed:
             yield check_first_kl(collector, rollout)
         yield check_sampling_matches_scoring(module, collector, prompts)
         extremes = shortest_and_longest(sequences)
@@ -117,6 +119,7 @@ def check_first_ratio(collector: Collector, minibatch: Minibatch) -> Check:
 def check_first_kl(collector: Collector, rollout: Rollout) -> Check:
     """Check that policy and reference model agree to the last bit before the first update."""
     experience = collector.evaluate_rollout(rollout, [range(len(rollout.input_ids))])
+    assert experience.ref_logprobs is not None
     differences = (experience.logprobs - experience.ref_logprobs).abs()
     distance = float(masked_sum(differences, rollout.response_mask).max())
     return Check(

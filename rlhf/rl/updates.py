@@ -27,8 +27,8 @@ class UpdateModule(StageModule):
         guard: Decides which minibatches are skipped.
         iteration_metrics: Metrics of the current iteration.
         iterations: Number of iterations started.
-        sample_rows: Prompt, response, score and KL of the responses to show with the metrics of this iteration.
-        models: Policy, reference model and critic.
+        sample_rows: Prompt, response, score and any KL of the responses to show with the metrics of this iteration.
+        models: The policy, and its reference model and critic if there are any.
         kl, clip_range, clip_range_high, entropy_coef, loss_reduction: The settings of ``OnPolicyModule``.
     """
 
@@ -107,7 +107,7 @@ class UpdateModule(StageModule):
         if self.entropy_coef:
             assert output.entropy is not None
             loss = loss - self.entropy_coef * self.loss_reduction(output.entropy, minibatch.response_mask)
-        if self.kl.in_loss:
+        if self.kl.in_loss and minibatch.ref_logprobs is not None:
             kl = self.models.kl(minibatch.inputs, output, minibatch.ref_logprobs)
             metrics["loss/kl_avg"] = self.loss_reduction(kl, minibatch.response_mask)
             loss = loss + self.kl.coef * metrics["loss/kl_avg"]
@@ -144,7 +144,8 @@ class UpdateModule(StageModule):
         self.metrics, self.metrics_step = self.iteration_metrics.summarize(), self.global_step
         self.send_metrics()
         if self.sample_rows:
-            self.log_samples(("prompt", "response", "score", "KL in nats"), self.sample_rows)
+            names = ("prompt", "response", "score", "KL in nats")
+            self.log_samples(names[: len(self.sample_rows[0])], self.sample_rows)
             self.sample_rows = []
 
     # Checkpoints

@@ -142,6 +142,7 @@ ELSEWHERE = {
     "stage.output": "a directory",
     "stage.samples": "only shown: tests/sft, tests/rl, tests/dpo",
     "stage.sample_interval": "only shown: tests/rl",
+    "stage.kl.monitor": "tests/rl: the weights are the same",
     "stage.max_new_tokens": "of the samples that are shown",
     "stage.sampler.stop_interval": "speed: tests/sampling/test_sampler.py shows equal responses",
     "stage.sampler.batch_size": "memory: tests/sampling/test_lean.py shows equal responses",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import DEMONSTRATIONS, EXACT, NO_UPDATE, TinyRun, assert_same_weights, weights_differ
+from harness import DEMONSTRATIONS, EXACT, NO_UPDATE, Run, TinyRun, assert_same_weights, weights_differ
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.reward_functions import RewardFunction, ScoringBatch, WeightedSumReward
+from rlhf.rl import KLController
 from rlhf.rl.collector import Collector, concatenate
 from rlhf.sampling import LocalSampler, Rollout
 
@@ -144,6 +145,30 @@ def test_samples_are_shown_at_intervals(tiny_run: TinyRun, monkeypatch: pytest.M
         assert {row[0] for row in rows} <= prompts
     assert [row[3] for row in tables[0][1]] == [0.0, 0.0]
     assert all(row[3] != 0 for row in tables[1][1])
+
+
+@pytest.mark.parametrize(("stage", "apply_to"), [("ppo", "reward"), ("grpo", "loss")])
+def test_without_monitoring_there_is_no_reference_model(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str, apply_to: Any
+) -> None:
+    """The weights are those of a run that monitors the KL, and no metric or sample shows a KL."""
+    headers: list[Any] = []
+    monkeypatch.setattr("rlhf.stage.StageModule.log_samples", lambda self, header, rows: headers.append(header))
+
+    def train(*, monitor: bool) -> Run:
+        kl = KLController(apply_to=apply_to, estimator="k3", monitor=monitor)
+        data = {"val": tiny_run.write("val", DEMONSTRATIONS[:2])}
+        return tiny_run.train(stage, data=data, kl=kl, kl_coef=0.0, trainer={"max_epochs": 2})
+
+    def metrics(run: Run) -> set[str]:
+        return set().union(*run.logger.calls)
+
+    monitored, unmonitored = train(monitor=True), train(monitor=False)
+    assert unmonitored.module.reference is None
+    assert_same_weights(unmonitored.module.policy.lm, monitored.module.policy.lm, **EXACT)
+    missing = {"objective/kl", "objective/kl_estimate", "val/kl"} | ({"loss/kl_avg"} if apply_to == "loss" else set())
+    assert metrics(monitored) - metrics(unmonitored) == missing
+    assert [header[2:] for header in headers] == [("score", "KL in nats"), ("score",)]
 
 
 def test_no_samples_are_shown_if_there_are_none(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,11 @@ def test_invalid_settings_are_refused(keys: dict, message: str) -> None:
         KLController(**keys)
 
 
+def test_a_penalty_requires_the_kl() -> None:
+    with pytest.raises(ConfigError, match=r"stage\.kl\.monitor=false requires stage\.kl_coef=0, got 0\.1"):
+        KLController(monitor=False).initialize(0.1)
+
+
 def test_an_adaptive_coefficient_of_0_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"stage\.kl_coef must be above 0 with stage\.kl\.target_per_sequence, got 0"):
         KLController(target_per_sequence=6).initialize(0.0)
