@@ -34,7 +34,7 @@ from rlhf.models import (
     trunk_without_weights,
 )
 from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
-from rlhf.models.opening import REPLACE_FILE, check_finite, opening
+from rlhf.models.opening import REPLACE_FILE, Attention, check_finite, opening
 from rlhf.models.sources import remember_config
 from rlhf.models.weights import check_fit, load_weights
 from rlhf.run_names import OUTPUTS, RUN
@@ -138,12 +138,12 @@ class Export:
 
     Args:
         path: Path of the file.
-        attention: Attention implementation, see ``attn_implementation`` of transformers; None for its default.
+        attention: ``attn_implementation`` of transformers; None: the default of the architecture.
         base: Path of the base model of an adapter, if it is not the path that the file contains.
     """
 
     path: str
-    attention: str | None = None
+    attention: Attention | None = None
     base: str | None = None
 
     @property
@@ -275,14 +275,14 @@ class Export:
 
 
 def open_model_source(
-    path: str, *, revision: str | None = None, attention: str | None = None, base: str | None = None
+    path: str, *, revision: str | None = None, attention: Attention | None = None, base: str | None = None
 ) -> Export | Pretrained:
     """Return a model source for a ``*_final.pt``, a checkpoint, a Hugging Face folder or a Hub ID.
 
     Args:
         path: Path or Hub ID.
         revision: Branch, tag or commit on the Hub.
-        attention: Attention implementation, see ``attn_implementation`` of transformers; None for its default.
+        attention: ``attn_implementation`` of transformers; None: the default of the architecture.
         base: See ``Export``.
     """
     if path.endswith((".pt", ".ckpt")):

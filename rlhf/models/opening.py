@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.files import LAST
+from rlhf.models.kernels import without_kernels
 from rlhf.tokenizer.files import is_tokenizer_file
 
-# Other names would make transformers load a kernel, that is, code, from the Hub.
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+# Others either load code from the Hub or do not compute on the CPU in float32, where models are opened and probed.
+Attention: TypeAlias = Literal["sdpa", "eager"]
 MODEL_FOLDER = "Use a directory with model and tokenizer, written by save_pretrained, or a Hub ID."
 REPLACE_FILE = "Use a file that a stage of this project wrote, or run the stage again."
 _TOLERATED = (KeyboardInterrupt, SystemExit, GeneratorExit)
@@ -53,7 +54,8 @@ def opening(path: str, kind: str, fix: str = MODEL_FOLDER) -> Iterator[None]:
         fix: The second line of the message.
     """
     try:
-        yield
+        with without_kernels():
+            yield
     except (UserError, *_TOLERATED):
         raise
     except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is not an Exception.
@@ -114,10 +116,10 @@ def check_config(config: PreTrainedConfig, path: str, weights: int | None) -> No
     parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
     for part in parts:
         attention = getattr(part, "_attn_implementation", None)
-        if attention is not None and attention not in ATTENTION:
+        if attention is not None and attention not in get_args(Attention):
             raise DataError(
                 f"{path}: attn_implementation in the model configuration must be one of "
-                f"{', '.join(ATTENTION)}, got {attention!r}. Others load code from the Hub.",
+                f"{', '.join(get_args(Attention))}, got {attention!r}.",
                 "Remove attn_implementation from the configuration, and name one with model.attention=<name>.",
             )
         layers = getattr(part, "num_hidden_layers", None)

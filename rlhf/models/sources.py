@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from rlhf.errors import ConfigError, DataError, listed
+from rlhf.models.kernels import without_kernels
 from rlhf.models.opening import (
     MODEL_FOLDER,
+    Attention,
     check_config,
     check_finite,
     check_folder,
@@ -172,7 +174,8 @@ class Mamba(_RandomWeights):
             time_step_max=1.0,
             **_special_tokens(tokenizer),
         )
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with without_kernels():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         # Decay rates per step of 0.01 to 0.2: with step size 1, the heads remember 100 to 5 tokens.
         rates = torch.logspace(-2, -0.7, config.num_heads)
         backbone: Any = model.backbone
@@ -188,12 +191,13 @@ class Pretrained:
     Args:
         path: Directory written by ``save_pretrained``, or a Hub ID such as ``Qwen/Qwen2.5-0.5B``.
         revision: Branch, tag or commit on the Hub; null for the default branch.
-        attention: Attention implementation, see ``attn_implementation`` of transformers; null for its default.
+        attention: ``attn_implementation`` of transformers. ``sdpa`` is PyTorch's attention, which on GPUs contains
+            FlashAttention. null: the default of the architecture.
     """
 
     path: str
     revision: str | None = None
-    attention: str | None = None
+    attention: Attention | None = None
 
     def tokenizer(self, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
         tokenizer = self._tokenizer()

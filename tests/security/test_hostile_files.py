@@ -195,12 +195,12 @@ DATA: dict[str, tuple[Callable[[Path], None], Callable[[Workshop], Path], str | 
     "kernel in an export": (
         as_policy,
         lambda work: work.configured(_attn_implementation="evil/kernel", attn_implementation="evil/kernel"),
-        r"attn_implementation .* must be one of eager, .* got 'evil/kernel'",
+        r"attn_implementation .* must be one of sdpa, eager, got 'evil/kernel'",
     ),
     "kernel in a folder": (
         as_policy,
         lambda work: work.hf(attn_implementation="evil/kernel"),
-        r"attn_implementation .* must be one of eager, .* got 'evil/kernel'",
+        r"attn_implementation .* must be one of sdpa, eager, got 'evil/kernel'",
     ),
 }
 
