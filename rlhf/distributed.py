@@ -1,6 +1,9 @@
 """Collective operations over all processes of a run. In a single process, each of them returns its argument."""
 
+import atexit
 import os
+import signal
+import sys
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -67,6 +70,37 @@ def barrier() -> None:
 # Failures
 
 FAILURES, EXIT_CODE = "rlhf/failures", "rlhf/exit_code"  # keys of the store that all ranks share
+
+
+_launchers: list[Any] = []  # launchers of Lightning, whose ``procs`` are the ranks that this process has started
+
+
+def remember_launcher(launcher: Any) -> None:
+    """Let the ranks that a launcher of Lightning starts end with this process if it fails."""
+    if hasattr(launcher, "procs"):
+        _launchers.append(launcher)
+
+
+def leave_at_exit(exit_code: int) -> None:
+    """After a failure, end this process at its exit without closing the connection to the other ranks.
+
+    Closing a connection of NCCL waits for the other ranks, which may be in a collective operation that this rank does
+    not join. Nothing changes with other backends.
+
+    Args:
+        exit_code: Exit code of this process.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "nccl":
+        return
+
+    def leave() -> None:
+        for launcher in _launchers:
+            launcher.kill(signal.SIGKILL)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(exit_code)
+
+    atexit.register(leave)  # The function that is registered last runs first.
 
 
 def announce_failure(exit_code: int) -> int | None:

@@ -124,11 +124,16 @@ def _code_of_first_failure(error: Exception) -> int | None:
     """Return the exit code of the rank that has failed first; None if this rank has to report its error."""
     if not is_launched():
         return None
-    from rlhf.distributed import announce_failure, announced_failure  # imports torch
+    from rlhf.distributed import announce_failure, announced_failure, leave_at_exit  # imports torch
 
-    if any(isinstance(cause, Stopped) for cause in _causes(error)) and not explain(error):
+    is_stopped = any(isinstance(cause, Stopped) for cause in _causes(error))
+    if is_stopped and not explain(error):
         return announced_failure()  # Rank 0 reports what was stopped.
-    return announce_failure(exit_code_of(error))
+    own = exit_code_of(error)
+    first = announce_failure(own)
+    if not is_stopped:
+        leave_at_exit(own if first is None else first)
+    return first
 
 
 def explain(error: BaseException) -> str | None:

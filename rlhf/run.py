@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -32,7 +33,7 @@ from rlhf.checkpoint.resume import check_start, finished_result, remove_earlier,
 from rlhf.checkpoint.signals import report_signals
 from rlhf.command import command_line
 from rlhf.config import check_values
-from rlhf.distributed import disconnect, is_rank_zero
+from rlhf.distributed import disconnect, is_rank_zero, remember_launcher
 from rlhf.errors import ConfigError
 from rlhf.export.content import parse_json
 from rlhf.files import write_json
@@ -70,7 +71,8 @@ def run_stage(
     check_values(cfg)
     set_speed(instantiate(cfg.speed))
     atexit.register(disconnect)  # Lightning does so for NCCL only.
-    if cfg.speed.keep_heap:
+    torch.backends.cuda.enable_cudnn_sdp(cfg.speed.cudnn_attention)
+    if cfg.speed.keep_heap and _uses_cpu(cfg.trainer.accelerator):
         keep_heap()
     check_start(cfg, output)
     directory = OutputDirectory(cfg, output, f"{cfg.stage_name}.log")
@@ -88,6 +90,11 @@ def run_stage(
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         release_heap()  # The next stage of a pipeline needs tensors of other sizes.
         return monitored
+
+
+def _uses_cpu(accelerator: str) -> bool:
+    """Return whether an accelerator of the Trainer is the CPU. A GPU frees the host's copies of its models."""
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
 
 
 def train(cfg: DictConfig, output: Path, start: StartOutput, command: str, later: Sequence[DictConfig] = ()) -> float:
@@ -268,6 +275,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     if cfg.trainer.enable_checkpointing is None and not any(isinstance(one, Checkpoint) for one in configured):
         flags["enable_checkpointing"] = False  # Otherwise, Lightning writes checkpoints to the directory of a logger.
     trainer: lightning.Trainer = instantiate(cfg.trainer, **flags)
+    remember_launcher(trainer.strategy.launcher)
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
             f"trainer.strategy={cfg.trainer.strategy} is not supported: only FSDP2 shards models.", "Set trainer=fsdp"

@@ -17,7 +17,7 @@ class SpeedSettings:
     Args:
         concurrent_models: On the CPU, let PPO compute the policy and a separate critic at the same time, each with half
             of the threads. false: compute them one after another with all threads.
-        keep_heap: On Linux, keep freed memory for the next step, which is faster on a CPU. false: return it.
+        keep_heap: On Linux, in runs on the CPU, keep freed memory for the next step, which is faster. false: return it.
         fused_logprobs: Compute log-prob, entropy and argmax of a token from one buffer of logits, which then becomes
             their gradient. false: let autograd store each intermediate result.
         fused_mlp: Let the backward pass of a gated MLP compute the activation and the product again, which uses less
@@ -34,6 +34,8 @@ class SpeedSettings:
             if the architecture allows it and if they are less than 80 % of all. false: compute every token.
         lean_decoding: Decode with a preallocated cache and without the modules of transformers, for architectures that
             have such a decoder. false: decode with the model and the cache of transformers.
+        cudnn_attention: On NVIDIA GPUs, let attention use cuDNN as well, which prepares a plan for each new shape.
+            false: use the kernels in PyTorch only, such as FlashAttention.
         scan_chunk: On the CPU, let Mamba-2 scan at most this many tokens at once. null: ``chunk_size`` of the model,
             which is 256 in most pretrained models.
     """
@@ -48,6 +50,7 @@ class SpeedSettings:
     shared_prompts: bool = True
     partial_last_layer: bool = True
     lean_decoding: bool = True
+    cudnn_attention: bool = False
     scan_chunk: PositiveInt | None = 64
 
 

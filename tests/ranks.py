@@ -28,6 +28,7 @@ from forked import kill_group, start_python
 
 REPO = Path(__file__).parents[1]
 RANKS = 2
+DDP_OVERRIDES = ("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={RANKS}", "trainer.precision=32-true")
 DDP = {"accelerator": "cpu", "strategy": "ddp", "devices": RANKS}  # flags of lightning.Trainer
 
 
@@ -78,8 +79,7 @@ def train_in_ranks(root: Path, *overrides: str, torchrun: bool, timeout: float =
         timeout: Seconds after which the processes are killed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"] if torchrun else []
-    flags = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={RANKS}", "trainer.precision=32-true"]
-    command = [*launcher, "train.py", *flags, *overrides, f"paths.root={root}"]
+    command = [*launcher, "train.py", *DDP_OVERRIDES, *overrides, f"paths.root={root}"]
     (output,) = run_at_once([command], [{"COLUMNS": "200"}], timeout)
     return output
 

@@ -43,6 +43,7 @@ class Runtime:
         flags: dict[str, Any] = {"strategy": "auto", "devices": one, "num_nodes": 1, "fast_dev_run": False}
         off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         trainer = instantiate(cfg.trainer, **flags, **off, callbacks=[])
+        torch.backends.cuda.enable_cudnn_sdp(cfg.speed.cudnn_attention)
         return cls(trainer.strategy.root_device, trainer.precision_plugin)
 
     def prepare(self, model: Frozen) -> Frozen:

@@ -1,13 +1,15 @@
 """The whole pipeline, and errors, on two ranks that Lightning or torchrun starts."""
 
+import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from contract.configs import compose_config
-from harness import TINY_DATA, TINY_MODEL
-from ranks import RANKS, train_in_ranks
+from harness import TINY_DATA, TINY_MODEL, train_command
+from ranks import DDP_OVERRIDES, RANKS, train_in_ranks
 
 SMALL = [override for override in (*TINY_MODEL["transformer"], *TINY_DATA) if override != "trainer=cpu"]
 PIPELINE = ["data.max_rows=8", "data.batch_size=4", "data.max_length=64", "trainer.max_steps=2"]
@@ -78,6 +80,33 @@ def test_an_error_on_one_rank_ends_all_ranks_with_its_message(
     assert printed.count("A fault on rank 1.\n  Its fix.\n") == 1
     assert printed.count("Traceback") == (1 if torchrun else 0)
     assert "closed by peer" not in printed
+
+
+FAILS_WITH_NCCL = """
+import time
+import lightning
+import torch.distributed as dist
+from rlhf.errors import ConfigError
+
+class FailsWithNCCL(lightning.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_rank == 1:
+            time.sleep(600)  # as in a collective operation that rank 0 does not join
+        dist.get_backend = lambda: "nccl"
+        dist.destroy_process_group = lambda: time.sleep(600)
+        raise ConfigError("A fault on rank 0.", "Its fix.")
+"""
+
+
+def test_rank_0_ends_the_ranks_that_wait_for_it(tmp_path: Path, repo: Path) -> None:
+    """The command runs in a new process: forked ones have no functions that run at their exit."""
+    (tmp_path / "faults.py").write_text(FAILS_WITH_NCCL)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(repo), str(tmp_path)])}
+    fault = "+callbacks.fault._target_=faults.FailsWithNCCL"
+    command = train_command(tmp_path, "stage=sft", *SMALL, *DDP_OVERRIDES, fault)
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr[-5000:]
+    assert done.stderr.count("A fault on rank 0.\n  Its fix.\n") == 1
 
 
 STOPS_ON_RANK_0 = """
