@@ -114,14 +114,14 @@ def main() -> None:
     }
     write = sys.stdout.write
     with emulated_device():
-        write(f"| per decoded token, {LAYERS} layers | operations | host reads |\n|---|---|---|\n")
+        write(f"| per decoded token, {LAYERS} layers | operations | waits of the host |\n|---|---|---|\n")
         for name, config in configs.items():
             lm = Auto.from_config(config).eval().to(DEVICE)
             for side, lean in (("ours", True), ("speed.lean_decoding=false", False), ("generate", False)):
                 with speed(lean_decoding=lean):
                     operations, reads = decoding(lm, tokenizer, with_generate=side == "generate")
                 write(f"| {name}, {side} | {operations:.0f} | {reads:.2f} |\n")
-        write("\n| per optimizer step, 2 layers | operations | host reads |\n|---|---|---|\n")
+        write("\n| per optimizer step, 2 layers | operations | waits of the host |\n|---|---|---|\n")
         source = Transformer(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_length=128)
         for kind in ("sft", "reward", "dpo", "ppo", "grpo"):
             for side, settings in (("ours", {}), ("switches off", PLAIN)):

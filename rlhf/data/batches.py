@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from rlhf.data.encoded import EncodedResponse
 from rlhf.data.records import Prompt
-from rlhf.tensors import pad_right
+from rlhf.tensors import pad_right, upload
 
 
 @dataclass(kw_only=True)
@@ -40,11 +40,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy of the batch with its tensors on a device."""
-        moved: dict[str, Any] = {
-            item.name: value.to(device)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor | Batch)
-        }
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), Batch):
+                moved[item.name] = value.to(device)
+            elif isinstance(value, Tensor):
+                moved[item.name] = upload(value, device) if value.is_cpu else value.to(device)
         return replace(self, **moved)
 
     def as_filler(self) -> Self:

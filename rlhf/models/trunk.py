@@ -18,6 +18,7 @@ from rlhf.models.optimizations.rms_norm import FusedRMSNorm
 from rlhf.models.optimizations.shared_prompts import shared_prompts
 from rlhf.models.probes import length_boundary
 from rlhf.speed import SpeedSettings, speed_settings
+from rlhf.tensors import upload
 
 # On an accelerator, rows of up to this many tokens use one masked attention call instead of two per row.
 MASKED_TOKENS = 256
@@ -135,7 +136,7 @@ def _grouped(
 
 def _token_indices(layout: Layout, starts: Tensor, input_ids: Tensor) -> Tensor:
     """Return the index of each token of the batch among the computed tokens, given where rows start: [batch, time]."""
-    return (starts[layout.rows, None] + layout.columns(input_ids.shape[1])).to(input_ids.device)
+    return upload(starts[layout.rows, None] + layout.columns(input_ids.shape[1]), input_ids.device)
 
 
 def states_before(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
+from rlhf.tensors import upload
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 # A hyphen after a word, a number or a closing bracket is no sign: 10-20, COVID-19.
@@ -82,7 +83,7 @@ class ExactMatchReward(RewardFunction):
         for response, target in zip(batch.responses, batch.targets, strict=True):
             matches = final_number(response, self.marker, strict=self.strict) == self._expected(target)
             rewards.append(self.correct if matches else self.wrong)
-        return torch.tensor(rewards, dtype=torch.float, device=batch.input_ids.device)
+        return upload(torch.tensor(rewards, dtype=torch.float), batch.input_ids.device)
 
 
 def final_number(text: str, marker: str, *, strict: bool) -> Decimal | None:

@@ -20,6 +20,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
 from rlhf.schema import ScorerPath
+from rlhf.tensors import upload
 
 SHOWN = 60  # characters of a value or a response in an error message
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
@@ -61,7 +62,7 @@ class PythonReward(RewardFunction):
 
     def forward(self, batch: ScoringBatch) -> Tensor:
         scores = self.function(batch.prompts, batch.responses, batch.targets, batch.columns)
-        return torch.tensor(scores, dtype=torch.float, device=batch.input_ids.device)
+        return upload(torch.tensor(scores, dtype=torch.float), batch.input_ids.device)
 
 
 @dataclass(frozen=True)

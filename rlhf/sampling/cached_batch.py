@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rlhf.models import cache_name
 from rlhf.sampling.batch import DecodingBatch
-from rlhf.tensors import pad_rows_left
+from rlhf.tensors import pad_rows_left, upload
 
 
 class CachedBatch(DecodingBatch):
@@ -79,7 +79,7 @@ class CachedBatch(DecodingBatch):
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         order = sorted(set(range(self.count)) - set(rows))
-        index = torch.tensor(order, device=self.lm.device)
+        index = upload(order, self.lm.device)
         self.cache.reorder_cache(index)
         self.attention_mask, self.position_ids = self.attention_mask[index], self.position_ids[index]
         self.count = len(order)

@@ -19,6 +19,7 @@ from rlhf.sampling.lean_layers import has_attention_decoder
 from rlhf.sampling.lean_mamba import MambaBatch, has_mamba_decoder
 from rlhf.sampling.params import SamplingParams
 from rlhf.speed import speed_settings
+from rlhf.tensors import upload
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Decoding:
         max_rows = min(max_rows or len(prompts), len(prompts)) if lean else len(prompts)
         # A finished row goes on until the end of an interval.
         self.batch: DecodingBatch = lean(lm, max_rows, capacity + interval) if lean else CachedBatch(lm)
-        self.ends = torch.tensor([*stop_ids, INVALID_TOKEN], device=lm.device)
+        self.ends = upload([*stop_ids, INVALID_TOKEN], lm.device)
         # Of each row: the index of its prompt, the number of drawn tokens, the last one, and whether it is finished.
         self.prompt = torch.zeros(max_rows, dtype=torch.long, device=lm.device)
         self.drawn_count, self.token = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
@@ -98,8 +99,8 @@ class Decoding:
         """Compute the next prompts in the given rows, and draw the first token of each response."""
         numbers = range(self.started, self.started + len(rows))
         self.started = numbers.stop
-        index = torch.tensor(rows, device=self.prompt.device)
-        self.prompt[index] = torch.tensor(numbers, device=self.prompt.device)
+        index = upload(rows, self.prompt.device)
+        self.prompt[index] = upload(numbers, self.prompt.device)
         self.drawn_count[index] = 0
         self.finished[index] = False
         self._draw(index, self.batch.prefill(rows, [self.prompts[number] for number in numbers]))
@@ -135,7 +136,7 @@ class Decoding:
         if len(rows) == count:
             self.is_done = True
         elif rows:
-            order = torch.tensor(self.batch.remove(rows), device=self.prompt.device)
+            order = upload(self.batch.remove(rows), self.prompt.device)
             self.is_ordered = False
             for values in (self.prompt, self.drawn_count, self.token, self.finished):
                 values[: len(order)] = values[order]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from rlhf.models import cache_name
 from rlhf.sampling.batch import DecodingBatch
 from rlhf.sampling.lean_layers import Function, attention_decoder, linear
-from rlhf.tensors import pad_right
+from rlhf.tensors import pad_right, upload
 
 
 class LeanBatch(DecodingBatch):
@@ -36,8 +36,8 @@ class LeanBatch(DecodingBatch):
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         unique = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        source = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=self.device)
-        hidden = self._fill(torch.tensor(rows, device=self.device), source, [list(prompt) for prompt in unique])
+        source = upload([unique[tuple(prompt)] for prompt in prompts], self.device)
+        hidden = self._fill(upload(rows, self.device), source, [list(prompt) for prompt in unique])
         self.count = max(self.count, max(rows) + 1)
         return self.logits(hidden[source])
 
@@ -96,9 +96,9 @@ class AttentionBatch(LeanBatch):
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         input_ids, mask = pad_right(prompts)
         # Padding is on the right, where causality keeps it away from real tokens. GPT-2 would warn about it.
-        embeddings = self.lm.get_input_embeddings()(input_ids.to(self.device))
+        embeddings = self.lm.get_input_embeddings()(upload(input_ids, self.device))
         output = self.lm.base_model(inputs_embeds=embeddings, use_cache=True)
-        last = mask.sum(dim=1).to(self.device) - 1
+        last = upload(mask.sum(dim=1), self.device) - 1
         layers = getattr(output, cache_name(self.lm)).layers
         if not self.keys:
             self._allocate(layers)

@@ -14,7 +14,7 @@ from rlhf.models.optimizations.gated_mlp import is_silu
 from rlhf.sampling.lean import LeanBatch
 from rlhf.sampling.lean_layers import Function, linear, rms_norm
 from rlhf.sampling.unpadded import groups_of_equal_length, padding_reaches_state
-from rlhf.tensors import pad_rows_left
+from rlhf.tensors import pad_rows_left, upload
 
 
 def has_mamba_decoder(lm: Any) -> bool:
@@ -44,11 +44,11 @@ class MambaBatch(LeanBatch):
         groups = groups_of_equal_length(prompts)
         fill = super().prefill
         logits = torch.cat([fill([rows[i] for i in group], [prompts[i] for i in group]) for group in groups])
-        return logits[torch.tensor([i for group in groups for i in group], device=self.device).argsort()]
+        return logits[upload([i for group in groups for i in group], self.device).argsort()]
 
     def _fill(self, rows: Tensor, source: Tensor, prompts: list[list[int]]) -> Tensor:
         # Padding is on the left, where the mask keeps it out of the state.
-        input_ids, mask = (tensor.to(self.device) for tensor in pad_rows_left(prompts))
+        input_ids, mask = (upload(tensor, self.device) for tensor in pad_rows_left(prompts))
         keys = {"attention_mask": mask.long()} if len({len(prompt) for prompt in prompts}) > 1 else {}
         output = self.lm.backbone(input_ids, use_cache=True, **keys)
         layers = getattr(output, cache_name(self.lm)).layers

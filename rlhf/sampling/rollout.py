@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.tensors import pad_right
+from rlhf.tensors import pad_right, upload
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Rollout:
         starts = torch.tensor([len(prompt) for prompt in prompts])
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
         finished = torch.tensor([response[-1] in stop_ids for response in responses])
-        rollout = cls(*(tensor.to(device) for tensor in (input_ids, attention_mask, response_mask, finished)))
+        rollout = cls(*(upload(tensor, device) for tensor in (input_ids, attention_mask, response_mask, finished)))
         rollout._response_ids = [list(response) for response in responses]
         return rollout
 

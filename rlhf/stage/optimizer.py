@@ -66,7 +66,7 @@ def clip_gradients(optimizer: Optimizer, limit: float | None, algorithm: str | N
     if limit and algorithm == "value":
         nn.utils.clip_grad_value_(parameters, limit)
     elif limit and norm > limit:
-        nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+        nn.utils.clip_grads_with_norm_(parameters, limit, torch.full((), norm, device=parameters[0].device))
 
 
 def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, Any]]) -> None:

@@ -201,7 +201,7 @@ def _generator_of_device(op: Any, generator: torch.Generator | None) -> Iterator
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    return _kernel(aten.copy_.default, target, source)
+    return _kernel(aten.copy_.default, target, source, non_blocking)
 
 
 def _convolution(*args: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""Reads: points where the host waits for a value of the emulated device.
+"""Reads: points where the host waits for the emulated device.
 
 On a real accelerator the host queues operations and runs ahead of the device. A read makes it wait until everything
-queued before is done, so a read per token or per layer can cost more than the computation.
+queued before is done, so a read per token or per layer can cost more than the computation. A copy to the device waits
+as well, unless it is made with ``non_blocking=True``.
 """
 
 import re
@@ -102,7 +103,9 @@ def is_read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: st
         return kwargs.get("output_size") is None
     if name == "copy":
         target, values = args[:2]
-        return values.device.type == device and target.device.type != device
+        is_upload = target.device.type == device and values.device.type != device
+        is_download = values.device.type == device and target.device.type != device
+        return is_download or (is_upload and not any(args[2:3]) and not kwargs.get("non_blocking"))
     if name in ("index", "_index_put_impl"):
         by_mask = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         return by_mask and (name == "index" or args[2].numel() != 1)  # ``x[mask] = 0`` needs no positions.

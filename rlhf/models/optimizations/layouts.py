@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from rlhf.tensors import upload
+
 # Number of tokens of a prompt and of the remainder of each sequence. A row with one sequence has no second remainder.
 Sizes: TypeAlias = tuple[int, int, int]
 
@@ -94,7 +96,7 @@ class SeparateRows(Layout):
         return torch.arange(time).expand(len(self.sizes), -1)
 
     def tokens(self, input_ids: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        tokens = input_ids[rows.to(input_ids.device), :width]
+        tokens = input_ids[upload(rows, input_ids.device), :width]
         return tokens, torch.arange(width, device=input_ids.device).expand_as(tokens)
 
     def visible(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
@@ -126,7 +128,7 @@ class SharedPrompts(Layout):
 
     def tokens(self, input_ids: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
         prompt, first, token = self._sizes_and_columns(rows, width, input_ids.device)
-        sequence = rows.to(input_ids.device)[:, None]
+        sequence = upload(rows, input_ids.device)[:, None]
         is_second = token >= prompt + first
         position = torch.where(is_second, token - first, token).clamp(max=input_ids.shape[1] - 1)
         return input_ids[torch.where(is_second, sequence + len(self.sizes), sequence), position], position
@@ -147,5 +149,5 @@ class SharedPrompts(Layout):
 
     def _sizes_and_columns(self, rows: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sizes of prompts and first sequences, [rows, 1] each, and the columns of tokens, [width]."""
-        prompt, first, _ = torch.tensor(self.sizes)[rows].to(device).T[:, :, None]
+        prompt, first, _ = upload(torch.tensor(self.sizes)[rows], device).T[:, :, None]
         return prompt, first, torch.arange(width, device=device)

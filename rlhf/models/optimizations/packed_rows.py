@@ -14,6 +14,7 @@ from rlhf.models.checkpointing import recomputes_layers
 from rlhf.models.optimizations.layouts import Layout, SharedPrompts, Sizes
 from rlhf.models.optimizations.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_architecture, probing
+from rlhf.tensors import upload
 
 _NAME = "rlhf_packed_rows"
 # The sizes of the rows whose hidden states are being computed, and the padded batch in which they attend, if any.
@@ -34,7 +35,7 @@ def packed_hidden_states(trunk: Any, input_ids: Tensor, layout: Layout) -> Tenso
     """
     lengths = torch.tensor(layout.lengths)
     width = max(layout.lengths)
-    real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0].to(input_ids.device)
+    real = upload((torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0], input_ids.device)
     tokens, positions = layout.tokens(input_ids, torch.arange(len(lengths)), width)
     padded = PaddedRows.of(layout, real)
     return _packed(trunk, tokens.flatten()[real], positions.flatten()[real], layout.sizes, padded)
