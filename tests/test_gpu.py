@@ -142,9 +142,11 @@ def test_optimizations_change_nothing_but_rounding(tiny_run: TinyRun, stage: str
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_run: TinyRun, tmp_path: Path, stage: str) -> None:
-    """PPO and GRPO continue with the random state of the GPU."""
-    flags = {**GPU, "deterministic": True}
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_run: TinyRun, tmp_path: Path, stage: str, architecture: str
+) -> None:
+    """PPO and GRPO continue with the random state of the GPU. Mamba-2 has cumulative sums, which True refuses."""
+    flags = {**GPU, "deterministic": True if architecture == "transformer" else "warn"}
     uninterrupted = tiny_run.train(stage, trainer={**flags, "max_epochs": 2})
     tiny_run.train(stage, trainer=flags).trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = tiny_run.train(stage, trainer={**flags, "max_epochs": 2}, resume=tmp_path / "last.ckpt")
