@@ -89,9 +89,10 @@ def changed_weights(run: Run) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _all_memory() -> Iterator[None]:
-    """Lift the limit on memory that a test may have set."""
+def _defaults() -> Iterator[None]:
+    """Restore the settings of the process that a test may have changed."""
     yield
+    torch.use_deterministic_algorithms(False)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
