@@ -1,7 +1,10 @@
-"""Checks of configured values that need no model and no data, and the value of ``trainer.precision=auto``."""
+"""Checks of configured values that need no model and no data, and the values of ``auto`` in ``trainer``."""
 
 import difflib
+import logging
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from inspect import Parameter
 from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, Literal
@@ -18,6 +21,8 @@ from rlhf.schema import (
     declared_keywords,
     out_of_range,
 )
+
+log = logging.getLogger(__name__)
 
 CHECK_CHOICES = (False, True, "only")
 SAVE_HF_CHOICES = (False, True, "merged")
@@ -160,13 +165,36 @@ def _check_value(key: str, value: Any, annotation: Any, example: Any) -> None:
     raise out_of_range(key, value, annotation, example)
 
 
-def resolve_precision(cfg: DictConfig) -> None:
-    """Replace ``trainer.precision=auto`` by the precision in which the device is fast.
+def resolve_trainer(cfg: DictConfig) -> None:
+    """Replace ``auto`` in the configuration of the Trainer, if there is one.
 
-    Outputs record the precision that was used, so a run that is resumed on another kind of device reports the change.
+    ``trainer.accelerator=auto`` becomes the CPU where Lightning would choose MPS, the GPU of Apple's processors, which
+    has not been tested. ``trainer.precision=auto`` becomes the precision in which the device is fast. Outputs record
+    it, so a run that is resumed on another kind of device reports the change.
     """
-    if "trainer" in cfg and cfg.trainer.precision == "auto":
+    if "trainer" not in cfg:
+        return
+    if cfg.trainer.accelerator == "auto" and _has_only_mps():
+        _warn_of_mps()
+        cfg.trainer.accelerator = "cpu"
+    if cfg.trainer.precision == "auto":
         cfg.trainer.precision = "bf16-mixed" if has_bfloat16(cfg.trainer.accelerator) else "32-true"
+
+
+def _has_only_mps() -> bool:
+    if sys.platform != "darwin":
+        return False
+    import torch  # imported here, as in ``has_bfloat16``
+
+    return torch.backends.mps.is_available()
+
+
+@cache
+def _warn_of_mps() -> None:
+    """Warn once per process."""
+    log.warning(
+        "trainer.accelerator=auto selects the CPU, because MPS has not been tested. To use it: trainer.accelerator=mps"
+    )
 
 
 def has_bfloat16(accelerator: str) -> bool:

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rlhf.config import check_choices, check_values, resolve_precision
+from rlhf.config import check_choices, check_values, resolve_trainer
 from rlhf.files import remove_if_empty
 from rlhf.process.garbage import imports
 from rlhf.run_names import check_run_name
@@ -41,7 +41,7 @@ def run_checked(cfg: DictConfig) -> float:
         check_run_name(cfg.run)
         check_choices(cfg)
         warn_about_repeated_keys()
-        resolve_precision(cfg)
+        resolve_trainer(cfg)
         return run_command(cfg) if "command" in cfg else run_stages(cfg)
     finally:
         top = cfg.paths.root and cfg.paths.run  # Null becomes the directory None.

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rlhf.artifacts import input_path, load_call, make_final_model, named, open_policies
 from rlhf.checkpoint.resume import check_start, earlier_files
-from rlhf.config import check_values, resolve_precision
+from rlhf.config import check_values, resolve_trainer
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError
 from rlhf.export import open_model_source
@@ -207,7 +207,7 @@ def step_overrides(cfg: DictConfig, step: str, directory: Path, of_round: Sequen
 def step_config(overrides: list[str]) -> DictConfig:
     """Compose the configuration of one step from its overrides."""
     config = compose("config", overrides=overrides)
-    resolve_precision(config)
+    resolve_trainer(config)
     return config
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from contract.configs import STAGES, compose_config
-from rlhf.config import check_choices, check_values, has_bfloat16, resolve_precision
+from rlhf.config import check_choices, check_values, has_bfloat16, resolve_trainer
 from rlhf.errors import ConfigError
 from rlhf.schema import PositiveInt, check_arguments
 
@@ -198,7 +198,7 @@ def test_annotations_that_are_text_or_missing_accept_everything() -> None:
 
 def resolved(accelerator: str, precision: str = "auto") -> str:
     cfg = OmegaConf.create({"trainer": {"accelerator": accelerator, "precision": precision}})
-    resolve_precision(cfg)
+    resolve_trainer(cfg)
     return str(cfg.trainer.precision)
 
 
@@ -232,8 +232,20 @@ def test_other_accelerators_use_float32() -> None:
     assert resolved("mps") == "32-true"
 
 
+def test_mps_is_used_only_if_it_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for accelerator, expected in {"auto": "cpu", "mps": "mps", "cpu": "cpu"}.items():
+        cfg = OmegaConf.create({"trainer": {"accelerator": accelerator, "precision": "32-true"}})
+        resolve_trainer(cfg)
+        assert cfg.trainer.accelerator == expected
+    assert caplog.messages == [
+        "trainer.accelerator=auto selects the CPU, because MPS has not been tested. To use it: trainer.accelerator=mps"
+    ]
+
+
 def test_an_explicit_precision_stays() -> None:
     assert resolved("cpu", "16-mixed") == "16-mixed"
     cfg = OmegaConf.create({"command": {}})
-    resolve_precision(cfg)
+    resolve_trainer(cfg)
     assert cfg == {"command": {}}
