@@ -45,7 +45,7 @@ class Encoder:
 
     Attributes:
         counts: Number of ``responses``, ``truncated_prompts`` and ``truncated_responses`` so far.
-        openings: Number of responses that the template opens with a text when they are sampled only.
+        openings: What the template does to responses.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -119,7 +119,7 @@ class Encoder:
         the prompt would reveal which of them is the longer one.
         """
         opening = self._render(messages, response=None)
-        pairs = [self._split(opening, self._rendered(messages, response)) for response in responses]
+        pairs = [self._split(opening, self._rendered(messages, response), response) for response in responses]
         return self._truncate(pairs)
 
     def encode_conversation(self, messages: Sequence[Message], response: str) -> EncodedConversation:
@@ -129,7 +129,7 @@ class Encoder:
             ConfigError: The chat template does not write an earlier assistant message as the model would write it.
         """
         complete = self._rendered(messages, response)
-        pair = self._split(self._render(messages, response=None), complete)
+        pair = self._split(self._render(messages, response=None), complete, response)
         (encoded,) = self._truncate([pair])
         shift = len(self._one_bos(complete.input_ids)) - len(complete.input_ids) + encoded.start - len(pair[0])
         earlier: list[int] = []
@@ -173,9 +173,9 @@ class Encoder:
             encoded.append(EncodedResponse(prompt + response[: self.max_length - 1], len(prompt)))
         return encoded
 
-    def _split(self, opening: str, complete: EncodedText) -> tuple[list[int], list[int]]:
+    def _split(self, opening: str, complete: EncodedText, response: str) -> tuple[list[int], list[int]]:
         """Split the token ids of a complete text where the response begins."""
-        boundary = self.openings.boundary(opening, complete.text)
+        boundary = self.openings.boundary(opening, complete.text, response)
         start = complete.first_token(boundary)  # A token that spans the boundary counts as part of the response.
         return self._one_bos(complete.input_ids[:start]), self._one_eos(complete.input_ids[start:])
 

@@ -115,6 +115,7 @@ class _Encoding:
             "truncated_responses": encoder.counts["truncated_responses"],
             "missing_openings": encoder.openings.missing,
             "opening": encoder.openings.shown,
+            "changed_responses": encoder.openings.changed,
             "unlearned_messages": encoder.counts["unlearned_messages"],
             "with_special_tokens": with_special,
             "first_special_token": first_special,

@@ -123,6 +123,14 @@ def _report_training(data: Any, path: str, rows: int, summary: Mapping[str, Any]
             summary["missing_openings"],
             summary["responses"],
         )
+    if changed := summary.get("changed_responses"):  # The caches of earlier versions lack it.
+        log.warning(
+            "%s: The chat template changes the text of %d of %d responses, for example by removing reasoning. The "
+            "model learns what the template writes. Set data.template, or change the responses.",
+            path,
+            changed,
+            summary["responses"],
+        )
     if data.batch_size > rows:
         text = "data.batch_size=%d exceeds the %d rows of %s. Each batch has %d rows."
         log.warning(text, data.batch_size, rows, path, rows)

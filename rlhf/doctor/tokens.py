@@ -60,6 +60,11 @@ def measure(
                 "responses without the text with which the chat template opens a response that is sampled",
                 "Start the responses with that text, or set data.template.",
             ),
+            "changed": (
+                WARNING,
+                "responses whose text the chat template changes, such as by removing reasoning",
+                "Set data.template, or change the responses: the model learns what the template writes.",
+            ),
             "dropped": (WARNING, "pairs that are dropped, since both responses have the same tokens", raise_to),
         }
     )
@@ -75,7 +80,9 @@ def measure(
             found.add(kind, location)
         if unlimited.openings.missing:
             found.add("opening", f"{location} ({unlimited.openings.shown})")
-            unlimited.openings = Openings()
+        if unlimited.openings.changed:
+            found.add("changed", location)
+        unlimited.openings = Openings()
     return lengths, found.findings()
 
 

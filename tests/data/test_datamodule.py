@@ -107,6 +107,15 @@ def test_a_text_that_opens_sampled_responses_only_is_reported(
     )
 
 
+def test_responses_that_the_template_changes_are_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    rows = [{"prompt": f"Q{i}", "target": "<think>No.</think>A" if i < 2 else "A"} for i in range(5)]
+    SFTDataModule(train=write(*rows), val_fraction=0.0, tokenizer=tokenizer).setup("fit")
+    assert "The chat template changes the text of 2 of 5 responses, for example by removing reasoning." in caplog.text
+
+
 def test_nothing_is_held_out_if_there_is_a_validation_file(write: Write, demonstrations: Demonstrations) -> None:
     train, val = write(*demonstrations(20)), write(*demonstrations(2), name="val.jsonl")
     data = SFTDataModule(train=train, val=val, val_fraction=0.5)

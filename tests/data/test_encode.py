@@ -71,6 +71,17 @@ def test_texts_that_open_sampled_responses_only_are_counted(
     assert (encoder.openings.missing, encoder.openings.text) == (missing, text)
 
 
+def test_changed_responses_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template keeps what follows the reasoning, as that of DeepSeek-R1 does. White space does not count."""
+    cut = "{{ m['content'].split('</think>')[-1].strip() }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[" + cut + "]{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    encoder = Encoder(tokenizer, 200)
+    encoder.encode_responses(user("When?"), ["<think>It is spring.</think>May", " May\n", "June"])
+    assert (encoder.openings.changed, encoder.openings.missing) == (1, 2)
+
+
 def test_a_long_opening_is_shown_in_part(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = f"{THINKS}{'x' * 70}{{% endif %}}"
     encoder = Encoder(tokenizer, 200)

@@ -135,3 +135,18 @@ def test_a_text_that_opens_sampled_responses_only(split: Callable[..., Split], t
         r"2 ('<think>\n')",
         r"3 ('<think>\n')",
     ]
+
+
+def test_responses_that_the_template_changes(split: Callable[..., Split], tokenizer: Any) -> None:
+    """A prompt has no response, and white space does not count."""
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    rows = (
+        {"prompt": "a", "completion": "<think>x</think>b"},
+        {"prompt": "a", "completion": " b\n"},
+        {"prompt": "a", "chosen": "b", "rejected": "<think>x</think>c"},
+        {"prompt": "<think>x</think>a"},
+    )
+    (found,) = measure(split(*rows), tokenizer, 100, 10)[1]
+    assert found.level == WARNING
+    assert "whose text the chat template changes" in found.text
+    assert [location.rpartition(":")[2] for location in found.locations] == ["1", "3"]
