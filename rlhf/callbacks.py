@@ -92,5 +92,13 @@ class PreflightChecks(Callback):
             raise OSError(reasons[0])
 
 
+def log_early_stopping(trainer: lightning.Trainer) -> None:
+    """Log why ``EarlyStopping`` has ended training, which Lightning does with ``verbose=true`` only."""
+    for callback in trainer.early_stopping_callbacks:
+        reason = getattr(callback, "stopping_reason_message", None)
+        if trainer.should_stop and reason is not None and not getattr(callback, "verbose", False):
+            log.info("%s", reason)
+
+
 class PreflightOnly(Exception):
     """The checks have passed, and ``check=only`` asks for no training."""

@@ -15,6 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf.distributed import is_rank_zero
 
 metrics_log = logging.getLogger("rlhf.metrics")  # written to <stage>.log, but not to the terminal
+# Loggers of Lightning whose messages users ask for by a setting, and how these messages begin.
+REPORTS = {
+    "lightning.pytorch.profilers.profiler": "",
+    "lightning.pytorch.callbacks.early_stopping": "",
+    "lightning.pytorch.utilities.rank_zero": "Time limit reached",
+}
 
 
 class TextLogger(Logger):
@@ -85,8 +91,24 @@ def log_file(path: Path, *, hold: bool = False) -> Iterator[Callable[[], None]]:
         file.close()
 
 
+class ReportHandler(logging.Handler):
+    """Passes the messages in ``REPORTS``, and warnings, to the loggers of this package, and drops all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = logging.getLogger("rlhf")
+        is_report = record.levelno >= logging.WARNING or record.getMessage().startswith(REPORTS[record.name])
+        if is_report and ours.isEnabledFor(record.levelno):
+            ours.handle(record)
+
+
+report_handler = ReportHandler()
+
+
 def quiet_libraries() -> None:
-    """Silence third-party banners, progress bars and warnings that do not concern users."""
+    """Silence third-party banners, progress bars and warnings that do not concern users.
+
+    The reports of Lightning's profilers and ``EarlyStopping``, and the message of a time limit, are kept.
+    """
     import warnings
 
     from transformers.utils.logging import disable_progress_bar
@@ -94,6 +116,11 @@ def quiet_libraries() -> None:
     disable_progress_bar()  # It shows how the weights of each model are loaded.
     for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in REPORTS:
+        reports = logging.getLogger(name)
+        reports.setLevel(logging.INFO)
+        reports.propagate = False
+        reports.addHandler(report_handler)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # It logs the errors that it raises.
     for pattern in (
         "Checkpoint directory .* exists and is not empty",

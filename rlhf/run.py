@@ -28,7 +28,7 @@ from rlhf.artifacts import (
     resolve_input,
     with_adapter,
 )
-from rlhf.callbacks import CheckFolder, ExportHeader, PreflightChecks, PreflightOnly
+from rlhf.callbacks import CheckFolder, ExportHeader, PreflightChecks, PreflightOnly, log_early_stopping
 from rlhf.checkpoint.resume import check_start, finished_result, remove_earlier, resume_checkpoint
 from rlhf.checkpoint.signals import report_signals
 from rlhf.command import command_line
@@ -161,6 +161,7 @@ def fit(cfg: DictConfig, trainer: lightning.Trainer, module: Any, datamodule: An
             f"{cfg.trainer.val_check_interval}.",
             "Set trainer.val_check_interval=1.0 for one validation per epoch.",
         ) from error
+    log_early_stopping(trainer)
     if 0 <= trainer.max_steps < trainer.global_step:
         log.warning(
             "trainer.max_steps=%d has no effect: the checkpoint has %d optimizer steps already.",

@@ -1,8 +1,10 @@
 """One stage from configuration to result, in this process; ``test_train.py`` runs complete commands."""
 
+import io
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +146,36 @@ def test_fast_dev_run_exports_nothing(configure: Any, directory: Path, caplog: p
         run_stage(configure("sft", *SFT, "trainer.fast_dev_run=true"))
     assert "trainer.fast_dev_run=true: the result is not exported." in caplog.text
     assert not list(directory.rglob("*.pt"))
+
+
+STOPPING = (
+    "+callbacks.stopping={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, "
+    "min_delta: 100.0}"
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.profiler=simple"], "FIT Profiler Report"),
+        (["trainer.profiler=advanced"], "FIT Profiler Report"),
+        (["trainer.max_time=00:00:00:00"], "Time limit reached. Elapsed time is"),
+        (["trainer.max_epochs=3", "trainer.max_steps=-1", STOPPING], "did not improve in the last 1 records"),
+    ],
+)
+def test_reports_of_lightning_are_shown_and_logged(
+    configure: Any, directory: Path, overrides: list[str], message: str
+) -> None:
+    """Once, without its other messages. What the root logger gets is printed by Hydra."""
+    handler = logging.StreamHandler(printed := io.StringIO())
+    logging.getLogger().addHandler(handler)
+    try:
+        run_stage(configure("sft", *SFT, *overrides))
+    finally:
+        logging.getLogger().removeHandler(handler)
+    for text in (printed.getvalue(), (directory / "sft" / "sft.log").read_text()):
+        assert text.count(message) == 1
+        assert not re.search("GPU available|Tip|Trainer.fit` stopped", text)
 
 
 def test_check_only_trains_nothing(configure: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
