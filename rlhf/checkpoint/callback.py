@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf.checkpoint.boundary import Boundary, position_within_epoch
+from rlhf.checkpoint.monitor import MonitorCheck
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import LAST, PART, PREVIOUS, atomic_write, remove, replace_link
 from rlhf.schema import NonNegativeFloat, check_arguments
@@ -58,6 +59,7 @@ class RunCheckpoint(ModelCheckpoint):
         keys: Keywords of Lightning's ``ModelCheckpoint``. ``every_n_train_steps`` counts optimizer steps and writes
             numbered checkpoints, of which ``save_top_k`` are kept. With ``monitor`` set to a metric of validation,
             such as ``val/loss``, they are written after validations only, so that the metric is that of their weights.
+            The first validation must log it.
 
     Raises:
         ConfigError: ``every_n_minutes`` is negative, or a keyword contradicts resuming.
@@ -74,6 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
                 )
         super().__init__(**keys)
         self.every_n_minutes = every_n_minutes
+        self._monitor_check = MonitorCheck(self.monitor)
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.
         self._at_boundary = False  # Whether a resumed run would continue exactly from here.
         self._boundary: Boundary | None = None  # The last position that a run can be resumed from exactly.
@@ -100,6 +103,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_written = self._last_boundary = time.monotonic()
         self._numbered_step = trainer.global_step
         self._end, self._stop_requested = {}, False
+        self._monitor_check.start(is_known=bool(self.best_k_models))
         self.resumable = (Path(trainer.ckpt_path), trainer.global_step) if trainer.ckpt_path else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -119,6 +123,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._reach_boundary(trainer, pl_module, numbered=self._step_is_due(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor_check.after_validation(trainer)
         if self._is_idle(trainer):
             return
         self._defer_stop(trainer)
@@ -152,6 +157,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_idle(trainer):
+            self._monitor_check.after_training(trainer)
             self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -431,6 +431,53 @@ def test_the_monitored_metric_is_that_of_the_weights(
     }
 
 
+@pytest.mark.parametrize("monitor", ["val/los", "val_loss"])
+def test_a_monitored_metric_that_does_not_exist_is_rejected(runs: CheckpointedRuns, monitor: str) -> None:
+    """At the first validation, which shows the names of the metrics."""
+    message = (
+        r"^callbacks\.checkpoint\.monitor must be a metric of validation \(val/loss, val/token_accuracy\), "
+        rf"got {monitor}\.\n  Set callbacks\.checkpoint\.monitor=val/loss\.$"
+    )
+    callback = runs.callback(monitor=monitor, save_top_k=1)
+    with pytest.raises(ConfigError, match=message):
+        runs.fit("sft", callback)
+
+
+class Sometimes(lightning.Callback):
+    """Logs a metric at the given validations only, counted from 1."""
+
+    def __init__(self, *validations: int) -> None:
+        self.validations, self.count = validations, 0
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.count += 1
+        if self.count in self.validations:
+            pl_module.log("val/sometimes", float(self.count))
+
+
+def test_a_monitored_metric_may_be_logged_at_some_validations(
+    runs: CheckpointedRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resumed run need not log it at its first validation, either."""
+    keys: dict[str, Any] = {"monitor": "val/sometimes", "save_top_k": -1}
+    runs.fit("sft", Sometimes(1), runs.callback(**keys))
+    runs.fit("sft", Sometimes(2), runs.callback(**keys), resume=runs.last, trainer={"max_epochs": 4})
+    assert step_of(min(runs.last.parent.glob("step*.ckpt"), key=step_of)) == 4
+    assert "has no effect" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("monitor", "reason"),
+    [("val/loss", "there was no validation"), ("train/typo", "training has logged no such metric")],
+)
+def test_a_monitored_metric_that_is_not_logged_gives_a_warning(
+    runs: CheckpointedRuns, caplog: pytest.LogCaptureFixture, monitor: str, reason: str
+) -> None:
+    runs.fit("sft", runs.callback(monitor=monitor, save_top_k=1), trainer={"limit_val_batches": 0})
+    assert caplog.text.count(f"callbacks.checkpoint.monitor={monitor} has no effect: {reason}") == 1
+    assert runs.last.is_file()
+
+
 @pytest.mark.parametrize(
     "keys", [{"train_time_interval": timedelta(minutes=1)}, {"save_weights_only": True}, {"save_last": "link"}]
 )
