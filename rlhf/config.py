@@ -81,6 +81,12 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     trainer = (content.get("trainer") or {}) if "trainer" in nodes else {}
     for key, (annotation, example) in TRAINER.items():
         _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)
+    for key in ("callbacks", "logger"):
+        if key in trainer:
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]} has no effect: the Trainer gets what is configured under {key}.",
+                f"Add +{key}.<name>={{_target_: <class>}}, or select none with {key}=[].",
+            )
     for name in nodes:
         _check_node(content.get(name), name, keys_only=name in KEYS_ONLY)
 

@@ -113,6 +113,25 @@ def test_other_parts_of_the_configuration_are_not_checked() -> None:
     assert check(trainer=node("Inner", ratio="wide")) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("callbacks", "[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", r"\[\{'_target_': .*\}\]"),
+        ("callbacks", "null", "None"),
+        ("logger", "false", "False"),
+        ("logger", "{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: x}", r"\{'_target_': .*\}"),
+    ],
+)
+def test_callbacks_and_loggers_of_the_trainer_are_rejected(key: str, value: str, shown: str) -> None:
+    """``build_trainer`` passes those that are configured under ``callbacks`` and ``logger`` instead."""
+    message = (
+        rf"^trainer\.{key}={shown} has no effect: the Trainer gets what is configured under {key}\."
+        rf"\n  Add \+{key}\.<name>=\{{_target_: <class>\}}, or select none with {key}=\[\]\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_values(compose_config("stage=sft", f"+trainer.{key}={value}"))
+
+
 def test_keywords_of_a_function_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"stage\.loss\.smoothing must be a number"):
         check(stage={"loss": {**node("loss", smoothing="much"), "_partial_": True}})
