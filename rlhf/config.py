@@ -81,14 +81,26 @@ def check_values(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     trainer = (content.get("trainer") or {}) if "trainer" in nodes else {}
     for key, (annotation, example) in TRAINER.items():
         _check_value(f"trainer.{key}", trainer.get(key, example), annotation, example)
+    _check_flags(trainer)
+    for name in nodes:
+        _check_node(content.get(name), name, keys_only=name in KEYS_ONLY)
+
+
+def _check_flags(trainer: dict[str, Any]) -> None:
+    """Reject flags of the Trainer that contradict what ``build_trainer`` passes to it."""
     for key in ("callbacks", "logger"):
         if key in trainer:
             raise ConfigError(
                 f"trainer.{key}={trainer[key]} has no effect: the Trainer gets what is configured under {key}.",
                 f"Add +{key}.<name>={{_target_: <class>}}, or select none with {key}=[].",
             )
-    for name in nodes:
-        _check_node(content.get(name), name, keys_only=name in KEYS_ONLY)
+    if trainer.get("barebones") not in (None, False):
+        raise ConfigError(
+            f"trainer.barebones={trainer['barebones']} is not supported: it excludes the logging, the checkpoints and "
+            "the callbacks of a stage.",
+            "Set trainer.barebones=false, with callbacks=[] logger=[] trainer.enable_progress_bar=false for a run "
+            "without most of them.",
+        )
 
 
 def check_choices(cfg: DictConfig) -> None:

@@ -132,6 +132,14 @@ def test_callbacks_and_loggers_of_the_trainer_are_rejected(key: str, value: str,
         check_values(compose_config("stage=sft", f"+trainer.{key}={value}"))
 
 
+def test_barebones_is_rejected() -> None:
+    """Lightning would name its arguments, one after the other, which the stage sets itself."""
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.barebones=True is not supported: .*\n  Set trainer\.barebones=false"
+    ):
+        check_values(compose_config("stage=sft", "trainer.barebones=true"))
+
+
 def test_keywords_of_a_function_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"stage\.loss\.smoothing must be a number"):
         check(stage={"loss": {**node("loss", smoothing="much"), "_partial_": True}})
