@@ -19,6 +19,7 @@ metrics_log = logging.getLogger("rlhf.metrics")  # written to <stage>.log, but n
 REPORTS = {
     "lightning.pytorch.profilers.profiler": "",
     "lightning.pytorch.callbacks.early_stopping": "",
+    "lightning.pytorch.tuner.lr_finder": "Learning rate set to",
     "lightning.pytorch.utilities.rank_zero": "Time limit reached",
 }
 

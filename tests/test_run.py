@@ -178,6 +178,28 @@ def test_reports_of_lightning_are_shown_and_logged(
         assert not re.search("GPU available|Tip|Trainer.fit` stopped", text)
 
 
+FINDER = (
+    "+callbacks.finder={_target_: lightning.pytorch.callbacks.LearningRateFinder, num_training_steps: 4, "
+    "min_lr: 0.001, max_lr: 0.01}"
+)
+
+
+def test_the_learning_rate_finder_sets_the_peak_of_the_schedule(
+    configure: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so after the optimizer and its schedule have been built. A resumed run would start again at step 0."""
+    monkeypatch.setattr("lightning.pytorch.tuner.lr_finder._LRFinder.suggestion", lambda self: 0.00789)
+    keys = [*SFT, "stage.schedule=constant", "stage.warmup_ratio=0"]
+    run_stage(configure("sft", *keys, FINDER, "trainer.max_steps=2"))
+    log = (directory / "sft" / "sft.log").read_text()
+    assert re.findall(r" step=(\d) .* lr=(\S+)", log) == [("0", "0.00789"), ("1", "0.00789")]
+    assert log.count("Learning rate set to 0.00789") == 1
+    with pytest.raises(ConfigError, match=r"^LearningRateFinder must not be used in a run that is resumed: "):
+        run_stage(configure("sft", *keys, FINDER, "trainer.max_steps=4", "resume=true"))
+    run_stage(configure("sft", *keys, "stage.learning_rate=0.00789", "trainer.max_steps=4", "resume=force"))
+    assert re.findall(r" step=(\d) ", (directory / "sft" / "sft.log").read_text())[-2:] == ["3", "4"]
+
+
 def test_check_only_trains_nothing(configure: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     monkeypatch.setattr(callbacks, "run_preflight", lambda module, reload: checked.append(module))

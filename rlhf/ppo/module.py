@@ -94,7 +94,7 @@ class PPOModule(OnPolicyModule):
         self.shared_critic = critic == "shared"
         self.critic_init = critic_init or ("reward_model" if self.reward_sources else "sft")
         self.critic_warmup = critic_warmup
-        self.critic_learning_rate = self.learning_rate if critic_learning_rate is None else critic_learning_rate
+        self.critic_learning_rate = critic_learning_rate
         self.obs_dim = obs_dim
         self.action_dim = action_dim
 
@@ -119,7 +119,8 @@ class PPOModule(OnPolicyModule):
     def trainable_modules(self) -> Iterator[tuple[nn.Module, float]]:
         yield from super().trainable_modules()
         if self.critic is not None:
-            yield self.critic, self.critic_learning_rate
+            rate = self.critic_learning_rate
+            yield self.critic, self.learning_rate if rate is None else rate
 
     def preflight_checks(self, datamodule: RecordDataModule) -> Iterator[Check]:
         yield from super().preflight_checks(datamodule)

@@ -24,11 +24,11 @@ from rlhf.models import (
 )
 from rlhf.schema import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.stage.check import Check
-from rlhf.stage.epoch import prepare_epoch, remaining_steps
+from rlhf.stage.epoch import prepare_epoch
 from rlhf.stage.hyperparameters import check_constructors, constructor_calls, plain_arguments
 from rlhf.stage.memory import BatchSplitter
 from rlhf.stage.nonfinite import MAX_STEPS, NonfiniteGuard
-from rlhf.stage.optimizer import LearningRateSchedule, Schedule, adamw, clip_gradients, set_hyperparameters
+from rlhf.stage.optimizer import LearningRateSchedule, Schedule, adamw, clip_gradients, parameter_groups
 from rlhf.stage.positions import check_positions
 from rlhf.stage.precision import autocast_dtype, gradient_scaler, keep_batches
 from rlhf.stage.random_state import get_random_state, restore_random_state
@@ -251,6 +251,7 @@ class StageModule(ReportingModule):
         has_scaler = gradient_scaler(self.trainer.precision_plugin) is not None
         optimizer = adamw(self.trainable_modules(), self.weight_decay, has_scaler=has_scaler, **settings)
         self._configured_groups = [{**group} for group in optimizer.param_groups]
+        self._configured_rate = self.learning_rate
         scheduler = self._schedule.scheduler(optimizer, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -259,11 +260,13 @@ class StageModule(ReportingModule):
         self.nonfinite.writes_dumps = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         restore_random_state(self._random_states, self.global_rank, self.trainer.world_size)
         prepare_epoch(self.trainer)
-        if self._schedule.is_resumed:
-            scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
-            set_hyperparameters(scheduler, self._configured_groups)
-            step = self.trainer.global_step
-            self._schedule.resume(scheduler, step, step + remaining_steps(self.trainer))
+        changed = self.learning_rate != getattr(self, "_configured_rate", self.learning_rate)
+        if changed:  # LearningRateFinder has set another one.
+            groups = parameter_groups(self.trainable_modules(), self.weight_decay)
+            for group, new in zip(self._configured_groups, groups, strict=True):
+                group["lr"] = new["lr"]
+        if changed or self._schedule.is_resumed:
+            self._schedule.begin(self.trainer, self._configured_groups)
 
     def on_train_epoch_start(self) -> None:
         prepare_epoch(self.trainer)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from rlhf.errors import ConfigError
+from rlhf.stage.epoch import remaining_steps
 
 log = logging.getLogger(__name__)
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
@@ -70,11 +71,11 @@ def clip_gradients(optimizer: Optimizer, limit: float | None, algorithm: str | N
 
 
 def set_hyperparameters(scheduler: LRScheduler, configured: Iterable[dict[str, Any]]) -> None:
-    """Apply this run's settings to an optimizer restored from a checkpoint.
+    """Apply this run's settings to an optimizer, such as one restored from a checkpoint.
 
     Args:
-        scheduler: The scheduler of the optimizer. The state of both is that of the checkpoint.
-        configured: The parameter groups as they were before the checkpoint was loaded.
+        scheduler: The scheduler of the optimizer.
+        configured: The parameter groups with the settings of this run.
     """
     for index, (group, settings) in enumerate(zip(scheduler.optimizer.param_groups, configured, strict=True)):
         group.update({key: settings[key] for key in ("weight_decay", "betas", "eps")})
@@ -148,6 +149,29 @@ class LearningRateSchedule:
         steps = max(self.end - self.start, 1)
         return relative_rate(step - self.start, name=self.name, warmup=int(self.warmup_ratio * steps), steps=steps)
 
+    def begin(self, trainer: Any, configured: Sequence[dict[str, Any]]) -> None:
+        """Apply the settings of this run if it is resumed, or if ``LearningRateFinder`` has set another learning rate.
+
+        Args:
+            trainer: The Trainer at the start of training.
+            configured: The parameter groups with the settings of this run.
+
+        Raises:
+            ConfigError: ``LearningRateFinder`` searches in a run that is resumed.
+        """
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        if not isinstance(scheduler, LambdaLR):  # LearningRateFinder trains with another scheduler while it searches.
+            raise ConfigError(
+                "LearningRateFinder must not be used in a run that is resumed: it would start again at step 0.",
+                "Remove it from callbacks, and set stage.learning_rate=<number>, as in the log, and resume=force.",
+            )
+        set_hyperparameters(scheduler, configured)
+        step = trainer.global_step
+        if self.is_resumed:
+            self.resume(scheduler, step, step + remaining_steps(trainer))
+        else:
+            self._set_rates(scheduler, step)
+
     def resume(self, scheduler: LambdaLR, step: int, end: int) -> None:
         """Continue the schedule of the checkpoint that training resumes from.
 
@@ -170,6 +194,9 @@ class LearningRateSchedule:
                 "continues at" if continues else "starts again at",
                 step,
             )
+        self._set_rates(scheduler, step)
+
+    def _set_rates(self, scheduler: LambdaLR, step: int) -> None:
         scheduler.last_epoch = step
         for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = peak * self.rate(step)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -81,6 +82,23 @@ def test_a_shared_critic_is_a_head_on_the_policy(tiny_run: TinyRun) -> None:
     assert torch.equal(ScalarHead(32).layers[-1].bias, torch.zeros(1))  # a new head
     assert not torch.equal(module.critic.layers[-1].bias, torch.zeros(1))
     assert weights_differ(module.policy.lm, tiny_run.lm)
+
+
+class Finder(lightning.Callback):
+    """Sets another learning rate as Lightning's ``LearningRateFinder`` does."""
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        pl_module.learning_rate = 0.5
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 0.5
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(None, {0.5}), (0.25, {0.5, 0.25})])
+def test_a_changed_learning_rate_is_that_of_the_critic_unless_it_is_set(
+    tiny_run: TinyRun, rate: float | None, expected: set[float]
+) -> None:
+    run = tiny_run.train("ppo", callbacks=[Finder()], critic_learning_rate=rate, trainer={"max_steps": 1})
+    assert {group["lr"] for group in run.trainer.optimizers[0].param_groups} == expected
 
 
 def test_gradient_clip_val_limits_the_gradient_of_every_step(tiny_run: TinyRun) -> None:
