@@ -17,7 +17,7 @@ from rlhf.data.datamodule import DEFAULT_TEMPLATE
 from rlhf.export import Export
 from rlhf.models import Frozen, ModelSource, Policy, chat_template
 from rlhf.reward_functions import end_as_in_training, load_reward_models
-from rlhf.sampling import LocalSampler, Rollout
+from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 from rlhf.stage.precision import prepare_frozen
 from rlhf.tokenizer.probe import check_template
 from rlhf.tokenizer.templates import is_plain_template
@@ -87,7 +87,7 @@ class ChatModel:
             self.tokenizer.chat_template = chat_template(template or DEFAULT_TEMPLATE)
         check_template(self.tokenizer)
         self.multi_turn = not is_plain_template(self.tokenizer) if multi_turn is None else multi_turn
-        lm = source.language_model(self.tokenizer)
+        self.lm = lm = source.language_model(self.tokenizer)
         self.parameters = sum(parameter.numel() for parameter in lm.parameters())
         positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         limits = (max_length or trained_length(source), positions)
@@ -100,6 +100,10 @@ class ChatModel:
     def path(self) -> str:
         """Path or Hub ID of the source."""
         return str(getattr(self.source, "path", ""))
+
+    def stop_ids(self, params: SamplingParams) -> list[int]:
+        """Return the ids of the tokens that end a response of the model."""
+        return params.stop_ids(self.tokenizer, self.lm)
 
     def encode(self, messages: Sequence[Message], *, reserve: int) -> tuple[list[int], bool]:
         """Encode a prompt as in training.
@@ -149,7 +153,7 @@ class RewardScores:
             stop_ids: Ids of the tokens that end a response.
         """
         rollout = Rollout.from_responses([prompt], [response], stop_ids, self.runtime.device)
-        tokens = end_as_in_training(rollout, model.tokenizer, stop_ids)
+        tokens = end_as_in_training(rollout, model.tokenizer)
         with self.runtime.forward_context():
             scores: Tensor = self.model(*tokens)
         return float(scores[0])

@@ -137,7 +137,7 @@ class Chat:
     @sampling.setter
     def sampling(self, params: SamplingParams) -> None:
         for model in self.models.values():
-            params.stop_ids(model.tokenizer)
+            model.stop_ids(params)  # Report an unknown stop token.
             if params.max_new_tokens >= model.max_length:
                 raise ConfigError(
                     f"max_new_tokens must be less than {model.max_length}, the length of prompt and response together "
@@ -210,8 +210,7 @@ class Chat:
     def _score(self, running: "_Running") -> None:
         model, response = running.model, running.response
         if self.scores is not None and self.scores.can_score(model):
-            stop_ids = running.params.stop_ids(model.tokenizer)
-            score = self.scores.score(response.prompt_ids, response.response_ids, model, stop_ids)
+            score = self.scores.score(response.prompt_ids, response.response_ids, model, running.stop_ids)
             if math.isfinite(score):
                 response.reward = score
             else:
@@ -226,7 +225,7 @@ class _Running:
     def __init__(self, response: Response, model: ChatModel, turn: Turn) -> None:
         self.response, self.model, self.params = response, model, turn.sampling
         self.text = TokenText(model.tokenizer)
-        self.stop_ids = self.params.stop_ids(model.tokenizer)
+        self.stop_ids = model.stop_ids(self.params)
         generator = torch.Generator(model.runtime.device).manual_seed(turn.seed)
         self.tokens = model.sampler.stream(response.prompt_ids, self.params, generator)
 

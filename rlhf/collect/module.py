@@ -171,7 +171,7 @@ class CollectModule(SamplingModule):
             DataError: A score is not finite, so that it cannot be compared with the others.
         """
         prompts = [found.prompt for found in candidates for _ in found.texts]
-        batch = ScoringBatch.of(rollout.to(self.device), prompts, self.sampling, self.tokenizer)
+        batch = ScoringBatch.of(rollout.to(self.device), prompts, self.tokenizer)
         reward: RewardFunction = self.reward
         with scoring_context(self.trainer.precision_plugin):
             if isinstance(reward, ModelReward):

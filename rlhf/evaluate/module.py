@@ -233,10 +233,9 @@ class EvaluateModule(SamplingModule):
         """
         if not self.reward_sources:
             return
-        stop_ids = self.sampling.stop_ids(self.tokenizer)
         with frozen_on_device(self, load_reward_models(self.reward_sources, self.tokenizer)) as model:
             for batch in batches:
-                tokens = end_as_in_training(batch.rollout.to(self.device), self.tokenizer, stop_ids)
+                tokens = end_as_in_training(batch.rollout.to(self.device), self.tokenizer)
                 with self.trainer.precision_plugin.forward_context():
                     batch.metrics["reward"] = scores = model(*tokens).cpu()
                 for score, text in zip(scores.tolist(), batch.texts, strict=True):

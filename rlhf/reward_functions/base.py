@@ -12,7 +12,7 @@ from rlhf.data import Prompt
 from rlhf.errors import ConfigError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.endings import end_as_in_training
-from rlhf.sampling import Rollout, SamplingParams
+from rlhf.sampling import Rollout
 from rlhf.tensors import shape_of
 
 
@@ -38,19 +38,16 @@ class ScoringBatch:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, rollout: Rollout, prompts: Sequence[Prompt], sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
-    ) -> "ScoringBatch":
+    def of(cls, rollout: Rollout, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> "ScoringBatch":
         """Return the responses of a rollout, which end as those that reward models are trained on.
 
         Args:
             rollout: Prompts with sampled responses.
             prompts: The prompt of each response.
-            sampling: The settings that the responses were sampled with.
             tokenizer: Tokenizer of the policy.
         """
         return cls(
-            *end_as_in_training(rollout, tokenizer, sampling.stop_ids(tokenizer)),
+            *end_as_in_training(rollout, tokenizer),
             [prompt.raw_text for prompt in prompts],
             rollout.decode(tokenizer),
             [prompt.target for prompt in prompts],

@@ -1,7 +1,6 @@
 """Endings of responses as reward models have seen them in training."""
 
 import sys
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,7 @@ from rlhf.sampling import Rollout
 from rlhf.tensors import last_true
 
 
-def end_as_in_training(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def end_as_in_training(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Complete the responses that ended with a stop token other than EOS.
 
     A reward model reads its score at the last token, and the texts that it was trained on end with the tokens that the
@@ -25,14 +22,13 @@ def end_as_in_training(
     Args:
         rollout: Prompts with sampled responses.
         tokenizer: The tokenizer, with its chat template.
-        stop_ids: Ids of the tokens that ended the responses.
 
     Returns:
         [batch, time] token ids and [batch, time] bool, True on real tokens. Time is longer than in the rollout only if
         there is a stop token other than EOS.
     """
     input_ids, attention_mask = rollout.input_ids, rollout.attention_mask
-    endings = {stop: tokens for stop in stop_ids if (tokens := tokens_after(stop, tokenizer))}
+    endings = {stop: tokens for stop in rollout.stop_ids if (tokens := tokens_after(stop, tokenizer))}
     if not endings:
         return input_ids, attention_mask
     last = last_true(attention_mask)

@@ -120,7 +120,7 @@ class Collector:
             [batch] scores, in reward units, and the components that they consist of, by name: [batch] each.
         """
         repeated = prompts.repeat(self.num_generations).prompts
-        batch = ScoringBatch.of(rollout, repeated, self.sampling, self.tokenizer)
+        batch = ScoringBatch.of(rollout, repeated, self.tokenizer)
         with self.scoring_context():
             scores, components = self.reward.score_with_components(batch)
         for result in (scores, *components.values()):
@@ -166,7 +166,7 @@ def check_sampling(sampling: SamplingParams) -> None:
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Join rollouts of any lengths in order, padded on the right to the longest row."""
+    """Join rollouts with the same stop tokens in order, padded on the right to the longest row."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.input_ids.shape[1] for part in parts)
@@ -175,4 +175,4 @@ def concatenate(parts: Sequence[Rollout]) -> Rollout:
         return torch.cat([F.pad(getattr(part, name), (0, width - part.input_ids.shape[1])) for part in parts])
 
     finished = torch.cat([part.finished for part in parts])
-    return Rollout(join("input_ids"), join("attention_mask"), join("response_mask"), finished)
+    return Rollout(join("input_ids"), join("attention_mask"), join("response_mask"), finished, parts[0].stop_ids)

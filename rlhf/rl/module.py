@@ -146,7 +146,7 @@ class OnPolicyModule(UpdateModule):
         self.policy = Policy(disable_dropout(self.source.language_model(self.tokenizer)))
         self.reference = Frozen(open_reference(self.source, self.tokenizer)) if self.kl.is_computed else None
         self.reward.load(self.reward_sources if self.reward.needs_model else (), self.tokenizer)
-        self.sampling.stop_ids(self.tokenizer)  # Report an unknown stop token before training starts.
+        self.sampling.stop_ids(self.tokenizer, self.policy.lm)  # Report an unknown stop token before training starts.
         self.critic = self.open_critic()
         self.models = OnPolicyModels(
             self.policy,

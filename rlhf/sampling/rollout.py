@@ -19,12 +19,14 @@ class Rollout:
         attention_mask: [batch, time] bool, True on real tokens.
         response_mask: [batch, time] bool, True from the first token of the response up to and including its stop token.
         finished: [batch] bool, True where the response ends with a stop token.
+        stop_ids: Ids of the tokens that end a response.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
     finished: Tensor
+    stop_ids: Sequence[int] = ()
     _response_ids: list[list[int]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -48,14 +50,25 @@ class Rollout:
         starts = torch.tensor([len(prompt) for prompt in prompts])
         response_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= starts[:, None])
         finished = torch.tensor([response[-1] in stop_ids for response in responses])
-        rollout = cls(*(upload(tensor, device) for tensor in (input_ids, attention_mask, response_mask, finished)))
+        rollout = cls(
+            upload(input_ids, device),
+            upload(attention_mask, device),
+            upload(response_mask, device),
+            upload(finished, device),
+            tuple(stop_ids),
+        )
         rollout._response_ids = [list(response) for response in responses]
         return rollout
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return a copy of the rollout on a device."""
-        tensors = (self.input_ids, self.attention_mask, self.response_mask, self.finished)
-        copy = Rollout(*(tensor.to(device) for tensor in tensors))
+        copy = Rollout(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.response_mask.to(device),
+            self.finished.to(device),
+            self.stop_ids,
+        )
         copy._response_ids = self._response_ids
         return copy
 

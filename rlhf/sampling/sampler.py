@@ -27,7 +27,7 @@ class Sampler(Protocol):
 
         Args:
             policy: Language model whose current weights generate the responses.
-            tokenizer: Tokenizer of the policy; resolves ``SamplingParams.stop_tokens``.
+            tokenizer: Tokenizer of the policy. Both are arguments of ``SamplingParams.stop_ids``.
         """
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollout:
@@ -142,7 +142,7 @@ class LocalSampler(Sampler):
             lm,
             list(map(list, prompts)),
             params,
-            stop_ids=params.stop_ids(self.tokenizer),
+            stop_ids=params.stop_ids(self.tokenizer, lm),
             vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
             interval=self.stop_interval or (1 if lm.device.type == "cpu" else 8),
             max_rows=max_rows,

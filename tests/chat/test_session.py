@@ -60,6 +60,20 @@ def test_responses_equal_those_of_sample_under_the_same_seed(chat: Chat, run_roo
             assert response.state == ("finished" if rollout.finished[0] else "truncated")
 
 
+def test_responses_end_at_the_eos_tokens_of_each_model(chat: Chat) -> None:
+    """All tokens end a response of ``ppo``, and it is complete. Those of ``sft`` stay as they are."""
+    lengths = [len(response.response_ids) for response in finish(chat).responses]
+    chat.seed = 1
+    model = chat.models["ppo"]
+    model.lm.generation_config.eos_token_id = list(model.tokenizer.get_vocab().values())
+    chat.reset()
+    sft, ppo = (next(one for one in finish(chat).responses if one.model == name) for name in ("sft", "ppo"))
+    assert len(sft.response_ids) == lengths[list(chat.models).index("sft")] > 1
+    assert len(ppo.response_ids) == 1
+    assert ppo.state == "finished"
+    assert ppo.reward is not None
+
+
 class Repeat:
     """A sampler that gives each model the responses that it gave in a chat."""
 

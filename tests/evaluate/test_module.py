@@ -229,14 +229,16 @@ class RecordingRewardModel(torch.nn.Module):
         return torch.zeros(len(input_ids))
 
 
+@pytest.mark.parametrize("explicit", [True, False], ids=["stop_tokens", "generation_config"])
 def test_responses_that_end_with_a_stop_token_are_completed_for_the_reward_model(
-    evaluation: Evaluation, policy: FakeSource, monkeypatch: pytest.MonkeyPatch
+    evaluation: Evaluation, policy: FakeSource, monkeypatch: pytest.MonkeyPatch, explicit: bool
 ) -> None:
-    """All tokens except EOS are stop tokens. 8 responses and 8 targets are scored, all of them at an EOS."""
+    """All tokens are stop tokens. 8 responses and 8 targets are scored, all of them at an EOS."""
     monkeypatch.setattr(RecordingRewardModel, "last", [])
     eos = evaluation.tokenizer.eos_token_id
-    stops = [text for text, token in evaluation.tokenizer.get_vocab().items() if token != eos]
-    sampling = SamplingParams(max_new_tokens=8, stop_tokens=stops)
+    vocabulary = {text: token for text, token in evaluation.tokenizer.get_vocab().items() if token != eos}
+    policy.model.generation_config.eos_token_id = list(vocabulary.values())
+    sampling = SamplingParams(max_new_tokens=8, stop_tokens=list(vocabulary) if explicit else None)
     evaluation.run(models={"sft": policy}, reward_model=FakeSource(RecordingRewardModel()), sampling=sampling)
     assert RecordingRewardModel.last == [eos] * 16
 

@@ -47,7 +47,7 @@ def test_responses_are_scored_as_the_texts_of_the_training_data(chatml: PreTrain
     rollout = stopped(chatml, responses, [stop])
     assert [ids[-1] for ids in rollout.response_ids()] == [stop, stop]
     width = rollout.input_ids.shape[1]
-    input_ids, attention_mask = end_as_in_training(rollout, chatml, [stop])
+    input_ids, attention_mask = end_as_in_training(rollout, chatml)
     encoder = Encoder(chatml, 128)
     expected = [encoder.encode_response(QUESTION, response).input_ids for response in responses]
     assert [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)] == expected
@@ -59,7 +59,7 @@ def test_truncated_responses_stay_as_they_are(chatml: PreTrainedTokenizerFast) -
     """A response of one token that is cut by ``max_new_tokens`` does not get an EOS."""
     stop = chatml.convert_tokens_to_ids("<|im_end|>")
     rollout = Rollout.from_responses([[5, 6], [5]], [[7], [stop]], [stop])
-    input_ids, attention_mask = end_as_in_training(rollout, chatml, [stop])
+    input_ids, attention_mask = end_as_in_training(rollout, chatml)
     rows = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
     assert rows[0] == [5, 6, 7]
     assert rows[1][:2] == [5, stop]
@@ -69,7 +69,7 @@ def test_truncated_responses_stay_as_they_are(chatml: PreTrainedTokenizerFast) -
 def test_a_stop_token_that_the_template_does_not_write_is_followed_by_eos(chatml: PreTrainedTokenizerFast) -> None:
     stop = chatml.get_vocab()["d"]
     rollout = Rollout.from_responses([[5, 6]], [[7, stop]], [stop])
-    input_ids, attention_mask = end_as_in_training(rollout, chatml, [stop])
+    input_ids, attention_mask = end_as_in_training(rollout, chatml)
     assert input_ids.tolist() == [[5, 6, 7, stop, chatml.eos_token_id]]
     assert attention_mask.all()
 
@@ -77,7 +77,7 @@ def test_a_stop_token_that_the_template_does_not_write_is_followed_by_eos(chatml
 def test_eos_as_the_only_stop_token_changes_nothing(chatml: PreTrainedTokenizerFast) -> None:
     eos = chatml.eos_token_id
     rollout = Rollout.from_responses([[5, 6], [5]], [[7, eos], [eos]], [eos])
-    input_ids, attention_mask = end_as_in_training(rollout, chatml, [eos])
+    input_ids, attention_mask = end_as_in_training(rollout, chatml)
     assert input_ids is rollout.input_ids
     assert attention_mask is rollout.attention_mask
 
@@ -86,7 +86,7 @@ def test_no_value_is_read_on_the_host(chatml: PreTrainedTokenizerFast) -> None:
     """Tensors without data are completed as well."""
     stop = chatml.convert_tokens_to_ids("<|im_end|>")
     rollout = Rollout.from_responses([[5, 6]], [[7, stop]], [stop], device="meta")
-    input_ids, attention_mask = end_as_in_training(rollout, chatml, [stop])
+    input_ids, attention_mask = end_as_in_training(rollout, chatml)
     assert input_ids.device == attention_mask.device == torch.device("meta")
 
 
@@ -102,12 +102,20 @@ class RecordingReward(RewardFunction):
         return torch.zeros(len(batch.input_ids))
 
 
-def test_ppo_completes_responses_for_scoring_only(tiny_run: TinyRun) -> None:
-    """Almost every token is a stop token. The scored sequences end with EOS, the trained ones with the stop token."""
+@pytest.mark.parametrize("explicit", [True, False], ids=["stop_tokens", "generation_config"])
+def test_ppo_completes_responses_for_scoring_only(tiny_run: TinyRun, explicit: bool) -> None:
+    """Almost every token is a stop token. The scored sequences end with EOS, the trained ones with the stop token.
+
+    Stop tokens are those of the sampling settings or those of the model.
+    """
     eos = tiny_run.tokenizer.eos_token_id
-    stops = [text for text, token in tiny_run.tokenizer.get_vocab().items() if token != eos]
+    vocabulary = {text: token for text, token in tiny_run.tokenizer.get_vocab().items() if token != eos}
+    if not explicit:
+        tiny_run.lm.generation_config.eos_token_id = list(vocabulary.values())
+        with torch.no_grad():
+            tiny_run.lm.get_output_embeddings().weight[eos] = 0  # EOS remains a stop token, but is unlikely.
     reward = RecordingReward()
-    sampling = SamplingParams(max_new_tokens=8, temperature=0.7, stop_tokens=stops)
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.7, stop_tokens=list(vocabulary) if explicit else None)
     run = tiny_run.train("ppo", reward=reward, sampling=sampling, trainer={"max_steps": 1})
     (scored,) = reward.batches
     last = [row[mask].tolist()[-1] for row, mask in zip(scored.input_ids, scored.attention_mask, strict=True)]

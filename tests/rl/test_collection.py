@@ -50,6 +50,7 @@ def test_rollouts_are_joined_by_padding_on_the_right() -> None:
     assert whole.attention_mask.tolist() == [[True, True, True, False], [True] * 4]
     assert whole.response_mask.tolist() == [[False, True, True, False], [False, False, True, True]]
     assert whole.finished.tolist() == [True, False]
+    assert whole.stop_ids == (2,)
 
 
 class FixedReward(RewardFunction):

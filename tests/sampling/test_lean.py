@@ -261,7 +261,7 @@ def test_logits_under_autocast(name: str, cached: bool) -> None:
 
 def test_sampled_tokens_follow_the_distribution() -> None:
     """The second token of 4,000 responses to one prompt, 32 at a time: four standard errors."""
-    lm = model(LlamaConfig(**{**SIZES, "vocab_size": 8}, num_attention_heads=4))
+    lm = model(LlamaConfig(**{**SIZES, "vocab_size": 8}, num_attention_heads=4, eos_token_id=None))
 
     class Eight(IdTokenizer):
         def get_vocab(self) -> dict[str, int]:

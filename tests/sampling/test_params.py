@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from harness import one_architecture
 from rlhf.errors import ConfigError
 from rlhf.sampling import SamplingParams
 
@@ -32,18 +33,42 @@ def test_invalid_settings_are_refused(setting: dict[str, Any]) -> None:
     assert repr(value) in str(raised.value)
 
 
-def test_stop_ids_are_the_ids_of_the_stop_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_stop_ids_are_the_ids_of_the_stop_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The EOS tokens of the model are not added to them."""
     vocabulary = tokenizer.get_vocab()
-    assert SamplingParams(stop_tokens=["e", "t"]).stop_ids(tokenizer) == [vocabulary["e"], vocabulary["t"]]
+    lm.generation_config.eos_token_id = [2, 9]
+    assert SamplingParams(stop_tokens=["e", "t"]).stop_ids(tokenizer, lm) == [vocabulary["e"], vocabulary["t"]]
 
 
-def test_eos_is_the_default_stop_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert SamplingParams().stop_ids(tokenizer) == [tokenizer.eos_token_id]
+def test_eos_is_the_default_stop_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The models of ``source`` have random weights, and no other EOS token."""
+    assert SamplingParams().stop_ids(tokenizer, lm) == [tokenizer.eos_token_id]
 
 
-def test_stop_token_must_be_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
+@one_architecture
+@pytest.mark.parametrize(
+    ("eos_token_id", "expected"),
+    [
+        (None, [2]),
+        (2, [2]),
+        (9, [2, 9]),
+        ([2, 9], [2, 9]),
+        ([9, 7, 9], [2, 9, 7]),
+        ([2, 300, -1], [2]),
+        (["9", [9]], [2]),
+    ],
+)
+def test_the_eos_tokens_of_the_model_are_stop_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, eos_token_id: Any, expected: list[int]
+) -> None:
+    """The tokenizer has EOS 2 and the ids below 300; an export may contain anything."""
+    lm.generation_config.eos_token_id = eos_token_id
+    assert SamplingParams().stop_ids(tokenizer, lm) == expected
+
+
+def test_stop_token_must_be_in_the_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="stop_tokens contains 'no token'"):
-        SamplingParams(stop_tokens=["no token"]).stop_ids(tokenizer)
+        SamplingParams(stop_tokens=["no token"]).stop_ids(tokenizer, lm)
 
 
 def test_a_tiny_temperature_is_refused_with_the_values_that_are_allowed() -> None:

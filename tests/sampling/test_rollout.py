@@ -27,6 +27,7 @@ def test_from_responses_by_hand() -> None:
     assert rollout.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert rollout.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert rollout.finished.tolist() == [True, False]
+    assert rollout.stop_ids == rollout.to("cpu").stop_ids == (2,)
     assert rollout.response_ids() == [[6, 2], [8]]
 
 
