@@ -276,9 +276,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     if cfg.trainer.enable_checkpointing is None and not any(isinstance(one, Checkpoint) for one in configured):
         flags["enable_checkpointing"] = False  # Otherwise, Lightning writes checkpoints to the directory of a logger.
     trainer: lightning.Trainer = instantiate(cfg.trainer, **flags)
-    remember_launcher(trainer.strategy.launcher)
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
             f"trainer.strategy={cfg.trainer.strategy} is not supported: only FSDP2 shards models.", "Set trainer=fsdp"
         )
+    remember_launcher(trainer.strategy.launcher)
     return trainer
