@@ -22,9 +22,8 @@ from rlhf.errors import ConfigError, listed
 from rlhf.logs import quiet_libraries
 from rlhf.models import all_named_modules
 from rlhf.overrides import leaves
-from rlhf.run import build_trainer, builder_and_adapted_inputs
+from rlhf.run import apply_speed, build_trainer, builder_and_adapted_inputs
 from rlhf.sampling import Rollout
-from rlhf.speed import set_speed
 from rlhf.stage.dumps import STATE, read_batches, read_report
 from rlhf.stage.random_state import set_random_state
 from rlhf.stages import stages
@@ -45,7 +44,7 @@ def replay(cfg: DictConfig) -> float:
     callback = Replay(directory)
     check_same_config(OmegaConf.to_container(cfg, resolve=True), callback.summary["config"], directory)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    set_speed(instantiate(cfg.speed))
+    apply_speed(cfg)
     datamodule = instantiate(cfg.data)
     build, inputs = builder_and_adapted_inputs(cfg)
     module = build(**inputs, tokenizer=inputs["policy"].tokenizer(datamodule.training_texts()))

@@ -69,9 +69,8 @@ def run_stage(
     quiet_libraries()
     output = Path(cfg.paths.output)
     check_values(cfg)
-    set_speed(instantiate(cfg.speed))
+    apply_speed(cfg)
     atexit.register(disconnect)  # Lightning does so for NCCL only.
-    torch.backends.cuda.enable_cudnn_sdp(cfg.speed.cudnn_attention)
     if cfg.speed.keep_heap and _uses_cpu(cfg.trainer.accelerator):
         keep_heap()
     check_start(cfg, output)
@@ -90,6 +89,12 @@ def run_stage(
         log.info("stage=%s took %.0f s; its outputs are in %s", cfg.stage_name, time.perf_counter() - started, output)
         release_heap()  # The next stage of a pipeline needs tensors of other sizes.
         return monitored
+
+
+def apply_speed(cfg: DictConfig) -> None:
+    """Apply ``speed`` of a configuration to this process."""
+    set_speed(instantiate(cfg.speed))
+    torch.backends.cuda.enable_cudnn_sdp(cfg.speed.cudnn_attention)
 
 
 def _uses_cpu(accelerator: str) -> bool:
