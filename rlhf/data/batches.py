@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from rlhf.data.encoded import EncodedResponse
 from rlhf.data.records import Prompt
-from rlhf.tensors import pad_right, upload
+from rlhf.tensors import pad_right
 
 
 @dataclass(kw_only=True)
@@ -40,12 +40,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy of the batch with its tensors on a device."""
-        moved: dict[str, Any] = {}
-        for item in fields(self):
-            if isinstance(value := getattr(self, item.name), Batch):
-                moved[item.name] = value.to(device)
-            elif isinstance(value, Tensor):
-                moved[item.name] = upload(value, device) if value.is_cpu else value.to(device)
+        moved: dict[str, Any] = {
+            item.name: value.to(device) if isinstance(value, Batch) else value.to(device, non_blocking=value.is_cpu)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor | Batch)
+        }
         return replace(self, **moved)
 
     def as_filler(self) -> Self:

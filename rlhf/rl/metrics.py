@@ -39,8 +39,8 @@ def response_columns(experience: Experience, scores: Tensor, components: Mapping
         "distinct_ngrams": upload(distinct_ngrams, scores.device),
         **{f"reward/{name}": values for name, values in components.items()},
     }
-    if experience.kl_per_sequence is not None:
-        columns["kl"] = experience.kl_per_sequence
+    if (kl := experience.kl_per_sequence) is not None:
+        columns["kl"] = kl
         columns["kl_estimate"] = masked_sum(experience.kl, rollout.response_mask)
     if experience.values is not None:
         columns["values"] = masked_sum(experience.values, rollout.response_mask)

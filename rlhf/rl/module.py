@@ -269,8 +269,8 @@ class OnPolicyModule(UpdateModule):
             "length": rollout.lengths.float().mean(),
             "truncated": 1 - rollout.finished.float().mean(),
         }
-        if experience.kl_per_sequence is not None:
-            metrics["kl"] = experience.kl_per_sequence.mean()
+        if (kl := experience.kl_per_sequence) is not None:
+            metrics["kl"] = kl.mean()
         self.log_val(metrics, prompts.loss_terms)
 
     # Pre-flight checks and result
