@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import ConfigError, DataError, first_line
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.trunk import encoders
 from rlhf.schema import FractionBelowOne, PositiveInt, check_arguments
 
 ALL_LINEAR = "all-linear"
@@ -59,18 +60,24 @@ class LoRA:
         """Return the ``peft.LoraConfig`` for a model."""
         from peft import LoraConfig
 
-        config: Any = model.config
-        without_out_proj = self.target_modules == ALL_LINEAR and config.model_type in OUT_PROJ_REFUSED
         targets = self.target_modules
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            exclude_modules=["out_proj"] if without_out_proj else None,
+            exclude_modules=self._excluded(model) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
+
+    def _excluded(self, model: nn.Module) -> list[str]:
+        """Return the names, or ends of names, of modules that stay as they are."""
+        config: Any = model.config
+        if self.target_modules == ALL_LINEAR and config.model_type in OUT_PROJ_REFUSED:
+            return ["out_proj"]
+        frozen = {id(module) for encoder in encoders(trunk_of(model)) for module in encoder.modules()}
+        return [name for name, module in model.named_modules() if id(module) in frozen]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def opening(path: str, kind: str, fix: str = MODEL_FOLDER) -> Iterator[None]:
     except (UserError, *_TOLERATED):
         raise
     except BaseException as error:  # The Rust code of tokenizers raises PanicException, which is not an Exception.
-        reason = _damaged_file(Path(path)) or _explained(error, path)
+        reason = _damaged_file(Path(path)) or _explained(error, path, kind)
         raise DataError(f"{path}: could not load a {kind} from this path ({reason}).", fix) from error
 
 
@@ -176,7 +176,9 @@ def check_finite(weights: Mapping[str, torch.Tensor], path: str) -> None:
             )
 
 
-def _explained(error: BaseException, path: str) -> str:
+def _explained(error: BaseException, path: str, kind: str) -> str:
+    if "Unrecognized configuration class" in str(error):
+        return f"transformers has no {kind} for its model_type"
     if isinstance(error, KeyError):
         return f"a required field is missing: {error}"
     if "ignore_mismatched_sizes" in str(error):

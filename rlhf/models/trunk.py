@@ -33,15 +33,29 @@ def prepare_trunk(trunk: Any) -> None:
     Some models, such as GPT-2, look for them when they are called without an attention mask. The host would wait for
     the device, and the warning would be wrong: ``hidden_states`` needs no attention mask.
 
+    Modules that text does not pass, such as image encoders, are frozen: they get no gradient, which DDP rejects.
+
     Args:
         trunk: A causal model without its output layer.
     """
+    for module in encoders(trunk):
+        module.requires_grad_(False)
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
     fuse_modules(trunk, FusedGatedMLP)
     fuse_modules(trunk, FusedRMSNorm)
     allows_partial_last_layer(trunk)
     allows_packed_rows(trunk)
+
+
+def encoders(trunk: nn.Module) -> list[nn.Module]:
+    """Return the modules of a multimodal model that text does not pass, such as encoders of images.
+
+    Args:
+        trunk: A causal model without its output layer.
+    """
+    decoder = getattr(trunk, "language_model", None)  # the name that multimodal models share
+    return [] if decoder is None else [module for module in trunk.children() if module is not decoder]
 
 
 def _ignore(*args: Any) -> None:

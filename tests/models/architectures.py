@@ -98,6 +98,15 @@ LINEAR_ATTENTION = {
     "linear_value_head_dim": 8,
     "num_hidden_layers": 4,
 }
+SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IMAGE_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 MAMBA_MIXER = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -368,6 +377,22 @@ ARCHITECTURES = [
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {**DECODER, **GEMMA, "num_hidden_layers": 6},
+    ),
+    Architecture(
+        "Gemma 3 (with an image encoder)",
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**DECODER, **GEMMA}, "vision_config": IMAGE_ENCODER, **SPECIAL_TOKENS},
+    ),
+    Architecture(
+        "Gemma 4 (with an image encoder)",
+        "Gemma4Config",
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": {**DECODER, **GEMMA, "vocab_size_per_layer_input": VOCABULARY},
+            "vision_config": {**IMAGE_ENCODER, "num_key_value_heads": 4, "head_dim": 8},
+            **SPECIAL_TOKENS,
+        },
     ),
     Architecture("GLM", "GlmConfig", "GlmForCausalLM", {**DECODER, "head_dim": 8}),
     Architecture("GLM 4", "Glm4Config", "Glm4ForCausalLM", {**DECODER, "head_dim": 8}),

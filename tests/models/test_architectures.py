@@ -9,7 +9,8 @@ import transformers
 from models.architectures import ARCHITECTURES, Architecture, check_supported, table
 
 from rlhf.errors import ConfigError
-from rlhf.models import Policy
+from rlhf.models import Adapter, LoRA, Policy
+from rlhf.models.adapters import BaseModel, add_adapter
 from rlhf.speed import speed
 
 SUPPORTED = [architecture for architecture in ARCHITECTURES if not architecture.refused]
@@ -77,3 +78,29 @@ def test_other_architectures_are_rejected_with_one_message(architecture: Archite
     assert message.startswith(f"The architecture {architecture.model} is not supported. {architecture.refused}")
     assert "docs/architectures.md" in message
     assert lm.training is False
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED, ids=lambda architecture: architecture.name)
+def test_encoders_of_images_are_frozen_and_no_other_modules(architecture: Architecture) -> None:
+    skip_if_unknown(architecture)
+    lm = architecture.build()
+    Policy(lm)
+    frozen = {name.split(".")[1] for name, parameter in lm.named_parameters() if not parameter.requires_grad}
+    image_encoders = {
+        "Gemma3ForConditionalGeneration": {"vision_tower", "multi_modal_projector"},
+        "Gemma4ForConditionalGeneration": {"vision_tower", "embed_vision"},
+    }
+    assert frozen == image_encoders.get(architecture.model, set())
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 (with an image encoder)", "Gemma 4 (with an image encoder)"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["o_proj"]], ids=str)
+def test_an_adapter_leaves_encoders_of_images_as_they_are(name: str, targets: str | list[str]) -> None:
+    """DDP rejects parameters without a gradient."""
+    lm = next(one for one in SUPPORTED if one.name == name).build()
+    add_adapter(lm, Adapter(LoRA(target_modules=targets), BaseModel("base", None, "")))
+    policy = Policy(lm)
+    assert any("lora_A" in key for key, _ in lm.named_parameters())
+    lm(input_ids=torch.tensor([[5, 26, 17, 3, 99, 41, 8]])).logits.logsumexp(dim=-1).sum().backward()
+    for key, parameter in policy.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == ("lora_" in key), key

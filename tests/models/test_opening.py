@@ -124,6 +124,10 @@ CASES: dict[str, tuple[Callable[[Workshop], Path], str]] = {
         r"\(tokenizer_config\.json is not valid JSON: ",
     ),
     "encoder": (encoder, r"model_type=bert is an encoder, .*\n  Use a causal language model"),
+    "not a causal language model": (
+        lambda work: work.hf(model_type="t5"),
+        r"\(transformers has no language model for its model_type\)",
+    ),
     "quantized": (
         lambda work: work.hf(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         r"the model is quantized .*\n  Use the model without quantization\.",
