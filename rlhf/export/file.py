@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.distributed import is_rank_zero
 from rlhf.errors import ConfigError, DataError, UserError
@@ -34,7 +29,7 @@ from rlhf.models import (
     trunk_without_weights,
 )
 from rlhf.models.adapters import add_adapter, merge_adapter, trunk_of
-from rlhf.models.opening import REPLACE_FILE, Attention, check_finite, opening
+from rlhf.models.opening import REPLACE_FILE, Attention, check_finite, language_model_class, opening
 from rlhf.models.sources import remember_config
 from rlhf.models.weights import check_fit, load_weights
 from rlhf.run_names import OUTPUTS, RUN
@@ -189,7 +184,7 @@ class Export:
             merge: Add the update of an adapter to the weights. Otherwise the adapter is trainable, the rest frozen.
         """
         content = self._content("language_model")
-        model = self._with_weights(content, lambda: self._without_weights(content, AutoModelForCausalLM, tokenizer))
+        model = self._with_weights(content, lambda: self._without_weights(content, language_model_class, tokenizer))
         if (generation_config := parse_generation_config(content, self.path)) is not None:
             model.generation_config = generation_config
         if merge and adapter_of(model):
@@ -207,7 +202,7 @@ class Export:
         head = dict(content.get("head") or {})
 
         def build() -> ScalarModel:
-            trunk = self._without_weights(content, AutoModel, tokenizer).base_model
+            trunk = self._without_weights(content, lambda config: AutoModel, tokenizer).base_model
             with opening(self.path, "reward head", REPLACE_FILE):
                 return ScalarModel(trunk, ScalarHead(**head))
 
@@ -229,13 +224,15 @@ class Export:
         check_finite(content["weights"], self.path)
         return model
 
-    def _without_weights(self, content: Any, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _without_weights(
+        self, content: Any, auto_class: Callable[[PreTrainedConfig], Any], tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
         """Return a model to load the file's weights into: random, or the base model with a new adapter."""
         if self.adapter is None:
             keywords = {} if self.attention is None else {"attn_implementation": self.attention}
             config = parse_config(content, self.path)
             with opening(self.path, "model", REPLACE_FILE):
-                model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False, **keywords)
+                model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False, **keywords)
             return remember_config(model)
         base = self.adapter.base
         log.info("%s contains an adapter. Its base model is read from %s.", self.path, self.base or base.path)

@@ -8,8 +8,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.files import LAST
@@ -139,6 +143,18 @@ def check_config(config: PreTrainedConfig, path: str, weights: int | None) -> No
             f"{path}: model_type={config.model_type} is an encoder, which sees the whole text, not a language model.",
             "Use a causal language model, such as model.path=Qwen/Qwen2.5-0.5B",
         )
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class of transformers that opens a language model.
+
+    It is ``AutoModelForImageTextToText`` for models of text and images that are not listed as causal language models.
+
+    Args:
+        config: The configuration of the model.
+    """
+    is_other = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_other else AutoModelForCausalLM
 
 
 def count_weights(path: str) -> int | None:

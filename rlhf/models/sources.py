@@ -1,7 +1,7 @@
 """Model sources: random weights, a Hugging Face directory or a Hub ID. ``conf/model/`` configures these classes."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     Mamba2Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +28,7 @@ from rlhf.models.opening import (
     check_finite,
     check_folder,
     count_weights,
+    language_model_class,
     opening,
 )
 from rlhf.models.scalar import ScalarHead, ScalarModel
@@ -209,7 +211,7 @@ class Pretrained:
         return tokenizer
 
     def language_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        return self._open_model("language model", AutoModelForCausalLM, tokenizer)
+        return self._open_model("language model", language_model_class, tokenizer)
 
     def scalar_model(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         """Open a sequence classification model with one label as a reward model.
@@ -218,7 +220,7 @@ class Pretrained:
             DataError: Its vocabulary differs from that of ``tokenizer``, or it is not such a model.
         """
         compare_tokenizers(self._tokenizer(), tokenizer, self.path)
-        model = self._open_model("reward model", AutoModelForSequenceClassification, tokenizer)
+        model = self._open_model("reward model", lambda config: AutoModelForSequenceClassification, tokenizer)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise DataError(
@@ -238,7 +240,9 @@ class Pretrained:
         check_tokenizer(tokenizer, self.path)
         return tokenizer
 
-    def _open_model(self, kind: str, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _open_model(
+        self, kind: str, auto_class: Callable[[PreTrainedConfig], Any], tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
         """Open a model in float32. Missing weights are an error; transformers would initialize them at random."""
         check_folder(self.path, kind)
         origin: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
@@ -247,7 +251,7 @@ class Pretrained:
             check_config(config, self.path, count_weights(self.path))
             if self.attention is not None:
                 origin["attn_implementation"] = self.attention
-            model, info = auto_class.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 self.path,
                 config=config,
                 dtype=torch.float32,

@@ -1,8 +1,9 @@
 """The critic of PPO: where it comes from."""
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.models import ModelSource, ScalarHead, ScalarModel, disable_dropout, state_width
+from rlhf.models.opening import language_model_class
 from rlhf.rl.models import Critic
 
 
@@ -22,7 +23,7 @@ def open_separate_critic(
         return disable_dropout(reward_model.scalar_model(tokenizer))
     lm = policy.language_model(tokenizer)
     if init == "random":
-        lm = AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
+        lm = language_model_class(lm.config).from_config(lm.config, trust_remote_code=False)
     return disable_dropout(ScalarModel(lm.base_model, ScalarHead(state_width(lm))))
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.models import Frozen, Policy, cast_frozen_matrices, disable_dropout
+from rlhf.models.opening import language_model_class
 from rlhf.sampling import LocalSampler, Rollout, SamplingParams
 
 VOCABULARY = 120
@@ -107,6 +108,15 @@ IMAGE_ENCODER = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN_IMAGE_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
+MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 MAMBA_MIXER = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -232,7 +242,7 @@ class Architecture:
         """Return a model with random weights, the same ones every time, in eval mode."""
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.settings)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        model: PreTrainedModel = language_model_class(config).from_config(config).eval()
         return model
 
 
@@ -459,8 +469,26 @@ ARCHITECTURES = [
         "Lfm2MoeForCausalLM",
         {**DECODER, **QWEN_MOE, **LFM2_MOE},
     ),
+    Architecture(
+        "LFM2-VL (with an image encoder)",
+        "Lfm2VlConfig",
+        "Lfm2VlForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "lfm2"},
+            "vision_config": {**IMAGE_ENCODER, "model_type": "siglip2_vision_model"},
+        },
+    ),
     Architecture("Llama", "LlamaConfig", "LlamaForCausalLM", DECODER),
     Architecture("Llama 4", "Llama4TextConfig", "Llama4ForCausalLM", {**DECODER, **LLAMA4}, NO_TRUNK),
+    Architecture(
+        "LLaVA (with an image encoder)",
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "llama"},
+            "vision_config": {**IMAGE_ENCODER, "model_type": "clip_vision_model"},
+        },
+    ),
     Architecture("Mamba", "MambaConfig", "MambaForCausalLM", STATE_SPACE),
     Architecture(
         "Mamba-2",
@@ -483,6 +511,15 @@ ARCHITECTURES = [
         {**DECODER, "head_dim": 8, "sliding_window": 6},
     ),
     Architecture("Mistral (sliding window)", "MistralConfig", "MistralForCausalLM", {**DECODER, "sliding_window": 6}),
+    Architecture(
+        "Mistral 3, Ministral 3 (with an image encoder)",
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "ministral3", "head_dim": 8},
+            "vision_config": {**IMAGE_ENCODER, "model_type": "pixtral", "head_dim": 8},
+        },
+    ),
     Architecture("Mixtral (experts)", "MixtralConfig", "MixtralForCausalLM", {**DECODER, **MOE}),
     Architecture("MPT (ALiBi)", "MptConfig", "MptForCausalLM", MPT),
     Architecture("nanochat (capped logits)", "NanoChatConfig", "NanoChatForCausalLM", DECODER),
@@ -518,6 +555,15 @@ ARCHITECTURES = [
         "Qwen2MoeForCausalLM",
         {**DECODER, **QWEN_MOE, "shared_expert_intermediate_size": 32},
     ),
+    Architecture(
+        "Qwen2.5-VL (with an image encoder)",
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "rope_parameters": MULTIMODAL_ROPE},
+            "vision_config": QWEN_IMAGE_ENCODER,
+        },
+    ),
     Architecture("Qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**DECODER, "head_dim": 8}),
     Architecture("Qwen3 MoE (experts)", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**DECODER, **QWEN_MOE}),
     Architecture(
@@ -525,6 +571,15 @@ ARCHITECTURES = [
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
         {**DECODER, **QWEN_MOE, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
+    ),
+    Architecture(
+        "Qwen3-VL (with an image encoder)",
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "head_dim": 8},
+            "vision_config": {**QWEN_IMAGE_ENCODER, "deepstack_visual_indexes": [0]},
+        },
     ),
     Architecture(
         "Qwen3.5 (linear attention)",
