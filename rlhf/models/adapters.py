@@ -244,7 +244,8 @@ def save_adapter(model: PreTrainedModel, adapter: Adapter, directory: Path) -> N
     config.base_model_name_or_path, config.revision = adapter.base.path, adapter.base.revision
     config.save_pretrained(directory)
     in_full = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in config.modules_to_save or ()}
-    weights = {**get_peft_model_state_dict(model), **in_full}
+    # Without this argument, peft looks for the configuration of the base model in a file that it cannot read.
+    weights = {**get_peft_model_state_dict(model, save_embedding_layers=False), **in_full}
     save_file(
         {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
         directory / "adapter_model.safetensors",
