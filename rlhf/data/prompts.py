@@ -67,7 +67,7 @@ class PromptDataModule(RecordDataModule):
         A prompt whose row lacks a column that other rows have gets None.
 
         Args:
-            columns: The columns, each with whether the data must have it.
+            columns: The columns, each with whether the data must have it. ``EVERY_COLUMN`` stands for all columns.
             split: ``train``, ``val`` or ``test``.
             reader: What reads the columns, for the error message.
 
@@ -87,5 +87,5 @@ class PromptDataModule(RecordDataModule):
                 f"Did you mean '{similar[0]}'?" if similar else "Add the column, or give the parameter a default.",
             )
         if found:
-            rows = self.encoded(split)
-            rows.extend("columns", lambda index: records.values(int(rows.numbers[index]), found))
+            rows, names = self.encoded(split), sorted(found)
+            rows.extend("columns", lambda index: records.values(int(rows.numbers[index]), names))

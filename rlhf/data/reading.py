@@ -34,6 +34,7 @@ DESIRABLE = (
     "true yes 1 good positive pos desirable desired chosen accepted preferred like liked correct right pass helpful "
     "safe harmless non_toxic thumbs_up upvote"
 ).split()
+EVERY_COLUMN = "**"  # among names of columns: all columns of the data
 CLASSES = {**dict.fromkeys(UNDESIRABLE, False), **dict.fromkeys(DESIRABLE, True)}  # what names of labels mean
 
 
@@ -202,17 +203,15 @@ class Records(LazySequence[Any]):
         return content_key(self.path, self._rows), self.record_type.__name__, self._parser.columns, str(indices)
 
     def existing_columns(self, names: Collection[str]) -> set[str]:
-        """Return those of some columns that at least one row of the data has."""
+        """Return those of some columns that at least one row of the data has; all of them with ``EVERY_COLUMN``."""
         columns: Collection[str] | None = getattr(self._rows, "column_names", None)  # of ``datasets``
-        if columns is not None:
-            return set(names) & set(columns)
-        missing = set(names)
-        for index in range(len(self._rows)):
-            if not missing:
+        found = set(columns or ())
+        for index in range(len(self._rows) if columns is None else 0):
+            if found.issuperset(names):
                 break
             with suppress(RecordError):  # of an invalid row
-                missing -= self._rows[index].keys()
-        return set(names) - missing
+                found |= self._rows[index].keys()
+        return found if EVERY_COLUMN in names else found & set(names)
 
     def first_row(self) -> Row:
         """Return the first row."""

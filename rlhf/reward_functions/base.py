@@ -87,7 +87,8 @@ class RewardFunction(nn.Module):
         needs_model: True if the reward function uses the reward models of ``stage.reward_model``.
         needs_targets: True if it requires reference responses. ``check_target`` is then called with those of all
             prompts before training.
-        columns: Further columns of the data that it reads, each with whether it requires that column.
+        columns: Further columns of the data that it reads, each with whether it requires that column. The name
+            ``EVERY_COLUMN`` stands for all columns.
     """
 
     needs_model: bool = False

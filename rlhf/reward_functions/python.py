@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.reading import EVERY_COLUMN
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import ModelSource
 from rlhf.reward_functions.base import RewardFunction, ScoringBatch
@@ -34,7 +35,8 @@ class PythonReward(RewardFunction):
             prompt, and returns one finite number per response, in reward units. If it takes a third argument, it also
             receives the reference responses of the data (None where there is none). A keyword-only parameter receives
             the column of the data that has its name, as a list with one value per response (None where a row has none).
-            The data must have that column, unless the parameter has a default.
+            The data must have that column, unless the parameter has a default. ``**kwargs`` receives all other columns
+            whose names are not those of parameters.
     """
 
     def __init__(self, *, path: ScorerPath | None = None) -> None:
@@ -73,7 +75,9 @@ class Scorer:
         function: The function, described in ``PythonReward``.
         name: Key and value of the configuration that name it, for error messages.
         takes_targets: Whether it takes a third argument.
-        columns: Its keyword-only parameters, each with whether it is required.
+        columns: The columns of the data that it receives, each with whether it is required: its keyword-only
+            parameters, and ``EVERY_COLUMN`` if it has a parameter such as ``**kwargs``.
+        positional: Names of its other parameters, which cannot be passed by keyword as well.
         finite: Reject scores that are not finite.
     """
 
@@ -81,6 +85,7 @@ class Scorer:
     name: str
     takes_targets: bool
     columns: Mapping[str, bool]
+    positional: frozenset[str]
     finite: bool
 
     def __call__(
@@ -96,7 +101,7 @@ class Scorer:
             DataError: The function has returned something else.
         """
         arguments: list[Any] = [list(prompts), list(responses), list(targets)]
-        values = {name: list(columns[name]) for name in self.columns if name in columns}
+        values = {name: list(column) for name, column in columns.items() if self._receives(name)}
         result = self.function(*(arguments if self.takes_targets else arguments[:2]), **values)
         scores = _numbers(result, responses, self.name)
         if len(scores) != len(responses):
@@ -105,6 +110,9 @@ class Scorer:
             if self.finite and not math.isfinite(score):
                 raise DataError(f"{self.name} returned the non-finite score {score} for the response {response!r}.")
         return scores
+
+    def _receives(self, column: str) -> bool:
+        return column in self.columns or (EVERY_COLUMN in self.columns and column not in self.positional)
 
 
 def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
@@ -121,7 +129,10 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
     function = _import_function(name, key)
     parameters = signature(function).parameters.values()
     takes_targets = sum(parameter.kind in POSITIONAL for parameter in parameters) > 2
+    positional = frozenset(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
     columns = {each.name: each.default is Parameter.empty for each in parameters if each.kind is each.KEYWORD_ONLY}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        columns[EVERY_COLUMN] = False
     try:
         signature(function).bind(*range(3 if takes_targets else 2), **columns)
     except TypeError as error:
@@ -130,7 +141,7 @@ def load_scorer(name: str, *, key: str, finite: bool = True) -> Scorer:
             "Define it as def score(prompts, responses). Parameters that receive columns of the data follow a *: "
             "def score(prompts, responses, *, <column>)",
         ) from error
-    return Scorer(function, f"{key}={name}", takes_targets, columns, finite)
+    return Scorer(function, f"{key}={name}", takes_targets, columns, positional, finite)
 
 
 def _numbers(result: Any, responses: Sequence[str], function: str) -> list[float]:

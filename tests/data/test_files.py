@@ -11,7 +11,7 @@ from datasets import Dataset
 from rlhf.data.files import location, read_rows
 from rlhf.data.json_files import JsonLines
 from rlhf.data.parser import RecordParser
-from rlhf.data.reading import RecordReader
+from rlhf.data.reading import EVERY_COLUMN, RecordReader
 from rlhf.data.records import Demonstration, Prompt, RecordError
 from rlhf.errors import DataError
 
@@ -203,6 +203,15 @@ def test_columns_with_other_names_determine_the_cells_of_numbers(tmp_path: Path)
     assert RecordParser(columns).parse(rows[0], Demonstration).response == "007"
     records = RecordReader(RecordParser(columns)).read(str(path), "train", [Prompt])
     assert records.existing_columns(["stars", "score"]) == {"stars"}
+    assert records.existing_columns([EVERY_COLUMN]) == {"question", "margin", "stars", "label"}
+
+
+def test_every_column_includes_those_of_later_rows(tmp_path: Path) -> None:
+    """The invalid row is skipped."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt"\n{"prompt": "b", "level": 1}\n')
+    records = RecordReader(RecordParser(), on_error="skip").read(str(path), "train", [Prompt])
+    assert records.existing_columns([EVERY_COLUMN, "other"]) == {"prompt", "level"}
 
 
 def test_the_first_rows_do_not_determine_the_types_of_the_others(tmp_path: Path) -> None:

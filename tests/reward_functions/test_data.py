@@ -91,6 +91,19 @@ def test_a_python_function_receives_columns_of_its_prompts(
         assert columns == {"level": [int(prompt.split()[-1]) for prompt in prompts]}
 
 
+def test_a_python_function_with_keywords_receives_all_columns(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """In training and in validation. A component of the sum that names its columns receives these only."""
+    code = "rows = []\ndef score(prompts, responses, **columns):\n    rows.extend(zip(prompts, *columns.values()))\n"
+    every = PythonReward(path=write_levels(tmp_path, f"{code}    return [float(len(columns))] * len(responses)\n"))
+    (tmp_path / "other").mkdir()
+    named = PythonReward(path=write_levels(tmp_path / "other"))
+    reward = WeightedSumReward(components={"every": every, "named": named}, weights={"every": 1, "named": 1})
+    data = {"train": tiny_run.write("rows", [{**row, "a b": "x"} for row in ROWS]), "val_fraction": 0.25}
+    tiny_run.train("grpo", reward=reward, data=data)
+    received = set(every.function.function.__globals__["rows"])
+    assert received == {(row["prompt"], "x", row["level"], row["prompt"]) for row in ROWS}
+
+
 @pytest.mark.parametrize(
     ("column", "fix"), [("levle", r"Did you mean 'levle'\?"), ("x", "Add the column, or give the parameter a default")]
 )

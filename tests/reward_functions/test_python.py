@@ -57,6 +57,26 @@ def test_keyword_only_parameters_receive_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "received"),
+    [
+        ("prompts, responses, **columns", ["level", "targets", "text"]),
+        ("prompts, responses, targets, **columns", ["level", "text"]),
+        ("prompts, responses, /, *, level, **columns", ["prompts", "targets", "text"]),
+        ("*texts, **columns", ["level", "prompts", "targets", "text"]),
+    ],
+)
+def test_keywords_receive_all_columns_without_a_parameter(tmp_path: Path, parameters: str, received: list[str]) -> None:
+    """A positional parameter cannot be passed by keyword as well, unless it precedes a slash."""
+    path = write_function(
+        tmp_path, f"found = []\ndef score({parameters}):\n    found.append(columns)\n    return [1.0]\n"
+    )
+    scorer = load_scorer(path, key="reward.path")
+    columns = {name: [name] for name in ("level", "prompts", "targets", "text")}
+    assert scorer(["p"], ["r"], [None], columns) == [1.0]
+    assert scorer.function.__globals__["found"] == [{name: [name] for name in received}]
+
+
+@pytest.mark.parametrize(
     ("parameters", "reason"),
     [
         ("prompts, responses, targets, scale", "missing a required argument: 'scale'"),
