@@ -26,6 +26,11 @@ USUAL_NAMES = {
 }
 # Values with which a row is parsed again if no column is likely, to find the next missing field.
 NUMBERS: dict[str, Any] = {"label": True, "reward": 0.0}
+PLAIN_TEXT = "Plain text is not supported: each row must have a prompt and a response."
+PLAIN_TEXT_OF_SFT = (
+    "Plain text is not supported. For stage=sft, write the first word of each text to 'prompt' and the rest to "
+    "'completion', and add 'data.template=\"{prompt}\"' data.loss_on=all"
+)
 TRANSCRIPT = "\n\nHuman: ...\n\nAssistant: ..."  # A valid value for every other field.
 
 
@@ -51,7 +56,7 @@ def hints(parser: RecordParser, row: Row, record_type: type[Record], error: Reco
     found = [named] if is_valid and not mixed else []
     free = _free_columns(parser, row)
     if "text" in free and record_type is not Prompt:
-        found.append("Plain text is not supported: each row must have a prompt and a response.")
+        found.append(PLAIN_TEXT_OF_SFT if record_type is Demonstration else PLAIN_TEXT)
     return [*found, *([_other_names(columns)] if 0 < len(columns) <= len(free) else [])]
 
 

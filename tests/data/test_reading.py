@@ -255,6 +255,10 @@ def test_usual_names_are_recognized_by_their_columns(write: Write) -> None:
 DEMONSTRATION = {"prompt": "Q", "completion": "A"}
 PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 PLAIN_TEXT = "Plain text is not supported: each row must have a prompt and a response."
+PLAIN_TEXT_OF_SFT = (
+    "Plain text is not supported. For stage=sft, write the first word of each text to 'prompt' and the rest to "
+    "'completion', and add 'data.template=\"{prompt}\"' data.loss_on=all"
+)
 
 
 @pytest.mark.parametrize(
@@ -288,12 +292,15 @@ PLAIN_TEXT = "Plain text is not supported: each row must have a prompt and a res
                 "stage=evaluate."
             ],
         ),
-        ({"text": "Q"}, (Demonstration,), [PLAIN_TEXT]),
+        ({"text": "Q"}, (Demonstration,), [PLAIN_TEXT_OF_SFT]),
         ({"text": "Q"}, (Preference, Rating), [PLAIN_TEXT]),
         (
             {"text": "Q", "url": "U"},
             (Demonstration,),
-            [PLAIN_TEXT, "If the fields have other names: data.columns.prompt=<name> data.columns.completion=<name>"],
+            [
+                PLAIN_TEXT_OF_SFT,
+                "If the fields have other names: data.columns.prompt=<name> data.columns.completion=<name>",
+            ],
         ),
         ({"text": "Q"}, (Prompt,), ["If the field has another name: data.columns.prompt=text"]),
         (
