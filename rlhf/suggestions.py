@@ -11,13 +11,19 @@ from omegaconf import OmegaConf
 from rlhf.overrides import leaves
 from rlhf.stages import CONF, stages_with_group
 
-# Arguments of transformers and TRL, for users who know those.
+# Arguments of transformers and TRL, and keys of the original documentation, for users who know those.
 OTHER_NAMES = {
+    "assistant_only_loss": "data.loss_on",
+    "base_model": "model.path",
+    "beta": "stage.kl_coef",  # of GRPO; the losses of DPO have a key of this name
     "bf16": "trainer.precision",
+    "center_rewards_coefficient": "stage.centering_coef",
     "cliprange": "stage.clip_range",
+    "completion_only_loss": "data.loss_on",
     "dataset_name": "data.train",
     "epochs": "trainer.max_epochs",
     "epsilon": "stage.clip_range",
+    "epsilon_high": "stage.clip_range_high",
     "eval_steps": "trainer.val_check_interval",
     "fp16": "trainer.precision",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
@@ -32,14 +38,19 @@ OTHER_NAMES = {
     "max_grad_norm": "trainer.gradient_clip_val",
     "max_seq_length": "data.max_length",
     "model_name_or_path": "model.path",
+    "num_epochs": "trainer.max_epochs",
+    "num_iterations": "stage.ppo_epochs",
     "num_ppo_epochs": "stage.ppo_epochs",
     "num_train_epochs": "trainer.max_epochs",
     "output_dir": "paths.root",
     "per_device_eval_batch_size": "data.eval_batch_size",
     "per_device_train_batch_size": "data.batch_size",
     "response_length": "stage.sampling.max_new_tokens",
+    "reward_funcs": "reward",
+    "reward_weights": "reward.weights",
     "save_steps": "callbacks.checkpoint.every_n_train_steps",
     "use_peft": "adapter",
+    "vf_coef": "stage.value_coef",
     "warmup_steps": "stage.warmup_ratio",
 }
 
@@ -57,10 +68,10 @@ def suggestion(key: str, overrides: Sequence[str]) -> str:
         choices = [f"{group}={choice}" for group, choice in known[key] if group]
         return f"{key} belongs to {_enumerated(choices)}." if choices else ""
     last = key.split(".")[-1]
-    if last in OTHER_NAMES:
-        return f"Did you mean {OTHER_NAMES[last]}?"
     available = [full for full, places in known.items() if any(_is_available(place, chosen) for place in places)]
     by_name = {full: full.split(".")[-1] for full in available}
+    if last in OTHER_NAMES and last not in by_name.values():
+        return f"Did you mean {OTHER_NAMES[last]}?"
     alike = get_close_matches(last, set(by_name.values()), n=1, cutoff=0.75)
     meant = sorted((full for full, name in by_name.items() if name in alike), key=lambda full: (full.count("."), full))
     meant = [full for full in meant if full.split(".")[0] == key.split(".")[0]] or meant
@@ -88,7 +99,8 @@ def _known_keys() -> dict[str, list[tuple[str, str]]]:
 def _is_available(place: tuple[str, str], chosen: dict[str, str]) -> bool:
     """Return whether a key of a choice can be set in this command, whose stage may not be the one with the key."""
     group, choice = place
-    return group != "stage" or chosen.get("stage", choice) == choice
+    stages = [choice] if group == "stage" else stages_with_group(group)
+    return not stages or chosen.get("stage", stages[0]) in stages
 
 
 def _enumerated(items: Sequence[str], conjunction: str = "and") -> str:
