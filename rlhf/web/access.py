@@ -7,7 +7,7 @@ rebinding). So the ``Host`` and ``Origin`` of each request are checked, even wit
 import hmac
 import secrets
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from rlhf.errors import ConfigError
 
@@ -82,4 +82,4 @@ class Access:
     def url(self, port: int) -> str:
         """Return the address to open, with the token."""
         name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+        return f"http://{name}:{port}/" + (f"?token={quote(self.token, safe='')}" if self.token else "")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -97,14 +98,14 @@ def _check(access: Access, request: Request) -> Response | None:
         return _error(403, "This server does not have this name.")
     given = request.query_params.get("token")
     bearer = headers.get("authorization", "").removeprefix("Bearer ")
-    if not access.allows_token(given, bearer, request.cookies.get(_cookie(request))):
+    if not access.allows_token(given, bearer, unquote(request.cookies.get(_cookie(request), ""))):
         return _error(401, "The token is missing or wrong. Open the address that the server has printed.")
     changes = request.method not in ("GET", "HEAD")
     if changes and not access.allows_origin(host, headers.get("origin"), headers.get("sec-fetch-site")):
         return _error(403, "Requests from other sites are refused.")
     if access.token is not None and given is not None and request.url.path == "/":
         response = RedirectResponse("/", status_code=303)
-        response.set_cookie(_cookie(request), access.token, httponly=True, samesite="strict")
+        response.set_cookie(_cookie(request), quote(access.token, safe=""), httponly=True, samesite="strict")
         return response
     return None
 

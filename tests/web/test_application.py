@@ -111,3 +111,19 @@ def test_every_request_needs_the_token(tmp_path: Path) -> None:
     name = other.get("/", params={"token": TOKEN[::-1]}).headers["set-cookie"].split("=")[0]
     assert name not in client.cookies  # Browsers send a cookie to all ports of a host.
     assert client.post("/echo", **kwargs).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "token", ["correct horse battery", "50%+#1&2?3/4;5,6=7", 'quote"back\\slash-16', "пароль-на-страницу"]
+)
+def test_a_token_may_contain_any_characters(tmp_path: Path, token: str) -> None:
+    """The address that the server prints opens the page, and the cookie then carries the token."""
+    access = Access.of("127.0.0.1", token)
+    client = client_of(tmp_path, access, "127.0.0.1:8088")
+    address = access.url(8088)
+    assert address.isascii()
+    assert " " not in address
+    assert client.get(address).status_code == 303
+    assert client.get("/").text == "<p>page</p>"
+    client.cookies.clear()
+    assert client.get("/").status_code == 401
