@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -204,5 +204,8 @@ def _limit_resources(seconds: int) -> None:
         import resource
     except ImportError:  # Windows
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, seconds)):
+        _, most = resource.getrlimit(kind)  # A lower limit, such as that of ``ulimit -v``, cannot be raised.
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        with suppress(ValueError, OSError):  # macOS rejects a limit of the address space.
+            resource.setrlimit(kind, (limit, limit))

@@ -8,6 +8,7 @@ from rlhf.data.parser import RecordParser
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import chat_template, train_tokenizer
+from rlhf.tokenizer import probe
 from rlhf.tokenizer.files import pack_tokenizer, unpack_tokenizer
 from rlhf.tokenizer.probe import check_template
 
@@ -156,3 +157,42 @@ def test_several_templates_without_a_default_are_rejected(tokenizer: PreTrainedT
     tokenizer.chat_template = {"rag": chat_template("{prompt}?"), "tool_use": chat_template("{prompt}!")}
     with pytest.raises(DataError, match=r"is named default, got rag, tool_use\.\n  Use another .*: data\.template="):
         check_template(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [("unlimited", [8 << 30, 20]), (15, [15, 15]), (1 << 40, [8 << 30, 20])],
+    ids=["no limit", "lower", "higher"],
+)
+def test_the_limits_of_the_separate_process_are_at_most_those_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, most: int | str, expected: list[int]
+) -> None:
+    """With a lower limit of ``ulimit -v``, for example. A process cannot raise it: trying to is an error."""
+    resource = pytest.importorskip("resource")
+    hard = resource.RLIM_INFINITY if most == "unlimited" else most
+    limits: list[int] = []
+
+    def set_limit(kind: int, pair: tuple[int, int]) -> None:
+        assert hard == resource.RLIM_INFINITY or pair[1] <= hard
+        assert pair[0] == pair[1]
+        limits.append(pair[1])
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (hard, hard))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    probe._limit_resources(20)
+    assert limits == expected
+
+
+def test_a_system_without_a_limit_of_memory_limits_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS rejects every limit of the address space (https://github.com/python/cpython/issues/78783)."""
+    resource = pytest.importorskip("resource")
+    limits: list[int] = []
+
+    def set_limit(kind: int, pair: tuple[int, int]) -> None:
+        if kind == resource.RLIMIT_AS:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(pair[1])
+
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    probe._limit_resources(20)
+    assert limits == [20]
