@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,8 @@ class RowWriter:
 
     def discard(self) -> None:
         """Delete what has been written, after a failure."""
-        self._resources.close()
+        with suppress(OSError):  # Closing the file writes its end, which a full disk does not take either.
+            self._resources.close()
         if self._path is not None:
             self._part.unlink(missing_ok=True)
 

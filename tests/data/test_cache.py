@@ -309,6 +309,21 @@ def test_errors_of_writing_are_errors_of_the_cache(
         sft(write, tokenizer, tmp_path / "cache").encoded("train")
 
 
+@pytest.mark.usefixtures("always_cached")
+def test_a_full_disk_is_an_error_of_the_cache(write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Neither can the end of the incomplete file be written. The file is deleted."""
+    resource = pytest.importorskip("resource")
+    train = write(*({"prompt": f"Q{i}", "completion": "word " * 2000} for i in range(8)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"data\.cache_dir=.*cannot be used \(\[Errno 27\]"):
+            sft(write, tokenizer, tmp_path / "cache", train=train, max_length=4096).encoded("train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
 def encode_on_a_rank(rank: int, folder: Path) -> list[list[int]]:
     """Encode 3,000 rows, at the same time as the other rank."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
