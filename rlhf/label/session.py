@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Session:
         self.choices: dict[str, dict[str, Event]] = defaultdict(dict)  # of each pair, by annotator
         self._shown: dict[str, str] = {}  # the annotator that looks at a pair now
         self._rows_of_others = self._read_rows_of_others()
+        self._reversed = {replace(pair, first=pair.second, second=pair.first).id: pair.id for pair in pairs}
+        self.journal.events = [self._in_this_order(event) for event in self.journal.events]
         for event in self.journal.events:
             self._apply(event)
         if self.journal.events:
@@ -140,6 +143,13 @@ class Session:
             _append(self.preferences, _line(after))
         elif before != after:
             self._write_preferences()
+
+    def _in_this_order(self, event: Event) -> Event:
+        """Return an event as if the file of its session had the responses in the order of this session's file."""
+        if event.pair in self.pairs or event.pair not in self._reversed:
+            return event
+        choice, left = (OTHER.get(name, name) for name in (event.choice, event.left))
+        return replace(event, pair=self._reversed[event.pair], choice=choice, left=left)
 
     def _apply(self, event: Event) -> None:
         choices = self.choices[event.pair]

@@ -91,6 +91,24 @@ def test_choices_between_earlier_responses_stay_in_the_file(
     assert [row["chosen"] for row in preferences(tmp_path)] == ["text a 0", "old a"]
 
 
+def test_choices_are_those_of_the_same_responses_in_another_order(pairs: list[Pair], tmp_path: Path) -> None:
+    """An evaluation that is run again may list the models in another order. The pair is not labeled again."""
+    session = Session(pairs, tmp_path)
+    prefer(session, "Ada", pairs[0], "b", reason="shorter")
+    session.choose("Ada", pairs[1].id, "tie")
+    before = preferences(tmp_path)
+    others = [replace(pair, first=pair.second, second=pair.first) for pair in pairs]
+    session = Session(others, tmp_path)
+    assert preferences(tmp_path) == before
+    assert session.progress("Ada") == {"total": 6, "labeled": 2, "skipped": 0, "own": 2}
+    assert summarize(session)["win_rates"][0]["value"] == 0.25  # a wins 0 + 1/2 of 2 choices
+    assert session.undo("Ada") is others[1]
+    prefer(session, "Ada", others[0], "a")
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["text a 0"]
+    assert Session(pairs, tmp_path).progress("Ada")["labeled"] == 1
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["text a 0"]
+
+
 def test_a_request_that_is_sent_again_changes_nothing(open_session: Open, pairs: list[Pair], tmp_path: Path) -> None:
     """Another choice for the same pair replaces the first one."""
     session = open_session()
