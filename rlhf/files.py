@@ -69,8 +69,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON Lines file with ``atomic_write``."""
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    """Write a JSON Lines file with ``atomic_write``. A question mark replaces half of a surrogate pair."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
     atomic_write(path, lambda file: file.write(content))
 
 

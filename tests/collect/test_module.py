@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness import FakeSource, MetricsLogger, quick_trainer
@@ -236,6 +238,17 @@ def test_rows_of_an_included_csv_file_come_first(collection: Collection, tmp_pat
     earlier.write_text("prompt,chosen,rejected\np,c,r\n")
     collection.run([*WORDS[:2], *WORDS[:2]], include=[str(earlier)])
     assert collection.rows[0] == {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def test_further_columns_of_an_included_file_become_text(collection: Collection, tmp_path: Path) -> None:
+    """JSON has no times, and UTF-8 no half of a surrogate pair. Fields of a pair have neither."""
+    time = datetime(2026, 1, 2, 3, 4, 5)
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    Dataset.from_list([{**pair, "time": time}]).to_parquet(tmp_path / "earlier.parquet")
+    (tmp_path / "earlier.jsonl").write_text(json.dumps({**pair, "note": "\ud800"}))
+    include = [str(tmp_path / "earlier.parquet"), str(tmp_path / "earlier.jsonl")]
+    collection.run([*WORDS[:2], *WORDS[:2]], include=include)
+    assert collection.rows[:2] == [{**pair, "time": "2026-01-02 03:04:05"}, {**pair, "note": "?"}]
 
 
 def test_references_are_checked_before_anything_is_sampled(collection: Collection) -> None:
