@@ -149,7 +149,8 @@ def _tokenizer_key(tokenizer: Any) -> str | None:
     if not tokenizer.is_fast:
         return None
     special = [tokenizer.bos_token, tokenizer.eos_token, *tokenizer.all_special_tokens]
-    content = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
+    splits = tokenizer.split_special_tokens  # The serialized tokenizer lacks it.
+    content = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, splits])
     if "strftime_now" in str(tokenizer.chat_template):  # The template writes the date.
         content += str(date.today())
     return hashlib.sha256(content.encode()).hexdigest()

@@ -171,6 +171,19 @@ def test_another_tokenizer_is_encoded_again(write: Write, tokenizer: PreTrainedT
     assert list(sft(write, other, tmp_path / "cache").encoded("train")) != before
 
 
+@pytest.mark.usefixtures("always_cached")
+def test_a_tokenizer_that_reads_special_tokens_as_text_is_another_one(
+    write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """``split_special_tokens``, which ``tokenizer_config.json`` may contain, is not part of ``tokenizer.json``."""
+    other = deepcopy(tokenizer)
+    other.split_special_tokens = True
+    train = write(*({"prompt": f"Q{i}<eos>", "completion": "A"} for i in range(8)))
+    one, two = (sft(write, each, tmp_path / "cache", train=train).encoded("train") for each in (tokenizer, other))
+    assert list(one) != list(two)
+    assert list(two) == list(sft(write, other, None, train=train).encoded("train"))
+
+
 @pytest.mark.parametrize("name", ["lightning_data", "torch_utils", "some_data"])
 def test_the_functions_of_a_module_are_part_of_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
