@@ -17,18 +17,19 @@ def chat_template(template: str) -> str:
     """Convert a plain prompt template to a Jinja chat template, as tokenizers have it.
 
     Args:
-        template: Text around a prompt, with ``{prompt}`` in it, such as ``"{prompt}\\nSummary:"``. The response follows
-            after one space. Earlier responses of a conversation end with a blank line.
+        template: Text around a prompt, with ``{prompt}`` in it once, such as ``"{prompt}\\nSummary:"``. The response
+            follows after one space. Earlier responses of a conversation end with a blank line.
 
     Returns:
         Jinja source for ``tokenizer.chat_template``. It starts with BOS if the tokenizer has one, and ends a response
         with EOS. Roles other than ``system``, ``user`` and ``assistant`` are an error.
     """
-    if "{prompt}" not in template:
+    if template.count("{prompt}") != 1:
         raise ConfigError(
-            f"template must contain {{prompt}}, got {template!r}.", 'For example: data.template="{prompt}\\nSummary:"'
+            f"template must contain {{prompt}} once, got {template!r}.",
+            'For example: data.template="{prompt}\\nSummary:"',
         )
-    before, after = (_jinja_string(text) for text in template.split("{prompt}", 1))
+    before, after = map(_jinja_string, template.split("{prompt}"))
     return (
         f"{PLAIN_TEMPLATE}"
         f"{{%- elif message['role'] == 'user' -%}}{{{{- {before} + message['content'] + {after} -}}}}"
@@ -46,4 +47,6 @@ def is_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _jinja_string(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    for char, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(char, escape)
+    return f"'{text}'"

@@ -103,6 +103,7 @@ def test_the_template_writes_no_bos_for_a_tokenizer_without_one(tokenizer: PreTr
         "{braces} {{x}} {% if %} {# no #} }} ",
         "ends in quote'",
         "tab\t",
+        "carriage return\r\n\r",
         "ümlaut 東 ",
         "'+'",
         "",
@@ -120,9 +121,9 @@ def test_jinja_syntax_in_a_prompt_is_not_evaluated(tokenizer: PreTrainedTokenize
     assert tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False) == f"<bos>{content}."
 
 
-@pytest.mark.parametrize("template", ["", "Summary:", "{document}\nSummary:", "{ prompt }"])
-def test_a_template_without_prompt_is_rejected(template: str) -> None:
-    with pytest.raises(ConfigError, match=r"^template must contain \{prompt\}, got .*\n.*data\.template="):
+@pytest.mark.parametrize("template", ["", "Summary:", "{document}\nSummary:", "{ prompt }", "{prompt} {prompt}"])
+def test_a_template_without_exactly_one_prompt_is_rejected(template: str) -> None:
+    with pytest.raises(ConfigError, match=r"^template must contain \{prompt\} once, got .*\n.*data\.template="):
         chat_template(template)
 
 
