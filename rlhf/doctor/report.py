@@ -15,7 +15,7 @@ from rlhf.data.records import Prompt
 from rlhf.doctor.examination import Examination
 from rlhf.doctor.findings import ERROR, WARNING, Finding, responses_of
 from rlhf.doctor.forms import Split
-from rlhf.doctor.tokens import encode, encode_record, percentiles
+from rlhf.doctor.tokens import encode, percentiles
 from rlhf.errors import UserError
 from rlhf.printable import printable
 
@@ -128,11 +128,11 @@ def example_lines(split: Split, datamodule: RecordDataModule, count: int, *, col
     encoder = datamodule.encoder()
     for form, entries in split.by_form().items():
         firsts = Split(split.name, split.path, entries[:count])
-        for entry, error in encode(firsts, encoder):
-            if isinstance(error, UserError):
+        for entry, encoded in encode(firsts, encoder):
+            if isinstance(encoded, UserError):
                 continue
             names = responses_of(entry.record) or {"prompt": ""}
-            for name, sequence in zip(names, encode_record(encoder, entry.record), strict=True):
+            for name, sequence in zip(names, encoded, strict=True):
                 yield Text(f"{printable(split.location(entry.number))} ({FORMS[form][0]}, {name})", style="bold")
                 yield example(sequence, encoder.tokenizer, colored=colored)
     if count:
