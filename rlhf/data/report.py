@@ -123,12 +123,12 @@ def _report_training(data: Any, path: str, rows: int, summary: Mapping[str, Any]
             summary["missing_openings"],
             summary["responses"],
         )
-    if changed := summary.get("changed_responses"):  # The caches of earlier versions lack it.
+    if summary["changed_responses"]:
         log.warning(
             "%s: The chat template changes the text of %d of %d responses, for example by removing reasoning. The "
             "model learns what the template writes. Set data.template, or change the responses.",
             path,
-            changed,
+            summary["changed_responses"],
             summary["responses"],
         )
     if data.batch_size > rows:
