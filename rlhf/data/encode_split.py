@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date
@@ -86,7 +87,7 @@ class _Encoding:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         data, records, encoder = self._data, self._records, self._data.encoder()
-        special = [str(token) for token in data.tokenizer.all_special_tokens]
+        special = special_token_pattern(data.tokenizer)
         dropped, with_special = 0, 0
         first_special: tuple[str, int] | None = None
         starts = range(0, len(records), ENCODED_RECORDS)
@@ -100,9 +101,9 @@ class _Encoding:
                 number = prompt_of(record).row
                 row_number = -1 if number is None else number
                 texts = data.texts_of_record(record)
-                if found := next((token for token in special if any(token in text for text in texts)), None):
+                if found := next(filter(None, map(special.search, texts)), None):
                     with_special += 1
-                    first_special = first_special or (found, row_number)
+                    first_special = first_special or (found[0], row_number)
                 row = data.encode(encoder, record)
                 if row is None:
                     dropped += 1
@@ -127,6 +128,16 @@ def conversations(record: Any) -> list[tuple[Sequence[Message], str | None]]:
     prompt = prompt_of(record)
     responses = [getattr(record, name) for name in ("response", "chosen", "rejected") if hasattr(record, name)]
     return [(prompt.messages, response) for response in responses or [None]]
+
+
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern that finds the texts that the tokenizer reads as special tokens.
+
+    ``all_special_tokens`` may lack those of a chat template, such as ``<|eot_id|>`` of Llama 3.
+    """
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    names = [] if tokenizer.split_special_tokens else {*map(str, tokenizer.all_special_tokens), *added} - {""}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _key(data: Any, tokenizer: PreTrainedTokenizerBase, records: Any) -> Any:

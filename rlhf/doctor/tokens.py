@@ -1,6 +1,5 @@
 """Checks that need a tokenizer: lengths, what does not fit into ``data.max_length``, special tokens in texts."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +8,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import EncodedResponse, Encoder, Preference
-from rlhf.data.encode_split import conversations
+from rlhf.data.encode_split import conversations, special_token_pattern
 from rlhf.data.openings import Openings
 from rlhf.data.records import Prompt, Record, prompt_of
 from rlhf.doctor.findings import ERROR, WARNING, Collector, Finding, responses_of, texts_of
@@ -117,15 +116,11 @@ def encode_record(encoder: Encoder, record: Record, reserve: int = 0) -> list[En
 
 def special_tokens(split: Split, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Find texts that contain the text of a special token, which the tokenizer then reads as that token."""
-    added = (str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    names = sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True)
-    if not names:
-        return []
-    pattern = re.compile("|".join(map(re.escape, names)))
+    pattern = special_token_pattern(tokenizer)
     fix = "Remove or rewrite them: the model would read the end of a text, for example, where there is none."
     found = Finding(WARNING, "special tokens of the tokenizer within the text", fix)
     for entry in split.entries:
-        match = next((match for text in texts_of(entry.record).values() if (match := pattern.search(text))), None)
+        match = next(filter(None, map(pattern.search, texts_of(entry.record).values())), None)
         if match is not None:
             found.locations.append(f"{split.location(entry.number)} ({match[0]})")
     return [found] if found.locations else []

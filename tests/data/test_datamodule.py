@@ -4,15 +4,18 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import PreferenceDataModule, PromptDataModule, RecordDataModule, UnpairedDataModule
 from rlhf.data.datamodule import DEFAULT_TEMPLATE
+from rlhf.data.encode_split import encode_split
 from rlhf.errors import ConfigError, DataError
 from rlhf.sft import SFTDataModule
 
@@ -64,6 +67,20 @@ def test_special_tokens_in_texts_are_reported(
     data.encoded("train")
     expected = f"the texts of 1 records contain a special token, such as {tokenizer.eos_token} in {path}:2"
     assert expected in caplog.text
+
+
+@pytest.mark.parametrize(("splits", "expected"), [(False, "<|eot|>"), (True, None)])
+def test_special_tokens_of_a_template_are_reported(
+    write: Write, tokenizer: PreTrainedTokenizerFast, splits: bool, expected: str | None
+) -> None:
+    """They are special tokens of ``tokenizer.json`` without a role, so that ``all_special_tokens`` lacks them."""
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    assert "<|eot|>" not in tokenizer.all_special_tokens
+    tokenizer.split_special_tokens = splits
+    data = SFTDataModule(train=write({"prompt": "Q", "completion": "A<|eot|>"}), val_fraction=0.0, tokenizer=tokenizer)
+    _, summary = encode_split(data, "train")
+    assert summary["first_special_token"] == (expected and (expected, 0))
 
 
 def test_truncated_responses_and_a_large_batch_are_reported(
