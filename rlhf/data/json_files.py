@@ -128,6 +128,10 @@ def check_utf8(path: str, content: bytes, start: int = 0) -> None:
 
 def conversion_to_utf8(path: str) -> str:
     """Return how to convert a file that is not UTF-8, for error messages."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell and Excel write it
+    if is_utf16:
+        return f"Convert it from UTF-16: iconv -f utf-16 -t utf-8 {path} > <new file>"
     return f"Convert it, for example from Latin-1: iconv -f latin1 -t utf-8 {path} > <new file>"
 
 

@@ -108,6 +108,17 @@ def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path, name: str) -> None:
         list(read_rows(str(path)))
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_in_utf16_can_be_converted(tmp_path: Path, name: str) -> None:
+    """PowerShell writes such files. They begin with a byte order mark, which is not valid UTF-8."""
+    path = tmp_path / name
+    path.write_bytes('{"prompt": "straße"}\n'.encode("utf-16"))
+    with pytest.raises(DataError) as error:
+        list(read_rows(str(path)))
+    fix = error.value.fix if isinstance(error.value, RecordError) else str(error.value)
+    assert f"Convert it from UTF-16: iconv -f utf-16 -t utf-8 {path} > <new file>" in str(fix)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
