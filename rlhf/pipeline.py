@@ -238,4 +238,4 @@ def _key(override: str) -> str:
 
 def _is_sweep(cfg: DictConfig) -> bool:
     """Return whether Hydra has given this job of a multirun its own output directory."""
-    return str(cfg.paths.output) != str(Path(cfg.paths.run) / "pipeline")
+    return Path(cfg.paths.output) != Path(cfg.paths.run) / "pipeline"

@@ -232,6 +232,17 @@ def test_a_job_of_a_sweep_is_a_separate_run(recorded_steps: list[DictConfig], tm
     assert not (tmp_path / "rlhf").exists()
 
 
+@pytest.mark.parametrize("root", ["{}/", "{}/.", "{}//sub/"])
+def test_the_root_may_be_written_as_a_shell_completes_it(
+    recorded_steps: list[DictConfig], tmp_path: Path, root: str
+) -> None:
+    """The steps then write to the same directories as with the normalized path."""
+    with hydra_command(f"paths.root={root.format(tmp_path)}", "pipeline.steps=[sft]") as cfg:
+        run_pipeline(cfg)
+    run = Path(root.format(tmp_path)) / "rlhf"
+    assert [Path(step.paths.output) for step in recorded_steps] == [run / "sft"]
+
+
 @pytest.fixture
 def started_run(recorded_steps: list[DictConfig], tmp_path: Path) -> Path:
     """A run whose SFT stage has stored its configuration."""
