@@ -125,9 +125,9 @@ def remove(path: Path) -> None:
 
 
 def remove_if_empty(directory: Path, top: Path) -> None:
-    """Delete a directory if it is empty, and then those above it that are, up to ``top``."""
+    """Delete a directory if it is empty, and then those above it that are, up to ``top``. Symbolic links stay."""
     for path in (directory, *directory.parents):
-        if not path.is_relative_to(top) or not path.is_dir() or any(path.iterdir()):
+        if not path.is_relative_to(top) or path.is_symlink() or not path.is_dir() or any(path.iterdir()):
             break
         path.rmdir()
 

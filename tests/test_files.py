@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf import files
-from rlhf.files import atomic_write, is_locked, replace_link, sha256_of_file
+from rlhf.files import atomic_write, is_locked, remove_if_empty, replace_link, sha256_of_file
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
@@ -147,3 +147,12 @@ def test_a_lock_is_held_by_a_living_process_only(tmp_path: Path) -> None:
         holder.kill()
     assert path.is_file()
     assert not is_locked(path)
+
+
+def test_empty_directories_are_deleted_up_to_a_link(tmp_path: Path) -> None:
+    """A run may be a link to a directory on another disk."""
+    (tmp_path / "disk" / "sft" / "csv").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    remove_if_empty(tmp_path / "run" / "sft" / "csv", tmp_path / "run")
+    assert (tmp_path / "run").is_symlink()
+    assert list((tmp_path / "disk").iterdir()) == []
