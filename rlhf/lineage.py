@@ -16,19 +16,12 @@ from rlhf.files import sha256_of_file
 from rlhf.models import ModelSource
 from rlhf.overrides import leaves, to_override, to_value
 from rlhf.run_names import command_in_run
+from rlhf.settings import LENGTH, added_or_removed, relative, run_directory, settings
 from rlhf.stages import StageInfo, stages
 
 log = logging.getLogger(__name__)
 SHOWN = 12  # digits of a SHA-256 in messages
-# What the weights depend on. Of the Trainer's flags, most do not affect training.
-COMPARED = ("seed", "stage", "data", "model", "adapter")
-WITHOUT_EFFECT = ("data.cache_dir", "data.test")  # on the weights
-LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")  # Changing one extends a run.
-TRAINER_KEYS = (
-    *(key.removeprefix("trainer.") for key in LENGTH),
-    *("precision", "limit_train_batches", "overfit_batches", "accumulate_grad_batches"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "use_distributed_sampler"),
-)
+ABSENT: Any = object()  # the value of a key that a configuration does not have
 
 
 def model_digest(path: str | Path) -> str | None:
@@ -84,8 +77,7 @@ def check_resumable(
     changed = changed_settings(recorded, provenance)
     if changed and not force:
         differences = ", ".join(_difference(key, *values) for key, values in changed.items())
-        run = _run_directory(provenance)
-        restored = shlex.join(to_override(key, _absolute(before, run)) for key, (before, _) in changed.items())
+        restored = _restored(changed, run_directory(provenance))
         raise ConfigError(
             f"resume: {path} was {made} with other settings: {differences}.",
             f"Restore them ({restored}), start over (overwrite=true), or {proceed.format('ones')}: resume=force",
@@ -108,28 +100,11 @@ def changed_settings(recorded: Mapping[str, Any], provenance: Mapping[str, Any])
     by_content = {f"stage.{name}" for name in provenance.get("inputs", {})}  # or by ``_changed_paths``
     by_content |= _digests(recorded).keys() & _digests(provenance).keys()
     before, now = settings(recorded), settings(provenance)
-    changed = {
-        key: (before[key], now[key])
-        for key in sorted(before.keys() & now.keys() - by_content)
-        if before[key] != now[key] and key not in LENGTH
-    }
+    keys = before.keys() & now.keys() | added_or_removed(recorded, provenance)
+    pairs = {key: (before.get(key, ABSENT), now.get(key, ABSENT)) for key in sorted(keys - by_content)}
+    changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in LENGTH}
     paths = {key: pair for key, pair in _changed_paths(recorded, provenance).items() if pair not in changed.values()}
     return changed | paths  # Without the path of the base model, which ``model.path`` reports.
-
-
-def settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that affect training by their full keys.
-
-    Paths in the directory of the run are relative to it, and of type ``Path``.
-    """
-    config = provenance.get("config", {})
-    nodes = {name: config[name] for name in COMPARED if config.get(name) is not None}
-    nodes["trainer"] = {key: value for key, value in config.get("trainer", {}).items() if key in TRAINER_KEYS}
-    directory = _run_directory(provenance)
-    flat = dict(leaves(nodes))
-    if "adapter" in config:
-        flat["adapter"] = "none" if config["adapter"] is None else "lora"
-    return {key: _relative(value, directory) for key, value in flat.items() if key not in WITHOUT_EFFECT}
 
 
 def code_files(config: Mapping[str, Any]) -> dict[str, str]:
@@ -141,24 +116,27 @@ def code_files(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: path for key, path in values.items() if path.endswith(".py") and Path(path).is_file()}
 
 
-def _run_directory(provenance: Mapping[str, Any]) -> str:
-    return str(provenance.get("config", {}).get("paths", {}).get("run", ""))
-
-
-def _relative(value: Any, directory: str) -> Any:
-    is_path = isinstance(value, str) and directory and Path(value).is_relative_to(directory)
-    return Path(value).relative_to(directory) if is_path else value
-
-
 def _absolute(value: Any, directory: str) -> Any:
-    """Undo ``_relative`` for a value or a list of values, in the directory of another run."""
+    """Undo ``relative`` for a value or a list of values, in the directory of another run."""
     if isinstance(value, list):
         return [_absolute(one, directory) for one in value]
     return Path(directory) / value if isinstance(value, Path) else value
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    return f"{key} was {to_value(before)} and is {to_value(now)}"
+    was, is_now = ("not set" if value is ABSENT else to_value(value) for value in (before, now))
+    return f"{key} was {was} and is {is_now}"
+
+
+def _restored(changed: Mapping[str, tuple[Any, Any]], run: str) -> str:
+    """Return the overrides that restore changed settings in the directory of a run, and which ones to leave out."""
+    typed = [
+        to_override(f"+{key}" if now is ABSENT else key, _absolute(before, run))
+        for key, (before, now) in changed.items()
+        if before is not ABSENT
+    ]
+    added = [key for key, (before, _) in changed.items() if before is ABSENT]
+    return ", ".join(filter(None, [shlex.join(typed), f"without {' and '.join(added)}" if added else ""]))
 
 
 def _changed_paths(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -170,11 +148,11 @@ def _changed_paths(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -
 
 def _input_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return the path or paths of each input by configuration key, as in ``settings``; None for random weights."""
-    directory = _run_directory(provenance)
+    directory = run_directory(provenance)
     found: dict[str, Any] = {}
     for name, files in provenance.get("inputs", {}).items():
         matches = [re.search(r"\bpath=(['\"])(.*?)\1", str(file["source"])) for file in files]
-        paths = [_relative(match[2], directory) if match else None for match in matches]
+        paths = [relative(match[2], directory) if match else None for match in matches]
         found[f"stage.{name}"] = paths[0] if len(paths) == 1 else paths
     return found
 

@@ -217,6 +217,56 @@ def test_the_suggested_command_restores_the_settings(tmp_path: Path) -> None:
     assert cfg.stage.policy == f"{tmp_path}/b/sft/x.pt"
 
 
+SHORT = ("+reward.components.short.path=short.py:score", "+reward.weights.short=1")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            (),
+            SHORT,
+            "reward.components.short.path was not set and is short.py:score, reward.weights.short was not set and is "
+            "1.\n  Restore them (without reward.components.short.path and reward.weights.short), ",
+        ),
+        (
+            SHORT,
+            ("reward.weights.model=3",),
+            "reward.components.short.path was short.py:score and is not set, reward.weights.model was 1.0 and is 3, "
+            "reward.weights.short was 1 and is not set.\n  Restore them (+reward.components.short.path="
+            "short.py:score reward.weights.model=1.0 +reward.weights.short=1), ",
+        ),
+        (
+            ("+data.splits.val=test",),
+            ("+data.splits.train=other",),
+            "data.splits.train was not set and is other, data.splits.val was test and is not set.\n  Restore them "
+            "(+data.splits.val=test, without data.splits.train), ",
+        ),
+    ],
+)
+def test_components_and_splits_may_neither_be_added_nor_removed(
+    before: tuple[str, ...], now: tuple[str, ...], message: str
+) -> None:
+    """The keys of these mappings are names that the user chooses. Keys of the reward are named as they are typed."""
+    recorded, changed = (
+        describe_provenance(compose_config("stage=grpo", "reward=weighted_sum", *overrides), {})
+        for overrides in (before, now)
+    )
+    with pytest.raises(ConfigError) as error:
+        check_resumable("last.ckpt", recorded, changed)
+    assert str(error.value).startswith(f"resume: last.ckpt was trained with other settings: {message}start over")
+
+
+def test_a_key_of_another_version_is_not_compared() -> None:
+    recorded = provenance_of()
+    changed = deepcopy(recorded)
+    changed["config"]["stage"]["new"] = changed["config"]["trainer"]["overfit_batches"] = 1
+    changed["config"]["data"]["columns"]["new"] = None
+    del recorded["config"]["trainer"]["overfit_batches"], recorded["config"]["stage"]["beta"]
+    check_resumable("last.ckpt", recorded, changed)
+    assert recorded["config"] != changed["config"]
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -12,8 +12,9 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.export import Export
 from rlhf.export.content import parse_json
 from rlhf.files import LAST, LOCK, LOGGED, METADATA, PREVIOUS, is_locked, remove
-from rlhf.lineage import LENGTH, check_resumable, settings
+from rlhf.lineage import check_resumable
 from rlhf.models.opening import read_archive
+from rlhf.settings import LENGTH, settings
 from rlhf.stages import stages
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ STAGE_PACKAGES = set(stages()) | {"rl"}
 LAYERS: list[set[str]] = [
     {
         *("process", "errors", "distributed", "tensors", "declared", "files", "stages", "printable"),
-        *("metrics", "overrides", "run_names", "schema", "speed", "suggestions", "tokenizer"),
+        *("metrics", "overrides", "run_names", "schema", "settings", "speed", "suggestions", "tokenizer"),
     },
     {"models", "data", "sampling", "reward_functions", "stage", "preflight", "logs", "web", "label"},
     STAGE_PACKAGES,
