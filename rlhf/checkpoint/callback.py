@@ -62,7 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
             The first validation must log it.
 
     Raises:
-        ConfigError: ``every_n_minutes`` is negative, or a keyword contradicts resuming.
+        ConfigError: ``every_n_minutes`` is negative, a keyword contradicts resuming, or ``monitor`` has no effect.
     """
 
     def __init__(self, every_n_minutes: NonNegativeFloat | None = 5.0, **keys: Any) -> None:
@@ -75,6 +75,12 @@ class RunCheckpoint(ModelCheckpoint):
                     f"Remove callbacks.checkpoint.{key}.",
                 )
         super().__init__(**keys)
+        if self.monitor is not None and self.save_top_k == 0:
+            raise ConfigError(
+                f"callbacks.checkpoint.monitor={self.monitor} has no effect with callbacks.checkpoint.save_top_k=0, "
+                "which keeps no numbered checkpoint.",
+                "Set callbacks.checkpoint.save_top_k=1.",
+            )
         self.every_n_minutes = every_n_minutes
         self._monitor_check = MonitorCheck(self.monitor)
         self.resumable: tuple[Path, int] | None = None  # The newest checkpoint of this run, and its step.

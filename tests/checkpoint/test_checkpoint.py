@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -31,7 +32,7 @@ from harness import (
 )
 from rlhf.checkpoint import AtomicCheckpointIO, RunCheckpoint, callback
 from rlhf.checkpoint.signals import report_signals
-from rlhf.errors import ConfigError, Stopped, TrainingError
+from rlhf.errors import ConfigError, Stopped, TrainingError, explain
 from rlhf.rl.collector import Collector
 
 # Resumed runs write to another directory, so that the checkpoints of the first run stay as they are.
@@ -441,6 +442,17 @@ def test_a_monitored_metric_that_does_not_exist_is_rejected(runs: CheckpointedRu
     callback = runs.callback(monitor=monitor, save_top_k=1)
     with pytest.raises(ConfigError, match=message):
         runs.fit("sft", callback)
+
+
+def test_a_monitor_by_which_nothing_is_kept_is_rejected() -> None:
+    """``conf/callbacks/default.yaml`` keeps no numbered checkpoints."""
+    cfg = compose_config("stage=sft", "callbacks.checkpoint.monitor=val/loss")
+    with pytest.raises(InstantiationException) as error:
+        instantiate(cfg.callbacks.checkpoint)
+    assert explain(error.value) == (
+        "callbacks.checkpoint.monitor=val/loss has no effect with callbacks.checkpoint.save_top_k=0, which keeps no "
+        "numbered checkpoint.\n  Set callbacks.checkpoint.save_top_k=1."
+    )
 
 
 class Sometimes(lightning.Callback):
