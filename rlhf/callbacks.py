@@ -1,11 +1,12 @@
 """Lightning callbacks that connect training to exports and to the pre-flight checks."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import nn
 
 from rlhf.distributed import barrier, gather_objects, is_rank_zero
@@ -90,6 +91,20 @@ class PreflightChecks(Callback):
             raise failure
         if reasons:
             raise OSError(reasons[0])
+
+
+def check_averaging(callbacks: Iterable[Callback]) -> None:
+    """Reject Lightning's ``StochasticWeightAveraging``, which copies a module before the stage opens its models.
+
+    Raises:
+        ConfigError: It would average nothing.
+    """
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ConfigError(
+            "callbacks: StochasticWeightAveraging is not supported: it copies the model before the stage opens it, so "
+            "it would average nothing.",
+            "Use +callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.999} instead.",
+        )
 
 
 def log_early_stopping(trainer: lightning.Trainer) -> None:

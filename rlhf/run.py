@@ -28,7 +28,14 @@ from rlhf.artifacts import (
     resolve_input,
     with_adapter,
 )
-from rlhf.callbacks import CheckFolder, ExportHeader, PreflightChecks, PreflightOnly, log_early_stopping
+from rlhf.callbacks import (
+    CheckFolder,
+    ExportHeader,
+    PreflightChecks,
+    PreflightOnly,
+    check_averaging,
+    log_early_stopping,
+)
 from rlhf.checkpoint.resume import check_start, finished_result, remove_earlier, resume_checkpoint
 from rlhf.checkpoint.signals import report_signals
 from rlhf.command import command_line
@@ -270,9 +277,10 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     """Build the Trainer of a stage with the configured callbacks and loggers and the given callbacks.
 
     Raises:
-        ConfigError: The strategy shards models in a way other than ``trainer=fsdp``.
+        ConfigError: The strategy shards models in a way other than ``trainer=fsdp``, or a callback is not supported.
     """
     configured = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    check_averaging(configured)
     for flag, kind in {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}.items():
         if cfg.trainer[flag] is False:
             configured = [callback for callback in configured if not isinstance(callback, kind)]

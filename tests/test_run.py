@@ -74,6 +74,14 @@ def test_without_the_callback_lightning_writes_no_checkpoints_either(tmp_path: P
     assert trainer.checkpoint_callbacks == []
 
 
+def test_stochastic_weight_averaging_is_rejected() -> None:
+    """It would change the learning rate but not the weights. EMA is accepted."""
+    module = "+callbacks.average={_target_: lightning.pytorch.callbacks."
+    with pytest.raises(ConfigError, match=r"^callbacks: StochasticWeightAveraging is not supported: .*\n  Use \+"):
+        trainer_of(f"{module}StochasticWeightAveraging, swa_lrs: 0.01}}")
+    assert "EMAWeightAveraging" in callback_names(trainer_of(f"{module}EMAWeightAveraging}}"))
+
+
 def sharded_trainer(**flags: Any) -> SimpleNamespace:
     """Stands for a Trainer with FSDP, which Lightning does not build without a GPU."""
     return SimpleNamespace(strategy=FSDPStrategy())
