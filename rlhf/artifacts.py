@@ -268,6 +268,8 @@ def _write_huggingface(cfg: DictConfig, path: Path, directory: Path) -> None:
             return
         opened_by = "peft" if cfg.adapter is not None and cfg.save_hf != "merged" else "transformers"
         log.info("saved %s, a folder that %s opens", directory, opened_by)
+    elif directory.is_dir():  # of a run that has been extended
+        log.warning("%s holds the earlier result. To replace it, repeat the command with save_hf=true.", directory)
 
 
 def describe_provenance(cfg: DictConfig, inputs: dict[str, Any]) -> dict[str, Any]:

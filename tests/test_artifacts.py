@@ -220,6 +220,16 @@ def test_save_hf_writes_a_folder(tmp_path: Path, result: Result, stage: str, kin
     assert json.loads((folder / "config.json").read_text())["architectures"] == [f"LlamaFor{kind}"]
 
 
+def test_a_folder_of_an_earlier_result_is_reported(
+    tmp_path: Path, result: Result, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that is extended without ``save_hf`` replaces its ``*_final.pt`` only."""
+    export(tmp_path, "sft", result, "save_hf=true")
+    assert not caplog.text
+    export(tmp_path, "sft", result)
+    assert f"{tmp_path}/rlhf/sft/hf holds the earlier result. To replace it, repeat the command with" in caplog.text
+
+
 def test_provenance_describes_inputs_data_and_configuration(tmp_path: Path) -> None:
     """Files have a SHA-256; a hub id and a base model with random weights have none. All of it is JSON."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
