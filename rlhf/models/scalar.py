@@ -107,7 +107,9 @@ class ScalarModel(nn.Module):
         prepare_trunk(trunk)
         self.head = head
         heads = head.settings["num_heads"]
-        self.register_buffer("reward_mean", torch.full((heads,) if heads > 1 else (), reward_mean))
+        # Under bf16-true, Lightning opens models with bfloat16 as the default dtype.
+        mean = torch.full((heads,) if heads > 1 else (), reward_mean, dtype=torch.float32)
+        self.register_buffer("reward_mean", mean)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ScalarModel":
         mean = self.reward_mean

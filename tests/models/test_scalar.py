@@ -224,6 +224,16 @@ def test_the_reward_mean_keeps_its_precision(lm: PreTrainedModel) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_the_reward_mean_does_not_depend_on_the_default_dtype(lm: PreTrainedModel) -> None:
+    """Under bf16-true, Lightning also opens models with bfloat16 as the default dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = scalar_model(lm, mean=101.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.reward_mean.item() == pytest.approx(101.3)
+
+
 @pytest.mark.parametrize("left", [0, 3])
 def test_token_values_are_read_before_each_response_token(lm: PreTrainedModel, left: int) -> None:
     """The value at token t comes from the hidden state of token t - 1; it is 0 outside of the response."""

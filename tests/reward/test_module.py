@@ -272,6 +272,14 @@ def test_each_head_is_centered_separately(harness: RewardRun) -> None:
     assert float(module.model.reward_mean.std()) > 1e-3
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_the_subtracted_mean_is_float32_in_any_precision(harness: RewardRun, precision: str) -> None:
+    """Otherwise, the mean would be rounded to the 8 or 11 significant bits of the weights."""
+    model = harness.reward(centered=True, num_heads=2, trainer={"precision": precision}).module.model
+    assert model.reward_mean.dtype == torch.float32
+    assert not torch.equal(model.reward_mean, model.reward_mean.to(model.trunk.dtype).float())
+
+
 @pytest.mark.parametrize(
     ("keys", "warns"),
     [
