@@ -47,7 +47,8 @@ class PaddedRows:
         if not indices.is_cpu or width > MAX_TOKENS or rows * width**2 > MAX_PADDING * pairs:
             return None
         visible = layout.visible(torch.arange(rows), width, indices.device)
-        return cls(rows, width, indices, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
+        bias = torch.zeros(visible.shape, dtype=torch.float32)  # the default dtype may be that of bf16-true
+        return cls(rows, width, indices, bias.masked_fill(~visible, -torch.inf))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Compute attention within each row.

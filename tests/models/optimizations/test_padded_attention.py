@@ -6,7 +6,7 @@ import pytest
 import torch
 from models.pairs import GPT2, LLAMA, SIZES, assert_same, loss_and_gradients, model
 from torch import Tensor
-from transformers import DeepseekV3Config, GPT2Config, Qwen3Config
+from transformers import DeepseekV3Config, GPT2Config, LlamaConfig, Qwen3Config
 
 from rlhf.models import Policy
 from rlhf.models.optimizations.layouts import SeparateRows, SharedPrompts
@@ -47,6 +47,11 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return queries
 
 
+def new_architecture(initializer_range: float) -> LlamaConfig:
+    """A configuration of which no other test has probed a model: results are shared by architecture."""
+    return LlamaConfig(**SIZES, num_key_value_heads=1, initializer_range=initializer_range)
+
+
 def row_by_row(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf.models.optimizations.padded_attention.MAX_TOKENS", 0)
@@ -67,7 +72,17 @@ def test_a_padded_batch_changes_nothing(name: str, shared: bool, padded: list[Te
 
 def test_models_whose_padded_batch_fails_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PaddedRows, "attend", lambda rows, query, *others: torch.zeros_like(query).transpose(1, 2))
-    assert not allows_packed_rows(model(LLAMA).base_model)
+    assert not allows_packed_rows(model(new_architecture(0.03)).base_model)
+
+
+def test_models_are_packed_whatever_the_default_dtype_is() -> None:
+    """Under bf16-true, Lightning opens models, in float32, with bfloat16 as the default dtype."""
+    trunk = model(new_architecture(0.04)).base_model
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert allows_packed_rows(trunk)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_dropout_and_mixed_precision_attend_row_by_row(padded: list[Tensor]) -> None:
