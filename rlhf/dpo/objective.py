@@ -228,8 +228,8 @@ def kto_loss(
     Reference: Ethayarajh et al. 2024, eq. 8 (arXiv:2402.01306).
     """
     gains = torch.where(desirable, log_ratios - kl, kl - log_ratios)
-    weights = torch.where(desirable, desirable_weight, undesirable_weight)
-    return (weights * torch.sigmoid(-beta * gains)).mean()
+    losses = torch.sigmoid(-beta * gains)
+    return torch.where(desirable, desirable_weight * losses, undesirable_weight * losses).mean()
 
 
 def response_nll(logprobs: Tensor, lengths: Tensor) -> Tensor:

@@ -181,6 +181,20 @@ def test_kto_loss_by_hand() -> None:
     check_loss(loss, (1 / (1 + e) + 2 / (1 + 1 / e) + 1) / 3, {ratios: [-slope, 2 * slope, 2 * 0.5 * 0.25 / 3]})
 
 
+def test_kto_weights_do_not_depend_on_the_default_dtype() -> None:
+    """Under bf16-true, training steps run with bfloat16 as the default dtype, in which 1.1 would be 1.1015625.
+
+    A log-ratio at the baseline has the loss weight / 2.
+    """
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ratios, labels = torch.zeros(2, dtype=torch.float32), torch.tensor([True, False])
+        loss = kto_loss(ratios, labels, ratios.sum(), beta=0.5, desirable_weight=1.1, undesirable_weight=1.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.item() == pytest.approx((1.1 + 1.3) / 2 / 2, rel=1e-6)
+
+
 def test_response_nll_by_hand() -> None:
     """Responses of 2 and 6 tokens, -3 and -1 nats: 4 nats over 8 tokens. Each log-prob has the weight 1/8."""
     logprobs = log_ratios(-3, -1)
