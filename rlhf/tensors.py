@@ -118,7 +118,7 @@ def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
     Reference: Huang et al. 2024, detail 20 of PPO (arXiv:2403.17031). Some implementations add the mean back; this
     one does not.
     """
-    centered = torch.where(mask, values - mean_over_ranks(values, mask), 0.0)
+    centered = _centered(values, mask)
     return centered * torch.rsqrt(mean_over_ranks(centered.square(), mask) + 1e-8)  # Equal values become 0.
 
 
@@ -131,8 +131,14 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
         values: [batch, time] values of any unit.
         mask: [batch, time] bool, True on the entries to include.
     """
+    return mean_over_ranks(_centered(values, mask).square(), mask)
+
+
+def _centered(values: Tensor, mask: Tensor) -> Tensor:
+    """Subtract the mean of the unmasked entries of all ranks; 0 on masked entries."""
     centered = torch.where(mask, values - mean_over_ranks(values, mask), 0.0)
-    return mean_over_ranks(centered.square(), mask)
+    # What is left of equal values is the rounding error of their mean, which whitening would scale up.
+    return torch.where(mask, centered - mean_over_ranks(centered, mask), 0.0)
 
 
 def mean_over_ranks(values: Tensor, mask: Tensor) -> Tensor:

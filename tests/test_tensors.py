@@ -50,6 +50,13 @@ def test_masked_whiten_of_equal_values_is_zero() -> None:
     assert masked_whiten(torch.tensor([[7.0]]), torch.tensor([[True]])).tolist() == [[0.0]]
 
 
+@pytest.mark.parametrize("value", [0.7312, -7.77, 33.3, 1e5 + 0.3])
+def test_the_rounding_error_of_the_mean_is_not_whitened(value: float) -> None:
+    """The float32 mean of 5,000 equal values differs from them. Whitening would scale this difference up by 1e4."""
+    values = torch.full((1000, 5), value)
+    assert masked_whiten(values, torch.ones_like(values, dtype=torch.bool)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("function", [masked_mean, masked_sum, masked_whiten])
 @pytest.mark.parametrize("masked", [nan, torch.inf, 1e30])
 def test_masked_values_affect_neither_results_nor_gradients(
