@@ -1,6 +1,6 @@
 """Causal language models as policies: hidden states, log-probs and entropy of given tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
 from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks, state_width
+from rlhf.models.rotary import float32_frequencies
 from rlhf.models.token_statistics import EntropyMode, token_statistics
 from rlhf.models.trunk import prepare_trunk, states_before
 from rlhf.tensors import scatter, true_positions
@@ -50,6 +51,11 @@ class Policy(nn.Module):
         self.lm = lm
         prepare_trunk(lm.base_model)
         self.logit_transform = find_logit_transform(lm)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Policy":
+        with float32_frequencies(self.lm):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def vocab_size(self) -> int:

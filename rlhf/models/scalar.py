@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import ConfigError
 from rlhf.models.autocast import without_autocast
 from rlhf.models.logits import NO_TRUNK, unsupported_architecture
+from rlhf.models.rotary import float32_frequencies
 from rlhf.models.trunk import hidden_states, prepare_trunk, states_before
 from rlhf.schema import PositiveInt, check_arguments
 from rlhf.tensors import last_true, scatter, true_positions
@@ -113,7 +114,8 @@ class ScalarModel(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ScalarModel":
         mean = self.reward_mean
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with float32_frequencies(self.trunk):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.reward_mean.dtype != mean.dtype:  # Scores are float32 under any precision, and so is their mean.
             self.reward_mean = mean.to(self.reward_mean.device)
         return self
