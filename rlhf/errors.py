@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.overrides import quote
+from rlhf.overrides import quote, to_override
 from rlhf.process.launch import is_launched
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -192,6 +192,11 @@ def _override_message(override: str) -> str:
     if not equals:
         return f"{override!r} is not an override: the form is <key>=<value>.\n  " + (
             f"For a stage: stage={name}" if name in stages() else "For example: stage=ppo"
+        )
+    if value.startswith("~/"):
+        return (
+            f"{override!r} cannot be parsed: neither the shell nor Hydra replaces '~' after '='.\n"
+            f"  Write the complete path: {shlex.quote(to_override(key, os.path.expanduser(value)))}"
         )
     quoted = quote(value, '"')
     suggested = f"{key}=[{quoted}]" if key.startswith("pipeline.overrides.") else f"{key}={quoted}"

@@ -236,6 +236,14 @@ def test_the_suggested_quotes_work(key: str, value: str) -> None:
     assert found == ([value] if key.startswith("pipeline.") else value)
 
 
+def test_a_path_in_the_home_directory_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the shell nor Hydra replaces the tilde, and in quotes it would be the name of a directory."""
+    monkeypatch.setenv("HOME", "/home/ada b")
+    message = str(explain(error_of(lambda: compose_config("stage=sft", "data.train=~/rows.jsonl"))))
+    (override,) = shlex.split(message.split("Write the complete path: ")[1])
+    assert OmegaConf.select(compose_config("stage=sft", override), "data.train") == "/home/ada b/rows.jsonl"
+
+
 # Errors of the disk
 
 

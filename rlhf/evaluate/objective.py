@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+DRAWN_AT_ONCE = 2_000_000  # values, which limits the memory of a bootstrap to 32 MB
+
 
 def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean with a 95% percentile bootstrap interval.
@@ -23,8 +25,9 @@ def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> t
     """
     generator = torch.Generator().manual_seed(seed)
     values = values.double()
-    rows = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values[rows].mean(dim=1)
+    chunks = torch.arange(draws).split(max(1, DRAWN_AT_ONCE // len(values)))
+    rows = (torch.randint(len(values), (len(chunk), len(values)), generator=generator) for chunk in chunks)
+    means = torch.cat([values[chunk].mean(dim=1) for chunk in rows])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from rlhf.evaluate import objective
 from rlhf.evaluate.objective import bootstrap_interval, rouge_l, wins
 
 
@@ -35,6 +36,14 @@ def test_bootstrap_does_not_use_the_global_random_state() -> None:
     assert torch.equal(torch.rand(4), untouched)
     assert bootstrap_interval(values) == first
     assert bootstrap_interval(values, seed=1) != first
+
+
+def test_bootstrap_of_many_prompts_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The intervals are those of a single chunk."""
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    at_once = bootstrap_interval(values)
+    monkeypatch.setattr(objective, "DRAWN_AT_ONCE", 1000)
+    assert bootstrap_interval(values) == at_once
 
 
 def test_a_tie_is_half_a_win() -> None:
