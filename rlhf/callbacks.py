@@ -103,7 +103,7 @@ def check_averaging(callbacks: Iterable[Callback]) -> None:
         raise ConfigError(
             "callbacks: StochasticWeightAveraging is not supported: it copies the model before the stage opens it, so "
             "it would average nothing.",
-            "Use +callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.999} instead.",
+            "Use EMAWeightAveraging of Lightning instead.",
         )
 
 
