@@ -77,7 +77,7 @@ def test_without_the_callback_lightning_writes_no_checkpoints_either(tmp_path: P
 def test_stochastic_weight_averaging_is_rejected() -> None:
     """It would change the learning rate but not the weights. EMA is accepted."""
     module = "+callbacks.average={_target_: lightning.pytorch.callbacks."
-    with pytest.raises(ConfigError, match=r"^callbacks: StochasticWeightAveraging is not supported: .*\n  Use EMAWeightAveraging of Lightning"):
+    with pytest.raises(ConfigError, match=r"^callbacks: StochasticWeightAveraging is not supported: .*\n  Use EMA"):
         trainer_of(f"{module}StochasticWeightAveraging, swa_lrs: 0.01}}")
     assert "EMAWeightAveraging" in callback_names(trainer_of(f"{module}EMAWeightAveraging}}"))
 
