@@ -10,6 +10,7 @@ import pytest
 from contract.configs import compose_config
 from harness import TINY_DATA, TINY_MODEL, train_command
 from ranks import DDP_OVERRIDES, RANKS, train_in_ranks
+from rlhf.config import resolve_trainer
 
 SMALL = [override for override in (*TINY_MODEL["transformer"], *TINY_DATA) if override != "trainer=cpu"]
 PIPELINE = ["data.max_rows=8", "data.batch_size=4", "data.max_length=64", "trainer.max_steps=2"]
@@ -22,7 +23,6 @@ STEPS = {  # of the pipeline, with their overrides
 }
 FAILS_ON_RANK_1 = """
 import lightning
-from rlhf.config import resolve_trainer
 from rlhf.errors import ConfigError
 
 class FailsOnRank1(lightning.Callback):
