@@ -69,8 +69,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON Lines file with ``atomic_write``. A question mark replaces half of a surrogate pair."""
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
+    """Write a JSON Lines file with ``atomic_write``.
+
+    A question mark replaces half of a surrogate pair. Values that JSON does not have, such as the times that a Parquet
+    file may contain, become text.
+    """
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    content = "".join(lines).encode(errors="replace")
     atomic_write(path, lambda file: file.write(content))
 
 

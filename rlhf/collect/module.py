@@ -1,6 +1,5 @@
 """The collection stage: samples several responses per prompt, and has them labeled."""
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -244,8 +243,7 @@ class CollectModule(SamplingModule):
 
     @staticmethod
     def _rows(path: Path | None, own: list[dict[str, Any]]) -> Iterable[Mapping[str, Any]]:
-        """Return rows as JSON can have them. Times, for example, which a Parquet file may contain, become text."""
-        return own if path is None else (json.loads(json.dumps(row, default=str)) for row in read_rows(str(path)))
+        return own if path is None else read_rows(str(path))
 
 
 def check_scores(candidates: Candidates) -> None:
