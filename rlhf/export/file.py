@@ -71,7 +71,7 @@ def load_model(
         ConfigError: There is no such model.
         DataError: The file is not a complete export.
     """
-    source = open_model_source(str(_path_of(name, Path(outputs) / run, run)), base=base)
+    source = open_model_source(str(_path_of(name, Path(outputs), run)), base=base)
     tokenizer = source.tokenizer(())
     scalar = isinstance(source, Export) and source.kind == "scalar_model"
     model: Any = source.scalar_model(tokenizer) if scalar else source.language_model(tokenizer)
@@ -79,8 +79,9 @@ def load_model(
     return model.to(target).eval(), tokenizer, target
 
 
-def _path_of(name: str, directory: Path, run: str) -> Path:
+def _path_of(name: str, outputs: Path, run: str) -> Path:
     """Return the path of the model that ``load_model`` is asked for."""
+    directory = outputs / run
     if name == "rl_trained" and (directory / FINAL_MODEL).is_file():
         return directory / FINAL_MODEL
     if found := sorted((directory / name).glob(FINAL_PATTERN)):
@@ -91,7 +92,7 @@ def _path_of(name: str, directory: Path, run: str) -> Path:
     raise ConfigError(
         f"load_model({name!r}): {directory} has no such model, and there is no file or folder of that name. "
         f"Models of run={run}: {', '.join(models) or 'none'}.",
-        f"Train one: python train.py run={run}",
+        f"Train one: python train.py run={run}" + ("" if outputs == Path(OUTPUTS) else f" paths.root={outputs}"),
     )
 
 

@@ -17,10 +17,13 @@ class WeightedSumReward(RewardFunction):
     """Weighted sum of several reward functions. Each component is logged as ``reward/<name>``.
 
     Args:
-        components: Reward functions by name. One that is given as ``{path: <file.py>:<function>}`` is a
+        components: Reward functions by name, without dots. One that is given as ``{path: <file.py>:<function>}`` is a
             ``PythonReward``.
         weights: Weights by the same names, dimensionless. A component without a weight or with weight 0 is not used or
             loaded.
+
+    Raises:
+        ConfigError: A name is not allowed or unknown, or all weights are 0.
     """
 
     def __init__(
@@ -32,6 +35,11 @@ class WeightedSumReward(RewardFunction):
                 f"reward.weights contains {unknown[0]}, which is not one of the components "
                 f"({', '.join(sorted(components))}).",
                 f"Remove reward.weights.{unknown[0]} or add reward.components.{unknown[0]}.",
+            )
+        if dotted := [name for name in components if "." in name]:
+            raise ConfigError(
+                f"reward.components contains {dotted[0]!r}. Names of components must not contain dots.",
+                f"Rename it to {dotted[0].replace('.', '_')} in reward.components and reward.weights.",
             )
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         if not self.weights:

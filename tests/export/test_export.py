@@ -590,8 +590,9 @@ def test_a_missing_model_names_the_command(tmp_path: Path) -> None:
     outputs = str(tmp_path)
     with pytest.raises(UserError, match=r"python train\.py .*run=qwen"):
         load_model("rl_trained", run="qwen", outputs=outputs)
-    with pytest.raises(UserError, match=r"load_model\('sfft'\): .* Models of run=rlhf: none"):
+    with pytest.raises(UserError, match=r"load_model\('sfft'\): .* Models of run=rlhf: none") as raised:
         load_model("sfft", outputs=outputs)
+    assert str(raised.value).endswith(f"python train.py run=rlhf paths.root={outputs}")
     with pytest.raises(
         UserError, match=r"nothing\.pt: there is no such file\.\n  Make it first: python train\.py stage="
     ):

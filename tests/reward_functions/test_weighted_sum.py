@@ -72,3 +72,8 @@ def test_weights_must_belong_to_components_and_not_all_be_zero() -> None:
         WeightedSumReward(components={"exact_match": ExactMatchReward()}, weights={"exact_match": 0.0})
     with pytest.raises(ConfigError, match=r"reward\.weights contains gold, which is not one of the components"):
         WeightedSumReward(components={"exact_match": ExactMatchReward()}, weights={"gold": 1.0})
+
+
+def test_names_of_components_contain_no_dots() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.components contains 'math\.exact'.*\n.*Rename it to math_exact"):
+        WeightedSumReward(components={"math.exact": ExactMatchReward()}, weights={"math.exact": 1.0})
