@@ -50,10 +50,13 @@ def loss_and_gradients(policy: Policy, *, shared: bool) -> tuple[Tensor, list[Te
     return output.logprobs.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
-def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+def assert_same(
+    found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]], *, rtol: float = 1e-4
+) -> None:
+    """Compare log-probs, and gradients up to a relative error."""
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     for one, other in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-5)
 
 
 def saved_numbers(lm: PreTrainedModel) -> int:

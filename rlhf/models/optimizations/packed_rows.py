@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlhf.models.autocast import without_autocast
 from rlhf.models.checkpointing import recomputes_layers
 from rlhf.models.optimizations.layouts import Layout, SharedPrompts, Sizes
 from rlhf.models.optimizations.padded_attention import PaddedRows
 from rlhf.models.probes import FAILURES, are_close, has_full_sdpa, once_per_architecture, probing
 from rlhf.tensors import upload
 
+# Tokens of a sequence up to which attention in float32 is at least as fast. In bfloat16, the backward pass compiles a
+# kernel for each new length.
+MAX_FLOAT32_TOKENS = 512
 _NAME = "rlhf_packed_rows"
 # The sizes of the rows whose hidden states are being computed, and the padded batch in which they attend, if any.
 _rows: ContextVar[tuple[Sequence[Sizes], PaddedRows | None]] = ContextVar("rows")
@@ -76,15 +80,36 @@ def _attend(
         raise ValueError("packed rows have no mask")
     keywords.pop("is_causal", None)
     sizes, padded = _rows.get()
-    if padded is not None and query.dtype == torch.float32 and not keywords.get("dropout"):
-        return padded.attend(query, key, value, keywords.get("scaling")), None
+    if padded is not None and not keywords.get("dropout"):
+        dtype = value.dtype
+        with _in_float32(query, key, value) as (query, key, value):
+            return padded.attend(query, key, value, keywords.get("scaling")).to(dtype), None
     lengths = [sum(row) for row in sizes]
     parts = zip(sizes, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_attend_row(module, *part, **keywords) for part in parts], dim=1), None
 
 
-def _attend_row(module: nn.Module, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-    """Compute the attention of one row: [1, heads, time, width] queries to [1, time, heads, width].
+def _attend_row(module: nn.Module, sizes: Sizes, *inputs: Tensor, **keywords: Any) -> Tensor:
+    """Compute the attention of one row: [1, heads, time, width] queries, keys and values to [1, time, heads, width]."""
+    prompt, first, second = sizes
+    dtype = inputs[-1].dtype
+    if inputs[0].is_cpu and prompt + max(first, second) <= MAX_FLOAT32_TOKENS:
+        with _in_float32(*inputs) as (query, key, value):
+            return _attend_sequences(module, sizes, query, key, value, **keywords).to(dtype)
+    return _attend_sequences(module, sizes, *inputs, **keywords)
+
+
+@contextmanager
+def _in_float32(*inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cast tensors to float32, and let autocast keep them so in this context."""
+    with without_autocast(inputs[0].device):
+        yield tuple(x.float() for x in inputs)
+
+
+def _attend_sequences(
+    module: nn.Module, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, **keywords: Any
+) -> Tensor:
+    """Compute the attention of the sequences of one row.
 
     SDPA with a mask would compute all products of queries and keys. Causal attention computes about half of them.
     """

@@ -85,17 +85,27 @@ def test_models_are_packed_whatever_the_default_dtype_is() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_dropout_and_mixed_precision_attend_row_by_row(padded: list[Tensor]) -> None:
+def test_dropout_attends_row_by_row(padded: list[Tensor]) -> None:
     """Dropout is drawn by SDPA, and has other random numbers in a padded batch."""
     policy = Policy(model(GPT2Config(**{**GPT2.to_diff_dict(), "attn_pdrop": 0.5})).train())
     padded.clear()
     loss_and_gradients(policy, shared=False)
-    policy.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss_and_gradients(policy, shared=False)
     assert padded == []
+    policy.eval()
     loss_and_gradients(policy, shared=False)
     assert len(padded) == 2
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_mixed_precision_attends_in_float32(name: str, padded: list[Tensor]) -> None:
+    policy = Policy(model(ARCHITECTURES[name]))
+    padded.clear()
+    expected, _ = loss_and_gradients(policy, shared=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = loss_and_gradients(policy, shared=False)
+    assert [query.dtype for query in padded] == 4 * [torch.float32]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize(
