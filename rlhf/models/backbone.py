@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from rlhf.distributed import gather_objects
 from rlhf.errors import ConfigError
 from rlhf.models.logits import chunk_size, find_logit_transform, in_chunks, state_width
+from rlhf.models.optimizations.fused_modules import fuse_modules
+from rlhf.models.optimizations.matrix_products import FusedLinear
 from rlhf.models.rotary import float32_frequencies
 from rlhf.models.token_statistics import EntropyMode, token_statistics
 from rlhf.models.trunk import prepare_trunk, states_before
@@ -50,6 +52,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         prepare_trunk(lm.base_model)
+        fuse_modules(lm, FusedLinear)  # the output embedding
         self.logit_transform = find_logit_transform(lm)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Policy":

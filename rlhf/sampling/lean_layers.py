@@ -6,11 +6,13 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.models.optimizations import matrix_products
 from rlhf.models.optimizations.gated_mlp import has_hooks, is_silu
+from rlhf.models.optimizations.matrix_products import is_plain, uses_onednn
 from rlhf.models.probes import has_full_attention
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
@@ -167,10 +169,10 @@ class _GPT2Layer(DecoderLayer):
 
 def linear(module: Any) -> Function:
     """Return a plain linear layer as a function. Other layers, such as those with an adapter, are returned."""
-    if has_hooks(module) or type(module) not in (nn.Linear, Conv1D):
+    if not has_hooks(module) and is_plain(module, Conv1D):
+        return partial(matrix_products.linear, weight=module.weight.T, bias=module.bias)
+    if has_hooks(module) or not is_plain(module):
         return module  # type: ignore[no-any-return]
-    if type(module) is Conv1D:
-        return lambda hidden: torch.addmm(module.bias, hidden, module.weight)
     if module.weight.device.type != "cpu":
         return partial(F.linear, weight=module.weight, bias=module.bias)
     return partial(_narrow_linear, weight=module.weight, bias=module.bias)
@@ -178,8 +180,8 @@ def linear(module: Any) -> Function:
 
 def _narrow_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the result of ``F.linear``, transposed in memory, up to 1.3 times faster for few rows on a CPU."""
-    if len(hidden) == 1:
-        return F.linear(hidden, weight, bias)
+    if len(hidden) == 1 or uses_onednn(hidden, weight):
+        return matrix_products.linear(hidden, weight, bias)
     product = torch.mm(weight, hidden.T) if bias is None else torch.addmm(bias[:, None], weight, hidden.T)
     return product.T
 

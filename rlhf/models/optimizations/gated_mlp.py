@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
 from rlhf.models.optimizations.fused_modules import FusedModule
+from rlhf.models.optimizations.matrix_products import is_plain, product, weight_gradient
 from rlhf.speed import speed_settings
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -24,7 +25,7 @@ class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return product(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable
@@ -33,8 +34,9 @@ class _DownProjection(torch.autograd.Function):
         activated = F.silu(gate)
         of_weight = None
         if ctx.needs_input_grad[2]:
-            of_weight = (gradient.flatten(0, -2).T @ (activated * up).flatten(0, -2)).to(weight.dtype)
-        of_product = gradient @ weight.to(gradient.dtype)  # Under autocast, the product has another precision.
+            of_weight = weight_gradient(gradient, activated * up).to(weight.dtype)
+        # Under autocast, the product has another precision.
+        of_product = product(gradient, weight.to(gradient.dtype).T)
         of_up = activated.mul_(of_product)
         return torch.ops.aten.silu_backward(of_product.mul_(up), gate), of_up, of_weight
 
@@ -48,15 +50,14 @@ class FusedGatedMLP(FusedModule):
 
     @staticmethod
     def input_width(module: Any) -> int | None:
-        if {name for name, _ in module.named_children()} != _PARTS or type(module.down_proj) is not nn.Linear:
+        if {name for name, _ in module.named_children()} != _PARTS or not is_plain(module.down_proj):
             return None
         return len(module.down_proj.weight) if is_silu(module.act_fn) else None
 
     def can_fuse_now(self, hidden: Tensor) -> bool:
         down: Any = self.down_proj
         # Layers with an adapter or a hook are called as modules.
-        is_plain = type(down) is nn.Linear and down.bias is None
-        return is_plain and not has_hooks(down) and speed_settings().fused_mlp
+        return is_plain(down) and down.bias is None and not has_hooks(down) and speed_settings().fused_mlp
 
     def fused_forward(self, hidden: Tensor) -> Tensor:
         mlp: Any = self
