@@ -4,6 +4,7 @@ PyTorch computes them with MKL. On processors of AMD, MKL uses registers of 256 
 doubles the rate if the units are as wide: those of Zen 5 are.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from rlhf.models.optimizations.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
 MIN_MULTIPLICATIONS = 2**20  # of a product, below which a call of oneDNN takes longer than it saves
+MAX_RESULT = 2**20  # numbers that a call computes, which stay in the cache until they are copied
+MAX_COPIED = 2**22  # numbers that a call copies to another layout
 
 
 @cache
@@ -49,21 +52,61 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        return _onednn(x, weight, bias)
+        return _in_blocks(x, weight, bias)
     output: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return output
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` without a gradient: [.., K] and [N, K] to [.., N]."""
-    return _onednn(x, weight) if uses_onednn(x, weight) else F.linear(x, weight)
+    return _in_blocks(x, weight) if uses_onednn(x, weight) else F.linear(x, weight)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """Compute the gradient of the weight in ``linear``: [.., N] gradients of outputs and [.., K] inputs to [N, K]."""
-    gradient, x = gradient.flatten(0, -2).T, x.flatten(0, -2).T
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    if not uses_onednn(gradient, x.T):
+        return gradient.T @ x
     # The call copies its first argument, which is not contiguous. The narrower one is up to three times as fast.
-    return product(x, gradient).T if len(x) < len(gradient) else product(gradient, x)
+    narrow, wide = sorted((gradient, x), key=lambda matrix: matrix.shape[1])
+    result = narrow.new_zeros(narrow.shape[1], wide.shape[1])
+    for rows in blocks(len(x), MAX_COPIED // wide.shape[1]):
+        if (rows.stop - rows.start) * result.numel() >= MIN_MULTIPLICATIONS:
+            result += _onednn(narrow[rows].T, wide[rows].T)
+        else:
+            result.addmm_(narrow[rows].T, wide[rows])
+    return result if narrow is gradient else result.T
+
+
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``F.linear``, a block of rows at a time."""
+    inputs = x.flatten(0, -2)
+    parts = list(blocks(len(inputs), MAX_RESULT // len(weight)))
+    if len(parts) == 1:
+        return _onednn(x, weight, bias)
+    result = x.new_empty(*x.shape[:-1], len(weight))
+    outputs = result.flatten(0, -2)
+    for rows in parts:
+        outputs[rows] = (_onednn if uses_onednn(inputs[rows], weight) else F.linear)(inputs[rows], weight, bias)
+    return result
+
+
+def blocks(rows: int, limit: int) -> Iterator[slice]:
+    """Divide a number of rows into powers of two, the largest ones first.
+
+    oneDNN compiles and keeps a kernel for each shape. A process that computed every number of rows as it comes would
+    need more memory after every batch.
+
+    Args:
+        rows: Number of rows.
+        limit: Number of rows that a block does not exceed, if it is positive.
+    """
+    start, size = 0, 1 << max(limit, 1).bit_length() - 1
+    while start < rows:
+        while size > rows - start:
+            size //= 2
+        yield slice(start, start + size)
+        start += size
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +121,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _in_blocks(x, weight, bias)
 
     @staticmethod
     @once_differentiable
