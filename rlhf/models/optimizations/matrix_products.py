@@ -1,7 +1,10 @@
-"""Matrix products in float32 with oneDNN, for processors on which MKL does not use all units.
+"""Matrix products with oneDNN, in blocks of rows.
 
-PyTorch computes them with MKL. On processors of AMD, MKL uses registers of 256 bits. oneDNN uses 512 bits there, which
-doubles the rate if the units are as wide: those of Zen 5 are.
+In float32, PyTorch computes them with MKL. On processors of AMD, MKL uses registers of 256 bits. oneDNN uses 512 bits
+there, which doubles the rate if the units are as wide: those of Zen 5 are.
+
+In bfloat16, PyTorch computes them with oneDNN, which compiles and keeps kernels for each shape. A process that computed
+every number of tokens as it comes would need more memory after every batch, up to gigabytes.
 """
 
 from collections.abc import Iterator
@@ -18,39 +21,49 @@ from rlhf.models.optimizations.fused_modules import FusedModule
 from rlhf.speed import speed_settings
 
 MIN_MULTIPLICATIONS = 2**20  # of a product, below which a call of oneDNN takes longer than it saves
-MAX_RESULT = 2**20  # numbers that a call computes, which stay in the cache until they are copied
-MAX_COPIED = 2**22  # numbers that a call copies to another layout
+MAX_RESULT = 2**22  # bytes that a call computes, which stay in the cache until they are copied
+MAX_COPIED = 2**24  # bytes that a call copies to another layout
 
 
 @cache
-def gains_from_onednn() -> bool:
-    """Return whether products with oneDNN are faster on this processor: AMD, since Zen 5."""
+def gains_from_onednn(dtype: torch.dtype) -> bool:
+    """Return whether this processor gains from products with oneDNN in blocks.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.bfloat16``.
+    """
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
-    capabilities = torch.cpu.get_capabilities()
+    found = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16:
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     # The processors of AMD that have both kinds of instructions are Zen 5 and later.
-    is_wide = capabilities.get("avx512_f") and capabilities.get("avx_vnni")
-    return bool(is_wide) and "AMD" in str(capabilities.get("cpu_name"))
+    return "AMD" in str(found.get("cpu_name")) and bool(found.get("avx512_f") and found.get("avx_vnni"))
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether ``linear`` and ``product`` use oneDNN for these tensors."""
+    """Return whether ``linear`` and ``product`` compute these tensors in blocks with oneDNN."""
+    if not x.is_cpu or type(weight) not in (Tensor, nn.Parameter) or x.numel() * len(weight) < MIN_MULTIPLICATIONS:
+        return False
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if torch.is_autocast_cache_enabled():  # while responses are sampled, so that weights are cast once
+            return False
+    elif weight.dtype != dtype:
+        return False
+    if dtype not in (torch.float32, torch.bfloat16) or not weight.is_cpu:
+        return False
     enabled = speed_settings().onednn_products
-    return (
-        (gains_from_onednn() if enabled is None else enabled)
-        and x.dtype == weight.dtype == torch.float32
-        and x.is_cpu
-        and weight.is_cpu
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return gains_from_onednn(dtype) if enabled is None else enabled
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``F.linear``: [.., K] inputs and [N, K] weights to [.., N]."""
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
+    x, weight = _cast(x), _cast(weight)
+    bias = None if bias is None else _cast(bias)
     if not torch.is_grad_enabled():
         return _in_blocks(x, weight, bias)
     output: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -59,7 +72,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` without a gradient: [.., K] and [N, K] to [.., N]."""
-    return _in_blocks(x, weight) if uses_onednn(x, weight) else F.linear(x, weight)
+    return _in_blocks(_cast(x), _cast(weight)) if uses_onednn(x, weight) else F.linear(x, weight)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    """Cast a tensor as autocast does."""
+    return tensor.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else tensor
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
@@ -67,35 +85,32 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if not uses_onednn(gradient, x.T):
         return gradient.T @ x
+    gradient, x = _cast(gradient), _cast(x)
     # The call copies its first argument, which is not contiguous. The narrower one is up to three times as fast.
     narrow, wide = sorted((gradient, x), key=lambda matrix: matrix.shape[1])
-    result = narrow.new_zeros(narrow.shape[1], wide.shape[1])
-    for rows in blocks(len(x), MAX_COPIED // wide.shape[1]):
-        if (rows.stop - rows.start) * result.numel() >= MIN_MULTIPLICATIONS:
-            result += _onednn(narrow[rows].T, wide[rows].T)
-        else:
-            result.addmm_(narrow[rows].T, wide[rows])
-    return result if narrow is gradient else result.T
+    result = torch.zeros(narrow.shape[1], wide.shape[1], dtype=torch.float32)
+    for rows in blocks(len(x), MAX_COPIED // (wide.element_size() * wide.shape[1])):
+        is_small = (rows.stop - rows.start) * result.numel() < MIN_MULTIPLICATIONS
+        result += narrow[rows].T @ wide[rows] if is_small else _onednn(narrow[rows].T, wide[rows].T)
+    return (result if narrow is gradient else result.T).to(x.dtype)
 
 
 def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``F.linear``, a block of rows at a time."""
     inputs = x.flatten(0, -2)
-    parts = list(blocks(len(inputs), MAX_RESULT // len(weight)))
+    parts = list(blocks(len(inputs), MAX_RESULT // (x.element_size() * len(weight))))
     if len(parts) == 1:
         return _onednn(x, weight, bias)
     result = x.new_empty(*x.shape[:-1], len(weight))
     outputs = result.flatten(0, -2)
     for rows in parts:
-        outputs[rows] = (_onednn if uses_onednn(inputs[rows], weight) else F.linear)(inputs[rows], weight, bias)
+        part = inputs[rows]
+        outputs[rows] = (F.linear if part.numel() * len(weight) < MIN_MULTIPLICATIONS else _onednn)(part, weight, bias)
     return result
 
 
 def blocks(rows: int, limit: int) -> Iterator[slice]:
     """Divide a number of rows into powers of two, the largest ones first.
-
-    oneDNN compiles and keeps a kernel for each shape. A process that computed every number of rows as it comes would
-    need more memory after every batch.
 
     Args:
         rows: Number of rows.
