@@ -55,7 +55,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not weight.is_cpu:
         return False
     enabled = speed_settings().onednn_products
-    return gains_from_onednn(dtype) if enabled is None else enabled
+    return gains_from_onednn(dtype) if enabled is None else enabled and torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import TinyRun
 from models.pairs import GPT2, LLAMA, assert_same, loss_and_gradients, model
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, Mamba2Config
 from transformers.pytorch_utils import Conv1D
 
+from harness import TinyRun
 from rlhf.models import Policy
 from rlhf.models.optimizations import matrix_products
 from rlhf.models.optimizations.matrix_products import FusedLinear, blocks, gains_from_onednn, linear, uses_onednn
