@@ -24,9 +24,8 @@ class SpeedSettings:
             memory. false: let autograd store them.
         fused_rms_norm: Let the backward pass of an RMS norm in float32 compute the normalized states again if they have
             a width of 512 or more, which uses less memory. false: let autograd store them.
-        onednn_products: Whether oneDNN computes matrix products on the CPU, in blocks of rows. null: in float32 on
-            processors of AMD with units of 512 bits, where it is about twice as fast as MKL, and in bfloat16 where the
-            processor has instructions for it. true and false: always and never.
+        onednn_products: Whether oneDNN instead of MKL computes matrix products in float32 on the CPU. null: on
+            processors of AMD with units of 512 bits, where it is about twice as fast. true and false: always and never.
         packed_rows: On the CPU, compute the rows of a batch one after another in a single row without padding, if the
             architecture allows it. false: pad them as ``row_groups`` does.
         row_groups: On the CPU, compute the rows of a batch in up to this many groups of similar length, each padded to

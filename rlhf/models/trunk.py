@@ -13,7 +13,7 @@ from rlhf.models.optimizations.fused_modules import fuse_modules
 from rlhf.models.optimizations.gated_mlp import FusedGatedMLP
 from rlhf.models.optimizations.last_layer import allows_partial_last_layer, partial_last_layer, saves_last_layer
 from rlhf.models.optimizations.layouts import Layout, SeparateRows
-from rlhf.models.optimizations.matrix_products import FusedLinear
+from rlhf.models.optimizations.matrix_products import FusedLinear, limit_kernel_caches
 from rlhf.models.optimizations.packed_rows import allows_packed_rows, can_pack_rows, packed_hidden_states
 from rlhf.models.optimizations.rms_norm import FusedRMSNorm
 from rlhf.models.optimizations.shared_prompts import shared_prompts
@@ -43,6 +43,7 @@ def prepare_trunk(trunk: Any) -> None:
         module.requires_grad_(False)
     if hasattr(trunk, "warn_if_padding_and_no_attention_mask"):
         trunk.warn_if_padding_and_no_attention_mask = _ignore
+    limit_kernel_caches()
     fuse_modules(trunk, FusedLinear)
     fuse_modules(trunk, FusedGatedMLP)
     fuse_modules(trunk, FusedRMSNorm)

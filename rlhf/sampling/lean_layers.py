@@ -180,7 +180,7 @@ def linear(module: Any) -> Function:
 
 def _narrow_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the result of ``F.linear``, transposed in memory, up to 1.3 times faster for few rows on a CPU."""
-    if len(hidden) == 1 or (hidden.dtype == torch.float32 and uses_onednn(hidden, weight)):
+    if len(hidden) == 1 or uses_onednn(hidden, weight):
         return matrix_products.linear(hidden, weight, bias)
     product = torch.mm(weight, hidden.T) if bias is None else torch.addmm(bias[:, None], weight, hidden.T)
     return product.T
