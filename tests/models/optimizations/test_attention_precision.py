@@ -48,7 +48,7 @@ def test_rows_of_bfloat16_attend_in_float32_up_to_a_length(
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         found = logprobs(policy, [20, 21, 4])
     assert computed == 2 * [(20, torch.float32), (21, torch.bfloat16), (4, torch.float32)]
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)  # bfloat16 has 8 bits
 
 
 def test_the_rejected_response_of_a_shared_row_counts_by_itself(computed: list[tuple[int, torch.dtype]]) -> None:
