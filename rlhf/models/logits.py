@@ -16,6 +16,8 @@ from rlhf.errors import ConfigError
 from rlhf.models.probes import FAILURES, once_per_architecture, probing
 
 LOGIT_CHUNK_BYTES = 256 * 2**20  # float32 logits of at most this size are computed at once, to save memory
+# On a CPU, larger logits are computed in chunks of this size. The heap fragments more with larger ones.
+CPU_CHUNK_BYTES = 128 * 2**20
 
 # Attributes of a transformers configuration that change the logits after the output embedding. The same attribute is a
 # factor in one architecture and a divisor in another.
@@ -161,9 +163,14 @@ def unsupported_architecture(lm: nn.Module, reason: str) -> ConfigError:
     )
 
 
-def chunk_size(vocab_size: int) -> int:
-    """Return the number of tokens whose logits are computed at once."""
-    return max(1, LOGIT_CHUNK_BYTES // (4 * vocab_size))
+def chunk_size(vocab_size: int, max_bytes: int | None = None) -> int:
+    """Return the number of tokens whose logits are computed at once.
+
+    Args:
+        vocab_size: Number of logits per token.
+        max_bytes: Largest size of these logits. None: ``LOGIT_CHUNK_BYTES``.
+    """
+    return max(1, (max_bytes or LOGIT_CHUNK_BYTES) // (4 * vocab_size))
 
 
 def in_chunks(
@@ -179,7 +186,10 @@ def in_chunks(
         vocab_size: Number of logits per token.
     """
     size = chunk_size(vocab_size)
-    if len(rows[0]) > size and torch.is_grad_enabled():
-        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    if len(rows[0]) > size:
+        if rows[0].is_cpu:
+            size = min(size, chunk_size(vocab_size, CPU_CHUNK_BYTES))
+        if torch.is_grad_enabled():
+            function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     chunks = [function(*(tensor[i : i + size] for tensor in rows)) for i in range(0, max(len(rows[0]), 1), size)]
     return tuple(torch.cat(values) for values in zip(*chunks, strict=True))

@@ -155,6 +155,24 @@ def test_chunks_change_neither_outputs_nor_gradients(lm: PreTrainedModel, monkey
         torch.testing.assert_close(value, other)
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(8, [8]), (9, [2, 2, 2, 2, 1])])
+def test_larger_logits_are_computed_in_smaller_chunks(
+    tokens: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of 8 tokens are computed at once. With more tokens, chunks have 2 of them on a CPU."""
+    monkeypatch.setattr(logits, "LOGIT_CHUNK_BYTES", 8 * 4 * 300)
+    monkeypatch.setattr(logits, "CPU_CHUNK_BYTES", 2 * 4 * 300)
+    chunks: list[int] = []
+
+    def double(values: Tensor) -> tuple[Tensor]:
+        chunks.append(len(values))
+        return (2 * values,)
+
+    (doubled,) = logits.in_chunks(double, (torch.arange(tokens),), 300)
+    assert chunks == expected
+    assert doubled.tolist() == [2 * i for i in range(tokens)]
+
+
 def stored_logits(lm: PreTrainedModel) -> int:
     """Return the number of distributions over the vocabulary that the forward pass stores for the backward pass."""
     stored = 0
