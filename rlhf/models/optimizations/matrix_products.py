@@ -19,14 +19,15 @@ from rlhf.speed import speed_settings
 
 MIN_MULTIPLICATIONS = 2**20  # of a product, below which a call of oneDNN takes longer than it saves
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN and of PyTorch
-KEPT_SHAPES = 16  # in each of these caches
+KEPT_SHAPES = 8  # in each of these caches. A layer needs about as many; the next one computes with the same kernels.
 
 
 def limit_kernel_caches() -> None:
     """Let oneDNN keep the kernels of few shapes, if it has not computed anything in this process.
 
     It compiles kernels for each number of tokens, in bfloat16 as well. By default, it keeps those of 1,024 shapes and
-    PyTorch as many, which are gigabytes. A step of training needs about 15, each of them in every layer.
+    PyTorch as many, which are gigabytes. A kernel of 0.25 MiB also divides the free memory of the heap in which the
+    activations of the next step are allocated.
 
     Variables of the environment that are set already stay as they are.
     """
